@@ -104,11 +104,11 @@ def gated(head_out: list[Array], x: Array, w_h: Array | None) -> list[Array]:
 
 
 def mfa_paper(
-    x: Array, S_q: Array, Q: Array, S_k: Array, S_v: Array, O: Array, positions: Positions
+    x: Array, S_q: Array, Q: Array, S_k: Array, S_v: Array, Os: Array, positions: Positions
 ) -> Array:
     """O_i = sum_c ( sum_j softmax_j( (x_i S_q Q_c)(x_j S_k)^T / sqrt(C) ) x_j S_v ) O_c^T.
 
-    x (T, D); S_q, S_k, S_v (D, C); Q (m, C, C); O (m, D, C). Returns (T, D).
+    x (T, D); S_q, S_k, S_v (D, C); Q (m, C, C); Os (m, D, C). Returns (T, D).
     """
     heads, C = Q.shape[0], S_k.shape[1]
     k = [positions.rotate(x_j @ S_k, j) for j, x_j in enumerate(x)]
@@ -119,7 +119,7 @@ def mfa_paper(
         bias = positions.bias(c, heads)
         o = one_head(q, k, v, 1.0 / math.sqrt(C), positions.window, bias)
         for i in range(len(x)):
-            out[i] += o[i] @ O[c].T
+            out[i] += o[i] @ Os[c].T
     return out
 
 

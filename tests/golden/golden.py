@@ -1,0 +1,33 @@
+"""Reads the golden files of make_hf_golden.py."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+NAMES = (
+    "llama_gqa",
+    "qwen3",
+    "qwen3_tied_window",
+    "deepseek_v3",
+    "deepseek_v3_no_q_lora_half_split",
+)
+
+
+@dataclass(frozen=True)
+class Golden:
+    config: dict  # config.json
+    state: dict[str, np.ndarray]  # tensor name -> float32
+    tokens_BT: np.ndarray  # int32
+    logits_BTV: np.ndarray  # float32
+
+
+def load(name: str) -> Golden:
+    """The golden file of that name."""
+    with np.load(Path(__file__).parent / f"{name}.npz") as file:
+        prefix = "state/"
+        state = {k.removeprefix(prefix): file[k] for k in file if k.startswith(prefix)}
+        return Golden(json.loads(str(file["config"])), state, file["tokens"], file["logits"])
