@@ -1,0 +1,1 @@
+"""Optimizers. ``config`` is importable without JAX; ``build`` makes the optimizer it names."""
