@@ -68,18 +68,22 @@ def parse_yaml(text: str, name: str) -> Node:
     Raises:
       ConfigError: bad syntax, duplicate keys, tags, aliases or several documents, with the line.
     """
-    loader = yaml.SafeLoader(text)
     try:
-        root = loader.get_single_node()
+        loader = yaml.SafeLoader(text)
+        try:
+            root = loader.get_single_node()
+        finally:
+            loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         problem = error.problem or error.context or "not valid YAML"
         raise ConfigError(f"{name}{line}: {problem}") from None
-    except yaml.YAMLError as error:  # unprintable characters
-        raise ConfigError(f"{name}: {' '.join(str(error).split())}") from None
-    finally:
-        loader.dispose()
+    except RecursionError:
+        raise ConfigError(f"{name}: nested too deeply") from None
+    except yaml.reader.ReaderError as error:
+        line_number = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{name}:{line_number}: unprintable character in the text") from None
     if root is None:
         return Mapping({}, {}, f"{name}:1")
     return _convert(root, name, seen=set())
@@ -88,7 +92,9 @@ def parse_yaml(text: str, name: str) -> Node:
 def _convert(node: yaml.Node, name: str, seen: set[int]) -> Node:
     origin = f"{name}:{node.start_mark.line + 1}"
     if id(node) in seen:
-        raise ConfigError(f"{origin}: aliases are not supported; write the value out or use `base:`")
+        raise ConfigError(
+            f"{origin}: aliases are not supported; write the value out or use `base:`"
+        )
     seen.add(id(node))
     if not (node.tag or "").startswith("tag:yaml.org,2002:") or "python" in node.tag:
         raise ConfigError(f"{origin}: tags such as '{node.tag}' are not supported")
@@ -137,9 +143,9 @@ def _load(path: Path, chain: tuple[Path, ...]) -> Mapping:
         return tree
     if not isinstance(base, Scalar) or not base.text:
         raise ConfigError(f"{base.origin}: `base:` must name one file")
-    entries = {k: v for k, v in tree.entries.items() if k != BASE_KEY}
+    del tree.entries[BASE_KEY], tree.key_origins[BASE_KEY]
     lower = _load(path.parent / Path(base.text).expanduser(), (*chain, identity))
-    merged = merge(lower, replace(tree, entries=entries))
+    merged = merge(lower, tree)
     assert isinstance(merged, Mapping)
     return merged
 
@@ -184,3 +190,13 @@ def _patch_sequence(lower: Sequence, upper: Mapping) -> Sequence:
             )
         items[int(key)] = merge(items[int(key)], node)
     return replace(lower, items=tuple(items))
+
+
+def relabel(node: Node, origin: str) -> Node:
+    """The same tree with every origin replaced by ``origin``."""
+    if isinstance(node, Scalar):
+        return replace(node, origin=origin)
+    if isinstance(node, Sequence):
+        return Sequence(tuple(relabel(item, origin) for item in node.items), origin)
+    entries = {key: relabel(item, origin) for key, item in node.entries.items()}
+    return Mapping(entries, dict.fromkeys(entries, origin), origin, node.patch)

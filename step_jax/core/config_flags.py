@@ -1,0 +1,190 @@
+"""Command-line flags as a tree over the configuration files.
+
+A flag is a key path: ``--optimizer.peak-lr 3e-4`` is the line ``peak_lr: 3e-4`` under
+``optimizer:``, converted by the same code with the same messages. So ``--model.layers.0.repeat 4``
+reaches into lists and ``--optimizer.kind muon`` changes the member of a union, which a parser that
+is built from the default value cannot do. tyro draws the ``--help`` page from the same schema.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+from step_jax.core import config, yaml_strict
+from step_jax.core.errors import ConfigError
+from step_jax.core.yaml_strict import COMMAND_LINE, Mapping, Node, Scalar, Sequence, did_you_mean
+
+
+@dataclass(frozen=True)
+class Line:
+    """A command line: files, then flags with the words that follow each."""
+
+    files: list[str]
+    flags: list[tuple[str, list[str]]]
+    help: bool
+    explain: bool
+
+
+def split(argv: list[str]) -> Line:
+    """Sort the words of a command line. Raises ConfigError for a short option."""
+    files: list[str] = []
+    flags: list[tuple[str, list[str]]] = []
+    wants = {"--help": False, "--explain": False}
+    for word in argv:
+        if word == "-h":
+            word = "--help"
+        if word in wants:
+            wants[word] = True
+        elif word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            flags.append((name, [value] if equals else []))
+        elif flags:
+            flags[-1][1].append(word)
+        elif word.startswith("-") and len(word) > 1:
+            raise ConfigError(f"unknown option {word}: flags are written --group.key VALUE")
+        else:
+            files.append(word)
+    return Line(files, flags, wants["--help"], wants["--explain"])
+
+
+def to_tree(cls: type, flags: list[tuple[str, list[str]]]) -> Node:
+    """The flags as a patch that :func:`yaml_strict.merge` lays over the files.
+
+    Raises:
+      ConfigError: an unknown flag (with the nearest known one), or a flag without a value.
+    """
+    tree: Node = _patch({})
+    for name, words in flags:
+        keys, declared, negated = _resolve(cls, name)
+        node = _value(name, words, declared, negated)
+        for key in reversed(keys):
+            node = _patch({key: node})
+        tree = yaml_strict.merge(tree, node)
+    return tree
+
+
+def _patch(entries: dict[str, Node]) -> Mapping:
+    return Mapping(entries, dict.fromkeys(entries, COMMAND_LINE), COMMAND_LINE, patch=True)
+
+
+def _resolve(cls: type, name: str) -> tuple[list[str], tuple[Any, ...], bool]:
+    """Keys of a flag, the types it may hold, and whether it was written ``--group.no-key``."""
+    types: tuple[Any, ...] = (cls,)
+    keys: list[str] = []
+    segments = name.split(".")
+    for position, segment in enumerate(segments):
+        key, found = _descend(types, segment)
+        is_last = position == len(segments) - 1
+        if not found and is_last and segment.startswith("no-"):
+            key, found = _descend(types, segment[3:])
+            if bool in found:
+                return [*keys, key], found, True
+        if not found:
+            known = _flag_names(cls)
+            leaf = segments[-1].replace("_", "-")
+            same_leaf = [flag for flag in known if flag[2:].split(".")[-1] == leaf]
+            hint = did_you_mean(f"--{name}".replace("_", "-"), same_leaf or known)
+            if same_leaf and not hint:
+                hint = f"; did you mean '{same_leaf[0]}'?"
+            raise ConfigError(f"{COMMAND_LINE}: unknown option --{name}{hint}")
+        keys.append(key)
+        types = found
+    return keys, types, False
+
+
+def _descend(types: tuple[Any, ...], segment: str) -> tuple[str, tuple[Any, ...]]:
+    """The key that ``segment`` names in any of ``types``, and the types it can hold."""
+    found: list[Any] = []
+    key = segment
+    for declared in types:
+        origin, args = typing.get_origin(declared), typing.get_args(declared)
+        if dataclasses.is_dataclass(declared) and isinstance(declared, type):
+            name = segment.replace("-", "_")
+            hints = config.schema(declared)
+            if name in hints or (name == yaml_strict.KIND_KEY and config.kind_of(declared)):
+                key = name
+                found += config.members(hints.get(name, str))
+        elif origin is dict:
+            found += config.members(args[1])
+        elif origin is tuple and segment.isdecimal():
+            index = 0 if len(args) == 2 and args[1] is Ellipsis else int(segment)
+            found += config.members(args[index]) if index < len(args) else ()
+    return key, tuple(dict.fromkeys(found))
+
+
+def _value(name: str, words: list[str], declared: tuple[Any, ...], negated: bool) -> Node:
+    holds_tuple = any(typing.get_origin(d) is tuple for d in declared)
+    holds_group = any(dataclasses.is_dataclass(d) or typing.get_origin(d) is dict for d in declared)
+    if negated or (not words and bool in declared):
+        if words:
+            raise ConfigError(f"{COMMAND_LINE}: --{name} takes no value, got {' '.join(words)}")
+        return Scalar("false" if negated else "true", False, COMMAND_LINE)
+    if len(words) == 1 and (holds_tuple or holds_group) and words[0][:1] in ("[", "{"):
+        tree = yaml_strict.parse_yaml(words[0], f"--{name}")
+        return yaml_strict.relabel(tree, COMMAND_LINE)
+    if holds_tuple and len(words) != 1 or holds_tuple and len(declared) == 1:
+        return Sequence(tuple(Scalar(w, False, COMMAND_LINE) for w in words), COMMAND_LINE)
+    if not words:
+        raise ConfigError(f"{COMMAND_LINE}: --{name} needs a value")
+    if len(words) % 2 == 0 and any(typing.get_origin(d) is dict for d in declared):
+        values = [Scalar(w, False, COMMAND_LINE) for w in words[1::2]]
+        keys = dict(zip(words[::2], values, strict=True))
+        return Mapping(dict(keys), dict.fromkeys(keys, COMMAND_LINE), COMMAND_LINE)
+    if len(words) > 1:
+        extra = " ".join(words[1:])
+        raise ConfigError(
+            f"{COMMAND_LINE}: --{name} takes one value; what is '{extra}'? "
+            "(files stand before the flags; quote a value with spaces)"
+        )
+    return Scalar(words[0], False, COMMAND_LINE)
+
+
+def _flag_names(cls: type) -> list[str]:
+    """Every flag of a schema, for suggestions; list items are shown as item 0."""
+    names: list[str] = []
+
+    def walk(declared: Any, prefix: str) -> None:
+        for part in config.members(declared):
+            args = typing.get_args(part)
+            if dataclasses.is_dataclass(part) and isinstance(part, type):
+                fields: dict[str, Any] = dict(config.schema(part))
+                if config.kind_of(part):
+                    fields[yaml_strict.KIND_KEY] = str
+                for key, hint in fields.items():
+                    name = f"{prefix}.{key}" if prefix else key
+                    names.append("--" + name.replace("_", "-"))
+                    walk(hint, name)
+            elif typing.get_origin(part) is tuple and args:
+                walk(args[0], f"{prefix}.0")
+
+    walk(cls, "")
+    return list(dict.fromkeys(names))
+
+
+def print_help(cls: type, tree: Node, *, prog: str, description: str | None) -> None:
+    """Print every flag with its type, documentation and value from the files."""
+    import tyro
+
+    def placeholder(declared: Any) -> Any:  # tyro lists a tuple of groups by its default's items
+        is_tuple = any(typing.get_origin(d) is tuple for d in config.members(declared))
+        return () if is_tuple else tyro.MISSING
+
+    default = config.with_placeholders(cls, tree, placeholder)
+    text = (description or cls.__doc__ or "").strip()
+    text += (
+        "\n\nA YAML file gives the values, flags change them: "
+        f"{prog} FILE.yaml --group.key VALUE. --explain prints every value and where it came from. "
+        "Items of lists are reached by index (--model.layers.0.repeat 4), members of a union by "
+        "--group.kind NAME."
+    )
+    tyro.cli(  # prints and raises SystemExit(0)
+        cls,
+        default=default,
+        prog=f"{prog} [FILE.yaml ...]",
+        description=text,
+        args=["--help"],
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+    )
