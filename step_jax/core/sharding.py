@@ -1,0 +1,156 @@
+"""Device meshes, and the one ordered table from logical axis names to mesh axes.
+
+Model code names the *meaning* of an axis (``batch``, ``heads``, ``embed``); the rules say where it
+lives. Model code stays single-device code: the only words about parallelism in it are
+:meth:`Sharding.constrain` at the places where the layout of an activation is a decision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from step_jax.core.errors import ConfigError
+from step_jax.core.spec import map_specs
+
+MeshAxes = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many ways each kind of parallelism splits the devices; one of them may be -1 (the rest).
+
+    data: replicas of the parameters, each with its own rows of the batch.
+    fsdp: rows of the batch too, but parameters and optimizer state are split and gathered at use.
+    expert: experts of a mixture (rows of the batch elsewhere).
+    context: pieces of every sequence.
+    tensor: heads, hidden units and vocabulary.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    expert: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    def validate(self):
+        sizes = {f.name: getattr(self, f.name) for f in fields(self)}
+        bad = {k: v for k, v in sizes.items() if v < 1 and v != -1}
+        if bad:
+            raise ConfigError(
+                f"mesh axes must be positive, or -1 for the rest of the devices: {bad}"
+            )
+        if sum(v == -1 for v in sizes.values()) > 1:
+            raise ConfigError("only one mesh axis can be -1 (the rest of the devices)")
+
+    def resolve(self, devices: int) -> MeshConfig:
+        """The same with -1 replaced. Raises ConfigError if the sizes do not make ``devices``."""
+        self.validate()
+        sizes = {f.name: getattr(self, f.name) for f in fields(self)}
+        known = math.prod(v for v in sizes.values() if v != -1)
+        rest = [k for k, v in sizes.items() if v == -1]
+        if rest and devices % known == 0:
+            sizes[rest[0]] = devices // known
+        if math.prod(sizes.values()) != devices:
+            shape = " x ".join(f"{k}={v}" for k, v in sizes.items() if v != 1) or "1"
+            raise ConfigError(
+                f"the mesh {shape} does not match the {devices} devices; set one axis of "
+                "`parallel` to -1 to let it take the rest"
+            )
+        return MeshConfig(**sizes)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh:
+    """A mesh with the axes of :class:`MeshConfig`, the rightmost ones on the nearest devices."""
+    devices = jax.devices() if devices is None else list(devices)
+    config = config.resolve(len(devices))
+    names = tuple(f.name for f in fields(config))
+    shape = tuple(getattr(config, n) for n in names)
+    types = (AxisType.Auto,) * len(names)
+    if len(devices) == 1:
+        return Mesh(np.asarray(devices).reshape(shape), names, axis_types=types)
+    return jax.make_mesh(shape, names, axis_types=types, devices=devices)
+
+
+#: (logical axis, mesh axes). Where a name stands twice the second line is the fall-back for sizes
+#: that do not divide; without one, a size that does not divide is an error.
+DEFAULT_RULES: tuple[tuple[str, MeshAxes], ...] = (
+    # activations
+    ("batch", ("data", "fsdp", "expert")),
+    ("sequence", ("context",)),
+    # parameters: the model width is what FSDP splits
+    ("embed", ("fsdp",)),
+    # both
+    ("heads", ("tensor",)),
+    ("kv_heads", ("tensor",)),
+    ("kv_heads", ()),
+    ("mlp", ("tensor",)),
+    ("vocab", ("tensor",)),
+    ("experts", ("expert",)),
+    ("layers", ()),
+)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """A mesh with its rule table: turns logical axes into shardings.
+
+    ``ring`` chooses how attention with several key/value heads crosses the context axis: keys and
+    values travel around it (True) or are gathered (False; the better choice for the single shared
+    head of MFA and MQA, and the only one there).
+    """
+
+    mesh: Mesh
+    rules: tuple[tuple[str, MeshAxes], ...] = DEFAULT_RULES
+    ring: bool = False
+
+    def size(self, *axes: str) -> int:
+        return math.prod(self.mesh.shape[a] for a in axes)
+
+    def spec(self, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
+        """The PartitionSpec of an array with these logical axes.
+
+        Raises:
+          ConfigError: a size that its mesh axes do not divide, or an axis without a rule.
+        """
+        used: set[str] = set()
+        entries = []
+        for name, size in zip(axes, shape, strict=True):
+            entry = () if name is None else self._mesh_axes(name, size, used)
+            used.update(entry)
+            entries.append(entry if len(entry) > 1 else (entry[0] if entry else None))
+        return PartitionSpec(*entries)
+
+    def _mesh_axes(self, name: str, size: int, used: set[str]) -> MeshAxes:
+        candidates = [mesh_axes for rule, mesh_axes in self.rules if rule == name]
+        if not candidates:
+            raise ConfigError(f"no sharding rule for the logical axis {name!r}")
+        for mesh_axes in candidates:
+            free = tuple(a for a in mesh_axes if a not in used and self.mesh.shape[a] > 1)
+            if size % self.size(*free) == 0:
+                return free
+        ways = " x ".join(f"{a}={self.mesh.shape[a]}" for a in candidates[-1])
+        raise ConfigError(
+            f"the logical axis {name!r} has size {size}, which the mesh axes {ways} do not divide"
+        )
+
+    def named(self, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+        return NamedSharding(self.mesh, self.spec(axes, shape))
+
+    def constrain(self, x, *axes: str | None):
+        """Fixes the layout of an activation. Nothing happens on a mesh of one device."""
+        if self.mesh.size == 1:
+            return x
+        return jax.lax.with_sharding_constraint(x, self.named(axes, x.shape))
+
+    def params(self, specs):
+        """A tree of NamedSharding for a tree of ParamSpec."""
+        return map_specs(lambda s: self.named(s.axes, s.shape), specs)
+
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())

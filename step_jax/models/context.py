@@ -1,0 +1,124 @@
+"""What a model function is told besides parameters and inputs, and how it executes.
+
+Shape suffixes: B batch, T tokens of this call, S slots of a cache or keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from step_jax.core.sharding import Sharding
+from step_jax.ops.attention import Mask
+
+RematPolicy = Literal["none", "dots", "full"]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a model is computed; no choice here changes what is computed.
+
+    attention: implementation of softmax attention (``step_jax.ops.attention``).
+    scan: compile one layer of each kind and loop over it, instead of unrolling all layers.
+    remat: what the backward pass recomputes. ``none`` nothing, ``dots`` everything but products
+      with weights, ``full`` each whole layer from its input.
+    loss_chunks: into how many pieces the vocabulary projection cuts a sequence.
+    dtype: of activations and of the weights' copies they meet.
+    """
+
+    attention: Literal["auto", "reference", "xla"] = "auto"
+    scan: bool = True
+    remat: RematPolicy = "none"
+    loss_chunks: int = 8
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+@struct.dataclass
+class Context:
+    """Positions, documents and layout of the tokens of one call.
+
+    Attributes:
+      positions_BT: int32 position of every token in its document; negative for padding of a
+        cached call (such tokens are not stored).
+      segments_BT: int32 documents of packed rows, 0 for padding; None when a row is one document.
+      lengths_B: int32 tokens in the cache before this call; None without a cache.
+      fresh: the cache is empty (lets a prompt attend to itself alone).
+      sharding: mesh and rules, or None on one device.
+      execution: how to compute.
+    """
+
+    positions_BT: jax.Array
+    segments_BT: jax.Array | None = None
+    lengths_B: jax.Array | None = None
+    fresh: bool = struct.field(pytree_node=False, default=False)
+    sharding: Sharding | None = struct.field(pytree_node=False, default=None)
+    execution: Execution = struct.field(pytree_node=False, default=Execution())
+
+    def constrain(self, x, *axes: str | None):
+        return x if self.sharding is None else self.sharding.constrain(x, *axes)
+
+    def lengths_after_B(self):
+        """Tokens in the cache once those of this call are stored."""
+        return self.lengths_B + jnp.sum(self.positions_BT >= 0, axis=1, dtype=jnp.int32)
+
+    def mask(self, kv_positions_BS=None, window: int | None = None) -> Mask:
+        """Causal mask of this call's tokens over themselves, or over keys at given positions."""
+        if kv_positions_BS is None:
+            return Mask(
+                self.positions_BT,
+                self.positions_BT,
+                self.segments_BT,
+                self.segments_BT,
+                window=window,
+                in_order=True,
+            )
+        return Mask(self.positions_BT, kv_positions_BS, window=window)
+
+
+def slot_positions_BS(lengths_B, slots: int):
+    """Position held by every slot of a cache of ``lengths_B`` tokens; negative if it holds none.
+
+    Position p lives in slot ``p % slots``: a cache no shorter than the text is an array, a shorter
+    one a ring of the newest ``slots`` positions. Nothing but the lengths needs to be stored.
+    """
+    last_B1, slot_1S = lengths_B[:, None] - 1, jnp.arange(slots, dtype=jnp.int32)[None]
+    return last_B1 - (last_B1 - slot_1S) % slots
+
+
+def through_cache(new, cache, ctx: Context):
+    """Stores what a layer keeps of this call's tokens and returns what they attend to.
+
+    Args:
+      new: tuple of (B, T, ...) arrays, one entry per token.
+      cache: tuple of (B, S, ...) arrays of the same kinds, or None.
+      ctx: the call.
+
+    Returns:
+      (keys, kv_positions_BS, cache): ``keys`` are ``new`` itself without a cache or with an empty
+      one (``kv_positions_BS`` is then None: the tokens' own), else arrays over all slots.
+    """
+    if cache is None:
+        return new, None, None
+    B, T = ctx.positions_BT.shape
+    slots = cache[0].shape[1]
+    after_B = ctx.lengths_after_B()
+    kept_BT = (ctx.positions_BT >= 0) & (ctx.positions_BT >= after_B[:, None] - slots)
+    slot_BT = jnp.where(kept_BT, ctx.positions_BT % slots, slots)
+    rows_B1 = jnp.arange(B)[:, None]
+    stored = tuple(
+        c.at[rows_B1, slot_BT].set(n.astype(c.dtype), mode="drop", unique_indices=T == 1)
+        for c, n in zip(cache, new, strict=True)
+    )
+    if ctx.fresh:
+        return new, None, stored
+    if T == 1:
+        return stored, slot_positions_BS(after_B, slots), stored
+    before_BS = slot_positions_BS(ctx.lengths_B, slots)
+    both = tuple(
+        jnp.concatenate([c.astype(n.dtype), n], axis=1) for c, n in zip(cache, new, strict=True)
+    )
+    return both, jnp.concatenate([before_BS, ctx.positions_BT], axis=1), stored

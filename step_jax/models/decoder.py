@@ -1,0 +1,302 @@
+"""The Step decoder: groups of scanned layers with exchangeable attention and MLP.
+
+Shape suffixes: B batch, T tokens, D model width, V vocabulary, L layers of one stack.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from step_jax.core import spec as specs_lib
+from step_jax.core.errors import ConfigError
+from step_jax.core.spec import ParamSpec
+from step_jax.models.attention import AttentionKind
+from step_jax.models.context import Context
+from step_jax.models.initialisation import FanIn, Initialisation
+from step_jax.models.layers import MLP, RMSNorm
+from step_jax.ops.einsum import einsum
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@struct.dataclass
+class BlockParams:
+    attention_norm_D: Any
+    attention: Any
+    mlp_norm_D: Any
+    mlp: Any
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer: ``x += attention(norm(x))``, then ``x += mlp(norm(x))``."""
+
+    attention: AttentionKind
+    mlp: MLP
+
+    def specs(self, width: int, norm: RMSNorm, init: Initialisation) -> BlockParams:
+        return BlockParams(
+            attention_norm_D=norm.specs(width),
+            attention=self.attention.specs(width, init),
+            mlp_norm_D=norm.specs(width),
+            mlp=self.mlp.specs(width, init),
+        )
+
+    def apply(self, p: BlockParams, norm: RMSNorm, x_BTD, ctx: Context, cache=None):
+        """(x_BTD, cache)."""
+        y_BTD, cache = self.attention.apply(
+            p.attention, norm.apply(p.attention_norm_D, x_BTD), ctx, cache
+        )
+        x_BTD = ctx.constrain(x_BTD + y_BTD, "batch", "sequence", None)
+        y_BTD = self.mlp.apply(p.mlp, norm.apply(p.mlp_norm_D, x_BTD), ctx)
+        return ctx.constrain(x_BTD + y_BTD, "batch", "sequence", None), cache
+
+
+@dataclass(frozen=True)
+class Group:
+    """``repeat`` times the layers of ``blocks`` in turn, scanned: compile time is that of one turn."""
+
+    repeat: int
+    blocks: tuple[Block, ...]
+
+    def validate(self):
+        if self.repeat < 1 or not self.blocks:
+            raise ConfigError(f"a group needs a block and a repeat of at least 1: {self.repeat}")
+
+
+@struct.dataclass
+class MTPParams:
+    hidden_norm_D: Any
+    embedding_norm_D: Any
+    join_2DD: Any
+    block: BlockParams
+
+
+@dataclass(frozen=True)
+class MTP:
+    """Multi-token prediction (arXiv 2412.19437, 2.2; Step-3.5-Flash, arXiv 2602.10604).
+
+    Head k sees ``join[norm(hidden); norm(embedding of the token k ahead)]`` through a block of its
+    own and predicts the token k + 1 ahead with the shared output head. ``weight`` multiplies the
+    mean of the heads' losses.
+    """
+
+    heads: int
+    block: Block
+    weight: float = 0.3
+
+    def specs(self, width: int, norm: RMSNorm, init: Initialisation) -> MTPParams:
+        return MTPParams(
+            hidden_norm_D=norm.specs(width),
+            embedding_norm_D=norm.specs(width),
+            join_2DD=ParamSpec(
+                (2, width, width), (None, "embed", None), init.matrix(2 * width), fan_in=2
+            ),
+            block=self.block.specs(width, norm, init),
+        )
+
+    def apply(self, p: MTPParams, norm: RMSNorm, x_BTD, embedded_BTD, ctx: Context):
+        """Hidden state of one head: (B, T, D)."""
+        pair_BT2D = jnp.stack(
+            [norm.apply(p.hidden_norm_D, x_BTD), norm.apply(p.embedding_norm_D, embedded_BTD)], 2
+        )
+        joined_BTD = einsum("BTPD,PDE->BTE", pair_BT2D, p.join_2DD)
+        return self.block.apply(p.block, norm, joined_BTD, ctx)[0]
+
+
+@struct.dataclass
+class DecoderParams:
+    embedding_VD: Any
+    groups: tuple[tuple[BlockParams, ...], ...]
+    final_norm_D: Any
+    head_DV: Any
+    mtp: tuple[MTPParams, ...]
+
+
+@struct.dataclass
+class Cache:
+    """What decoding keeps: per group and block a tuple of (L, B, slots, ...) arrays."""
+
+    layers: tuple[tuple[tuple[jax.Array, ...], ...], ...]
+    lengths_B: jax.Array
+
+    def nbytes(self) -> int:
+        """Bytes of keys, values or latents held for all layers."""
+        return sum(a.nbytes for a in jax.tree.leaves(self.layers))
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A causal language model.
+
+    vocab: 0 takes the tokenizer's.
+    tied: the output head is the transposed embedding.
+    """
+
+    width: int
+    layers: tuple[Group, ...]
+    vocab: int = 0
+    tied: bool = False
+    norm: RMSNorm = RMSNorm()
+    init: Initialisation = field(default_factory=FanIn)
+    mtp: MTP | None = None
+
+    def validate(self):
+        if self.width < 1 or self.vocab < 0 or not self.layers:
+            raise ConfigError("a decoder needs a positive width and at least one group of layers")
+
+    @property
+    def depth(self) -> int:
+        """Number of layers, without those of multi-token prediction."""
+        return sum(g.repeat * len(g.blocks) for g in self.layers)
+
+    def specs(self) -> DecoderParams:
+        """The parameter table.
+
+        Raises:
+          ConfigError: the vocabulary is still that of no tokenizer.
+        """
+        if not self.vocab:
+            raise ConfigError("model.vocab is 0: set it, or let a tokenizer set it")
+        V, D = self.vocab, self.width
+        return DecoderParams(
+            embedding_VD=ParamSpec(
+                (V, D), ("vocab", "embed"), self.init.embedding(D), role="embedding"
+            ),
+            groups=tuple(
+                tuple(specs_lib.stack(b.specs(D, self.norm, self.init), g.repeat) for b in g.blocks)
+                for g in self.layers
+            ),
+            final_norm_D=self.norm.specs(D),
+            head_DV=None
+            if self.tied
+            else ParamSpec((D, V), ("embed", "vocab"), self.init.head(D), role="head"),
+            mtp=()
+            if self.mtp is None
+            else tuple(self.mtp.specs(D, self.norm, self.init) for _ in range(self.mtp.heads)),
+        )
+
+    def initialise(self, key) -> DecoderParams:
+        """Fresh float32 parameters; each one's values depend on its own name and ``key`` alone."""
+        return specs_lib.init(self.specs(), key, self._first_layer)
+
+    def _first_layer(self, name: str) -> int:
+        # layers of depth-dependent initialisations count from the bottom of the whole model; the
+        # turns of a group of several blocks advance together
+        parts = name.split("/")
+        if parts[0] == "mtp":
+            return self.depth
+        if parts[0] != "groups":
+            return 0
+        return sum(g.repeat * len(g.blocks) for g in self.layers[: int(parts[1])])
+
+    # --- forward -------------------------------------------------------------------------------
+
+    def embed(self, p: DecoderParams, tokens_BT, ctx: Context):
+        """Embeddings in the compute dtype: (B, T, D)."""
+        table_VD = ctx.constrain(p.embedding_VD.astype(ctx.execution.dtype), "vocab", None)
+        return ctx.constrain(table_VD[tokens_BT], "batch", "sequence", None)
+
+    def head(self, p: DecoderParams):
+        """The output head (D, V)."""
+        return p.embedding_VD.T if self.tied else p.head_DV
+
+    def hidden(self, p: DecoderParams, tokens_BT, ctx: Context, cache: Cache | None = None):
+        """Runs all layers.
+
+        Returns:
+          (x_BTD before the final norm, the cache with these tokens stored or None).
+        """
+        x_BTD = self.embed(p, tokens_BT, ctx)
+        if cache is not None:
+            ctx = ctx.replace(lengths_B=cache.lengths_B)
+        layers = []
+        for i, group in enumerate(self.layers):
+            caches = None if cache is None else cache.layers[i]
+            x_BTD, caches = self._group(group, p.groups[i], x_BTD, ctx, caches)
+            layers.append(caches)
+        if cache is None:
+            return x_BTD, None
+        return x_BTD, Cache(tuple(layers), ctx.lengths_after_B())
+
+    def _group(self, group: Group, params, x_BTD, ctx: Context, caches):
+        specs = tuple(b.specs(self.width, self.norm, self.init) for b in group.blocks)
+
+        def turn(x_BTD, inputs):
+            layer_params, layer_caches = inputs
+            out = []
+            for j, block in enumerate(group.blocks):
+                p = gather(specs[j], layer_params[j], ctx)
+                c = None if layer_caches is None else layer_caches[j]
+                x_BTD, c = block.apply(p, self.norm, x_BTD, ctx, c)
+                out.append(c)
+            return x_BTD, (None if layer_caches is None else tuple(out))
+
+        if ctx.execution.remat != "none":
+            turn = jax.checkpoint(
+                turn,
+                policy=REMAT_POLICIES[ctx.execution.remat],
+                prevent_cse=not ctx.execution.scan,
+            )
+        if ctx.execution.scan and group.repeat > 1:
+            return jax.lax.scan(turn, x_BTD, (params, caches))
+        out = []
+        for layer in range(group.repeat):
+            one = jax.tree.map(lambda a, layer=layer: a[layer], (params, caches))
+            x_BTD, c = turn(x_BTD, one)
+            out.append(c)
+        if caches is None:
+            return x_BTD, None
+        return x_BTD, jax.tree.map(lambda *a: jnp.stack(a), *out)
+
+    def normed(self, p: DecoderParams, x_BTD):
+        """What the output head multiplies."""
+        return self.norm.apply(p.final_norm_D, x_BTD)
+
+    def logits(self, p: DecoderParams, x_BTD, ctx: Context):
+        """float32 (B, T, V) from hidden states; training uses the chunked loss instead."""
+        head_DV = ctx.constrain(self.head(p).astype(x_BTD.dtype), None, "vocab")
+        return jnp.einsum(
+            "BTD,DV->BTV", self.normed(p, x_BTD), head_DV, preferred_element_type=jnp.float32
+        )
+
+    # --- cache ---------------------------------------------------------------------------------
+
+    def init_cache(self, batch: int, length: int, dtype=jnp.bfloat16) -> Cache:
+        """An empty cache for ``length`` tokens a row; windowed layers hold no more than a window."""
+
+        def block_cache(block: Block, repeat: int):
+            window = block.attention.window
+            slots = length if window is None else min(length, window)
+            return tuple(
+                jnp.zeros((repeat, batch, slots, *entry), dtype)
+                for entry in block.attention.cache_entries()
+            )
+
+        layers = tuple(tuple(block_cache(b, g.repeat) for b in g.blocks) for g in self.layers)
+        return Cache(layers, jnp.zeros((batch,), jnp.int32))
+
+
+@functools.partial(jax.named_call, name="gather")
+def gather(specs, params, ctx: Context):
+    """The parameters of one layer with FSDP undone: each device gets the whole width.
+
+    This is where FSDP communicates: an all-gather before use here, a reduce-scatter of the
+    gradient in its transpose. Inside a rematerialised layer the gathered copy is not kept.
+    """
+
+    def leaf(spec: ParamSpec, w):
+        if not spec.shape or "embed" not in spec.axes:
+            return w
+        return ctx.constrain(w, *(None if a == "embed" else a for a in spec.axes))
+
+    return specs_lib.map_specs(leaf, specs, params)

@@ -1,0 +1,77 @@
+"""Layers that are not attention: normalisation and gated multi-layer perceptrons.
+
+Shape suffixes: B batch, T tokens, D model width, F hidden width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from step_jax.core.errors import ConfigError
+from step_jax.core.spec import ONES, ZEROS, ParamSpec
+from step_jax.models.context import Context
+from step_jax.models.initialisation import Initialisation
+from step_jax.ops.einsum import einsum
+from step_jax.ops.norm import rms_norm
+
+
+@dataclass(frozen=True)
+class RMSNorm:
+    """Root-mean-square norm; ``zero_centred`` stores the scale minus one (Step-3.5-Flash)."""
+
+    eps: float = 1e-5
+    zero_centred: bool = False
+
+    def specs(self, width: int) -> ParamSpec:
+        return ParamSpec((width,), (None,), ZEROS if self.zero_centred else ONES, role="vector")
+
+    def apply(self, scale, x):
+        """Normalises the last axis of ``x``."""
+        return rms_norm(x, scale, self.eps, self.zero_centred)
+
+
+@struct.dataclass
+class SwiGLUParams:
+    gate_DF: Any
+    up_DF: Any
+    down_FD: Any
+
+
+@dataclass(frozen=True)
+class SwiGLU:
+    """``down(silu(gate(x)) * up(x))`` (arXiv 2002.05202).
+
+    ``clamp`` bounds the two factors, ``min(silu(g), L) * clip(u, -L, L)`` (Step-3.5-Flash,
+    arXiv 2602.10604, its guard against exploding activations).
+    """
+
+    kind: ClassVar[str] = "swiglu"
+    hidden: int
+    clamp: float | None = None
+
+    def validate(self):
+        if self.hidden < 1:
+            raise ConfigError(f"the hidden width of an MLP is {self.hidden}")
+
+    def specs(self, width: int, init: Initialisation) -> SwiGLUParams:
+        read = ParamSpec((width, self.hidden), ("embed", "mlp"), init.matrix(width))
+        down = ParamSpec((self.hidden, width), ("mlp", "embed"), init.mlp_output(self.hidden))
+        return SwiGLUParams(gate_DF=read, up_DF=read, down_FD=down)
+
+    def apply(self, p: SwiGLUParams, x_BTD, ctx: Context):
+        """(B, T, D) -> (B, T, D)."""
+        gate_BTF = jax.nn.silu(einsum("BTD,DF->BTF", x_BTD, p.gate_DF))
+        up_BTF = einsum("BTD,DF->BTF", x_BTD, p.up_DF)
+        if self.clamp is not None:
+            gate_BTF = jnp.minimum(gate_BTF, self.clamp)
+            up_BTF = jnp.clip(up_BTF, -self.clamp, self.clamp)
+        hidden_BTF = ctx.constrain(gate_BTF * up_BTF, "batch", "sequence", "mlp")
+        return einsum("BTF,FD->BTD", hidden_BTF, p.down_FD)
+
+
+MLP = SwiGLU
