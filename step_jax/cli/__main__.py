@@ -1,5 +1,7 @@
 """``python -m step_jax.cli`` is ``step-jax``."""
 
-from step_jax.cli.main import console
+import sys
 
-console()
+from step_jax.cli.main import main
+
+sys.exit(main())

@@ -79,10 +79,5 @@ def _report(message: str, code: int) -> int:
     return code
 
 
-def console() -> None:
-    """Entry point of the installed script."""
-    sys.exit(main())
-
-
 if __name__ == "__main__":
-    console()
+    sys.exit(main())
