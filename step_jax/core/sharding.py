@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
@@ -19,6 +19,8 @@ from step_jax.core.errors import ConfigError
 from step_jax.core.spec import map_specs
 
 MeshAxes = tuple[str, ...]
+
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class MeshConfig:
     expert: experts of a mixture (rows of the batch elsewhere).
     context: pieces of every sequence.
     tensor: heads, hidden units and vocabulary.
+    ring: with several key/value heads, pass them around the context axis instead of gathering them.
     """
 
     data: int = 1
@@ -37,9 +40,10 @@ class MeshConfig:
     expert: int = 1
     context: int = 1
     tensor: int = 1
+    ring: bool = False
 
     def validate(self):
-        sizes = {f.name: getattr(self, f.name) for f in fields(self)}
+        sizes = self.sizes()
         bad = {k: v for k, v in sizes.items() if v < 1 and v != -1}
         if bad:
             raise ConfigError(
@@ -48,10 +52,13 @@ class MeshConfig:
         if sum(v == -1 for v in sizes.values()) > 1:
             raise ConfigError("only one mesh axis can be -1 (the rest of the devices)")
 
+    def sizes(self) -> dict[str, int]:
+        return {axis: getattr(self, axis) for axis in AXES}
+
     def resolve(self, devices: int) -> MeshConfig:
         """The same with -1 replaced. Raises ConfigError if the sizes do not make ``devices``."""
         self.validate()
-        sizes = {f.name: getattr(self, f.name) for f in fields(self)}
+        sizes = self.sizes()
         known = math.prod(v for v in sizes.values() if v != -1)
         rest = [k for k, v in sizes.items() if v == -1]
         if rest and devices % known == 0:
@@ -62,19 +69,18 @@ class MeshConfig:
                 f"the mesh {shape} does not match the {devices} devices; set one axis of "
                 "`parallel` to -1 to let it take the rest"
             )
-        return MeshConfig(**sizes)
+        return replace(self, **sizes)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh:
     """A mesh with the axes of :class:`MeshConfig`, the rightmost ones on the nearest devices."""
     devices = jax.devices() if devices is None else list(devices)
     config = config.resolve(len(devices))
-    names = tuple(f.name for f in fields(config))
-    shape = tuple(getattr(config, n) for n in names)
-    types = (AxisType.Auto,) * len(names)
+    shape = tuple(config.sizes().values())
+    types = (AxisType.Auto,) * len(AXES)
     if len(devices) == 1:
-        return Mesh(np.asarray(devices).reshape(shape), names, axis_types=types)
-    return jax.make_mesh(shape, names, axis_types=types, devices=devices)
+        return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=types)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
 
 
 #: (logical axis, mesh axes). Where a name stands twice the second line is the fall-back for sizes
@@ -108,6 +114,10 @@ class Sharding:
     mesh: Mesh
     rules: tuple[tuple[str, MeshAxes], ...] = DEFAULT_RULES
     ring: bool = False
+
+    @classmethod
+    def build(cls, config: MeshConfig, devices: Sequence | None = None) -> Sharding:
+        return cls(make_mesh(config, devices), ring=config.ring)
 
     def size(self, *axes: str) -> int:
         return math.prod(self.mesh.shape[a] for a in axes)

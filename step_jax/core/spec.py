@@ -136,18 +136,18 @@ def path_name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def init(specs, key, first_layer: Callable[[str], int] = lambda name: 0):
+def init(specs, key, layers: Callable[[str], tuple[int, int]] = lambda name: (0, 1)):
     """Arrays for ``specs``.
 
     Every parameter's key comes from its own path, so adding one leaves the others' values alone.
-    ``first_layer`` gives the index in the whole model of the first layer of a stacked parameter
-    (by its path), for initialisations that depend on depth.
+    ``layers`` says, by a parameter's path, the index in the whole model of its first layer and the
+    distance to the next one of the stack, for initialisations that depend on depth.
     """
 
     def leaf(path, spec):
         name = path_name(path)
         return _init_leaf(
-            spec, jax.random.fold_in(key, zlib.crc32(name.encode())), first_layer(name)
+            spec, jax.random.fold_in(key, zlib.crc32(name.encode())), *layers(name)
         )
 
     return jax.tree_util.tree_map_with_path(leaf, specs, is_leaf=is_spec)

@@ -63,7 +63,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Group:
-    """``repeat`` times the layers of ``blocks`` in turn, scanned: compile time is that of one turn."""
+    """``repeat`` times the layers of ``blocks`` in turn; scanned, so one turn is compiled."""
 
     repeat: int
     blocks: tuple[Block, ...]
@@ -187,17 +187,18 @@ class Decoder:
 
     def initialise(self, key) -> DecoderParams:
         """Fresh float32 parameters; each one's values depend on its own name and ``key`` alone."""
-        return specs_lib.init(self.specs(), key, self._first_layer)
+        return specs_lib.init(self.specs(), key, self._layers_of)
 
-    def _first_layer(self, name: str) -> int:
-        # layers of depth-dependent initialisations count from the bottom of the whole model; the
-        # turns of a group of several blocks advance together
+    def _layers_of(self, name: str) -> tuple[int, int]:
+        """(index of the first layer, stride) of the parameter at a path such as groups/0/1/mlp."""
         parts = name.split("/")
         if parts[0] == "mtp":
-            return self.depth
+            return self.depth, 1
         if parts[0] != "groups":
-            return 0
-        return sum(g.repeat * len(g.blocks) for g in self.layers[: int(parts[1])])
+            return 0, 1
+        group, block = int(parts[1]), int(parts[2])
+        below = sum(g.repeat * len(g.blocks) for g in self.layers[:group])
+        return below + block, len(self.layers[group].blocks)
 
     # --- forward -------------------------------------------------------------------------------
 
@@ -272,7 +273,7 @@ class Decoder:
     # --- cache ---------------------------------------------------------------------------------
 
     def init_cache(self, batch: int, length: int, dtype=jnp.bfloat16) -> Cache:
-        """An empty cache for ``length`` tokens a row; windowed layers hold no more than a window."""
+        """An empty cache for ``length`` tokens a row; a windowed layer holds one window."""
 
         def block_cache(block: Block, repeat: int):
             window = block.attention.window

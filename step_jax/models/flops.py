@@ -1,0 +1,43 @@
+"""Arithmetic of a decoder, counted from its parameter table.
+
+A multiply-add is two operations. Counted are the products that a model needs, whatever an
+implementation does beside them: recomputation (remat) and masked scores are not work.
+"""
+
+from __future__ import annotations
+
+from step_jax.core.spec import count
+from step_jax.models.decoder import Block, Decoder
+
+
+def mean_keys(length: int, window: int | None) -> float:
+    """Keys that a causal query sees, on average over a row of ``length`` tokens."""
+    window = length if window is None else min(window, length)
+    return (window * (window + 1) / 2 + (length - window) * window) / length
+
+
+def _attention_core(block: Block, length: int) -> float:
+    score, value = block.attention.score_and_value_widths()
+    keys = mean_keys(length, block.attention.window)
+    return 2.0 * block.attention.heads * (score + value) * keys
+
+
+def forward_flops_per_token(c: Decoder, length: int) -> float:
+    """Operations of one token's forward pass in rows of ``length`` tokens.
+
+    Weights count two operations per token each (the output head once more for every head of
+    multi-token prediction, embeddings not at all), attention by its heads, widths and the keys a
+    causal or windowed query sees. Rows packed with several documents need less than is counted.
+    """
+    head = c.vocab * c.width
+    total = 2.0 * (count(c.specs(), roles=("matrix",)) + head)
+    for group in c.layers:
+        total += group.repeat * sum(_attention_core(b, length) for b in group.blocks)
+    if c.mtp is not None:
+        total += c.mtp.heads * (2.0 * head + _attention_core(c.mtp.block, length))
+    return total
+
+
+def train_flops_per_token(c: Decoder, length: int) -> float:
+    """Forward, and twice that for the gradients of activations and weights."""
+    return 3.0 * forward_flops_per_token(c, length)
