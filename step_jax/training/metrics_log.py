@@ -52,7 +52,7 @@ class MetricsLog:
         return dropped
 
     def append(self, event: str, step: int, values: Mapping[str, Any]) -> None:
-        """Write one record; it survives a kill of the process at once, of the machine after 30 s."""
+        """Write one record; it survives a killed process at once, a lost machine after 30 s."""
         record = {"event": event, "step": step, "time": round(self._clock(), 3)}
         record |= {key: _plain(value) for key, value in values.items()}
         data = (json.dumps(record) + "\n").encode()

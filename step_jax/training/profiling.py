@@ -12,7 +12,7 @@ from step_jax.core.errors import ConfigError
 class ProfileConfig:
     """Which steps to trace.
 
-    start_step: the first traced step; null traces nothing. Leave out the first steps, which compile.
+    start_step: the first traced step; null traces nothing. The first steps compile.
     steps: how many steps to trace.
     """
 

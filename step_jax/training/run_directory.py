@@ -28,7 +28,7 @@ class RunDirectory:
       config: the resolved configuration (``config.yaml``).
       metrics: ``metrics.jsonl``, see :mod:`step_jax.training.metrics_log`.
       log: ``log.txt``, what was printed, with times.
-      checkpoints, tensorboard, plots, samples, profile: subdirectories; who writes there makes them.
+      checkpoints, tensorboard, plots, samples, profile: subdirectories, made by who writes.
     """
 
     def __init__(self, path: Path | str, *, primary: bool = True):
@@ -55,6 +55,9 @@ class RunDirectory:
         """Take the lock. Raises ConfigError naming the owner if another run has it."""
         if not self.primary:
             return self
+        identity = self._lock_file.resolve()
+        if identity in _held:  # ask before opening: closing any descriptor drops the lock
+            raise ConfigError(self._refusal(descriptor=None))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o644)
@@ -63,10 +66,6 @@ class RunDirectory:
                 raise
             reason = os.strerror(error.errno or 0)
             raise ConfigError(f"cannot write to the run directory {self.path}: {reason}") from None
-        identity = self._lock_file.resolve()
-        if identity in _held:
-            os.close(descriptor)
-            raise ConfigError(self._refusal(descriptor=None))
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -113,7 +112,7 @@ class RunDirectory:
         _held.discard(self._lock_file.resolve())
 
     def write_config(self, yaml_text: str) -> None:
-        """Store the resolved configuration. A file that differs is kept as ``config.1.yaml``, ..."""
+        """Store the resolved configuration. One that differs is kept (``config.1.yaml``)."""
         if not self.primary:
             return
         if self.config.exists():

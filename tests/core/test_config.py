@@ -342,7 +342,7 @@ def test_resolved_yaml_loads_back(write):
 
 def test_reading_configuration_imports_no_jax():
     code = (
-        "import sys, step_jax, step_jax.cli.main, step_jax.core.config, step_jax.core.config_flags\n"
+        "import sys, step_jax.cli.main, step_jax.core.config, step_jax.core.config_flags\n"
         "bad = {'jax', 'numpy', 'flax'} & set(sys.modules)\n"
         "sys.exit(f'imported {bad}' if bad else 0)"
     )
