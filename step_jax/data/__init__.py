@@ -1,0 +1,26 @@
+"""Text in, batches out: sources, tokenizer, packing, mixtures, held-out split.
+
+Importing this package loads no heavy library; each is imported where it is used.
+"""
+
+from step_jax.data.cache import Prepared, TokenCache, prepare, train_tokenizer
+from step_jax.data.config import DataConfig, Source, Stage
+from step_jax.data.dataset import BatchIterator, TextDataset
+from step_jax.data.heldout import Heldout
+from step_jax.data.packing import Batch
+from step_jax.data.tokenizer import Tokenizer
+
+__all__ = [
+    "Batch",
+    "BatchIterator",
+    "DataConfig",
+    "Heldout",
+    "Prepared",
+    "Source",
+    "Stage",
+    "TextDataset",
+    "TokenCache",
+    "Tokenizer",
+    "prepare",
+    "train_tokenizer",
+]

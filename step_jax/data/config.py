@@ -1,0 +1,153 @@
+"""Configuration of the data pipeline: what to read, how to pack it, what to hold out."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from step_jax.core.errors import ConfigError
+
+PYTHON_STDLIB = "python:stdlib"
+TRAIN_TOKENIZER = "train"
+
+Format = Literal["auto", "text", "jsonl", "parquet", "arrow", "arrayrecord"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One corpus: a file or a folder.
+
+    ``path`` is a file, a folder (read recursively, hidden names left out), or
+    ``python:stdlib`` (the standard library of the running Python, a text every machine
+    has). ``weight`` is the share of this source in a mixture, counted in rows. ``format``
+    ``auto`` goes by file extension: ``.jsonl``, ``.jsonl.zst``, ``.jsonl.gz``, ``.parquet``,
+    ``.arrow``, ``.arrayrecord``; every other file is text, one document each.
+    ``text_field`` names the field or column that holds the text of a record.
+    """
+
+    path: str
+    weight: float = 1.0
+    format: Format = "auto"
+    text_field: str = "text"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Weights that hold until a step. The last stage has ``until_step: null`` (open end).
+
+    ``weights`` follow the order of ``DataConfig.sources``.
+    """
+
+    weights: tuple[float, ...]
+    until_step: int | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the training text comes from and how it becomes rows of tokens.
+
+    Attributes:
+      path: one corpus (see `Source.path`); ``sources`` instead gives several.
+      sources: the corpora of a mixture, with weights.
+      stages: weights that change at given steps; empty means the sources' own weights.
+      format: format of ``path`` (see `Source`).
+      text_field: field or column with the text, for ``path``.
+      tokenizer: ``train`` (SentencePiece BPE on the training documents), or the path of a
+        SentencePiece ``.model``.
+      vocab_size: size of a tokenizer that is trained; one that is loaded brings its own.
+      sequence_length: tokens in a row.
+      packing: ``split`` cuts the stream of documents at row borders (no padding but at the
+        end of an epoch); ``fit`` keeps every document that fits in one row (best fit
+        decreasing, some padding).
+      isolate: True keeps the documents of a row apart (segment ids, positions restart);
+        False joins them into one stream.
+      heldout_fraction: share of the documents kept for evaluation, chosen by a hash of
+        their content, so copies of one document never stand on both sides.
+      max_bad_records: records that cannot be read before preparation stops with an error.
+      max_document_bytes: a longer document is cut there; the cut bytes are counted.
+      cache_dir: where tokenised corpora are kept; default ``$XDG_CACHE_HOME/step_jax`` or
+        ``~/.cache/step_jax``.
+    """
+
+    path: str = PYTHON_STDLIB
+    sources: tuple[Source, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    format: Format = "auto"
+    text_field: str = "text"
+    tokenizer: str = TRAIN_TOKENIZER
+    vocab_size: int = 4096
+    sequence_length: int = 512
+    packing: Literal["split", "fit"] = "split"
+    isolate: bool = True
+    heldout_fraction: float = 0.02
+    max_bad_records: int = 100
+    max_document_bytes: int = 256 * 2**20
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.sources and self.path != PYTHON_STDLIB:
+            raise ConfigError("data.path and data.sources are both set: keep one of them")
+        if self.sequence_length < 2:
+            raise ConfigError(f"data.sequence_length is {self.sequence_length}; it must be >= 2")
+        if not 0 <= self.heldout_fraction < 1:
+            raise ConfigError(
+                f"data.heldout_fraction is {self.heldout_fraction}; it must be in [0, 1)"
+            )
+        if self.max_document_bytes < 1 or self.max_bad_records < 0:
+            raise ConfigError("data.max_document_bytes must be >= 1, data.max_bad_records >= 0")
+        # 256 byte pieces and 4 control pieces are always there; text needs some more.
+        if self.tokenizer == TRAIN_TOKENIZER and self.vocab_size < 300:
+            raise ConfigError(
+                f"data.vocab_size is {self.vocab_size}; a trained tokenizer needs >= 300"
+            )
+        self._check_stages()
+
+    def _check_stages(self) -> None:
+        for name, weights in [
+            ("data.sources weights", tuple(s.weight for s in self.resolved_sources)),
+            *((f"data.stages[{i}].weights", s.weights) for i, s in enumerate(self.stages)),
+        ]:
+            if len(weights) != len(self.resolved_sources):
+                raise ConfigError(
+                    f"{name} has {len(weights)} entries for {len(self.resolved_sources)} sources"
+                )
+            if any(not math.isfinite(w) or w < 0 for w in weights) or sum(weights) <= 0:
+                raise ConfigError(f"{name} is {weights}: weights must be >= 0 and not all 0")
+        previous = 0
+        for i, stage in enumerate(self.stages):
+            last = i == len(self.stages) - 1
+            if last != (stage.until_step is None):
+                raise ConfigError(
+                    "data.stages: every stage but the last needs until_step, and the last "
+                    "has none, so that the run never leaves the stages"
+                )
+            if stage.until_step is not None:
+                if stage.until_step <= previous:
+                    raise ConfigError(
+                        f"data.stages[{i}].until_step is {stage.until_step}; it must be above "
+                        f"{previous}"
+                    )
+                previous = stage.until_step
+
+    @property
+    def resolved_sources(self) -> tuple[Source, ...]:
+        """``sources``, or the one source that ``path`` stands for."""
+        if self.sources:
+            return self.sources
+        return (Source(path=self.path, format=self.format, text_field=self.text_field),)
+
+    @property
+    def resolved_stages(self) -> tuple[Stage, ...]:
+        """``stages``, or the one open-ended stage of the sources' own weights."""
+        return self.stages or (Stage(weights=tuple(s.weight for s in self.resolved_sources)),)
+
+    @property
+    def cache_path(self) -> Path:
+        """Folder of the tokenised corpora and trained tokenizers."""
+        if self.cache_dir is not None:
+            return Path(self.cache_dir).expanduser()
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        return Path(base).expanduser() / "step_jax"
