@@ -1,0 +1,61 @@
+# Two commands do everything on a fresh machine with Python >= 3.12 and make:
+#   make quickstart              install, train a small model, sample from it
+#   make quickstart DATA=~/text  the same on your own text
+#   make test                    the tests and the linter, in the same environment
+#   make lint                    formatting and types
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+CONFIG ?= configs/quickstart.yaml
+DATA ?=
+ARGS ?=
+PYTEST_ARGS ?= -n auto
+
+help:
+	@sed -n 's/^#   make/  make/p' Makefile
+
+quickstart: $(VENV)/.installed
+	@$(BIN)/step-jax pretrain $(CONFIG) $(if $(DATA),--data.path '$(DATA)') $(ARGS)
+
+test: $(VENV)/.installed-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+# The stamps make the second call start at once; a changed pyproject.toml installs again.
+$(VENV)/.installed: pyproject.toml | $(VENV)/.created
+	@echo "Installing step-jax into $(VENV) (once; about a minute)"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/.created
+	@echo "Installing step-jax and the test tools into $(VENV) (once; about a minute)"
+	@$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+# `python3` may be any version, so each candidate is asked; PYTHON=/path/to/python overrides.
+$(VENV)/.created:
+	@for python in $(PYTHON) python3.12 python3.13 python3.14 python3 python; do \
+	  if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; then \
+	    found=$$python; break; fi; done; \
+	if [ -z "$${found:-}" ]; then \
+	  echo "step-jax needs Python 3.12 or newer and found none. Install it, or name it:" >&2; \
+	  echo "  make quickstart PYTHON=/path/to/python3.12" >&2; exit 1; fi; \
+	if ! "$$found" -c 'import venv, ensurepip' 2>/dev/null; then \
+	  echo "$$found has no venv module. On Debian and Ubuntu: apt install python3-venv" >&2; \
+	  exit 1; fi; \
+	"$$found" -m venv $(VENV)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
