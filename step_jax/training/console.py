@@ -22,7 +22,7 @@ def format_value(name: str, value: Any) -> str:
         return str(value)
     leaf = name.rsplit("/", 1)[-1].replace(" ", "_").lower()
     if leaf.endswith("_per_s"):
-        return f"{si(value)}/s"
+        return si(value)
     if leaf.endswith("_s") or leaf.endswith("seconds"):
         return duration(value)
     if leaf.endswith("bytes"):
@@ -32,6 +32,16 @@ def format_value(name: str, value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.3e}" if value and not 1e-3 <= abs(value) < 1e6 else f"{value:.4g}"
+
+
+def cells(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Names and values for a progress line; names with a ``/`` are details and left out."""
+    shown = {
+        k.replace("_per_s", "/s"): format_value(k, v) for k, v in metrics.items() if "/" not in k
+    }
+    if "tokens" in shown:
+        shown["tokens"] = si(metrics["tokens"])
+    return shown
 
 
 def si(value: float) -> str:
@@ -45,6 +55,8 @@ def si(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds as ``850us``, ``12ms``, ``3.21s``, ``4m05s`` or ``2h07m``."""
+    if seconds == 0:
+        return "0s"
     if seconds < 1e-3:
         return f"{seconds * 1e6:.0f}us"
     if seconds < 1:
@@ -116,6 +128,7 @@ class RichConsole:
         self.terminal.print(Text(text))
 
     def table(self, title: str, rows: Mapping[str, str]) -> None:
+        self.close()  # a live line would be left standing above the table
         from rich import box
         from rich.table import Table
         from rich.text import Text

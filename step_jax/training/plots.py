@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,12 +36,13 @@ def _is_finite(value: Any) -> bool:
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Exponential moving average without the bias of the first values."""
-    decay, average, weight, result = 1 - 1 / max(window, 1), 0.0, 0.0, []
-    for value in values:
-        average = decay * average + (1 - decay) * value
-        weight = decay * weight + (1 - decay)
-        result.append(average / weight)
+    """Mean over a centred window (narrower at the ends), which does not lag behind the curve."""
+    sums = [0.0, *itertools.accumulate(values)]
+    result = []
+    for i in range(len(values)):
+        reach = min(window // 2, i, len(values) - 1 - i)
+        low, high = i - reach, i + reach + 1
+        result.append((sums[high] - sums[low]) / (high - low))
     return result
 
 
@@ -143,7 +145,7 @@ def plot_run(run: Path | str, out: Path | str, *, metric: str = "loss", title: s
     for column, name in enumerate(panels):
         panel = figure.add_subplot(grid[1, column])
         xs, ys = series(records, "step", x, name)
-        panel.plot(xs, ys, color=_MUTED, linewidth=1.0)
+        panel.plot(xs, ys, color=_MUTED, linewidth=0.8)
         _style(panel, x=x, label=name.replace("_", " "), small=True)
         if name == "tokens_per_s":
             _style_rate(panel)

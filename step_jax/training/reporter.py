@@ -19,7 +19,14 @@ from typing import Any, TextIO
 
 from step_jax.core.errors import ConfigError
 from step_jax.training import sinks as sink_lib
-from step_jax.training.console import Console, duration, format_value, make_console, progress_text
+from step_jax.training.console import (
+    Console,
+    cells,
+    duration,
+    format_value,
+    make_console,
+    progress_text,
+)
 from step_jax.training.metrics_log import MetricsLog
 from step_jax.training.run_directory import RunDirectory
 from step_jax.training.sinks import AsyncSink, RunInfo, SinkName
@@ -108,12 +115,12 @@ class Reporter:
         numbers = _numbers(metrics)
         self._metrics.append("step", step, numbers)
         self._to_sinks(step, numbers)
-        cells = {k: format_value(k, v) for k, v in numbers.items() if "/" not in k}
+        shown = cells(numbers)
         if (left := self._seconds_left(step)) is not None:
-            cells["left"] = duration(left)
-        self._console.progress(step, self.total_steps, cells)
+            shown["left"] = duration(left)
+        self._console.progress(step, self.total_steps, shown)
         if step % self.config.every == 0 or step == self.total_steps:
-            self._write_log(progress_text(step, self.total_steps, cells))
+            self._write_log(progress_text(step, self.total_steps, shown))
 
     def evaluation(self, step: int, metrics: Mapping[str, Any], name: str = "eval") -> None:
         """Record an evaluation; sinks get the metrics as ``name/metric``."""
@@ -122,7 +129,7 @@ class Reporter:
         numbers = _numbers(metrics)
         self._metrics.append("eval", step, {"name": name, **numbers})
         self._to_sinks(step, {f"{name}/{key}": value for key, value in numbers.items()})
-        shown = "  ".join(f"{k} {format_value(k, v)}" for k, v in numbers.items())
+        shown = "  ".join(f"{k} {v}" for k, v in cells(numbers).items())
         self._line(f"{name} at step {step}: {shown}")
 
     def event(self, text: str) -> None:

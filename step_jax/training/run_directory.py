@@ -125,6 +125,23 @@ class RunDirectory:
         replace_file(self.config, yaml_text)
 
 
+def is_locked(path: Path | str) -> bool:
+    """Whether a run has the directory at the moment."""
+    if (Path(path) / "lock").resolve() in _held:
+        return True
+    try:
+        descriptor = os.open(Path(path) / "lock", os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
 def replace_file(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, finds the old text or the new and nothing else."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,0 +1,189 @@
+"""``step-jax runs DIR ...``: runs side by side, as a table and as a picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from step_jax.core.errors import ConfigError
+from step_jax.training.console import format_value, si
+
+_COLUMNS = ("run", "status", "steps", "tokens", "params", "loss", "held out", "bpb", "tokens/s")
+
+
+def main(argv: list[str]) -> int:
+    args = _parse(argv)
+    directories = find_runs(args.directories)
+    if not directories:
+        where = ", ".join(map(str, args.directories))
+        raise ConfigError(f"no run (a directory with metrics.jsonl) in {where}")
+    rows = [summarise(directory) for directory in directories]
+    labels = _labels(directories)
+    differences = config_differences([read_config(d) for d in directories])
+    for row, label, difference in zip(rows, labels, differences, strict=True):
+        row["run"] = label
+        row["config"] = "  ".join(f"{key}={value}" for key, value in difference.items())
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        show(rows)
+    if args.plot:
+        from step_jax.training.plots import plot_comparison
+
+        pairs = dict(zip(labels, directories, strict=True))
+        try:
+            path = plot_comparison(pairs, args.plot, metric=args.metric)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        print(f"plot: {path}", file=sys.stderr)
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="step-jax runs", description="Compare runs as a table and a picture."
+    )
+    parser.add_argument(
+        "directories",
+        nargs="+",
+        type=Path,
+        metavar="DIR",
+        help="run directories, or directories that hold them",
+    )
+    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="overlay the curves")
+    parser.add_argument("--metric", default="loss", help="what to plot (default: loss)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    try:
+        return parser.parse_args(argv)
+    except SystemExit as stop:
+        if stop.code:
+            raise ConfigError("see step-jax runs --help") from None
+        raise
+
+
+def find_runs(paths: Sequence[Path]) -> list[Path]:
+    """Run directories among ``paths`` and below them, in order of name, each once."""
+    found: dict[Path, None] = {}
+    for path in paths:
+        if not path.exists():
+            raise ConfigError(f"no such directory: {path}")
+        below = [path] if (path / "metrics.jsonl").exists() else path.rglob("metrics.jsonl")
+        for item in sorted(below):
+            found[item.parent if item.name == "metrics.jsonl" else item] = None
+    return list(found)
+
+
+def _labels(directories: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths that tell the runs apart."""
+    parts = [d.resolve().parts for d in directories]
+    for length in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(p[-length:]) for p in parts]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
+
+
+def summarise(directory: Path) -> dict[str, Any]:
+    """What the records of a run say; a key is None where they say nothing.
+
+    ``status`` is the one in the summary of the run, else ``running`` if its lock is held, else
+    ``stopped``. The pace is the median over the second half of the steps.
+    """
+    from step_jax.training.metrics_log import read_metrics
+    from step_jax.training.run_directory import is_locked
+
+    records = read_metrics(directory)
+    steps = [r for r in records if r["event"] == "step"]
+    evaluations = [r for r in records if r["event"] == "eval"]
+    facts: dict[str, Any] = {}
+    status = None
+    for record in records:
+        if record["event"] in ("header", "summary"):
+            facts |= record.get("values", {})
+        status = record.get("values", {}).get("status") if record["event"] == "summary" else None
+    if status is None:
+        status = "running" if is_locked(directory) else "stopped"
+    last: Mapping[str, Any] = steps[-1] if steps else {}
+    paces = sorted(r["tokens_per_s"] for r in steps[len(steps) // 2 :] if "tokens_per_s" in r)
+    return {
+        "run": directory.name,
+        "status": status,
+        "steps": last.get("step"),
+        "tokens": last.get("tokens"),
+        "params": facts.get("parameters"),
+        "loss": last.get("loss"),
+        "held out": _last(evaluations, "loss"),
+        "bpb": _last(evaluations, "bits_per_byte"),
+        "tokens/s": paces[len(paces) // 2] if paces else None,
+    }
+
+
+def _last(records: Sequence[Mapping[str, Any]], key: str) -> Any:
+    return next((r[key] for r in reversed(records) if key in r), None)
+
+
+def read_config(directory: Path) -> dict[str, str]:
+    """``config.yaml`` as key path -> text; empty if there is none."""
+    from step_jax.core.yaml_strict import Mapping as Tree
+    from step_jax.core.yaml_strict import Node, Scalar, parse_yaml
+
+    path = directory / "config.yaml"
+    if not path.exists():
+        return {}
+    flat: dict[str, str] = {}
+
+    def walk(node: Node, key: str) -> None:
+        if isinstance(node, Scalar):
+            flat[key] = node.text
+            return
+        children = (
+            node.entries.items()
+            if isinstance(node, Tree)
+            else ((str(i), item) for i, item in enumerate(node.items))
+        )
+        for name, child in children:
+            walk(child, f"{key}.{name}" if key else name)
+
+    walk(parse_yaml(path.read_text(encoding="utf-8"), str(path)), "")
+    return flat
+
+
+def config_differences(configs: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """What each configuration says where not all of them say the same."""
+    keys = dict.fromkeys(key for config in configs for key in config)
+    varying = [key for key in keys if len({config.get(key) for config in configs}) > 1]
+    return [{key: config[key] for key in varying if key in config} for config in configs]
+
+
+def show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the table; columns without any value are left out."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    columns = [c for c in (*_COLUMNS, "config") if any(row[c] not in (None, "") for row in rows)]
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
+    for column in columns:
+        is_text = column in ("run", "status", "config")
+        table.add_column(column, justify="left" if is_text else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_cell(column, row[column])) for column in columns))
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 200
+    console.print(table)
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if column in ("tokens", "params", "tokens/s"):
+        return si(value)
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return format_value(column, value)
