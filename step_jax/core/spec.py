@@ -118,15 +118,14 @@ def stack(specs, n: int):
     )
 
 
-def _init_leaf(spec: ParamSpec, key, first_layer: int):
+def _init_leaf(spec: ParamSpec, key, first: int, stride: int):
     if "layers" not in spec.axes:
-        return spec.init(key, spec.shape, spec.dtype, layer=first_layer)
+        return spec.init(key, spec.shape, spec.dtype, layer=first)
     n, *shape = spec.shape
 
     def one(i):
-        return spec.init(
-            jax.random.fold_in(key, i), tuple(shape), spec.dtype, layer=first_layer + i
-        )
+        layer = first + stride * i
+        return spec.init(jax.random.fold_in(key, i), tuple(shape), spec.dtype, layer=layer)
 
     return jax.vmap(one)(jnp.arange(n))
 
@@ -146,9 +145,7 @@ def init(specs, key, layers: Callable[[str], tuple[int, int]] = lambda name: (0,
 
     def leaf(path, spec):
         name = path_name(path)
-        return _init_leaf(
-            spec, jax.random.fold_in(key, zlib.crc32(name.encode())), *layers(name)
-        )
+        return _init_leaf(spec, jax.random.fold_in(key, zlib.crc32(name.encode())), *layers(name))
 
     return jax.tree_util.tree_map_with_path(leaf, specs, is_leaf=is_spec)
 
