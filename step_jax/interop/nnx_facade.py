@@ -1,0 +1,154 @@
+"""A decoder as an ``nnx.Module``, for libraries that want one to hold (Qwix, Tunix, serving).
+
+The modules own the parameters and nothing else: every computation is the pure functions', which
+see each module's parameters put back into the tree they expect. Layers are modules of their own
+(``layers/3/attention``, ``layers/3/mlp``), so paths can be matched by rules and a library that
+intercepts products finds the parameter it meets as an attribute of the module it is in. That
+needs layers one by one: compile time grows with depth here, unlike in ``Decoder.hidden``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from step_jax.core.spec import path_name
+from step_jax.models.context import Context, Execution
+from step_jax.models.decoder import Block, BlockParams, Decoder, DecoderParams
+from step_jax.models.layers import RMSNorm
+
+
+class Part(nnx.Module):
+    """An attention or MLP kind together with its parameters, in the place of the kind alone."""
+
+    def __init__(self, kind: Any, params: Any):
+        leaves, self.structure = jax.tree_util.tree_flatten_with_path(params)
+        self.kind = kind
+        self.names = tuple(path_name(path).replace("/", "_") for path, _ in leaves)
+        for name, (_, leaf) in zip(self.names, leaves, strict=True):
+            setattr(self, name, nnx.Param(leaf))
+
+    def params(self):
+        """The tree that the kind's own functions take."""
+        return jax.tree.unflatten(self.structure, [value(getattr(self, n)) for n in self.names])
+
+    def apply(self, _, x_BTD, ctx: Context, *cache):
+        return self.kind.apply(self.params(), x_BTD, ctx, *cache)
+
+
+class Layer(nnx.Module):
+    """One block of the decoder."""
+
+    def __init__(self, block: Block, norm: RMSNorm, params: BlockParams):
+        self.norm = norm
+        self.attention_norm_D = nnx.Param(params.attention_norm_D)
+        self.attention = Part(block.attention, params.attention)
+        self.mlp_norm_D = nnx.Param(params.mlp_norm_D)
+        self.mlp = Part(block.mlp, params.mlp)
+
+    def params(self, attention=None, mlp=None) -> BlockParams:
+        return BlockParams(
+            attention_norm_D=value(self.attention_norm_D),
+            attention=attention,
+            mlp_norm_D=value(self.mlp_norm_D),
+            mlp=mlp,
+        )
+
+    def __call__(self, x_BTD, ctx: Context):
+        block = Block(attention=self.attention, mlp=self.mlp)
+        return block.apply(self.params(), self.norm, x_BTD, ctx)[0]
+
+
+class DecoderModule(nnx.Module):
+    """``config`` with its parameters as ``nnx.Param``; heads of multi-token prediction are left out.
+
+    Qwix (0.1.8) on it: ``quantize_model`` with ``PtqProvider`` or ``QtProvider`` and
+    ``apply_lora_to_model`` with ``LoraProvider`` all find every weight, under rules such as
+    ``module_path="layers/.*"``.
+    """
+
+    def __init__(self, config: Decoder, params: DecoderParams, execution: Execution | None = None):
+        """Copies the layers of ``params`` out of their stacks.
+
+        Args:
+          config: the model; static.
+          params: as ``config.initialise`` or ``load_hf`` give them.
+          execution: how to compute (None: the default, bfloat16 activations).
+        """
+        self.config = replace(config, mtp=None)
+        self.execution = Execution() if execution is None else execution
+        self.embedding_VD = nnx.Param(params.embedding_VD)
+        self.layers = nnx.List(
+            Layer(block, config.norm, jax.tree.map(lambda a, turn=turn: a[turn], stacked))
+            for group, group_params in zip(config.layers, params.groups, strict=True)
+            for turn in range(group.repeat)
+            for block, stacked in zip(group.blocks, group_params, strict=True)
+        )
+        self.final_norm_D = nnx.Param(params.final_norm_D)
+        self.head_DV = None if config.tied else nnx.Param(params.head_DV)
+
+    def _top(self, groups=()) -> DecoderParams:
+        return DecoderParams(
+            embedding_VD=value(self.embedding_VD),
+            groups=groups,
+            final_norm_D=value(self.final_norm_D),
+            head_DV=None if self.head_DV is None else value(self.head_DV),
+            mtp=(),
+        )
+
+    def params(self) -> DecoderParams:
+        """The pure functions' parameters of ``self.config``, layers stacked again.
+
+        What other libraries added beside the weights (LoRA factors) is not part of them.
+        """
+        layers = iter([x.params(x.attention.params(), x.mlp.params()) for x in self.layers])
+        groups = []
+        for group in self.config.layers:
+            turns = [[next(layers) for _ in group.blocks] for _ in range(group.repeat)]
+            groups.append(
+                tuple(
+                    jax.tree.map(lambda *a: jnp.stack(a), *same)
+                    for same in zip(*turns, strict=True)
+                )
+            )
+        return self._top(tuple(groups))
+
+    def __call__(self, tokens_BT, segments_BT=None, positions_BT=None):
+        """float32 logits (B, T, V) of int32 tokens.
+
+        Args:
+          tokens_BT: inputs.
+          segments_BT: documents of packed rows (0 is padding), None when every row is one document.
+          positions_BT: of tokens in their document, None for 0, 1, ... in every row.
+        """
+        if positions_BT is None:
+            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+        ctx = Context(positions_BT, segments_BT, execution=self.execution)
+        top = self._top()
+        x_BTD = self.config.embed(top, tokens_BT, ctx)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, ctx)
+        return self.config.logits(top, x_BTD, ctx)
+
+
+class Foreign:
+    """What a library put in a parameter's place (a quantised weight), as our functions see it.
+
+    They cast every weight to the activations' dtype on its way into a product; the library, which
+    intercepts that product, wants its own object there as it was.
+    """
+
+    def __init__(self, leaf: Any):
+        self.leaf = leaf
+
+    def astype(self, dtype):
+        return self.leaf
+
+
+def value(leaf):
+    """The array of a variable, or a wrapper of what stands in its place."""
+    return leaf.get_value() if isinstance(leaf, nnx.Variable) else Foreign(leaf)
