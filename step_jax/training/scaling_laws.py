@@ -20,7 +20,7 @@ _NOMINAL = 0.1  # the paper names its sizes loosely: its "1B" model has 1.074e9 
 
 
 def step_law_learning_rate(parameters: float, tokens: float) -> float:
-    """Peak AdamW learning rate for ``parameters`` non-embedding parameters and ``tokens`` tokens."""
+    """Peak AdamW rate for ``parameters`` non-embedding parameters and ``tokens`` tokens."""
     _positive(parameters=parameters, tokens=tokens)
     return 1.79 * parameters**-0.713 * tokens**0.307
 

@@ -131,7 +131,7 @@ def _validate(config: Schedule, peak: float, total_steps: int) -> None:
     if total_steps < needed:
         raise ConfigError(
             f"schedule {name}: a warm-up of {config.warmup_steps} steps does not fit into a run of "
-            f"{total_steps} steps (at least {needed} are needed); lower warmup_steps or train longer"
+            f"{total_steps} steps, which needs {needed} or more; lower warmup_steps or train longer"
         )
     if not isinstance(config, Constant) and not 0 <= config.minimum <= peak:
         raise ConfigError(

@@ -1,0 +1,111 @@
+"""From an optimizer's configuration and the parameter table to the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from step_jax.core import spec as spec_lib
+from step_jax.core.sharding import Sharding
+from step_jax.training import scaling_laws, schedules
+from step_jax.training.optimizers import muon
+from step_jax.training.optimizers.config import AdamW, Muon, OptimizerConfig
+
+DECAYED_ROLES = ("matrix", "embedding", "head")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """What a train step needs of an optimizer.
+
+    Attributes:
+      direction: optax transformation from float32 gradients to the direction d of the update
+        p <- p - rate * d, weight decay included; it knows nothing of the rate.
+      rate: learning rate of the update with this 0-based index, float32 scalar.
+      peak: the highest rate.
+      notes: choices made for the user (dtype by backend, extrapolated law), for the run's header.
+    """
+
+    direction: optax.GradientTransformation
+    rate: Callable[[jax.Array | int], jax.Array]
+    peak: float
+    notes: tuple[str, ...] = ()
+
+
+def make_optimizer(
+    config: OptimizerConfig,
+    specs,
+    *,
+    total_steps: int,
+    tokens: float | None = None,
+    sharding: Sharding | None = None,
+) -> Optimizer:
+    """The optimizer of ``config`` for parameters ``specs``.
+
+    Args:
+      config: AdamW or Muon.
+      specs: tree of ParamSpec; roles choose the group and the decay of every parameter.
+      total_steps: updates of the whole run (where the schedule ends).
+      tokens: training tokens of the whole run; needed for ``learning_rate: step_law``.
+      sharding: mesh and rules of the parameters; None on one device.
+
+    Raises:
+      ConfigError: values out of range, a schedule that does not fit, step_law without tokens.
+    """
+    config.validate()
+    peak, notes = _peak_rate(config, specs, tokens)
+    if isinstance(config, Muon):
+        dtype, note = _polar_dtype(config.polar_dtype, sharding)
+        notes += (note,)
+        groups = {
+            "muon": muon.scale_by_muon(specs, config.momentum, dtype, sharding),
+            "adamw": optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        }
+        direction = optax.partition(groups, muon_groups(specs))
+    else:
+        direction = optax.scale_by_adam(
+            config.beta1, config.beta2, config.eps, mu_dtype=config.mu_dtype
+        )
+    if config.weight_decay:
+        decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask(specs))
+        direction = optax.chain(direction, decay)
+    return Optimizer(direction, schedules.build(config.schedule, peak, total_steps), peak, notes)
+
+
+def decay_mask(specs):
+    """True where weight decay applies: every role but ``vector``."""
+    return spec_lib.map_specs(lambda s: s.role in DECAYED_ROLES, specs)
+
+
+def muon_groups(specs):
+    """``"muon"`` for matrices, ``"adamw"`` for vectors, embeddings and the head."""
+    return spec_lib.map_specs(lambda s: "muon" if s.role == "matrix" else "adamw", specs)
+
+
+def _peak_rate(config: OptimizerConfig, specs, tokens) -> tuple[float, tuple[str, ...]]:
+    if config.learning_rate != "step_law":
+        return float(config.learning_rate), ()
+    if tokens is None:
+        raise ValueError("learning_rate: step_law needs the number of training tokens")
+    # The law's N counts the matrices of the layers: no embedding, no head, no norms.
+    parameters = spec_lib.count(specs, roles=("matrix",))
+    peak = scaling_laws.step_law_learning_rate(parameters, tokens)
+    notes = [f"step_law: peak rate {peak:.3g} for N={parameters:.4g}, D={tokens:.4g} tokens"]
+    if extrapolation := scaling_laws.step_law_extrapolation(parameters, tokens):
+        notes.append(extrapolation)
+    if not isinstance(config, AdamW):
+        notes.append(f"Step Law was fitted with AdamW, not {config.kind}")
+    return peak, tuple(notes)
+
+
+def _polar_dtype(choice: str, sharding: Sharding | None) -> tuple[jnp.dtype, str]:
+    if choice == "auto":
+        # A mesh may be of devices that this process only compiles for.
+        device = jax.devices()[0] if sharding is None else sharding.mesh.devices.flat[0]
+        name = "float16" if device.platform in ("gpu", "cuda", "rocm") else "float32"
+        return jnp.dtype(name), f"muon polar_dtype: {name} (auto on {device.platform})"
+    return jnp.dtype(choice), f"muon polar_dtype: {choice}"

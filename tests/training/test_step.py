@@ -1,0 +1,331 @@
+"""The shared train step: accumulation, clipping, precision, EMA, guard, donation, sharding."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from step_jax.core import spec as spec_lib
+from step_jax.core.errors import ConfigError
+from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
+from step_jax.core.spec import Normal, ParamSpec
+from step_jax.training.optimizers.build import Optimizer, make_optimizer
+from step_jax.training.optimizers.config import AdamW, Muon
+from step_jax.training.schedules import Constant
+from step_jax.training.state import abstract_state, init_state, state_shardings
+from step_jax.training.step import DivergedError, LossOutput, check_skipped, make_train_step
+
+ROWS, WIDTH, HIDDEN = 16, 8, 16
+SPECS = {
+    "up": ParamSpec((WIDTH, HIDDEN), ("embed", "mlp"), Normal(0.3)),
+    "down": ParamSpec((HIDDEN, WIDTH), ("mlp", "embed"), Normal(0.3)),
+    "scale": ParamSpec((WIDTH,), ("embed",), Normal(0.3), "vector"),
+}
+
+
+def arrays(seed=0):
+    rng = np.random.default_rng(seed)
+    params = spec_lib.map_specs(
+        lambda s: jnp.asarray(0.3 * rng.standard_normal(s.shape), jnp.float32), SPECS
+    )
+    batch = {
+        "x": rng.standard_normal((ROWS, WIDTH)).astype(np.float32),
+        "y": rng.standard_normal((ROWS, WIDTH)).astype(np.float32),
+        "weight": rng.integers(0, 4, ROWS).astype(np.float32),
+    }
+    return params, batch
+
+
+def loss_fn(params, batch, key):
+    dtype = params["up"].dtype
+    hidden = jnp.tanh(batch["x"].astype(dtype) @ params["up"])
+    y = (hidden @ params["down"]) * params["scale"]
+    error = jnp.mean(jnp.square(y.astype(jnp.float32) - batch["y"]), axis=-1)
+    loss_sum, weight = jnp.sum(error * batch["weight"]), jnp.sum(batch["weight"])
+    heavy = (batch["weight"] > 1).astype(jnp.float32)
+    return LossOutput(loss_sum, weight, {"heavy": (jnp.sum(error * heavy), jnp.sum(heavy))})
+
+
+def sgd(rate=1.0):
+    """The direction is the gradient itself, so that a step shows what reached the optimizer."""
+    return Optimizer(optax.identity(), lambda step: jnp.float32(rate), rate)
+
+
+def adamw():
+    return make_optimizer(AdamW(1e-2, Constant()), SPECS, total_steps=10)
+
+
+def equal(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+def bits(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y), a, b)
+
+
+@pytest.mark.parametrize("accumulation", [2, 16])
+def test_accumulation_equals_the_large_batch(accumulation):
+    params, batch = arrays()
+
+    def gradient(n):
+        step = make_train_step(loss_fn, sgd(), accumulation=n, compute_dtype=jnp.float32)
+        state, metrics = jax.jit(step)(init_state(params, sgd()), batch)
+        return jax.tree.map(jnp.subtract, params, state.params), metrics
+
+    (expected, expected_metrics), (found, metrics) = gradient(1), gradient(accumulation)
+    equal(found, expected, atol=1e-6)
+    equal(metrics, expected_metrics, rtol=1e-6)
+    # ... which is the gradient of the weighted mean.
+    mean = jax.grad(lambda p: (lambda o: o.loss_sum / o.weight)(loss_fn(p, batch, None)))(params)
+    equal(expected, mean, atol=1e-6)
+
+
+def test_accumulation_takes_rows_modulo():
+    seen = []
+    batch = {"row": np.arange(6, dtype=np.float32)}
+
+    def record(params, rows, key):
+        jax.debug.callback(lambda r: seen.append(sorted(r.tolist())), rows["row"])
+        return LossOutput(jnp.sum(params["w"]) * jnp.sum(rows["row"]), jnp.float32(1))
+
+    step = make_train_step(record, sgd(), accumulation=3)
+    jax.block_until_ready(jax.jit(step)(init_state({"w": jnp.ones(2)}, sgd()), batch))
+    jax.effects_barrier()
+    assert sorted(seen) == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_accumulation_moves_no_rows_between_devices():
+    sharding = Sharding(make_mesh(MeshConfig(data=8)))
+    params, _ = arrays()
+    step = make_train_step(loss_fn, sgd(), accumulation=2, compute_dtype=jnp.float32)
+    _, batch = arrays()
+    batch = jax.device_put(batch, sharding.named(("batch",), (ROWS,)))
+    state = jax.device_put(init_state(params, sgd()), sharding.replicated())
+    text = jax.jit(step).lower(state, batch).compile().as_text()
+    assert re.search(r"= .* all-reduce\(", text)  # the gradients
+    assert not re.search(r"= .* (all-gather|all-to-all|collective-permute)\(", text)
+
+
+def test_rows_that_do_not_divide():
+    params, batch = arrays()
+    step = make_train_step(loss_fn, sgd(), accumulation=3)
+    with pytest.raises(ConfigError, match="16 rows cannot be split into 3 microbatches"):
+        step(init_state(params, sgd()), batch)
+
+
+def test_clipping_by_the_global_norm():
+    params, batch = arrays()
+    state = init_state(params, sgd())
+    free, metrics = make_train_step(loss_fn, sgd(), compute_dtype=jnp.float32)(state, batch)
+    gradient = jax.tree.map(jnp.subtract, params, free.params)
+    flat = np.concatenate([np.ravel(g).astype(np.float64) for g in jax.tree.leaves(gradient)])
+    norm = np.linalg.norm(flat)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+    for limit in (norm / 10, norm * 10):
+        step = make_train_step(loss_fn, sgd(), clip_norm=float(limit), compute_dtype=jnp.float32)
+        clipped, metrics = step(state, batch)
+        np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+        found = jax.tree.map(jnp.subtract, params, clipped.params)
+        scale = min(1.0, limit / norm)
+        equal(found, optax.tree.scale(scale, gradient), atol=1e-6)
+
+
+def test_compute_dtype_and_master():
+    params, batch = arrays()
+    seen = []
+
+    def spy(params, rows, key):
+        seen.append({p.dtype.name for p in jax.tree.leaves(params)})
+        return loss_fn(params, rows, key)
+
+    # Updates far below bfloat16's resolution of the parameters must not be lost.
+    optimizer = sgd(1e-5)
+    state, metrics = make_train_step(spy, optimizer)(init_state(params, optimizer), batch)
+    assert seen == [{"bfloat16"}]
+    assert {p.dtype.name for p in jax.tree.leaves(state.params)} == {"float32"}
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), state.params, params)
+    assert all(jax.tree.leaves(moved))
+    exact = make_train_step(loss_fn, optimizer, compute_dtype=jnp.float32)
+    _, exact_metrics = exact(init_state(params, optimizer), batch)
+    np.testing.assert_allclose(metrics["loss"], exact_metrics["loss"], rtol=2e-2)
+    assert metrics["loss"] != exact_metrics["loss"]
+
+
+def test_metrics():
+    params, batch = arrays()
+    optimizer = make_optimizer(AdamW(1e-2, Constant(4)), SPECS, total_steps=10)
+    step = jax.jit(make_train_step(loss_fn, optimizer, compute_dtype=jnp.float32))
+    state, metrics = step(init_state(params, optimizer), batch)
+    out = loss_fn(params, batch, None)
+    norm = np.sqrt(sum(np.sum(np.square(p, dtype=np.float64)) for p in params.values()))
+    expected = {
+        "loss": out.loss_sum / out.weight,
+        "loss_weight": out.weight,
+        "heavy": out.metrics["heavy"][0] / out.metrics["heavy"][1],
+        "param_norm": norm,
+        "lr": 1e-2 / 4,
+        "skipped": 0,
+        "skipped_total": 0,
+    }
+    assert set(metrics) == {*expected, "grad_norm"}
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(step(state, batch)[1]["lr"], 2e-2 / 4, rtol=1e-6)
+
+
+def test_metric_names_of_the_step_are_taken():
+    def clash(params, rows, key):
+        return loss_fn(params, rows, key).replace(metrics={"lr": (jnp.float32(1), jnp.float32(1))})
+
+    params, batch = arrays()
+    with pytest.raises(ValueError, match="these names itself: lr"):
+        make_train_step(clash, sgd())(init_state(params, sgd()), batch)
+
+
+def test_ema():
+    params, batch = arrays()
+    optimizer = adamw()
+    step = jax.jit(make_train_step(loss_fn, optimizer, ema_decay=0.9))
+    state, ema = init_state(params, optimizer, ema=True), params
+    for _ in range(3):
+        state, _ = step(state, batch)
+        ema = jax.tree.map(lambda e, p: 0.9 * np.float64(e) + 0.1 * p, ema, state.params)
+    equal(state.ema, ema, atol=1e-6)
+    for decay, held in ((None, True), (0.9, False)):
+        with pytest.raises(ValueError, match="ema_decay and TrainState.ema"):
+            make_train_step(loss_fn, optimizer, ema_decay=decay)(
+                init_state(params, optimizer, ema=held), batch
+            )
+
+
+@pytest.mark.parametrize(("kind", "accumulation"), [("loss", 1), ("gradient", 2), ("weight", 1)])
+def test_non_finite_steps_change_nothing_but_counters(kind, accumulation):
+    def loss(params, rows, key):
+        out = loss_fn(params, rows, key)
+        if kind != "gradient":
+            return out
+        # sqrt has the finite value 0 at 0, and no slope there.
+        root = jnp.sqrt(jnp.sum(jnp.square(params["up"])) * jnp.min(rows["alive"]))
+        return out.replace(loss_sum=out.loss_sum + root)
+
+    good = arrays()[1] | {"alive": np.ones(ROWS, np.float32)}
+    bad = jax.tree.map(np.copy, good)
+    if kind == "loss":
+        bad["y"][3] = np.inf
+    elif kind == "weight":
+        bad["weight"][:] = 0
+    else:
+        bad["alive"][3] = 0
+
+    optimizer = adamw()
+    step = jax.jit(
+        make_train_step(loss, optimizer, accumulation=accumulation, clip_norm=1.0, ema_decay=0.9)
+    )
+    state, _ = step(init_state(arrays()[0], optimizer, ema=True), good)
+    before = state
+    for n in (1, 2):
+        state, metrics = step(state, bad)
+        assert bool(np.isfinite(metrics["loss"])) == (kind == "gradient")
+        assert not np.isfinite(metrics["grad_norm"])
+        assert (metrics["skipped"], metrics["skipped_total"]) == (n, n)
+    assert state.step == before.step + 2
+    bits((state.params, state.opt_state, state.ema), (before.params, before.opt_state, before.ema))
+    state, metrics = step(state, good)
+    assert (metrics["skipped"], metrics["skipped_total"]) == (0, 2)
+    assert np.any(np.asarray(state.params["up"]) != before.params["up"])
+
+
+def test_budget_of_skipped_steps():
+    check_skipped(3, budget=3, step=7)
+    with pytest.raises(DivergedError, match=r"last 4 steps up to step 8 \(allowed in a row: 3\)"):
+        check_skipped(4, budget=3, step=8)
+
+
+def test_donation_and_bitwise_replay():
+    optimizer = adamw()
+    step = jax.jit(
+        make_train_step(loss_fn, optimizer, accumulation=2, clip_norm=1.0, ema_decay=0.9),
+        donate_argnums=0,
+    )
+
+    def run():
+        params, batch = arrays()
+        state = init_state(params, optimizer, ema=True)
+        leaves = jax.tree.leaves(state)
+        assert len({x.unsafe_buffer_pointer() for x in leaves}) == len(leaves)
+        for _ in range(3):
+            old = state
+            state, metrics = step(state, batch)
+            assert all(x.is_deleted() for x in jax.tree.leaves((old.params, old.ema)))
+        return jax.tree.map(np.asarray, (state, metrics))
+
+    bits(run(), run())
+
+
+def test_keys_differ_by_step_and_microbatch_and_repeat():
+    def noisy(params, rows, key):
+        draw = jax.random.uniform(key)
+        return LossOutput(jnp.sum(params["w"]), jnp.float32(1), {"draw": (draw, jnp.float32(1))})
+
+    def draws(seed, accumulation):
+        step = jax.jit(make_train_step(noisy, sgd(0.0), accumulation=accumulation, seed=seed))
+        state, found = init_state({"w": jnp.ones(2)}, sgd()), []
+        for _ in range(2):
+            state, metrics = step(state, {"x": np.zeros(4)})
+            found.append(float(metrics["draw"]))
+        return found
+
+    (a0, a1), (b0, b1) = draws(0, 1), draws(0, 2)
+    assert len({a0, a1, b0, b1}) == 4  # b is the mean over two keys, the first of which is a's
+    assert draws(0, 1) == [a0, a1]
+    assert draws(1, 1) != [a0, a1]
+
+
+@pytest.mark.parametrize(
+    "config", [AdamW(1e-2, Constant()), Muon(1e-2, Constant())], ids=["adamw", "muon"]
+)
+def test_a_mesh_gives_the_step_of_one_device(config):
+    def run(sharding, accumulation):
+        params, batch = arrays()
+        optimizer = make_optimizer(config, SPECS, total_steps=3, sharding=sharding)
+        state = init_state(params, optimizer, ema=True)
+        rows, shardings = batch, None
+        if sharding is not None:
+            shardings = state_shardings(state, SPECS, sharding)
+            state = jax.device_put(state, shardings)
+            rows = jax.device_put(batch, sharding.named(("batch",), (ROWS,)))
+        step = make_train_step(
+            loss_fn,
+            optimizer,
+            accumulation=accumulation,
+            clip_norm=0.5,
+            ema_decay=0.9,
+            compute_dtype=jnp.float32,
+            param_shardings=None if sharding is None else shardings.params,
+        )
+        step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        for _ in range(2):
+            state, metrics = step(state, rows)
+        return state, metrics, optimizer
+
+    expected, expected_metrics, _ = run(None, 1)
+    sharding = Sharding(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+    found, metrics, optimizer = run(sharding, 2)
+    equal(found, expected, atol=2e-5)
+    equal(metrics, expected_metrics, rtol=1e-5)
+    abstract = abstract_state(SPECS, optimizer, sharding, ema=True)
+    assert jax.tree.map(lambda x: x.sharding, found) == jax.tree.map(lambda x: x.sharding, abstract)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"accumulation": 0}, "at least 1"), ({"ema_decay": 1.0}, "EMA decay is 1.0")],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ConfigError, match=message):
+        make_train_step(loss_fn, sgd(), **options)
