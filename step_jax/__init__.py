@@ -1,0 +1,64 @@
+"""step_jax: train the Step family of models with JAX.
+
+The names below are the public surface. Each is imported from its module on first use, so that
+``import step_jax`` and ``step-jax --help`` cost nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    # Configuration
+    "load_config": "step_jax.core.config",
+    "load_file": "step_jax.core.config",
+    "parse_config": "step_jax.core.config",
+    "to_yaml": "step_jax.core.config",
+    # Models
+    "Decoder": "step_jax.models.decoder",
+    "Group": "step_jax.models.decoder",
+    "Block": "step_jax.models.decoder",
+    "MHA": "step_jax.models.attention.mha",
+    "MLA": "step_jax.models.attention.mla",
+    "MFA": "step_jax.models.attention.mfa",
+    "equal_parameter_heads": "step_jax.models.attention",
+    # Devices
+    "MeshConfig": "step_jax.core.sharding",
+    "Sharding": "step_jax.core.sharding",
+    "make_mesh": "step_jax.core.sharding",
+    # Data
+    "DataConfig": "step_jax.data.config",
+    "TextDataset": "step_jax.data.dataset",
+    "Tokenizer": "step_jax.data.tokenizer",
+    # Training
+    "LossOutput": "step_jax.training.step",
+    "TrainState": "step_jax.training.state",
+    "make_train_step": "step_jax.training.step",
+    "make_optimizer": "step_jax.training.optimizers.build",
+    "Checkpointer": "step_jax.training.checkpoint",
+    "RunDirectory": "step_jax.training.run_directory",
+    "Reporter": "step_jax.training.reporter",
+    "LoggingConfig": "step_jax.training.reporter",
+    "read_metrics": "step_jax.training.metrics_log",
+    "plot_run": "step_jax.training.plots",
+    "plot_comparison": "step_jax.training.plots",
+    # Inference
+    "SamplingConfig": "step_jax.inference.sampling",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'step_jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

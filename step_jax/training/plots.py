@@ -36,12 +36,12 @@ def _is_finite(value: Any) -> bool:
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Mean over a centred window (narrower at the ends), which does not lag behind the curve."""
+    """Mean over a centred window, which does not lag behind the curve; narrow at the steep start."""
     sums = [0.0, *itertools.accumulate(values)]
     result = []
     for i in range(len(values)):
-        reach = min(window // 2, i, len(values) - 1 - i)
-        low, high = i - reach, i + reach + 1
+        reach = min(window // 2, i)
+        low, high = i - reach, min(i + reach + 1, len(values))
         result.append((sums[high] - sums[low]) / (high - low))
     return result
 

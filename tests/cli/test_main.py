@@ -1,0 +1,89 @@
+"""The ``step-jax`` command: cheap help, exit codes, one message and no traceback."""
+
+import errno
+import importlib.util
+import resource
+import subprocess
+import sys
+import types
+
+import pytest
+
+from step_jax.cli import main as cli
+from step_jax.core.errors import CheckpointError, ConfigError, DataError, RestartRequested
+
+
+def test_help_is_cheap():
+    """The bar is 0.5 CPU-s; the margin keeps the test steady on a busy machine."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "step_jax.cli", "--help"]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+    assert all(name in out for name in cli.COMMANDS)
+    assert seconds < 0.5
+
+
+def test_every_command_has_a_module():
+    for module, _ in cli.COMMANDS.values():
+        assert importlib.util.find_spec(module), module
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (None, 0),
+        (ConfigError("wrong key"), 78),
+        (RestartRequested("saved at step 3"), 42),
+        (OSError(errno.ENOSPC, "No space left on device"), 73),
+        (DataError("no text"), 1),
+        (CheckpointError("damaged"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes(error, code, monkeypatch, capsys):
+    def run(argv):
+        assert argv == ["x.yaml"]
+        if error is not None:
+            raise error
+
+    monkeypatch.setitem(sys.modules, "fake", types.SimpleNamespace(main=run))
+    monkeypatch.setitem(cli.COMMANDS, "fake", ("fake", ""))
+    assert cli.main(["fake", "x.yaml"]) == code
+    printed = capsys.readouterr().err
+    if isinstance(error, ConfigError | DataError):
+        assert printed == f"step-jax: {error}\n"
+
+
+def test_bugs_keep_their_traceback(monkeypatch):
+    def run(argv):
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(sys.modules, "fake", types.SimpleNamespace(main=run))
+    monkeypatch.setitem(cli.COMMANDS, "fake", ("fake", ""))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["fake"])
+
+
+def test_code_of_a_command_is_passed_on(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fake", types.SimpleNamespace(main=lambda argv: 42))
+    monkeypatch.setitem(cli.COMMANDS, "fake", ("fake", ""))
+    assert cli.main(["fake"]) == 42
+
+
+def test_unknown_command(capsys):
+    assert cli.main(["pretran"]) == 78
+    assert capsys.readouterr().err == (
+        "step-jax: unknown command 'pretran'; did you mean 'pretrain'?\n"
+    )
+    assert cli.main([]) == 78
+    assert cli.main(["--version"]) == 0
+
+
+def test_every_export_resolves():
+    import step_jax
+
+    for name in step_jax.__all__:
+        assert getattr(step_jax, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
+        step_jax.Trainer  # noqa: B018

@@ -1,0 +1,79 @@
+"""The hardware table against JAX's own and against itself."""
+
+import jax
+import pytest
+
+from step_jax.core import hardware
+from step_jax.core.hardware import CHIPS, from_device_kind
+
+
+def tpu_info():
+    try:
+        from jax._src import tpu_info  # JAX 0.12
+    except ImportError:
+        from jax._src.pallas.mosaic import tpu_info
+    return tpu_info
+
+
+@pytest.mark.parametrize(
+    ("kind", "cores"),
+    [("TPU v4", 2), ("TPU v5 lite", 1), ("TPU v5p", 2), ("TPU v6 lite", 1), ("TPU7x", 1)],
+)
+def test_tpus_agree_with_jax(kind, cores):
+    info = tpu_info()
+    version = info.chip_version_from_device_kind(kind)
+    theirs = info.get_tpu_info_for_chip(version, cores)
+    chip = from_device_kind(kind)
+    factor = 1 if theirs.hbm_capacity_bytes * 2 > chip.hbm_bytes * 1.5 else theirs.num_cores
+    assert chip.bf16 == pytest.approx(theirs.bf16_ops_per_second * factor, rel=0.01)
+    assert chip.hbm_bytes == pytest.approx(theirs.hbm_capacity_bytes * factor, rel=0.01)
+    assert chip.hbm_bandwidth == pytest.approx(theirs.mem_bw_bytes_per_second * factor, rel=0.13)
+    assert chip.vmem_bytes == theirs.vmem_capacity_bytes
+
+
+def test_every_asked_chip_is_there_and_sane():
+    assert list(CHIPS) == ["v4", "v5e", "v5p", "v6e", "tpu7x", "A100", "H100", "H200", "B200"]
+    for chip in CHIPS.values():
+        assert chip.fp32 < chip.bf16 and (not chip.fp8 or chip.fp8 >= chip.bf16)
+        assert 10e9 < chip.hbm_bytes < 300e9 and 0.5e12 < chip.hbm_bandwidth < 10e12
+        assert 25e9 <= chip.link_bandwidth <= 110e9
+        assert chip.peak("bf16") == chip.bf16
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA B200", "B200"),
+        ("TPU v5", "v5p"),
+        ("TPU7x", "tpu7x"),
+        ("NVIDIA H100 PCIe", None),  # another chip under a like name
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA L4", None),
+        ("cpu", None),
+    ],
+)
+def test_device_kinds(kind, name):
+    chip = from_device_kind(kind)
+    assert (chip and chip.name) == name
+
+
+def test_missing_precision():
+    with pytest.raises(ValueError, match="A100 has no fp8 matmul"):
+        CHIPS["A100"].peak("fp8")
+
+
+def test_cpu_peak_is_measured_once_and_shared(monkeypatch):
+    device = jax.local_devices(backend="cpu")[0]
+    peak = hardware.measured_cpu_peak(0.02)
+    assert 1e8 < peak < 1e14
+    monkeypatch.setattr(hardware, "measured_cpu_peak", lambda: 8e9)
+    assert hardware.peak_flops(device, "fp32") == 8e9 / jax.local_device_count("cpu")
+    assert hardware.detect(device) is None
+
+
+def test_cpu_peak_can_be_given(monkeypatch):
+    monkeypatch.setenv("STEP_JAX_CPU_PEAK", "5e10")
+    assert hardware.measured_cpu_peak.__wrapped__() == 5e10
