@@ -70,11 +70,6 @@ class TokenCache:
     heldout_bytes: np.ndarray
     heldout_raw: np.ndarray
 
-    @property
-    def skipped_path(self) -> Path:
-        """JSON lines naming each file or record left out, with the reason."""
-        return self.directory / "skipped.jsonl"
-
 
 class Prepared(NamedTuple):
     """What training needs on disk: the tokenizer and one cache for each source."""
@@ -90,9 +85,11 @@ def prepare(config: DataConfig, report: Report = lambda message: None) -> Prepar
     a killed one leaves nothing that is mistaken for a finished corpus.
 
     Raises:
+      ConfigError: the configuration cannot work (see `DataConfig.validate`).
       DataError: no text, a damaged file, too many bad records.
       DiskFullError: the cache folder has no space left.
     """
+    config.validate()
     try:
         tokenizer = _tokenizer(config, report)
         caches = tuple(

@@ -87,28 +87,25 @@ class DataConfig:
     max_document_bytes: int = 256 * 2**20
     cache_dir: str | None = None
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
+        """Raises `ConfigError` for values that cannot work together."""
         if self.sources and self.path != PYTHON_STDLIB:
-            raise ConfigError("data.path and data.sources are both set: keep one of them")
+            raise ConfigError("path and sources are both set: keep one of them")
         if self.sequence_length < 2:
-            raise ConfigError(f"data.sequence_length is {self.sequence_length}; it must be >= 2")
+            raise ConfigError(f"sequence_length is {self.sequence_length}; it must be >= 2")
         if not 0 <= self.heldout_fraction < 1:
-            raise ConfigError(
-                f"data.heldout_fraction is {self.heldout_fraction}; it must be in [0, 1)"
-            )
+            raise ConfigError(f"heldout_fraction is {self.heldout_fraction}; it must be in [0, 1)")
         if self.max_document_bytes < 1 or self.max_bad_records < 0:
-            raise ConfigError("data.max_document_bytes must be >= 1, data.max_bad_records >= 0")
+            raise ConfigError("max_document_bytes must be >= 1, max_bad_records >= 0")
         # 256 byte pieces and 4 control pieces are always there; text needs some more.
         if self.tokenizer == TRAIN_TOKENIZER and self.vocab_size < 300:
-            raise ConfigError(
-                f"data.vocab_size is {self.vocab_size}; a trained tokenizer needs >= 300"
-            )
+            raise ConfigError(f"vocab_size is {self.vocab_size}; a trained tokenizer needs >= 300")
         self._check_stages()
 
     def _check_stages(self) -> None:
         for name, weights in [
-            ("data.sources weights", tuple(s.weight for s in self.resolved_sources)),
-            *((f"data.stages[{i}].weights", s.weights) for i, s in enumerate(self.stages)),
+            ("sources weights", tuple(s.weight for s in self.resolved_sources)),
+            *((f"stages[{i}].weights", s.weights) for i, s in enumerate(self.stages)),
         ]:
             if len(weights) != len(self.resolved_sources):
                 raise ConfigError(
@@ -121,14 +118,13 @@ class DataConfig:
             last = i == len(self.stages) - 1
             if last != (stage.until_step is None):
                 raise ConfigError(
-                    "data.stages: every stage but the last needs until_step, and the last "
+                    "stages: every stage but the last needs until_step, and the last "
                     "has none, so that the run never leaves the stages"
                 )
             if stage.until_step is not None:
                 if stage.until_step <= previous:
                     raise ConfigError(
-                        f"data.stages[{i}].until_step is {stage.until_step}; it must be above "
-                        f"{previous}"
+                        f"stages[{i}].until_step is {stage.until_step}; it must be above {previous}"
                     )
                 previous = stage.until_step
 

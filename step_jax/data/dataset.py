@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from step_jax.core.errors import DataError
-from step_jax.data.cache import Prepared, prepare
+from step_jax.data.cache import Documents, Prepared, prepare
 from step_jax.data.config import DataConfig
 from step_jax.data.heldout import Heldout, row_slice
 from step_jax.data.mixture import Mixture, MixtureStage, integer_weights
@@ -32,7 +33,7 @@ class _Corpus:
     rows: int
 
     @classmethod
-    def build(cls, documents: Any, config: DataConfig, key: int) -> _Corpus:
+    def build(cls, documents: Documents, config: DataConfig, key: int) -> _Corpus:
         # A copy: every epoch's plan reads all offsets, in random order.
         offsets = np.array(documents.offsets)
         plans: dict[int, Plan] = {}
@@ -165,6 +166,11 @@ class TextDataset:
     def rows_per_epoch(self) -> int:
         """Rows in one epoch of every source; the last may be part padding."""
         return sum(corpus.rows for corpus in self._corpora)
+
+    @property
+    def skipped_paths(self) -> list[Path]:
+        """For each source the JSON lines that name what was left out, and why."""
+        return [cache.directory / "skipped.jsonl" for cache in self._caches]
 
     def epochs(self, step: int) -> list[float]:
         """How often each source has been read before ``step``, in config order."""

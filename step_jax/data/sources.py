@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import sysconfig
@@ -176,9 +177,10 @@ def _read_jsonl(file: SourceFile, text_field: str) -> Iterator[Document | Skip]:
 
 def _open_lines(path: Path):
     if path.name.lower().endswith(".zst"):
-        import zstandard
+        # Not the `zstandard` package: it takes a truncated file for a shorter one, silently.
+        import pyarrow as pa
 
-        return zstandard.open(path, "rb")
+        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
     if path.name.lower().endswith(".gz"):
         return gzip.open(path, "rb")
     return open(path, "rb")
@@ -276,6 +278,8 @@ def _read_array_record(file: SourceFile, text_field: str) -> Iterator[Document |
     try:
         reader = ArrayRecordReader(str(file.path))
         count = reader.num_records()
+        if not reader.ok():  # a damaged footer shows as "no records" until the file is closed
+            reader.close()
     except Exception as error:  # absl status errors arrive as several types
         raise _damaged(file, error) from error
     for first in range(0, count, 256):
