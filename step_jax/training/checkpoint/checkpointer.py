@@ -147,6 +147,7 @@ class Checkpointer:
         if not self._open:
             raise CheckpointError("save() outside of `with Checkpointer(...)` could be lost")
         self._join()
+        self._raise_if_hopeless()
         if self._newest == step:
             return
         flat = arrays.flatten(state)
@@ -162,17 +163,18 @@ class Checkpointer:
             self._check_space(job)
         except Exception as e:  # noqa: BLE001 - reported, and raised when it counts
             self._failed(job, e)
-        else:
-            self._processes.forget(self._last_key)  # everybody has left the last save by now
-            self._last_key = job.key
-            job.held = arrays.pin_host_views(flat)
-            if not self._in_thread(job):
-                job.start(self._unfinished(step))
-            self._thread = threading.Thread(
-                target=self._finish, args=(job, time.perf_counter() - job.started)
-            )
-            self._thread.start()
-        self._raise_if_hopeless()
+            self._raise_if_hopeless()
+            return
+        self._processes.forget(self._last_key)  # everybody has left the last save by now
+        self._last_key = job.key
+        job.held = arrays.pin_host_views(flat)
+        if not self._in_thread(job):
+            job.start(self._unfinished(step))
+        stall = time.perf_counter() - job.started
+        self._thread = threading.Thread(
+            target=self._finish, args=(job, stall), name=f"checkpoint-{step}"
+        )
+        self._thread.start()
 
     def _in_thread(self, job: _Save) -> bool:
         # Orbax's start-up takes 25 ms of Python. A thread may do it unless it also has to copy
