@@ -132,9 +132,19 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     import sentencepiece
 
     model = io.BytesIO()
+    failures: list[Exception] = []
+
+    def sentences() -> Iterator[str]:
+        try:
+            for text in texts:
+                yield from (chunk.replace(_SPACE_MARK, " ") for chunk in _chunks(text))
+        except Exception as error:  # the trainer would turn it into a RuntimeError of its own
+            failures.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(c.replace(_SPACE_MARK, " ") for t in texts for c in _chunks(t)),
+            sentence_iterator=sentences(),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -154,6 +164,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             minloglevel=2,
         )
     except (RuntimeError, OSError, ValueError) as error:
+        if failures:
+            raise failures[0] from None
         raise ConfigError(_training_failure(str(error), vocab_size)) from error
     return Tokenizer(model.getvalue())
 
