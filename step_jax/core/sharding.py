@@ -33,6 +33,7 @@ class MeshConfig:
     context: pieces of every sequence.
     tensor: heads, hidden units and vocabulary.
     ring: with several key/value heads, pass them around the context axis instead of gathering them.
+    multihost: join the other processes of a cluster job (see ``core.distributed``).
     """
 
     data: int = 1
@@ -41,6 +42,7 @@ class MeshConfig:
     context: int = 1
     tensor: int = 1
     ring: bool = False
+    multihost: bool = False
 
     def validate(self):
         sizes = self.sizes()
