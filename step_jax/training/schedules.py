@@ -69,7 +69,7 @@ def build(config: Schedule, peak: float, total_steps: int) -> Callable:
     import jax.numpy as jnp
     import optax
 
-    _validate(config, peak, total_steps)
+    check(config, peak, total_steps)
     warmup = config.warmup_steps
     phases, ends = [], []
     if warmup:
@@ -108,7 +108,8 @@ def _decay_steps(config: WSD, total_steps: int) -> int:
     return max(1, round(config.decay_fraction * total_steps))
 
 
-def _validate(config: Schedule, peak: float, total_steps: int) -> None:
+def check(config: Schedule, peak: float, total_steps: int) -> None:
+    """Raises ConfigError if :func:`build` would, without touching JAX."""
     name = config.kind
     if not peak > 0:
         raise ConfigError(f"the peak learning rate must be positive, not {peak}")
