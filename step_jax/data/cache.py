@@ -363,7 +363,8 @@ def _open(directory: Path) -> TokenCache | None:
 def _map(path: Path, dtype: str) -> np.ndarray:
     if path.stat().st_size == 0:  # mmap refuses an empty file
         return np.zeros(0, dtype)
-    return np.memmap(path, dtype, mode="r")
+    # As a plain array: slicing a `memmap` object costs several times more.
+    return np.asarray(np.memmap(path, dtype, mode="r"))
 
 
 @contextlib.contextmanager

@@ -220,6 +220,7 @@ class TextDataset:
                     corpus.plan_of(int(epoch)).pieces(row_b[slots]),
                     corpus.tokens,
                     bos_id=self.tokenizer.bos_id,
+                    pad_id=self.tokenizer.pad_id,
                     isolate=self.config.isolate,
                 )
         return batch

@@ -111,6 +111,7 @@ class Heldout:
                     plans[k].pieces(row[mine][slots]),
                     self.corpora[k].tokens,
                     bos_id=self.bos_id,
+                    pad_id=self.pad_id,
                     isolate=True,
                 )
             yield batch

@@ -30,7 +30,7 @@ def corpus_of(lengths):
 def epoch_of(plan, tokens, length, isolate=True):
     batch = empty_batch(plan.rows, length, PAD)
     rows = np.arange(plan.rows)
-    fill(batch, rows, plan.pieces(rows), tokens, bos_id=BOS, isolate=isolate)
+    fill(batch, rows, plan.pieces(rows), tokens, bos_id=BOS, pad_id=PAD, isolate=isolate)
     return batch
 
 
