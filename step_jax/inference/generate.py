@@ -72,6 +72,13 @@ class _Rows:
     stopped_B: jax.Array
 
 
+def cast_params(params, dtype):
+    """Floating-point parameters in the compute dtype: what is read per token should be no wider."""
+    return jax.tree.map(
+        lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params
+    )
+
+
 @dataclass(frozen=True)
 class _Engine:
     """Everything static about decoding."""
@@ -82,13 +89,6 @@ class _Engine:
     execution: Execution
     sharding: Sharding | None
     cache_dtype: str
-
-    def cast(self, params):
-        """Parameters in the compute dtype: read once per token, they should be no wider."""
-        return jax.tree.map(
-            lambda p: p.astype(self.execution.dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p,
-            params,
-        )
 
     def start(self, params, prompts_BT, lengths_B, limit_B, requests_B, key, slots: int):
         """Reads the prompts and draws the first tokens: (rows, Written of one token)."""
@@ -163,9 +163,7 @@ class _Engine:
         return rows, token_B, logprob_B
 
     def _context(self, positions_BT, fresh: bool = False) -> Context:
-        return Context(
-            positions_BT, fresh=fresh, sharding=self.sharding, execution=self.execution
-        )
+        return Context(positions_BT, fresh=fresh, sharding=self.sharding, execution=self.execution)
 
     def _constrained(self, cache: Cache) -> Cache:
         """Rows of the cache lie with the batch, key/value heads (if any) with the heads."""
@@ -242,7 +240,7 @@ def rollout(
     slots = T + N if max_length is None else min(T + N, max_length)
     limit_B = jnp.minimum(lengths_B + N, slots)
     requests_B = jnp.arange(B, dtype=jnp.int32) if requests_B is None else requests_B
-    params = engine.cast(params)
+    params = cast_params(params, execution.dtype)
     rows, first = engine.start(params, prompts_BT, lengths_B, limit_B, requests_B, key, slots)
     if N == 1:
         return first
@@ -255,9 +253,7 @@ def rollout(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("engine",))
-def _cast(params, engine: _Engine):
-    return engine.cast(params)
+_cast = jax.jit(cast_params, static_argnames=("dtype",))
 
 
 @functools.partial(jax.jit, static_argnames=("engine", "slots"))
@@ -324,7 +320,7 @@ def generate(
     if texts:
         arrays, slots = _padded(texts, limits, requests, max_length, engine.sharding)
         key = jax.random.key(sampling.seed)
-        params = _cast(params, engine)
+        params = _cast(params, execution.dtype)
         rows, written = _start(params, *arrays, key, engine, slots)
         left = max(limit - len(text) for limit, text in zip(limits, texts, strict=True)) - 1
         while left > 0 and not collected.ended(limits, texts):
