@@ -5,7 +5,7 @@ from __future__ import annotations
 from step_jax.core.config import load_config
 
 
-def main(argv: list[str]) -> int | None:
+def main(argv: list[str]) -> None:
     from step_jax.trainers import pretrain
 
     loaded = load_config(
@@ -14,4 +14,4 @@ def main(argv: list[str]) -> int | None:
         prog="step-jax pretrain",
         description="Train a language model from a folder of text.",
     )
-    return pretrain.run(loaded.config)
+    pretrain.run(loaded.config)

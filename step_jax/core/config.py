@@ -187,7 +187,7 @@ class _Converter:
         self.origins: dict[str, str] = {}
 
     def convert(self, cls: type, tree: Node) -> Any:
-        config = self.dataclass((cls,), tree, "", dataclasses.MISSING)
+        config = self.group((cls,), tree, "", dataclasses.MISSING)
         if self.errors:
             shown = self.errors[:_MAX_REPORTED]
             if len(self.errors) > len(shown):
@@ -209,10 +209,10 @@ class _Converter:
                 return self.value(declared, node, path, dataclasses.MISSING)
             classes = tuple(p for p in parts if dataclasses.is_dataclass(p))
             if classes:
-                return self.dataclass(classes, node, path, default)
+                return self.group(classes, node, path, default)
             for part in parts:
                 if typing.get_origin(part) is dict:
-                    return self.dict(part, node, path)
+                    return self.table(part, node, path)
             if node.patch and any(typing.get_origin(p) is tuple for p in parts):
                 return self.fail(
                     COMMAND_LINE, path, "has no items to change; give the list in a file"
@@ -220,7 +220,7 @@ class _Converter:
         if isinstance(node, Sequence):
             for part in parts:
                 if typing.get_origin(part) is tuple:
-                    return self.tuple(part, node, path)
+                    return self.items(part, node, path)
         if isinstance(node, Scalar):
             self.origins[path] = node.origin
             for part in sorted(parts, key=lambda p: p is str):  # text fits anything: try it last
@@ -229,7 +229,7 @@ class _Converter:
                     return value
         return self.fail(node.origin, path, f"expected {type_name(declared)}, got {_show(node)}")
 
-    def tuple(self, declared: Any, node: Sequence, path: str) -> Any:
+    def items(self, declared: Any, node: Sequence, path: str) -> Any:
         args = typing.get_args(declared)
         if len(args) == 2 and args[1] is Ellipsis:
             args = (args[0],) * len(node.items)
@@ -246,7 +246,7 @@ class _Converter:
             for i, (arg, item) in enumerate(pairs)
         )
 
-    def dict(self, declared: Any, node: Mapping, path: str) -> Any:
+    def table(self, declared: Any, node: Mapping, path: str) -> Any:
         self.origins[path] = node.origin
         value_type = typing.get_args(declared)[1]
         return {
@@ -254,7 +254,7 @@ class _Converter:
             for key, item in node.entries.items()
         }
 
-    def dataclass(self, classes: tuple[type, ...], node: Node, path: str, default: Any) -> Any:
+    def group(self, classes: tuple[type, ...], node: Node, path: str, default: Any) -> Any:
         if not isinstance(node, Mapping):
             return self.fail(node.origin, path, "expected `key: value` lines")
         cls = self.choose(classes, node, path, default)
@@ -308,10 +308,10 @@ class _Converter:
         if text in by_kind:
             self.origins[f"{path}.{KIND_KEY}"] = tag.origin
             return by_kind[text]
-        kinds = [str(k) for k in by_kind]
-        hint = did_you_mean(text, kinds)
+        names = [str(k) for k in by_kind]
+        hint = did_you_mean(text, names)
         self.fail(
-            tag.origin, path, f"unknown kind '{text}', expected one of: {', '.join(kinds)}{hint}"
+            tag.origin, path, f"unknown kind '{text}', expected one of: {', '.join(names)}{hint}"
         )
         return None
 
@@ -412,7 +412,7 @@ def validate(config: Any, origins: dict[str, str] | None = None, path: str = "")
 
 
 def _children(value: Any) -> list[tuple[str, Any]]:
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [(name, getattr(value, name)) for name in schema(type(value))]
     if isinstance(value, tuple):
         return [(str(i), item) for i, item in enumerate(value)]

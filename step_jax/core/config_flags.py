@@ -172,7 +172,7 @@ def print_help(cls: type, tree: Node, *, prog: str, description: str | None) -> 
         is_tuple = any(typing.get_origin(d) is tuple for d in config.members(declared))
         return () if is_tuple else tyro.MISSING
 
-    default = config.with_placeholders(cls, tree, placeholder)
+    default: Any = config.with_placeholders(cls, tree, placeholder)
     text = (description or cls.__doc__ or "").strip()
     text += (
         "\n\nA YAML file gives the values, flags change them: "

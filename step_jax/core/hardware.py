@@ -11,7 +11,7 @@ import functools
 import os
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import jax
@@ -118,7 +118,7 @@ def _gpu(
     )
 
 
-_HOPPER = dict(bf16=989.4, fp8=1978.9, int8=1978.9, tf32=494.7, shared_kib=227)
+_HOPPER: dict[str, Any] = dict(bf16=989.4, fp8=1978.9, int8=1978.9, tf32=494.7, shared_kib=227)
 
 # TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, whose ICI figures for both directions
 # are halved here; HBM size and VMEM from JAX's tpu_info. Where fp8 equals bf16 the hardware takes

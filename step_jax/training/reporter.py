@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -87,7 +88,7 @@ class Reporter:
         self._started: tuple[float, int] | None = None
         info = RunInfo(run.path, config.project, resolved_config or {})
         self._sinks = [
-            AsyncSink(name, lambda name=name: sink_lib.SINKS[name](info), on_error=self._write_log)
+            AsyncSink(name, partial(sink_lib.SINKS[name], info), on_error=self._write_log)
             for name in config.sinks
         ]
 
