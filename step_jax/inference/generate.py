@@ -1,4 +1,4 @@
-"""Cached decoding: the one engine behind ``step-jax generate``, samples in training and RL rollouts.
+"""Cached decoding: the engine of ``step-jax generate``, of samples in training and of RL rollouts.
 
 A text starts with one call over the right-padded prompts, then takes one call per token inside a
 ``while_loop`` that ends early once every row has ended. :func:`rollout` does both in one pure
@@ -210,7 +210,7 @@ def rollout(
     sampling: SamplingConfig,
     *,
     stop_ids: Sequence[int] = (),
-    execution: Execution = Execution(),
+    execution: Execution,
     sharding: Sharding | None = None,
     cache_dtype=None,
     max_length: int | None = None,
@@ -280,7 +280,7 @@ def generate(
     max_length: int,
     stop_ids: Sequence[int] = (),
     start_id: int | None = None,
-    execution: Execution = Execution(),
+    execution: Execution,
     sharding: Sharding | None = None,
     cache_dtype=None,
     requests: Sequence[int] | None = None,
@@ -298,7 +298,8 @@ def generate(
       prompts: token ids; every process of a run passes the same.
       max_length: the context: what a prompt and its continuation may reach together.
       stop_ids: tokens that end a row.
-      start_id: the token that an empty prompt starts from.
+      start_id: the token that texts begin with, put before every prompt that lacks it; None for
+        none (an empty prompt is then an error).
       cache_dtype: None for the compute dtype.
       requests: numbers that separate the rows' draws; None for 0, 1, ...
       on_tokens: called as ``on_tokens(row, new tokens)`` while the next ones are computed.
@@ -333,10 +334,10 @@ def generate(
 
 def _checked(row: int, prompt, vocab: int, max_length: int, start_id: int | None) -> list[int]:
     text = [int(token) for token in prompt]
+    if start_id is not None and text[:1] != [start_id]:
+        text = [start_id, *text]
     if not text:
-        if start_id is None:
-            raise DataError(f"prompt {row} is empty and there is no start token: give it a token")
-        text = [start_id]
+        raise DataError(f"prompt {row} is empty and there is no start token: give it a token")
     if len(text) > max_length:
         raise DataError(
             f"prompt {row} has {len(text)} tokens, more than the context of {max_length} tokens "
