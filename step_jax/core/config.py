@@ -254,7 +254,7 @@ class _Converter:
             for key, item in node.entries.items()
         }
 
-    def group(self, classes: tuple[type, ...], node: Node, path: str, default: Any) -> Any:
+    def group(self, classes: tuple[Any, ...], node: Node, path: str, default: Any) -> Any:
         if not isinstance(node, Mapping):
             return self.fail(node.origin, path, "expected `key: value` lines")
         cls = self.choose(classes, node, path, default)
@@ -292,7 +292,7 @@ class _Converter:
         except (TypeError, ValueError) as error:
             return self.fail(node.origin, path, str(error))
 
-    def choose(self, classes: tuple[type, ...], node: Mapping, path: str, default: Any):
+    def choose(self, classes: tuple[Any, ...], node: Mapping, path: str, default: Any):
         """The member of a union that ``kind`` names; without ``kind``, the one in place."""
         tag = node.entries.get(KIND_KEY)
         if tag is None or (len(classes) == 1 and kind_of(classes[0]) is None):

@@ -9,6 +9,7 @@ is built from the default value cannot do. tyro draws the ``--help`` page from t
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import typing
 from dataclasses import dataclass
 from typing import Any
@@ -164,6 +165,35 @@ def _flag_names(cls: type) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _groups(cls: type) -> list[type]:
+    """Every dataclass that a schema can hold, itself included."""
+    found: dict[type, None] = {}
+
+    def walk(declared: Any) -> None:
+        for part in config.members(declared):
+            if dataclasses.is_dataclass(part) and isinstance(part, type) and part not in found:
+                found[part] = None
+                for hint in config.schema(part).values():
+                    walk(hint)
+            for argument in (
+                typing.get_args(part) if typing.get_origin(part) in (tuple, dict) else ()
+            ):
+                walk(argument)
+
+    walk(cls)
+    return list(found)
+
+
+def _sectioned(cls: type) -> str:
+    """The docstring with its ``field: text`` lines under ``Attributes:``, as tyro wants them."""
+    lines = inspect.cleandoc(cls.__doc__ or "").splitlines()
+    starts = tuple(f"{name}: " for name in config.schema(cls))
+    first = next((i for i, line in enumerate(lines) if line.startswith(starts)), None)
+    if first is None:
+        return cls.__doc__ or ""
+    return "\n".join([*lines[:first], "", "Attributes:", *("  " + line for line in lines[first:])])
+
+
 def print_help(cls: type, tree: Node, *, prog: str, description: str | None) -> None:
     """Print every flag with its type, documentation and value from the files."""
     import tyro
@@ -172,6 +202,8 @@ def print_help(cls: type, tree: Node, *, prog: str, description: str | None) -> 
         is_tuple = any(typing.get_origin(d) is tuple for d in config.members(declared))
         return () if is_tuple else tyro.MISSING
 
+    for group in _groups(cls):
+        group.__doc__ = _sectioned(group)
     default: Any = config.with_placeholders(cls, tree, placeholder)
     text = (description or cls.__doc__ or "").strip()
     text += (

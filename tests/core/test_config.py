@@ -51,6 +51,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Adam:
+    """An optimizer.
+
+    peak_lr: the highest rate,
+      or a scaling law.
+    fused: in one pass.
+    """
+
     peak_lr: float | Literal["step_law"] = 1e-3
     betas: tuple[float, float] = (0.9, 0.95)
     fused: bool = True
@@ -325,6 +332,7 @@ def test_help_shows_the_values_of_the_file(write, capsys):
         assert caught.value.code == 0
         page = capsys.readouterr().out
         assert "--optimizer.peak-lr" in page and "step-jax test" in page
+        assert "the highest rate, or a scaling law. (default: 0.5)" in page
 
 
 def test_hash_is_of_values_not_of_spelling(write):
