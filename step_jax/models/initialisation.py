@@ -14,7 +14,8 @@ class FanIn:
 
     A weight that reads ``n`` coordinates has deviation ``gain/sqrt(n)``, however many factors a
     projection is made of (which is what low-rank attention is sensitive to); the last weight of
-    every residual branch is zero, as is customary since arXiv 1901.09321.
+    every residual branch is zero, as is customary since arXiv 1901.09321, and so is the output
+    head, so that the first loss is the logarithm of the vocabulary.
     """
 
     kind: ClassVar[str] = "fan_in"
@@ -29,11 +30,12 @@ class FanIn:
     def mlp_output(self, fan_in: int):
         return ZEROS
 
-    def embedding(self, width: int):
-        return Normal(self.gain * width**-0.5)
+    def embedding(self, width: int, tied: bool):
+        # a tied embedding is the head too: any larger, and every token predicts itself at first
+        return Normal(self.gain / width if tied else self.gain * width**-0.5)
 
     def head(self, width: int):
-        return Normal(self.gain * width**-0.5)
+        return ZEROS
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,10 @@ class Fixed:
     def matrix(self, fan_in: int):
         return Normal(self.std)
 
-    attention_output = embedding = head = matrix
+    attention_output = head = matrix
+
+    def embedding(self, width: int, tied: bool):
+        return Normal(self.std)
 
     def mlp_output(self, fan_in: int):
         return Normal(self.std, depth="layer" if self.scale_mlp_output else "none")

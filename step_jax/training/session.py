@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import jax
 
 from step_jax.core import distributed
 from step_jax.core.config import config_hash, to_plain, to_yaml
-from step_jax.core.errors import CheckpointError, ConfigError, RestartRequested
+from step_jax.core.errors import CheckpointError, ConfigError, ExitCode, RestartRequested
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.training.checkpoint import CheckpointConfig, Checkpointer
 from step_jax.training.preemption import StopSignal
@@ -25,6 +25,7 @@ from step_jax.training.profiling import ProfileConfig, ProfilerWindow
 from step_jax.training.reporter import LoggingConfig, Reporter, environment
 from step_jax.training.run_directory import RunDirectory
 from step_jax.training.step import check_skipped
+from step_jax.training.watchdog import HangWatchdog
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,11 @@ class Session:
       reporter: says and records things.
     """
 
-    def __init__(self, config: Any, run: RunConfig, parallel: MeshConfig, total_steps: int):
+    def __init__(self, config: Any, run: RunConfig, parallel: MeshConfig):
         """``config`` is the loop's whole configuration; its parts ``run`` and ``parallel`` act."""
         distributed.join(parallel.multihost)
         self.sharding = Sharding.build(parallel)
         self.primary = jax.process_index() == 0
-        self.total_steps = total_steps
         self._config, self._run = config, run
         self._stack = ExitStack()
         self._pending: tuple[int, Any, float] | None = None
@@ -86,20 +86,19 @@ class Session:
             self.directory = stack.enter_context(
                 RunDirectory(self._run.directory, primary=self.primary)
             )
+            self._again = self.directory.metrics.exists()
             self.reporter = stack.enter_context(
                 Reporter(
                     self.directory,
                     self._run.logging,
-                    total_steps=self.total_steps,
                     resolved_config=to_plain(self._config),
                 )
             )
-            self._stop = stack.enter_context(StopSignal())
+            self._stop = stack.enter_context(StopSignal(self.reporter.event))
             self._checkpointer = stack.enter_context(
-                Checkpointer(
-                    self.directory.checkpoints, self._run.checkpoint, self.reporter.event
-                )
+                Checkpointer(self.directory.checkpoints, self._run.checkpoint, self.reporter.event)
             )
+            self._watchdog = stack.enter_context(HangWatchdog())
             self._profiler = ProfilerWindow(self._run.profile, self.directory.profile)
             stack.callback(self._profiler.close)
             self._stack = stack.pop_all()
@@ -110,16 +109,25 @@ class Session:
 
     # --- before the first step -----------------------------------------------------------------
 
-    def describe(self, config: Any, work: Work, meta: dict[str, Any], header: Mapping[str, Any]):
+    def describe(
+        self,
+        config: Any,
+        total_steps: int,
+        work: Work,
+        meta: dict[str, Any],
+        header: Mapping[str, Any],
+    ):
         """Fixes what the run is, once its configuration is resolved, and shows the header.
 
         Args:
           config: the resolved configuration, written to the run directory and every checkpoint.
+          total_steps: where the run ends.
           work: what a step does.
           meta: JSON-able facts that a resumed run must agree with (see ``start``).
           header: what to show.
         """
-        self._config, self._work = config, work
+        self.total_steps = self.reporter.total_steps = total_steps
+        self._work = work
         self._meta = {"config": to_plain(config), "config_hash": config_hash(config), **meta}
         self.directory.write_config(to_yaml(config))
         devices = self.sharding.mesh.devices.flat
@@ -158,7 +166,8 @@ class Session:
                     f"the checkpoints in {self.directory.checkpoints} (steps {steps}) are all "
                     "damaged: move them away to start afresh"
                 )
-            self.reporter.resumed(0)
+            if self._again:  # it ended before its first checkpoint
+                self.reporter.resumed(0)
             self._clock = time.perf_counter()
             return initialise(), 0
         check(self._checkpointer.meta(step), step)
@@ -184,7 +193,7 @@ class Session:
           data_wait: seconds the host waited for this step's data.
 
         Raises:
-          RestartRequested: the state is saved and the process is to end with exit code 42.
+          RestartRequested, KeyboardInterrupt: after SIGTERM, SIGINT; the state is saved.
           DivergedError: too many non-finite steps in a row.
         """
         self.flush()
@@ -193,12 +202,12 @@ class Session:
             self.reporter.event(f"profile of {self._run.profile.steps} steps written")
         stop = self._stop.requested(step)
         if stop or self._checkpointer.due(step) or step == self.total_steps:
-            self.flush()
-            self._checkpointer.save(step, state, self._meta)
-            self.restart_clock()
+            with self.aside():
+                self._checkpointer.save(step, state, self._meta)
         if stop and step < self.total_steps:
             self._checkpointer.wait()
-            self.reporter.event(f"stopped on request after step {step}; the state is saved")
+            if self._stop.exit_code == ExitCode.INTERRUPTED:
+                raise KeyboardInterrupt
             raise RestartRequested(f"stopped after step {step}: start the same command to go on")
 
     def flush(self):
@@ -208,20 +217,22 @@ class Session:
         step, metrics, data_wait = self._pending
         self._pending = None
         values = {k: v.item() for k, v in jax.device_get(dict(metrics)).items()}
+        self._watchdog.beat()
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         work = self._work
-        rates = {
-            "tokens": step * work.tokens,
-            "step_seconds": seconds,
-            "tokens_per_second": work.tokens / seconds,
-            "data_wait": data_wait,
-        }
+        rates = {"tokens": step * work.tokens, "step_s": seconds}
+        rates["tokens_per_s"] = work.tokens / seconds
+        rates["data_wait_s"] = data_wait
         if work.peak_flops:
             rates["mfu"] = work.flops / seconds / work.peak_flops
         self.reporter.step(step, values | rates)
         check_skipped(values.get("skipped", 0), self._run.max_skipped, step)
 
-    def restart_clock(self):
-        """Leaves out of the step times what was done since the last step (an evaluation, say)."""
+    @contextmanager
+    def aside(self):
+        """For work between two steps (an evaluation): it does not count as a step's time."""
+        self.flush()
+        yield
+        self._watchdog.beat()
         self._clock = time.perf_counter()

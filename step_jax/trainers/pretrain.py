@@ -1,0 +1,375 @@
+"""Pretraining: from a folder of text to a decoder that writes.
+
+The loop is :func:`run`, read top to bottom.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+
+from step_jax.core import hardware, rng
+from step_jax.core import spec as spec_lib
+from step_jax.core.errors import CheckpointError, ConfigError
+from step_jax.core.sharding import MeshConfig, Sharding
+from step_jax.data import DataConfig, TextDataset
+from step_jax.evaluation.heldout import make_evaluator
+from step_jax.inference.generate import generate
+from step_jax.inference.sampling import SamplingConfig
+from step_jax.models.context import Context, Execution
+from step_jax.models.decoder import Decoder
+from step_jax.models.flops import train_flops_per_token
+from step_jax.models.language_model import language_model_loss
+from step_jax.ops import attention
+from step_jax.training import plots
+from step_jax.training.batches import abstract_batch, process_rows, to_mesh
+from step_jax.training.optimizers.build import make_optimizer
+from step_jax.training.optimizers.config import AdamW, OptimizerConfig
+from step_jax.training.scaling_laws import step_law_batch_rows
+from step_jax.training.session import RunConfig, Session, Work
+from step_jax.training.state import abstract_state, init_state
+from step_jax.training.step import LossOutput, make_train_step
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long, and on how much at once. Give ``steps`` or ``tokens``.
+
+    steps: optimizer steps of the whole run.
+    tokens: tokens of the whole run instead.
+    batch_size: rows of a step over all devices, or ``step_law`` (arXiv 2503.04715; needs tokens).
+    accumulation: microbatches that a step is computed in; changes memory, not results.
+    z_loss: coefficient of the squared log-partition function.
+    ema_decay: of a moving average of the parameters, which evaluation and sampling then use.
+    """
+
+    steps: int | None = None
+    tokens: float | None = None
+    batch_size: int | Literal["step_law"] = "step_law"
+    accumulation: int = 1
+    z_loss: float = 0.0
+    ema_decay: float | None = None
+
+    def validate(self):
+        if (self.steps is None) == (self.tokens is None):
+            raise ConfigError("give either training.steps or training.tokens")
+        if self.batch_size == "step_law" and self.tokens is None:
+            raise ConfigError("training.batch_size: step_law needs training.tokens")
+        for name in ("steps", "tokens", "batch_size", "accumulation"):
+            value = getattr(self, name)
+            if isinstance(value, int | float) and value < 1:
+                raise ConfigError(f"training.{name} is {value}; it must be at least 1")
+        if isinstance(self.batch_size, int) and self.batch_size % self.accumulation:
+            raise ConfigError(
+                f"training.accumulation {self.accumulation} does not divide batch_size "
+                f"{self.batch_size}"
+            )
+
+    def rows(self, sequence_length: int, multiple: int) -> int:
+        """Rows of a batch; Step Law's are rounded to a multiple of ``multiple``."""
+        if self.batch_size == "step_law":
+            return step_law_batch_rows(self.tokens, sequence_length, multiple * self.accumulation)
+        return self.batch_size
+
+    def total_steps(self, tokens_per_step: int) -> int:
+        return self.steps or max(1, round(self.tokens / tokens_per_step))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out evaluation during the run; the end of the run always scores every held-out token.
+
+    every_steps: 0 for the end only.
+    tokens: of the quick evaluations, whole documents.
+    """
+
+    every_steps: int = 200
+    tokens: int = 50_000
+
+    def due(self, step: int, total_steps: int) -> bool:
+        return bool(self.every_steps) and step % self.every_steps == 0 and step < total_steps
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Text written at the end of the run. ``tokens: 0`` writes none."""
+
+    prompts: tuple[str, ...] = ("",)
+    tokens: int = 128
+    temperature: float = 0.8
+    top_p: float = 0.95
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Train a decoder on text."""
+
+    run: RunConfig
+    model: Decoder
+    training: Training
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = AdamW()
+    execution: Execution = Execution()
+    parallel: MeshConfig = MeshConfig(fsdp=-1)
+    evaluation: Evaluation = Evaluation()
+    sample: Sample = Sample()
+
+
+def context(batch: dict[str, Any], execution: Execution, sharding: Sharding) -> Context:
+    """The context of a packed batch."""
+    return Context(
+        positions_BT=batch["positions"],
+        segments_BT=batch["segments"],
+        execution=execution,
+        sharding=sharding,
+    )
+
+
+def make_loss(model: Decoder, execution: Execution, sharding: Sharding, z_loss: float = 0.0):
+    """The loss function of ``make_train_step`` for packed text."""
+
+    def loss(params, batch, key) -> LossOutput:
+        ctx = context(batch, execution, sharding)
+        return LossOutput(*language_model_loss(params, model, batch, ctx, z_loss))
+
+    return loss
+
+
+def with_vocabulary(model: Decoder, vocab_size: int) -> Decoder:
+    """The model with the tokenizer's vocabulary, if it has none of its own.
+
+    Raises:
+      ConfigError: its own is too small for the tokenizer.
+    """
+    if not model.vocab:
+        return replace(model, vocab=vocab_size)
+    if model.vocab < vocab_size:
+        raise ConfigError(f"model.vocab is {model.vocab}; the tokenizer has {vocab_size} pieces")
+    return model
+
+
+def check_continues(config: PretrainConfig, dataset: TextDataset, meta: dict, step: int) -> None:
+    """Raises unless a run of ``config`` goes on where the checkpoint at ``step`` stopped."""
+    from step_jax.core.config import to_plain
+
+    dataset.check(meta["data"], step)
+    saved, now = meta["config"]["run"]["seed"], to_plain(config)["run"]["seed"]
+    if saved != now:
+        raise CheckpointError(f"run.seed was {saved} and is {now}: set it back")
+
+
+def prepare_data(config: PretrainConfig, sharding: Sharding, report) -> TextDataset:
+    """The dataset of this process's rows; processes that share rows read the same ones."""
+    T = config.data.sequence_length
+    rows = config.training.rows(T, sharding.size("data", "fsdp", "expert"))
+    if T % sharding.size("context"):
+        raise ConfigError(
+            f"parallel.context {sharding.size('context')} does not divide data.sequence_length {T}"
+        )
+    index, count = process_rows(sharding, rows)
+    return TextDataset.build(
+        config.data,
+        batch_size=rows,
+        seed=config.run.seed,
+        process_index=index,
+        process_count=count,
+        report=report,
+    )
+
+
+def run(config: PretrainConfig) -> dict[str, float]:
+    """Trains, evaluates and samples; returns the final held-out figures.
+
+    Raises:
+      StepError: with the exit code of ``core.errors``; ``RestartRequested`` after a SIGTERM.
+    """
+    with Session(config, config.run, config.parallel) as session:
+        sharding, report = session.sharding, session.reporter
+        dataset = prepare_data(config, sharding, report.event)
+        if session.primary:
+            dataset.tokenizer.save(session.directory.path / "tokenizer.model")
+        model = with_vocabulary(config.model, dataset.tokenizer.vocab_size)
+        config = replace(config, model=model)
+        rows, tokens = dataset.batch_size, dataset.batch_size * config.data.sequence_length
+        total_steps = config.training.total_steps(tokens)
+
+        optimizer = make_optimizer(
+            config.optimizer,
+            model.specs(),
+            total_steps=total_steps,
+            tokens=float(total_steps * tokens),
+            sharding=sharding,
+        )
+        use_ema = config.training.ema_decay is not None
+        state_like = abstract_state(model.specs(), optimizer, sharding, ema=use_ema)
+        train_step = compile_step(config, optimizer, sharding, state_like, dataset.batch(0), rows)
+        session.describe(
+            config,
+            total_steps,
+            work(config, tokens, sharding),
+            meta={"data": dataset.fingerprint, "tokenizer": dataset.tokenizer.hash},
+            header=header(config, optimizer, dataset, total_steps, state_like, train_step),
+        )
+
+        def initialise():
+            params = model.initialise(rng.fold(config.run.seed, 0, "parameters"))
+            return init_state(params, optimizer, ema=use_ema)
+
+        state, start = session.start(
+            jax.jit(initialise, out_shardings=jax.tree.map(lambda a: a.sharding, state_like)),
+            state_like,
+            functools.partial(check_continues, config, dataset),
+        )
+        evaluate = make_evaluator(
+            model, config.execution, sharding, rows, config.data.sequence_length
+        )
+        quick = dataset.heldout.subset(config.evaluation.tokens)
+        batches = dataset.iterate(start)
+        for step in range(start, total_steps):
+            batch = to_mesh(sharding, next(batches), rows)
+            session.before(step)
+            state, metrics = train_step(state, batch)
+            session.finished(step + 1, state, metrics, batches.wait_seconds)
+            if config.evaluation.due(step + 1, total_steps) and quick.documents:
+                with session.aside():
+                    report.evaluation(step + 1, evaluate(best_params(state), quick), "heldout")
+        batches.close()
+        session.flush()
+        return finish(session, config, dataset, evaluate, best_params(state), start)
+
+
+def best_params(state):
+    """The moving average if the run keeps one, else the parameters."""
+    return state.params if state.ema is None else state.ema
+
+
+def compile_step(config: PretrainConfig, optimizer, sharding, state_like, batch, rows: int):
+    """The compiled train step: (state, batch) -> (state, metrics); the state is donated."""
+    shardings = jax.tree.map(lambda a: a.sharding, state_like)
+    step = make_train_step(
+        make_loss(config.model, config.execution, sharding, config.training.z_loss),
+        optimizer,
+        accumulation=config.training.accumulation,
+        clip_norm=config.optimizer.clip_norm,
+        ema_decay=config.training.ema_decay,
+        compute_dtype=config.execution.dtype,
+        seed=config.run.seed,
+        param_shardings=None if sharding.mesh.size == 1 else shardings.params,
+    )
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated()))
+    return jitted.lower(state_like, abstract_batch(sharding, batch, rows)).compile()
+
+
+def work(config: PretrainConfig, tokens: int, sharding: Sharding) -> Work:
+    """Tokens and operations of a step, and the peak of all devices at the compute precision."""
+    flops = tokens * train_flops_per_token(config.model, config.data.sequence_length)
+    precision = {"bfloat16": "bf16", "float32": "fp32"}[config.execution.dtype]
+    peak = hardware.peak_flops(sharding.mesh.devices.flat[0], precision)
+    return Work(tokens, flops, None if peak is None else peak * sharding.mesh.size)
+
+
+def header(config, optimizer, dataset, total_steps, state_like, train_step) -> dict[str, Any]:
+    """What the run shows before its first step."""
+    model, T = config.model, config.data.sequence_length
+    specs = model.specs()
+    tokens = dataset.batch_size * T
+    memory = train_step.memory_analysis()
+    values: dict[str, Any] = {
+        "parameters": f"{spec_lib.count(specs):,}",
+        "of which in matrices": f"{spec_lib.count(specs, roles=('matrix',)):,}",
+        "attention": f"{config.execution.attention} -> "
+        f"{attention.resolve(config.execution.attention)}",
+        "tokens per step": f"{tokens:,} ({dataset.batch_size} rows of {T})",
+        "steps": f"{total_steps:,} ({total_steps * tokens:,} tokens, "
+        f"{total_steps * tokens / max(1, dataset.tokens_per_epoch):.2f} epochs)",
+        "peak learning rate": f"{optimizer.peak:.3g}",
+        "cache per token": f"{cache_bytes_per_token(model):,} bytes",
+    }
+    if memory is not None:
+        need = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        values["memory per device"] = memory_text(need, state_like)
+    for i, note in enumerate(optimizer.notes, 1):
+        values[f"note {i}"] = note
+    return values
+
+
+def cache_bytes_per_token(model: Decoder, bytes_per_number: int = 2) -> int:
+    """Bytes that decoding keeps for one token of a full-attention layer stack, at 16 bits."""
+    entries = (
+        (group.repeat, entry)
+        for group in model.layers
+        for block in group.blocks
+        for entry in block.attention.cache_entries()
+    )
+    return bytes_per_number * sum(repeat * math.prod(entry) for repeat, entry in entries)
+
+
+def memory_text(need: int, state_like) -> str:
+    """Bytes a step needs on a device beside what the device has."""
+    device = jax.local_devices()[0]
+    chip = hardware.detect(device)
+    available = chip.hbm_bytes if chip else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    state = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state_like))
+    return (
+        f"{need / 1e9:.3g} GB predicted of {available / 1e9:.3g} GB "
+        f"(whole state {state / 1e9:.3g} GB)"
+    )
+
+
+def finish(session: Session, config: PretrainConfig, dataset, evaluate, params, start):
+    """Scores every held-out token, writes samples and the plot, and says where everything is."""
+    report, directory = session.reporter, session.directory
+    result = evaluate(params, dataset.heldout) if dataset.heldout.documents else {}
+    if result:
+        report.evaluation(session.total_steps, result, "final")
+    baselines = dataset.heldout.compressed_bits_per_byte() if session.primary else {}
+    texts = write_samples(config, session.sharding, dataset.tokenizer, params)
+    if session.primary:
+        directory.samples.mkdir(exist_ok=True)
+        path = directory.samples / f"step_{session.total_steps}.txt"
+        path.write_text("\n\n".join(texts), encoding="utf-8")
+        for text in texts[:1]:
+            report.event(f"sample:\n{text}")
+        plots.plot_run(directory.path, directory.plots / "loss.png")
+    summary = {
+        "status": "done",
+        **{f"held-out {name}": value for name, value in result.items()},
+        **{f"{name} bits per byte": value for name, value in baselines.items()},
+        **{f"data {name}": value for name, value in dataset.counters().items() if value},
+        "run directory": str(directory.path),
+        "loss plot": str(directory.plots / "loss.png"),
+        "write more": f"step-jax generate {directory.path} --prompt 'import os'",
+        "score it": f"step-jax eval {directory.path}",
+        "compare runs": f"step-jax runs {directory.path.parent}",
+    }
+    report.summary(summary)
+    return result
+
+
+def write_samples(config: PretrainConfig, sharding: Sharding, tokenizer, params) -> list[str]:
+    """One text per prompt of ``config.sample``, prompt included."""
+    sample, length = config.sample, config.data.sequence_length
+    if not sample.tokens:
+        return []
+    written = generate(
+        params,
+        config.model,
+        [tokenizer.encode(prompt).tolist() for prompt in sample.prompts],
+        SamplingConfig(
+            max_new_tokens=sample.tokens,
+            temperature=sample.temperature,
+            top_p=sample.top_p,
+            seed=config.run.seed,
+        ),
+        max_length=length,
+        stop_ids=(tokenizer.eos_id,),
+        start_id=tokenizer.bos_id,
+        execution=config.execution,
+        sharding=sharding,
+    )
+    return [p + tokenizer.decode(t) for p, t in zip(sample.prompts, written.tokens, strict=True)]
