@@ -2,39 +2,58 @@
 
 from __future__ import annotations
 
-import argparse
 import time
+from dataclasses import dataclass
 
 from step_jax.core.config import load_config
+from step_jax.data import DataConfig, TextDataset
+
+_DESCRIPTION = (
+    "Train or load a tokenizer and tokenise the corpora, so that `step-jax pretrain` with the "
+    "same `data` group starts at once. Takes the pretraining configuration as FILE.yaml, or only "
+    "--data flags. `--out FILE.model` also writes the tokenizer there."
+)
+
+
+@dataclass(frozen=True)
+class DataOnly:
+    """What `step-jax tokenize` reads when no pretraining configuration is given."""
+
+    data: DataConfig = DataConfig()
 
 
 def main(argv: list[str]) -> int | None:
-    from step_jax.data import TextDataset
-    from step_jax.trainers.pretrain import PretrainConfig
-
-    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    options.add_argument("--out")
-    own, rest = options.parse_known_args(argv)
-    loaded = load_config(
-        PretrainConfig,
-        rest,
-        prog="step-jax tokenize",
-        description="Train or load the tokenizer of a pretraining configuration and tokenise its "
-        "corpora, so that `step-jax pretrain` with the same `data` group starts at once. "
-        "`--out FILE.model` also writes the tokenizer there.",
-    )
+    out, argv = _take_out(argv)
+    loaded = load_config(_schema(argv), argv, prog="step-jax tokenize", description=_DESCRIPTION)
+    config: DataConfig = loaded.config.data
     start = time.perf_counter()
-    dataset = TextDataset.build(loaded.config.data, batch_size=1, report=print)
-    seconds = time.perf_counter() - start
+    dataset = TextDataset.build(config, batch_size=1, report=print)
     print(table(dataset))
-    print(f"{seconds:.1f} s; cache: {loaded.config.data.cache_path}")
-    if own.out:
-        dataset.tokenizer.save(own.out)
-        print(f"tokenizer written to {own.out}")
+    print(f"{time.perf_counter() - start:.1f} s; cache: {config.cache_path}")
+    if out:
+        dataset.tokenizer.save(out)
+        print(f"tokenizer written to {out}")
     return None
 
 
-def table(dataset) -> str:
+def _take_out(argv: list[str]) -> tuple[str | None, list[str]]:
+    import argparse
+
+    options = argparse.ArgumentParser(prog="step-jax tokenize", add_help=False, allow_abbrev=False)
+    options.add_argument("--out")
+    own, rest = options.parse_known_args(argv)
+    return own.out, rest
+
+
+def _schema(argv: list[str]) -> type:
+    if any(not word.startswith("-") and word.endswith((".yaml", ".yml")) for word in argv):
+        from step_jax.trainers.pretrain import PretrainConfig
+
+        return PretrainConfig
+    return DataOnly
+
+
+def table(dataset: TextDataset) -> str:
     """The counters of a dataset, one a line, and the tokenizer's identity."""
     counters = dataset.counters()
     rows = [(name.replace("_", " "), f"{value:,}") for name, value in counters.items()]

@@ -262,3 +262,10 @@ def test_one_file_is_enough(config, tmp_path):
     single = replace(config, sources=(), path=str(path))
     dataset = TextDataset.build(single, batch_size=2)
     assert 0.05 < dataset.heldout.bytes / path.stat().st_size <= 0.1
+
+
+def test_nothing_held_out(single):
+    heldout = TextDataset.build(replace(single, heldout_fraction=0.0), batch_size=2).heldout
+    for part in (heldout, heldout.subset(100)):
+        assert part.documents == part.bytes == part.tokens == 0
+        assert list(part.batches(2, 64)) == [] and part.compressed_bits_per_byte() == {}

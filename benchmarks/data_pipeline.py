@@ -1,0 +1,120 @@
+"""Speed of the training iterator on one core, beside Grain's own packing of the same tokens.
+
+    python benchmarks/data_pipeline.py
+
+Prints tokens per CPU second (all threads of the process, pinned to one core) for long documents
+(the Python standard library) and short ones (the same tokens cut every 64), and the time from a
+finished preparation to the first batch at steps 0, 1e6 and 1e9. CPU seconds and not wall time,
+so that a busy machine changes little. The peer does the same work as far as it can: documents in
+shuffled order, packed with Grain's `ConcatThenSplitIterDataset` (split) or
+`BestFitPackIterDataset` (fit), batched, with segment ids and positions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from step_jax.data import DataConfig, TextDataset, TokenCache, prepare
+from step_jax.data.cache import Documents, Prepared
+
+
+def with_documents(prepared: Prepared, length: int | None) -> Prepared:
+    """The same tokens as documents of ``length`` tokens (None: as they are)."""
+    if length is None:
+        return prepared
+    (cache,) = prepared.caches
+    ends = np.append(np.arange(0, len(cache.train.tokens), length), len(cache.train.tokens))
+    train = Documents(cache.train.tokens, ends.astype(np.int64))
+    changed = {**cache.__dict__, "train": train, "digest": f"{cache.digest}/{length}"}
+    return Prepared(prepared.tokenizer, (TokenCache(**changed),))
+
+
+def peer_iterator(cache: TokenCache, packing: str, rows: int, length: int) -> Iterator[dict]:
+    """Grain's packing over the same documents; inputs and targets as two features."""
+    import grain
+
+    tokens, offsets = cache.train
+
+    def document(i: int) -> dict[str, np.ndarray]:
+        text = tokens[offsets[i] : offsets[i + 1]].astype(np.int32)
+        return {"inputs": text, "targets": text}
+
+    documents = grain.MapDataset.range(len(offsets) - 1).shuffle(seed=0).repeat().map(document)
+    stream = documents.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=64))
+    shape = {"inputs": length, "targets": length}
+    if packing == "split":
+        packed = grain.experimental.ConcatThenSplitIterDataset(stream, length_struct=shape)
+    else:
+        packed = grain.experimental.BestFitPackIterDataset(
+            stream, length_struct=shape, num_packing_bins=64
+        )
+    return iter(packed.batch(rows))
+
+
+def tokens_per_cpu_second(batches: Iterator[dict], seconds: float, name: str) -> float:
+    """Tokens that carry a target, per second of the process's CPU time."""
+    next(batches)
+    tokens, start = 0.0, time.process_time()
+    while time.process_time() - start < seconds:
+        for _ in range(8):
+            batch = next(batches)
+            tokens += (batch[name] > 0).sum()
+    return tokens / (time.process_time() - start)
+
+
+def restore_seconds(prepared: Prepared, config: DataConfig, rows: int, step: int) -> float:
+    """CPU seconds from prepared corpora to the first batch of ``step``."""
+    start = time.process_time()
+    iterator = TextDataset(config, prepared, batch_size=rows).iterate(step)
+    next(iterator)
+    elapsed = time.process_time() - start
+    iterator.close()
+    return elapsed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--path", default="python:stdlib")
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--seconds", type=float, default=2.0, help="CPU seconds per figure")
+    parser.add_argument("--cache-dir")
+    args = parser.parse_args()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+    def config_for(packing: str) -> DataConfig:
+        return DataConfig(
+            path=args.path, sequence_length=args.length, packing=packing, cache_dir=args.cache_dir
+        )
+
+    prepared = prepare(config_for("split"), print)
+    print(f"batches of {args.rows} x {args.length}; million tokens per CPU second, one core")
+    print(f"{'documents':<12}{'packing':<10}{'step_jax':>10}{'grain':>10}{'ratio':>8}")
+    for name, length in (("files", None), ("64 tokens", 64)):
+        shaped = with_documents(prepared, length)
+        for packing in ("split", "fit"):
+            dataset = TextDataset(config_for(packing), shaped, batch_size=args.rows)
+            iterator = dataset.iterate()
+            ours = tokens_per_cpu_second(iterator, args.seconds, "segments") / 1e6
+            iterator.close()
+            if packing == "fit" and length is None:
+                peer = "-"  # Grain's packers refuse documents longer than a row
+                ratio = "-"
+            else:
+                other = peer_iterator(shaped.caches[0], packing, args.rows, args.length)
+                value = tokens_per_cpu_second(other, args.seconds, "targets_segment_ids") / 1e6
+                peer, ratio = f"{value:.2f}", f"{ours / value:.1f}x"
+            print(f"{name:<12}{packing:<10}{ours:>10.2f}{peer:>10}{ratio:>8}")
+    for step in (0, 10**6, 10**9):
+        seconds = restore_seconds(prepared, config_for("split"), args.rows, step)
+        print(f"first batch at step {step:<11,} {seconds * 1e3:.1f} ms CPU")
+
+
+if __name__ == "__main__":
+    main()

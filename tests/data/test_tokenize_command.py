@@ -1,0 +1,36 @@
+import pytest
+
+from step_jax.cli.main import main
+from step_jax.data import Tokenizer
+
+
+def test_tokenize_trains_prepares_and_prints_the_counters(corpus, tmp_path, capsys):
+    out = tmp_path / "kept.model"
+    (corpus / "image.png").write_bytes(b"\0")
+    argv = ["tokenize", "--data.path", str(corpus), "--data.vocab-size", "330"]
+    argv += ["--data.cache-dir", str(tmp_path / "cache"), "--out", str(out)]
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    table = dict(line.split("  ", 1) for line in printed.splitlines() if "  " in line)
+    table = {name.strip(): value.strip() for name, value in table.items()}
+    assert table["files"] == "61" and table["skipped binary"] == "1"
+    assert int(table["documents"]) + int(table["heldout documents"]) == 60
+    assert table["tokens dropped"] == "0"
+    trained = Tokenizer.load(out)
+    assert trained.vocab_size == 330 and table["tokenizer hash"] == trained.hash[:16]
+    assert main(argv) == 0
+    assert "training a tokenizer" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--data.path", "/nowhere"], "does not exist"),
+        (["--data.pth", "x"], "data.path"),
+        (["--data.vocab-size", "10"], "vocab_size is 10"),
+    ],
+)
+def test_errors_are_one_message(argv, message, capsys):
+    assert main(["tokenize", *argv]) != 0
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
