@@ -97,12 +97,12 @@ def make_train_step(
 
         grads, out = _accumulate(micro, batch, accumulation, constrain)
         loss = out.loss_sum / out.weight
-        grads = jax.tree.map(lambda g: g / out.weight, grads)
-        grad_norm = optax.tree.norm(grads)
+        grad_norm = optax.tree.norm(grads) / jnp.abs(out.weight)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        scale = 1.0 / out.weight
         if clip_norm is not None:
-            scale = jnp.minimum(1.0, clip_norm / grad_norm)
-            grads = jax.tree.map(lambda g: g * scale, grads)
+            scale *= jnp.minimum(1.0, clip_norm / grad_norm)
+        grads = optax.tree.scale(scale, grads)
 
         rate = optimizer.rate(state.step)
         new_state = _update(state, grads, rate, optimizer, ema_decay)
