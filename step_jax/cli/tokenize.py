@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from step_jax.core.config import load_config
 from step_jax.data import DataConfig, TextDataset
@@ -24,7 +25,8 @@ class DataOnly:
 
 def main(argv: list[str]) -> int | None:
     out, argv = _take_out(argv)
-    loaded = load_config(_schema(argv), argv, prog="step-jax tokenize", description=_DESCRIPTION)
+    schema: type[Any] = _schema(argv)
+    loaded = load_config(schema, argv, prog="step-jax tokenize", description=_DESCRIPTION)
     config: DataConfig = loaded.config.data
     start = time.perf_counter()
     dataset = TextDataset.build(config, batch_size=1, report=print)

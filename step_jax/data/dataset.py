@@ -21,6 +21,7 @@ from step_jax.data.packing import Batch, Plan, derive_key, empty_batch, fill, ma
 from step_jax.data.tokenizer import Tokenizer
 
 _ORDER_VERSION = 1  # raise when the same configuration would give another order
+_COUNT_ROWS = 2**18  # rows looked at together, to bound the memory
 
 
 @dataclass(frozen=True)
@@ -186,12 +187,14 @@ class TextDataset:
         for cache in self._caches:
             for name, value in cache.counters.items():
                 total[name] = total.get(name, 0) + value
-        # Every length is positive, so an epoch's targets are the sum over its pieces.
         placed = cut = 0
         for corpus in self._corpora:
-            lengths = corpus.plan_of(0).pieces(np.arange(corpus.rows)).length
-            placed += int(lengths.sum())
-            cut += len(lengths) - (len(corpus.offsets) - 1)
+            cut -= len(corpus.offsets) - 1
+            for first in range(0, corpus.rows, _COUNT_ROWS):
+                rows = np.arange(first, min(first + _COUNT_ROWS, corpus.rows))
+                lengths = corpus.plan_of(0).pieces(rows).length
+                placed += int(lengths.sum())
+                cut += len(lengths)
         total["rows_per_epoch"] = self.rows_per_epoch
         total["cuts_per_epoch"] = cut
         total["padding_per_epoch"] = self.rows_per_epoch * self.config.sequence_length - placed
@@ -256,14 +259,14 @@ class TextDataset:
 
 def _mixture_stages(config: DataConfig, batch_size: int) -> list[MixtureStage]:
     stages = config.resolved_stages
-    firsts = [0, *(stage.until_step for stage in stages[:-1])]
+    firsts = [0, *(stage.until_step or 0 for stage in stages[:-1])]
     return [
         MixtureStage(first * batch_size, integer_weights(stage.weights))
         for first, stage in zip(firsts, stages, strict=True)
     ]
 
 
-def _until(stages: list[list[Any]], step: int) -> list[list[Any]]:
+def _until(stages: list[list[Any]] | None, step: int) -> list[list[Any]]:
     return [
         [first, step if until is None else min(until, step), weights]
         for first, until, weights in stages or []

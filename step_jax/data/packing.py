@@ -57,8 +57,8 @@ def permutation(n: int, key: int) -> np.ndarray:
 
 def make_plan(packing: str, offsets: np.ndarray, sequence_length: int, key: int) -> Plan:
     """The plan of one epoch; ``key`` fixes the order of documents and rows."""
-    kind = {"split": SplitPlan, "fit": FitPlan}[packing]
-    return kind(offsets, sequence_length, key)
+    kinds: dict[str, type[SplitPlan] | type[FitPlan]] = {"split": SplitPlan, "fit": FitPlan}
+    return kinds[packing](offsets, sequence_length, key)
 
 
 class SplitPlan:

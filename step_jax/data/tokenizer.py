@@ -51,8 +51,8 @@ class Tokenizer:
         self.bos_id: int = bos if bos >= 0 else self.eos_id
         self.pad_id: int = pad if pad >= 0 else 0
         ids = [self._processor.piece_to_id(piece) for piece in _SPACE_MARK_BYTES]
-        has_bytes = all(self._processor.is_byte(i) for i in ids)
-        self._space_mark_ids = np.array(ids, np.int32) if has_bytes else None
+        self._has_bytes = all(self._processor.is_byte(i) for i in ids)
+        self._space_mark_ids = np.array(ids, np.int32)
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -86,7 +86,7 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[np.ndarray]:
         """Token ids of each text, int32 (n_i,), on ``threads`` threads (default: all cores)."""
         threads = threads or os.cpu_count() or 1
-        marked = self._space_mark_ids is not None and any(_SPACE_MARK in t for t in texts)
+        marked = self._has_bytes and any(_SPACE_MARK in t for t in texts)
         if not marked:
             return self._encode(list(texts), threads)
         parts = [text.split(_SPACE_MARK) for text in texts]
