@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("step_jax.cli.generate", "write text with a trained model"),
     "eval": ("step_jax.cli.evaluate", "held-out loss, perplexity and bits per byte of a model"),
     "tokenize": ("step_jax.cli.tokenize", "train a tokenizer, or look at what one does"),
+    "checkpoints": ("step_jax.cli.checkpoints", "list saved steps, or verify every byte of them"),
     "runs": ("step_jax.cli.runs", "compare runs as a table and a picture"),
 }
 

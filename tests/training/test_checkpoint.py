@@ -21,6 +21,7 @@ from step_jax.training.checkpoint import (
     NonFiniteState,
     verify,
 )
+from step_jax.training.checkpoint.arrays import HostSnapshot
 
 
 @flax.struct.dataclass
@@ -89,8 +90,13 @@ def test_numpy_leaf_is_copied_at_the_call(tmp_path):
     np.testing.assert_array_equal(restored["replay"], np.arange(1000))
 
 
+@pytest.mark.parametrize("inline", [False, True])  # True: as on accelerators
 @pytest.mark.parametrize("devices", [1, 8])
-def test_saved_values_are_those_of_the_call_although_buffers_are_donated(tmp_path, devices):
+def test_saved_values_are_those_of_the_call_although_buffers_are_donated(
+    tmp_path, devices, inline, monkeypatch
+):
+    if inline:
+        monkeypatch.setattr(HostSnapshot, "take", lambda self, flat: None)
     sharding = NamedSharding(mesh_of(devices), PartitionSpec("x"))
     advance = jax.jit(
         lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0, out_shardings=sharding
@@ -288,4 +294,4 @@ def test_import_needs_neither_jax_nor_orbax():
 def test_no_thread_is_left(tmp_path):
     with Checkpointer(tmp_path) as saver:
         saver.save(1, {"a": jnp.ones(3)}, {})
-    assert not [t for t in threading.enumerate() if t.name.startswith("checkpoint-")]
+    assert not [t for t in threading.enumerate() if t.name.startswith("checkpoint")]

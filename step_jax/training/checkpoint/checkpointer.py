@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import queue
 import shutil
 import threading
 import time
@@ -43,8 +44,8 @@ class _Save:
     step: int
     flat: dict[str, Any]  # emptied once written, so that the arrays are freed
     info: dict[str, Any]
-    held: list | None  # views that protect CPU arrays from donation
     started: float
+    stall: float = 0.0
     response: Any = None
     finite: Any = None
     error: Exception | None = None
@@ -95,7 +96,10 @@ class Checkpointer:
         self._rounds = itertools.count()
         self._last_key = "none"
         self._open = False
-        self._thread: threading.Thread | None = None
+        self._snapshot = arrays.HostSnapshot()
+        self._jobs: queue.SimpleQueue[_Save | None] = queue.SimpleQueue()
+        self._idle = threading.Event()
+        self._idle.set()
         self._newest: int | None = None  # step that is safe on disk, as saved or restored by us
         self._failure: StepError | None = None
         self._failures = 0
@@ -115,11 +119,15 @@ class Checkpointer:
 
         self._processes.together(self._key("open"), lambda: None, clean)
         self._open = True
+        # One thread for all saves: starting one hands it the GIL, for 20 ms in a busy moment.
+        self._worker = threading.Thread(target=self._work, name="checkpoint")
+        self._worker.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        self._join()
         self._open = False
+        self._jobs.put(None)
+        self._worker.join()
         clean_exit = error is None or isinstance(error, SystemExit | RestartRequested)
         if clean_exit and self._failure is not None:
             raise self._failure
@@ -152,13 +160,12 @@ class Checkpointer:
             return
         flat = arrays.flatten(state)
         info = {"step": step, "leaves": arrays.describe(flat), "meta": meta}
-        flat = arrays.own_numpy(flat)
         try:
             json.dumps(info)
         except (TypeError, ValueError) as e:
             raise CheckpointError(f"checkpoint metadata is not JSON: {e}") from e
         jax.block_until_ready(flat)  # what is waited for here is training, not saving
-        job = _Save(self._key("save"), step, flat, info, None, time.perf_counter())
+        job = _Save(self._key("save"), step, flat, info, time.perf_counter())
         try:
             self._check_space(job)
         except Exception as e:  # noqa: BLE001 - reported, and raised when it counts
@@ -167,19 +174,16 @@ class Checkpointer:
             return
         self._processes.forget(self._last_key)  # everybody has left the last save by now
         self._last_key = job.key
-        job.held = arrays.pin_host_views(flat)
-        if not self._in_thread(job):
-            job.start(self._unfinished(step))
-        stall = time.perf_counter() - job.started
-        self._thread = threading.Thread(
-            target=self._finish, args=(job, stall), name=f"checkpoint-{step}"
-        )
-        self._thread.start()
-
-    def _in_thread(self, job: _Save) -> bool:
-        # Orbax's start-up takes 25 ms of Python. A thread may do it unless it also has to copy
+        # Orbax's start-up takes 25 ms of Python. The thread may do it unless it also has to copy
         # from devices before the next donation, or to meet other processes in a collective.
-        return job.held is not None and self._processes.count == 1
+        snapshot = self._snapshot.take(flat) if self._processes.count == 1 else None
+        if snapshot is None:
+            job.start(self._unfinished(step))
+        else:
+            job.flat = snapshot
+        job.stall = time.perf_counter() - job.started
+        self._idle.clear()
+        self._jobs.put(job)
 
     def wait(self) -> None:
         """Wait for the save under way. Raises if the newest save failed."""
@@ -188,9 +192,12 @@ class Checkpointer:
             raise self._failure
 
     def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._idle.wait()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            self._finish(job)
+            self._idle.set()
 
     def _raise_if_hopeless(self) -> None:
         if self._failure is not None and self._failures >= self.config.max_failures:
@@ -210,11 +217,11 @@ class Checkpointer:
 
         self._processes.together(f"{job.key}/space", lambda: None, check)
 
-    def _finish(self, job: _Save, stall: float) -> None:
+    def _finish(self, job: _Save) -> None:
         path = self._unfinished(job.step)
 
         def write() -> None:
-            if self._in_thread(job):
+            if job.response is None and job.error is None:
                 job.start(path)
             job.finish()
 
@@ -231,20 +238,21 @@ class Checkpointer:
         try:
             files = everyone.together(f"{job.key}/written", write, describe)
             size = arrays.nbytes(job.flat)
-            job.flat, job.held = {}, None
+            job.flat = {}
             share = files[everyone.index :: everyone.count]
             everyone.together(
                 f"{job.key}/hashed", lambda: manifest.hash_files(path, share, sync=True), commit
             )
         except Exception as e:  # noqa: BLE001 - reported, and raised when it counts
-            job.flat, job.held = {}, None
+            job.flat = {}
             self._failed(job, e)
             return
         self._newest, self._failure, self._failures = job.step, None, 0
         if everyone.index == 0:
+            took = time.perf_counter() - job.started
             self._event(
-                f"checkpoint: step {job.step} saved, {size / 1e6:.1f} MB in "
-                f"{time.perf_counter() - job.started:.2f} s, training waited {stall * 1e3:.1f} ms"
+                f"checkpoint: step {job.step} saved, {size / 1e6:.1f} MB in {took:.2f} s, "
+                f"training waited {job.stall * 1e3:.1f} ms"
             )
             self._retain(job.step)
 
