@@ -1,0 +1,114 @@
+"""Decoding with a cache gives what one forward pass over the whole text gives, for every kind.
+
+Shape suffixes: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from step_jax.models.attention import MFA, MHA, MLA
+from step_jax.models.context import Context
+from step_jax.models.layers import RMSNorm
+from step_jax.models.positions import Alibi
+from tests.models import small
+
+WINDOW = 5  # far shorter than the texts
+KINDS = {
+    "mha": MHA(4, 8),
+    "mha_alibi": MHA(4, 8, position=Alibi()),
+    "mha_alibi_sqrt_window": MHA(4, 8, position=Alibi("sqrt"), window=WINDOW),
+    "gqa_window": MHA(4, 8, kv_heads=2, window=WINDOW, qk_norm=RMSNorm(), output_gate=True),
+    "mfa_paper": MFA(4, 8),
+    "mfa_released": MFA(4, 8, query_rank=16, query_norm=RMSNorm()),
+    "mfa_window": MFA(4, 8, window=WINDOW),
+    "mfa_gated_key": MFA(4, 8, value="gated_key"),
+    "mfa_gated_key_window": MFA(4, 8, value="gated_key", window=WINDOW, output_gate=True),
+    "mfa_key": MFA(4, 8, value="key"),
+    "mfa_gated_key_alibi": MFA(4, 8, value="gated_key", position=Alibi("sqrt")),
+    "mla": MLA(4, kv_rank=16, nope_dim=8, rope_dim=4, value_dim=8),
+    "mla_query_rank": MLA(4, kv_rank=16, nope_dim=8, rope_dim=4, value_dim=8, query_rank=12),
+    "mla_window": MLA(4, kv_rank=16, nope_dim=8, rope_dim=4, value_dim=8, window=WINDOW),
+}
+
+# Three calls: prompts, more of each text (none for row 2, one token for row 3), single tokens.
+FIRST, SECOND, STEPS = [7, 3, 9, 1], [6, 4, 0, 1], 5
+LENGTH = max(a + b for a, b in zip(FIRST, SECOND, strict=True)) + STEPS
+
+
+def call_positions(before, new, width):
+    """Positions (B, width) of ``new`` tokens a row after ``before`` of them, -1 for padding."""
+    index_1T = np.arange(width)[None]
+    before, new = np.asarray(before)[:, None], np.asarray(new)[:, None]
+    return np.where(index_1T < new, before + index_1T, -1).astype(np.int32)
+
+
+def compare(kind, repeat=2):
+    c = small.decoder(kind, repeat=repeat)
+    tokens_BT = np.random.default_rng(0).integers(0, c.vocab, (4, LENGTH)).astype(np.int32)
+    both = np.add(FIRST, SECOND)
+    calls = [call_positions([0] * 4, FIRST, 9), call_positions(FIRST, SECOND, 6)]
+    calls += [call_positions(both + i, [1] * 4, 1) for i in range(STEPS)]
+
+    def logits(p, tokens_BT, positions_BT, cache=None, fresh=False):
+        ctx = Context(positions_BT, fresh=fresh, execution=small.execution())
+        x_BTD, cache = c.hidden(p, tokens_BT, ctx, cache)
+        return c.logits(p, x_BTD, ctx), cache
+
+    def whole_and_cached(p, tokens_BT):
+        B, T = tokens_BT.shape
+        whole_BTV, _ = logits(p, tokens_BT, jnp.broadcast_to(jnp.arange(T), (B, T)))
+        cache = c.init_cache(B, T, jnp.float32)
+
+        def call(cache, positions_BT, fresh=False):
+            here_BT = jnp.take_along_axis(tokens_BT, jnp.maximum(positions_BT, 0), axis=1)
+            out, cache = logits(p, here_BT, positions_BT, cache, fresh)
+            return cache, out
+
+        cache, first = call(cache, calls[0], fresh=True)
+        cache, second = call(cache, calls[1])
+        cache, steps = jax.lax.scan(call, cache, np.stack(calls[2:]))
+        return whole_BTV, (first, second, *steps), cache.lengths_B
+
+    whole_BTV, cached, lengths_B = small.run(whole_and_cached, small.params(c), tokens_BT)
+    assert lengths_B.tolist() == (both + STEPS).tolist()
+    for positions_BT, got_BTV in zip(calls, cached, strict=True):
+        row, column = np.nonzero(positions_BT >= 0)
+        expected = whole_BTV[row, positions_BT[row, column]]
+        np.testing.assert_allclose(got_BTV[row, column], expected, atol=2e-5, rtol=2e-5)
+    assert np.abs(whole_BTV).max() > 0.1  # there is something to compare
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_calls_equal_one_forward_pass(kind):
+    compare(KINDS[kind])
+
+
+def test_pattern_of_window_and_full_layers():
+    c = small.decoder(KINDS["mfa_window"], KINDS["mha"])
+    cache = c.init_cache(2, 64)
+    assert [a.shape[2] for a in jax.tree.leaves(cache.layers)] == [WINDOW, WINDOW, 64, 64]
+
+
+def test_live_cache_against_mha_of_eight_times_the_width():
+    C, prompt_BT = 8, np.ones((2, 8), np.int32)
+
+    def live_bytes(kind) -> int:
+        c = small.decoder(kind)
+
+        def prefill(p):
+            positions_BT = jnp.broadcast_to(jnp.arange(8, dtype=jnp.int32), (2, 8))
+            ctx = Context(positions_BT, fresh=True, execution=small.execution())
+            return c.hidden(p, prompt_BT, ctx, c.init_cache(2, 32))[1]
+
+        cache = jax.jit(prefill, compiler_options=small.FAST_COMPILE)(small.params(c))
+        assert cache.nbytes() == sum(a.nbytes for a in jax.tree.leaves(cache.layers))
+        return cache.nbytes()
+
+    mha = live_bytes(MHA(8, C))
+    assert mha == 2 * 2 * 32 * 2 * 8 * C * 2  # layers, rows, slots, keys and values, bfloat16
+    assert 1 - live_bytes(MFA(26, C)) / mha == 0.875
+    assert 1 - live_bytes(MFA(28, C, value="gated_key")) / mha == 0.9375
