@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from step_jax.core.spec import path_name
+from step_jax.core.spec import ParamSpec, map_specs, path_name
 from step_jax.models.context import Context, Execution
 from step_jax.models.decoder import Block, BlockParams, Decoder, DecoderParams
 from step_jax.models.layers import RMSNorm
@@ -64,11 +64,12 @@ class Layer(nnx.Module):
 
 
 class DecoderModule(nnx.Module):
-    """``config`` with its parameters as ``nnx.Param``; heads of multi-token prediction are left out.
+    """A decoder and its parameters, without heads of multi-token prediction.
 
-    Qwix (0.1.8) on it: ``quantize_model`` with ``PtqProvider`` or ``QtProvider`` and
-    ``apply_lora_to_model`` with ``LoraProvider`` all find every weight, under rules such as
-    ``module_path="layers/.*"``.
+    Qwix 0.1.8 finds every weight: ``quantize_model`` with ``PtqProvider`` and ``QtProvider``, and
+    ``apply_lora_to_model`` with ``LoraProvider``, under rules like ``module_path="layers/.*"``
+    (which leaves a tied embedding alone: Qwix cannot quantise what is also looked up). Qwix knows
+    a weight by its identity, so weights are held in the dtype they are used in.
     """
 
     def __init__(self, config: Decoder, params: DecoderParams, execution: Execution | None = None):
@@ -76,11 +77,14 @@ class DecoderModule(nnx.Module):
 
         Args:
           config: the model; static.
-          params: as ``config.initialise`` or ``load_hf`` give them.
-          execution: how to compute (None: the default, bfloat16 activations).
+          params: as ``config.initialise`` or ``load_hf`` give them. All but norms and gates are
+            cast to ``execution.dtype``, so choose float32 to train weights or adapters.
+          execution: how to compute (None: the default); ``scan`` and ``remat`` do not apply.
         """
-        self.config = replace(config, mtp=None)
         self.execution = Execution() if execution is None else execution
+        config, params = replace(config, mtp=None), params.replace(mtp=())
+        params = map_specs(self._cast, config.specs(), params)
+        self.config = config
         self.embedding_VD = nnx.Param(params.embedding_VD)
         self.layers = nnx.List(
             Layer(block, config.norm, jax.tree.map(lambda a, turn=turn: a[turn], stacked))
@@ -90,6 +94,9 @@ class DecoderModule(nnx.Module):
         )
         self.final_norm_D = nnx.Param(params.final_norm_D)
         self.head_DV = None if config.tied else nnx.Param(params.head_DV)
+
+    def _cast(self, spec: ParamSpec, a):
+        return jnp.asarray(a, a.dtype if spec.role == "vector" else self.execution.dtype)
 
     def _top(self, groups=()) -> DecoderParams:
         return DecoderParams(
