@@ -67,10 +67,13 @@ def attend(
     if context > 1 and sharding.ring and kv_heads > 1 and kv_positions_BS is None:
         o_BTNV = _ring(q_BTNH, k_BSKH, v_BSKV, mask, sharding, scale, bias)
     else:
+        if context > 1 and kv_positions_BS is None:
+            # projected where the tokens are: else the partitioner gathers x to project it whole
+            k_BSKH = ctx.constrain(k_BSKH, "batch", "sequence", "kv_heads", None)
+            v_BSKV = ctx.constrain(v_BSKV, "batch", "sequence", "kv_heads", None)
+            mask = mask.replace(in_order=False)  # a block of queries would cut across devices
         k_BSKH = ctx.constrain(k_BSKH, "batch", None, "kv_heads", None)
         v_BSKV = ctx.constrain(v_BSKV, "batch", None, "kv_heads", None)
-        if context > 1:  # a block of queries would cut across devices
-            mask = mask.replace(in_order=False)
         o_BTNV = ops_attention.attention(
             q_BTNH, k_BSKH, v_BSKV, mask, scale=scale, alibi=bias, implementation=implementation
         )
