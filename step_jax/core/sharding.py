@@ -91,8 +91,10 @@ DEFAULT_RULES: tuple[tuple[str, MeshAxes], ...] = (
     # activations
     ("batch", ("data", "fsdp", "expert")),
     ("sequence", ("context",)),
-    # parameters: the model width is what FSDP splits
+    # parameters: FSDP splits the model width, and the rank of a weight that has no width
     ("embed", ("fsdp",)),
+    ("rank", ("fsdp",)),
+    ("rank", ()),
     # both
     ("heads", ("tensor",)),
     ("kv_heads", ("tensor",)),
@@ -102,6 +104,10 @@ DEFAULT_RULES: tuple[tuple[str, MeshAxes], ...] = (
     ("experts", ("expert",)),
     ("layers", ()),
 )
+
+
+#: Logical axes of parameters that are whole while a layer computes (see ``decoder.gather``).
+GATHERED_AXES = ("embed", "rank")
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,10 @@ class Sharding:
 
     def size(self, *axes: str) -> int:
         return math.prod(self.mesh.shape[a] for a in axes)
+
+    def ways(self, name: str) -> int:
+        """Into how many pieces the rules cut a logical axis (of a size that divides)."""
+        return self.size(*next(mesh_axes for rule, mesh_axes in self.rules if rule == name))
 
     def spec(self, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
         """The PartitionSpec of an array with these logical axes.

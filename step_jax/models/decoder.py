@@ -15,6 +15,7 @@ from flax import struct
 
 from step_jax.core import spec as specs_lib
 from step_jax.core.errors import ConfigError
+from step_jax.core.sharding import GATHERED_AXES
 from step_jax.core.spec import ParamSpec
 from step_jax.models.attention import AttentionKind
 from step_jax.models.context import Context
@@ -87,7 +88,7 @@ class MTP:
 
     Head k sees ``join[norm(hidden); norm(embedding of the token k ahead)]`` through a block of its
     own and predicts the token k + 1 ahead with the shared output head. ``weight`` multiplies the
-    mean of the heads' losses.
+    mean of the heads' losses, each a sum over its targets divided by the main loss's weight.
     """
 
     heads: int
@@ -170,7 +171,7 @@ class Decoder:
         V, D = self.vocab, self.width
         return DecoderParams(
             embedding_VD=ParamSpec(
-                (V, D), ("vocab", "embed"), self.init.embedding(D), role="embedding"
+                (V, D), ("vocab", "embed"), self.init.embedding(D, self.tied), role="embedding"
             ),
             groups=tuple(
                 tuple(specs_lib.stack(b.specs(D, self.norm, self.init), g.repeat) for b in g.blocks)
@@ -242,13 +243,12 @@ class Decoder:
                 out.append(c)
             return x_BTD, (None if layer_caches is None else tuple(out))
 
+        scan = ctx.execution.scan and group.repeat > 1
         if ctx.execution.remat != "none":
             turn = jax.checkpoint(
-                turn,
-                policy=REMAT_POLICIES[ctx.execution.remat],
-                prevent_cse=not ctx.execution.scan,
+                turn, policy=REMAT_POLICIES[ctx.execution.remat], prevent_cse=not scan
             )
-        if ctx.execution.scan and group.repeat > 1:
+        if scan:
             return jax.lax.scan(turn, x_BTD, (params, caches))
         out = []
         for layer in range(group.repeat):
@@ -296,8 +296,8 @@ def gather(specs, params, ctx: Context):
     """
 
     def leaf(spec: ParamSpec, w):
-        if not spec.shape or "embed" not in spec.axes:
+        if not set(GATHERED_AXES) & set(spec.axes):
             return w
-        return ctx.constrain(w, *(None if a == "embed" else a for a in spec.axes))
+        return ctx.constrain(w, *(None if a in GATHERED_AXES else a for a in spec.axes))
 
     return specs_lib.map_specs(leaf, specs, params)

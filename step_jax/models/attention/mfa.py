@@ -81,7 +81,7 @@ class MFA:
         return MFAParams(
             query_down_DR=ParamSpec((width, R), ("embed", None), read),
             query_norm_R=None if self.query_norm is None else self.query_norm.specs(R),
-            query_up_RNC=ParamSpec((R, N, C), (None, "heads", None), init.matrix(R)),
+            query_up_RNC=ParamSpec((R, N, C), ("rank", "heads", None), init.matrix(R)),
             key_DC=shared,
             value_DC=shared if self.value == "projected" else None,
             reuse_CC=ParamSpec((C, C), (None, None), init.matrix(C)) if gated_key else None,

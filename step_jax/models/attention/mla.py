@@ -67,7 +67,7 @@ class MLA:
     def specs(self, width: int, init: Initialisation) -> MLAParams:
         N, R, Q, V = self.heads, self.kv_rank, self.query_rank, self.value_dim
         H = self.nope_dim + self.rope_dim
-        read, up = init.matrix(width), (None, "heads", None)
+        read, up = init.matrix(width), ("rank", "heads", None)
         full = Q is None
         return MLAParams(
             query_down_DQ=None if full else ParamSpec((width, Q), ("embed", None), read),
