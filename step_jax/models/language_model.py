@@ -28,8 +28,7 @@ def token_losses(p: DecoderParams, c: Decoder, x_BTD, targets_BT, weights_BT, ct
         weights_BT,
         z_loss=z_loss,
         chunks=ctx.execution.loss_chunks,
-        pieces=1 if ctx.sharding is None else ctx.sharding.size("context"),
-        constrain=ctx.constrain,
+        sharding=ctx.sharding,
     )
 
 
@@ -68,8 +67,9 @@ def language_model_loss(
         total_k, nll_BT = token_losses(
             p, c, x_BTD, _ahead(batch["targets"], k), weights_k_BT, ctx, z_loss
         )
-        weight_k = jnp.sum(weights_k_BT)
-        share = weight / jnp.maximum(weight_k, 1.0)  # every head's loss is a mean over its targets
-        total += total_k * share * (c.mtp.weight / c.mtp.heads)
-        metrics[f"nll_mtp{k}"] = (jnp.sum(jax.lax.stop_gradient(nll_BT) * weights_k_BT), weight_k)
+        # divided by the weight of the main loss like it (2412.19437, eq. 24), not by its own:
+        # that would not add up over microbatches
+        total += total_k * (c.mtp.weight / c.mtp.heads)
+        nll_k = jnp.sum(jax.lax.stop_gradient(nll_BT) * weights_k_BT)
+        metrics[f"nll_mtp{k}"] = (nll_k, jnp.sum(weights_k_BT))
     return total, weight, metrics

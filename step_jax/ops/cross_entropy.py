@@ -1,7 +1,7 @@
 """Projection to the vocabulary and cross-entropy, in chunks: full logits never exist.
 
-Shape suffixes: B batch, C pieces of the context axis, T sequence, t chunk of it, D width, V
-vocabulary.
+Shape suffixes: B batch, T sequence, D width, V vocabulary; on a mesh the batch is R pieces of b
+rows and the sequence C pieces of n chunks of t tokens, one device holding one piece.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
+
+from step_jax.core.sharding import Sharding
 
 
 def cross_entropy(
@@ -20,8 +22,7 @@ def cross_entropy(
     *,
     z_loss: float = 0.0,
     chunks: int = 1,
-    pieces: int = 1,
-    constrain=lambda x, *axes: x,
+    sharding: Sharding | None = None,
 ):
     """Weighted sum of ``-log p(target) + z_loss * logsumexp^2`` (z-loss: arXiv 2204.02311, 5.1).
 
@@ -36,87 +37,97 @@ def cross_entropy(
       weights_BT: float32; may be negative (a policy gradient's advantages) and is differentiable.
       z_loss: coefficient.
       chunks: into how many parts each sequence is cut (the nearest divisor below is used).
-      pieces: over how many devices the sequence axis is sharded: chunks are cut inside a piece.
-      constrain: fixes the layout of an array by logical axes (``Sharding.constrain``).
+      sharding: of the arrays; None on one device. Chunks are cut inside a device's piece, and the
+        devices add up their dw once, after the last chunk.
 
     Returns:
       (total, nll_BT): the differentiable float32 sum, and the float32 negative log-likelihood of
       every target (no gradient flows through it).
     """
-    B, T, D = x_BTD.shape
-    if T % pieces:
-        raise ValueError(f"{pieces} pieces do not divide the sequence length {T}")
-    local = T // pieces
+    B, T, _ = x_BTD.shape
+    R, C = (1, 1) if sharding is None else (sharding.ways("batch"), sharding.ways("sequence"))
+    if B % R or T % C:
+        raise ValueError(f"a mesh with {R} x {C} pieces of a batch does not divide {B} x {T}")
+    local = T // C
     chunks = max(n for n in range(1, min(chunks, local) + 1) if local % n == 0)
 
-    def split(a):  # (B, T, ...) -> (chunks, B, pieces, t, ...), no element leaves its device
-        a = a.reshape(B, pieces, chunks, local // chunks, *a.shape[2:])
-        a = constrain(a, "batch", "sequence", *(None,) * (a.ndim - 2))
-        return jnp.moveaxis(a, 2, 0)
+    def split(a):  # no element leaves its device
+        a = a.reshape(R, B // R, C, chunks, local // chunks, *a.shape[2:])
+        a = _constrain(sharding, a, "batch", None, "sequence", *(None,) * (a.ndim - 3))
+        return jnp.moveaxis(a, 3, 0)
 
-    def join(a):
-        return jnp.moveaxis(a, 0, 2).reshape(B, T, *a.shape[4:])
-
-    w_DV = constrain(w_DV.astype(x_BTD.dtype), None, "vocab")
-    total, nll = _cross_entropy(
-        split(x_BTD), w_DV, split(targets_BT), split(weights_BT.astype(jnp.float32)), z_loss
+    weights_nRbCt = split(weights_BT.astype(jnp.float32))
+    total, nll_nRbCt = _cross_entropy(
+        split(x_BTD), w_DV, split(targets_BT), weights_nRbCt, z_loss, sharding
     )
-    return total, join(nll)
+    return total, jnp.moveaxis(nll_nRbCt, 0, 3).reshape(B, T)
 
 
-def _chunk(x_BCtD, w_DV, targets_BCt, weights_BCt, z_loss):
-    """(total, nll, z, logits, logsumexp, one-hot mask) of one chunk, all float32."""
-    logits_BCtV = jnp.einsum("BCtD,DV->BCtV", x_BCtD, w_DV, preferred_element_type=jnp.float32)
-    lse_BCt = jax.nn.logsumexp(logits_BCtV, axis=-1)
+def _constrain(sharding: Sharding | None, x, *axes):
+    return x if sharding is None else sharding.constrain(x, *axes)
+
+
+def _chunk(x_RbCtD, w_DV, targets_RbCt, z_loss):
+    """(nll, cost, logits, logsumexp, one-hot mask) of one chunk, all float32."""
+    logits_RbCtV = jnp.einsum("RbCtD,DV->RbCtV", x_RbCtD, w_DV, preferred_element_type=jnp.float32)
+    lse_RbCt = jax.nn.logsumexp(logits_RbCtV, axis=-1)
     # a comparison, not a gather: it stays local when the vocabulary is sharded
-    hot_BCtV = jnp.arange(w_DV.shape[1], dtype=jnp.int32) == targets_BCt[..., None]
-    nll_BCt = lse_BCt - jnp.sum(jnp.where(hot_BCtV, logits_BCtV, 0.0), axis=-1)
-    cost_BCt = nll_BCt + z_loss * jnp.square(lse_BCt)
-    return jnp.sum(weights_BCt * cost_BCt), nll_BCt, cost_BCt, logits_BCtV, lse_BCt, hot_BCtV
+    hot_RbCtV = jnp.arange(w_DV.shape[1], dtype=jnp.int32) == targets_RbCt[..., None]
+    nll_RbCt = lse_RbCt - jnp.sum(jnp.where(hot_RbCtV, logits_RbCtV, 0.0), axis=-1)
+    return nll_RbCt, nll_RbCt + z_loss * jnp.square(lse_RbCt), logits_RbCtV, lse_RbCt, hot_RbCtV
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _cross_entropy(x_nBCtD, w_DV, targets_nBCt, weights_nBCt, z_loss):
-    def body(total, inputs):
-        chunk_total, nll_BCt, *_ = _chunk(inputs[0], w_DV, *inputs[1:], z_loss)
-        return total + chunk_total, nll_BCt
-
-    return jax.lax.scan(body, jnp.float32(0), (x_nBCtD, targets_nBCt, weights_nBCt))
+def _whole_width(w_DV, dtype, sharding):
+    # inside the custom rule, so that the gradient is not constrained to the same layout
+    return _constrain(sharding, w_DV.astype(dtype), None, "vocab")
 
 
-def _forward(x_nBCtD, w_DV, targets_nBCt, weights_nBCt, z_loss):
-    dtype = x_nBCtD.dtype
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _cross_entropy(x_nRbCtD, w_DV, targets_nRbCt, weights_nRbCt, z_loss, sharding):
+    w_DV = _whole_width(w_DV, x_nRbCtD.dtype, sharding)
 
-    def body(carry, inputs):
-        total, dw_DV = carry
-        x_BCtD, targets_BCt, weights_BCt = inputs
-        chunk_total, nll_BCt, cost_BCt, logits_BCtV, lse_BCt, hot_BCtV = _chunk(
-            x_BCtD, w_DV, targets_BCt, weights_BCt, z_loss
+    def body(_, inputs):
+        nll_RbCt, cost_RbCt, *_ = _chunk(inputs[0], w_DV, inputs[1], z_loss)
+        return None, (nll_RbCt, cost_RbCt)
+
+    _, (nll_nRbCt, cost_nRbCt) = jax.lax.scan(body, None, (x_nRbCtD, targets_nRbCt))
+    return jnp.sum(weights_nRbCt * cost_nRbCt), nll_nRbCt
+
+
+def _forward(x_nRbCtD, w_stored_DV, targets_nRbCt, weights_nRbCt, z_loss, sharding):
+    dtype = x_nRbCtD.dtype
+    w_DV = _whole_width(w_stored_DV, dtype, sharding)
+
+    def body(dw_RCDV, inputs):
+        x_RbCtD, targets_RbCt, weights_RbCt = inputs
+        nll_RbCt, cost_RbCt, logits_RbCtV, lse_RbCt, hot_RbCtV = _chunk(
+            x_RbCtD, w_DV, targets_RbCt, z_loss
         )
-        p_BCtV = jnp.exp(logits_BCtV - lse_BCt[..., None])
-        d_BCtV = p_BCtV * (1.0 + 2.0 * z_loss * lse_BCt)[..., None] - hot_BCtV
-        d_BCtV = (d_BCtV * weights_BCt[..., None]).astype(dtype)
-        dx_BCtD = jnp.einsum("BCtV,DV->BCtD", d_BCtV, w_DV)
-        dw_DV += jnp.einsum("BCtD,BCtV->DV", x_BCtD, d_BCtV, preferred_element_type=jnp.float32)
-        return (total + chunk_total, dw_DV), (nll_BCt, cost_BCt, dx_BCtD)
+        p_RbCtV = jnp.exp(logits_RbCtV - lse_RbCt[..., None])
+        d_RbCtV = p_RbCtV * (1.0 + 2.0 * z_loss * lse_RbCt)[..., None] - hot_RbCtV
+        d_RbCtV = (d_RbCtV * weights_RbCt[..., None]).astype(dtype)
+        dx_RbCtD = jnp.einsum("RbCtV,DV->RbCtD", d_RbCtV, w_DV)
+        dw_RCDV += jnp.einsum(
+            "RbCtD,RbCtV->RCDV", x_RbCtD, d_RbCtV, preferred_element_type=jnp.float32
+        )
+        return layout(dw_RCDV), (nll_RbCt, cost_RbCt, dx_RbCtD)
 
-    start = (jnp.float32(0), jnp.zeros(w_DV.shape, jnp.float32))
-    (total, dw_DV), (nll, cost, dx) = jax.lax.scan(
-        body, start, (x_nBCtD, targets_nBCt, weights_nBCt)
-    )
-    return (total, nll), (dx, dw_DV, cost, targets_nBCt, jnp.zeros((), w_DV.dtype))
+    def layout(dw_RCDV):  # every device its own sum: nothing crosses the mesh inside the loop
+        return _constrain(sharding, dw_RCDV, "batch", "sequence", None, "vocab")
+
+    R, C = x_nRbCtD.shape[1], x_nRbCtD.shape[3]
+    start = layout(jnp.zeros((R, C, *w_DV.shape), jnp.float32))
+    dw_RCDV, (nll, cost, dx) = jax.lax.scan(body, start, (x_nRbCtD, targets_nRbCt, weights_nRbCt))
+    dw_DV = _constrain(sharding, jnp.sum(dw_RCDV, (0, 1)), "embed", "vocab")
+    residuals = (dx, dw_DV, cost, targets_nRbCt, jnp.zeros((), w_stored_DV.dtype))
+    return (jnp.sum(weights_nRbCt * cost), nll), residuals
 
 
-def _backward(z_loss, residuals, cotangents):
-    dx_nBCtD, dw_DV, cost_nBCt, targets_nBCt, w_like = residuals
+def _backward(z_loss, sharding, residuals, cotangents):
+    dx, dw_DV, cost, targets, w_like = residuals
     g, _ = cotangents  # nll carries no gradient by contract
-    zero = jnp.zeros(targets_nBCt.shape, jax.dtypes.float0)
-    return (
-        (g * dx_nBCtD).astype(dx_nBCtD.dtype),
-        (g * dw_DV).astype(w_like.dtype),
-        zero,
-        g * cost_nBCt,
-    )
+    zero = jnp.zeros(targets.shape, jax.dtypes.float0)
+    return (g * dx).astype(dx.dtype), (g * dw_DV).astype(w_like.dtype), zero, g * cost
 
 
 _cross_entropy.defvjp(_forward, _backward)
