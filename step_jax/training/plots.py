@@ -36,7 +36,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
-    """Mean over a centred window, which does not lag behind the curve; narrow at the steep start."""
+    """Mean over a centred window, which has no lag; the window is narrow at the steep start."""
     sums = [0.0, *itertools.accumulate(values)]
     result = []
     for i in range(len(values)):
