@@ -103,25 +103,23 @@ class DecoderModule(nnx.Module):
             embedding_VD=value(self.embedding_VD),
             groups=groups,
             final_norm_D=value(self.final_norm_D),
-            head_DV=None if self.head_DV is None else value(self.head_DV),
+            head_DV=None if self.config.tied else value(self.head_DV),
             mtp=(),
         )
 
     def params(self) -> DecoderParams:
         """The pure functions' parameters of ``self.config``, layers stacked again.
 
-        What other libraries added beside the weights (LoRA factors) is not part of them.
+        LoRA factors are not part of them; weights that were quantised cannot be given back.
         """
-        layers = iter([x.params(x.attention.params(), x.mlp.params()) for x in self.layers])
-        groups = []
+        layers = [x.params(x.attention.params(), x.mlp.params()) for x in self.layers]
+        groups, first = [], 0
         for group in self.config.layers:
-            turns = [[next(layers) for _ in group.blocks] for _ in range(group.repeat)]
-            groups.append(
-                tuple(
-                    jax.tree.map(lambda *a: jnp.stack(a), *same)
-                    for same in zip(*turns, strict=True)
-                )
-            )
+            n = len(group.blocks)
+            end = first + n * group.repeat
+            same = [layers[first + j : end : n] for j in range(n)]
+            groups.append(tuple(jax.tree.map(lambda *a: jnp.stack(a), *turns) for turns in same))
+            first = end
         return self._top(tuple(groups))
 
     def __call__(self, tokens_BT, segments_BT=None, positions_BT=None):
