@@ -1,0 +1,208 @@
+"""Attention implementations against a float64 definition and against each other."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+from step_jax.core.sharding import MeshConfig, make_mesh
+from step_jax.ops import attention as ops
+from tests.models.small import run
+
+SCALE = 0.35
+
+
+def definition(q, k, v, mask, scale, alibi):
+    """Float64, one query of one head at a time, straight from the words of ``Mask``."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    B, T, N, _ = q.shape
+    S, K = k.shape[1:3]
+    slopes = np.asarray(ops.alibi_slopes_N(N), np.float64)
+    out = np.zeros((B, T, N, v.shape[-1]))
+    for b in range(B):
+        for t in range(T):
+            seen = []
+            for s in range(S):
+                distance = int(mask.q_positions_BT[b, t]) - int(mask.kv_positions_BS[b, s])
+                ok = mask.kv_positions_BS[b, s] >= 0 and (distance >= 0 or not mask.causal)
+                ok = ok and (mask.window is None or distance < mask.window)
+                if mask.q_segments_BT is not None:
+                    document = mask.kv_segments_BS[b, s]
+                    ok = ok and document > 0 and mask.q_segments_BT[b, t] == document
+                if ok:
+                    seen.append((s, max(distance, 0)))
+            if not seen:
+                continue
+            keys, distances = (np.array(a) for a in zip(*seen, strict=True))
+            distances = {None: 0, "linear": 1}.get(alibi, 1) * distances.astype(np.float64)
+            if alibi == "sqrt":
+                distances = np.sqrt(distances)
+            for n in range(N):
+                score = k[b, keys, n * K // N] @ q[b, t, n] * scale - slopes[n] * distances
+                p = np.exp(score - score.max())
+                out[b, t, n] = p / p.sum() @ v[b, keys, n * K // N]
+    return out
+
+
+def packed(rng, rows, length, documents):
+    """In-order positions and segments; the last piece of a row is padding, one row nothing else."""
+    segments, positions = np.zeros((2, rows, length), np.int32)
+    for r in range(rows):
+        cuts = sorted(rng.integers(0, length + 1, documents))  # equal cuts: an empty document
+        for i, (start, stop) in enumerate(zip([0, *cuts[:-1]], cuts, strict=True)):
+            segments[r, start:stop], positions[r, start:stop] = i + 1, np.arange(stop - start)
+    segments[-1] = 0
+    return positions, segments
+
+
+def inputs(rng, B, T, S, N, K, H, V, dtype=np.float32):
+    shapes = ((B, T, N, H), (B, S, K, H), (B, S, K, V), (B, T, N, V))
+    return tuple(rng.standard_normal(s).astype(dtype) for s in shapes)
+
+
+def forward_and_gradient(implementation, mask, alibi=None, scale=SCALE):
+    def f(q, k, v, cotangent):
+        o = ops.attention(
+            q, k, v, mask, scale=scale, alibi=alibi, implementation=implementation
+        ).astype(jnp.float32)
+        return jnp.sum(o * cotangent), o
+
+    return jax.grad(f, argnums=(0, 1, 2), has_aux=True)
+
+
+def relative(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)
+
+
+CASES = st.tuples(
+    st.sampled_from([1, 3, 17, 128, 130, 256]),  # one block, odd lengths, 2 and 4 blocks
+    st.sampled_from([(1, 1), (4, 1), (6, 2), (3, 3)]),
+    st.sampled_from([(4, 4), (8, 3)]),
+    st.sampled_from([None, 1, 7, 70]),
+    st.sampled_from([None, "linear", "sqrt"]),
+    st.sampled_from([0, 1, 3]),
+    st.integers(0, 2**31),
+)
+
+
+# no shrinking: every example compiles anew
+@settings(max_examples=6, phases=[Phase.generate])
+@given(CASES)
+def test_xla_equals_reference_equals_definition(case):
+    T, (N, K), (H, V), window, alibi, documents, seed = case
+    rng = np.random.default_rng(seed)
+    q, k, v, cotangent = inputs(rng, 2, T, T, N, K, H, V)
+    positions, segments = packed(rng, 2, T, documents) if documents else (None, None)
+    if not documents:
+        positions = np.broadcast_to(np.arange(T, dtype=np.int32), (2, T))
+    mask = ops.Mask(positions, positions, segments, segments, window=window, in_order=True)
+    (grads, o), (ref_grads, ref_o) = (
+        run(forward_and_gradient(name, mask, alibi), q, k, v, cotangent)
+        for name in ("xla", "reference")
+    )
+    assert relative(ref_o, definition(q, k, v, mask, SCALE, alibi)) <= 1e-6
+    for got, expected in zip((o, *grads), (ref_o, *ref_grads), strict=True):
+        assert np.all(np.isfinite(got))
+        # a floor of one element: with a single visible key the gradient is rounding about zero
+        assert np.linalg.norm(got - expected) <= 1e-6 * max(np.linalg.norm(expected), 1.0)
+    if documents:  # the row that is all padding
+        assert not np.any(o[-1]) and not any(np.any(g[-1]) for g in grads)
+
+
+def test_keys_of_a_cache():
+    """More keys than queries, at given positions, with empty slots between them."""
+    rng = np.random.default_rng(3)
+    q, k, v, _ = inputs(rng, 2, 5, 9, 4, 2, 8, 8)
+    kv = np.array([[0, 1, 2, 3, 4, 5, 6, 7, 8], [6, 7, -1, -1, 2, 3, 4, 5, -5]], np.int32)
+    q_positions = np.array([[4, 5, 6, 7, 8], [3, 4, 5, 6, 7]], np.int32)
+    for window in (None, 3):
+        mask = ops.Mask(q_positions, kv, window=window)
+        o = run(lambda q, k, v, m=mask: ops.attention(q, k, v, m, scale=SCALE), q, k, v)
+        assert relative(o, definition(q, k, v, mask, SCALE, None)) <= 1e-6
+
+
+def test_bfloat16_is_as_near_to_float32_as_bfloat16_is():
+    rng = np.random.default_rng(0)
+    T = 128
+    q, k, v, cotangent = inputs(rng, 2, T, T, 4, 2, 16, 16)
+    positions, segments = packed(rng, 2, T, 2)
+    mask = ops.Mask(positions, positions, segments, segments, in_order=True)
+    ref_grads, ref_o = run(forward_and_gradient("reference", mask), q, k, v, cotangent)
+    low = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
+    grads, o = run(forward_and_gradient("xla", mask), *low, cotangent)
+    assert grads[0].dtype == jnp.bfloat16
+    for got, expected in zip((o, *grads), (ref_o, *ref_grads), strict=True):
+        assert relative(got, expected) <= 2e-2  # bfloat16 holds 8 bits
+
+
+def test_large_scores_choose_one_key_and_stay_finite():
+    rng = np.random.default_rng(1)
+    q, k, v, cotangent = inputs(rng, 1, 6, 6, 2, 1, 8, 8)
+    positions = np.arange(6, dtype=np.int32)[None]
+    mask = ops.Mask(positions, positions, in_order=True)
+    for name in ("xla", "reference"):
+        grads, o = run(forward_and_gradient(name, mask, scale=1e4), q, k, v, cotangent)
+        assert relative(o, definition(q, k, v, mask, 1e4, None)) <= 1e-6
+        assert all(np.all(np.isfinite(g)) for g in grads)
+
+
+def ring(mesh, q, k, v, mask, alibi=None, scale=SCALE):
+    """``ops.ring`` under shard_map, with the arguments and result of ``ops.attention``."""
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    tokens = P(None, "context")
+    f = jax.shard_map(
+        lambda q, k, v, m: ops.ring(q, k, v, m, scale, alibi, "context"),
+        mesh=mesh,
+        in_specs=(tokens, tokens, tokens, jax.tree.map(lambda _: tokens, mask)),
+        out_specs=tokens,
+    )
+    return f(q.reshape(B, T, K, N // K, H), k, v, mask).reshape(B, T, N, -1)
+
+
+@pytest.mark.parametrize("window,alibi,scale", [(5, None, SCALE), (None, "sqrt", 50.0)])
+def test_ring_equals_reference(window, alibi, scale):
+    """Windows, packing, ALiBi, large scores, an all-padding row; forward and gradient."""
+    rng = np.random.default_rng(2)
+    T = 16
+    q, k, v, cotangent = inputs(rng, 3, T, T, 4, 2, 8, 4)
+    positions, segments = packed(rng, 3, T, 2)
+    mask = ops.Mask(positions, positions, segments, segments, window=window, in_order=True)
+    mesh = make_mesh(MeshConfig(context=4), jax.devices()[:4])
+
+    def f(q, k, v, cotangent):
+        o = ring(mesh, q, k, v, mask, alibi, scale)
+        return jnp.sum(o * cotangent), o
+
+    grads, o = run(jax.grad(f, argnums=(0, 1, 2), has_aux=True), q, k, v, cotangent)
+    reference = forward_and_gradient("reference", mask, alibi, scale)
+    ref_grads, ref_o = run(reference, q, k, v, cotangent)
+    for got, expected in zip((o, *grads), (ref_o, *ref_grads), strict=True):
+        assert np.all(np.isfinite(got)) and relative(got, expected) <= 2e-6
+    assert not np.any(o[-1]) and not any(np.any(g[-1]) for g in grads)
+
+
+def test_bad_requests_say_what_there_is():
+    q, k, v, _ = inputs(np.random.default_rng(0), 1, 2, 2, 4, 3, 4, 4)
+    positions = np.zeros((1, 2), np.int32)
+    mask = ops.Mask(positions, positions)
+    with pytest.raises(ValueError, match="4 query heads are not a multiple of 3"):
+        ops.attention(q, k, v, mask, scale=1.0)
+    with pytest.raises(ValueError, match="'flash'.*auto, reference, xla"):
+        ops.attention(q, k[:, :, :1], v[:, :, :1], mask, scale=1.0, implementation="flash")
+
+
+def test_a_mask_of_other_rows_keeps_its_description():
+    positions = np.arange(6, dtype=np.int32)[None]
+    mask = ops.Mask(positions, positions, positions + 1, positions + 1, window=3, in_order=True)
+    part = mask.rows(2, 4, 5)
+    assert part.q_positions_BT.tolist() == [[2, 3]] and part.kv_segments_BS.shape == (1, 5)
+    assert dataclasses.replace(part, window=None) != part and part.window == 3
