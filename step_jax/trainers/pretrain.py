@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import time
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from step_jax.core import spec as spec_lib
 from step_jax.core.errors import CheckpointError, ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.data import DataConfig, TextDataset
+from step_jax.data.config import TRAIN_TOKENIZER
 from step_jax.evaluation.heldout import make_evaluator
 from step_jax.inference.generate import generate
 from step_jax.inference.sampling import SamplingConfig
@@ -26,7 +28,7 @@ from step_jax.models.decoder import Decoder
 from step_jax.models.flops import train_flops_per_token
 from step_jax.models.language_model import language_model_loss
 from step_jax.ops import attention
-from step_jax.training import plots
+from step_jax.training import plots, schedules
 from step_jax.training.batches import abstract_batch, process_rows, to_mesh
 from step_jax.training.optimizers.build import make_optimizer
 from step_jax.training.optimizers.config import AdamW, OptimizerConfig
@@ -119,6 +121,19 @@ class PretrainConfig:
     evaluation: Evaluation = Evaluation()
     sample: Sample = Sample()
 
+    def validate(self):
+        """What can be known to fail before text is read and devices are touched."""
+        T, training = self.data.sequence_length, self.training
+        rate = self.optimizer.learning_rate
+        tokens = training.rows(T, 1) * T
+        schedules.check(
+            self.optimizer.schedule,
+            1.0 if rate == "step_law" else rate,
+            training.total_steps(tokens),
+        )
+        if self.data.tokenizer == TRAIN_TOKENIZER:
+            with_vocabulary(self.model, self.data.vocab_size)
+
 
 def context(batch: dict[str, Any], execution: Execution, sharding: Sharding) -> Context:
     """The context of a packed batch."""
@@ -167,6 +182,8 @@ def prepare_data(config: PretrainConfig, sharding: Sharding, report) -> TextData
     """The dataset of this process's rows; processes that share rows read the same ones."""
     T = config.data.sequence_length
     rows = config.training.rows(T, sharding.size("data", "fsdp", "expert"))
+    if config.data.tokenizer == TRAIN_TOKENIZER:  # a mesh that does not divide is known already
+        sharding.params(with_vocabulary(config.model, config.data.vocab_size).specs())
     if T % sharding.size("context"):
         raise ConfigError(
             f"parallel.context {sharding.size('context')} does not divide data.sequence_length {T}"
@@ -191,8 +208,6 @@ def run(config: PretrainConfig) -> dict[str, float]:
     with Session(config, config.run, config.parallel) as session:
         sharding, report = session.sharding, session.reporter
         dataset = prepare_data(config, sharding, report.event)
-        if session.primary:
-            dataset.tokenizer.save(session.directory.path / "tokenizer.model")
         model = with_vocabulary(config.model, dataset.tokenizer.vocab_size)
         config = replace(config, model=model)
         rows, tokens = dataset.batch_size, dataset.batch_size * config.data.sequence_length
@@ -225,6 +240,8 @@ def run(config: PretrainConfig) -> dict[str, float]:
             state_like,
             functools.partial(check_continues, config, dataset),
         )
+        if session.primary:  # not before the checkpoint agreed with it
+            dataset.tokenizer.save(session.directory.path / "tokenizer.model")
         evaluate = make_evaluator(
             model, config.execution, sharding, rows, config.data.sequence_length
         )
@@ -240,7 +257,7 @@ def run(config: PretrainConfig) -> dict[str, float]:
                     report.evaluation(step + 1, evaluate(best_params(state), quick), "heldout")
         batches.close()
         session.flush()
-        return finish(session, config, dataset, evaluate, best_params(state), start)
+        return finish(session, config, dataset, evaluate, best_params(state))
 
 
 def best_params(state):
@@ -321,7 +338,7 @@ def memory_text(need: int, state_like) -> str:
     )
 
 
-def finish(session: Session, config: PretrainConfig, dataset, evaluate, params, start):
+def finish(session: Session, config: PretrainConfig, dataset, evaluate, params):
     """Scores every held-out token, writes samples and the plot, and says where everything is."""
     report, directory = session.reporter, session.directory
     result = evaluate(params, dataset.heldout) if dataset.heldout.documents else {}
@@ -336,18 +353,22 @@ def finish(session: Session, config: PretrainConfig, dataset, evaluate, params, 
         for text in texts[:1]:
             report.event(f"sample:\n{text}")
         plots.plot_run(directory.path, directory.plots / "loss.png")
-    summary = {
-        "status": "done",
-        **{f"held-out {name}": value for name, value in result.items()},
-        **{f"{name} bits per byte": value for name, value in baselines.items()},
-        **{f"data {name}": value for name, value in dataset.counters().items() if value},
-        "run directory": str(directory.path),
-        "loss plot": str(directory.plots / "loss.png"),
-        "write more": f"step-jax generate {directory.path} --prompt 'import os'",
-        "score it": f"step-jax eval {directory.path}",
-        "compare runs": f"step-jax runs {directory.path.parent}",
-    }
-    report.summary(summary)
+    counters = {f"data {name}": value for name, value in dataset.counters().items() if value}
+    report.summary(
+        {
+            "status": "done",
+            **{f"held-out {name}": value for name, value in result.items()},
+            **{f"{name} bits per byte": value for name, value in baselines.items()},
+            **counters,
+            "seconds": time.perf_counter() - session.opened,
+        }
+    )
+    report.event(
+        f"everything is in {directory.path}: the loss in plots/loss.png, texts in samples/\n"
+        f"write more:   step-jax generate {directory.path} --prompt 'import os'\n"
+        f"score it:     step-jax eval {directory.path}\n"
+        f"compare runs: step-jax runs {directory.path.parent}"
+    )
     return result
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, TextIO
 
 _REFRESH_SECONDS = 0.125
+_DETAILS = ("loss_weight", "param_norm", "skipped_total")
 
 
 def format_value(name: str, value: Any) -> str:
@@ -35,13 +36,25 @@ def format_value(name: str, value: Any) -> str:
 
 
 def cells(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """Names and values for a progress line; names with a ``/`` are details and left out."""
+    """Names and values for a progress line; details, and what has nothing to say, are left out."""
     shown = {
-        k.replace("_per_s", "/s"): format_value(k, v) for k, v in metrics.items() if "/" not in k
+        k.replace("_per_s", "/s"): format_value(k, v)
+        for k, v in metrics.items()
+        if not _is_detail(k, v, metrics)
     }
     if "tokens" in shown:
         shown["tokens"] = si(metrics["tokens"])
     return shown
+
+
+def _is_detail(name: str, value: Any, metrics: Mapping[str, Any]) -> bool:
+    if name == "skipped":
+        return value == 0
+    if name == "nll":  # the loss has no other part
+        return value == metrics.get("loss")
+    if name == "data_wait_s":
+        return value < 0.01 * metrics.get("step_s", 0)
+    return "/" in name or name in _DETAILS
 
 
 def si(value: float) -> str:
