@@ -118,7 +118,8 @@ def count_faults(directory: Path, flips: int, seed: int) -> None:
             flip_bit(path, bit)
             found += damaged()
             silent += orbax_alone_is_silent(copy)
-            print(f"{name:<40} found {found} of {len(bits)}  (Orbax alone: {len(bits) - silent})")
+            flip_bit(path, bit)
+        print(f"{name:<40} found {found} of {len(bits)}  (Orbax alone: {len(bits) - silent})")
     damages = {
         "last byte cut off": lambda p, b: p.write_bytes(b[:-1]),
         "emptied": lambda p, b: p.write_bytes(b""),
