@@ -18,20 +18,18 @@ from tests.models import small
 
 WINDOW = 5  # far shorter than the texts
 KINDS = {
-    "mha": MHA(4, 8),
     "mha_alibi": MHA(4, 8, position=Alibi()),
     "mha_alibi_sqrt_window": MHA(4, 8, position=Alibi("sqrt"), window=WINDOW),
     "gqa_window": MHA(4, 8, kv_heads=2, window=WINDOW, qk_norm=RMSNorm(), output_gate=True),
-    "mfa_paper": MFA(4, 8),
-    "mfa_released": MFA(4, 8, query_rank=16, query_norm=RMSNorm()),
-    "mfa_window": MFA(4, 8, window=WINDOW),
-    "mfa_gated_key": MFA(4, 8, value="gated_key"),
-    "mfa_gated_key_window": MFA(4, 8, value="gated_key", window=WINDOW, output_gate=True),
-    "mfa_key": MFA(4, 8, value="key"),
-    "mfa_gated_key_alibi": MFA(4, 8, value="gated_key", position=Alibi("sqrt")),
+    "mfa": MFA(4, 8),
+    "mfa_released_window": MFA(4, 8, query_rank=16, query_norm=RMSNorm(), window=WINDOW),
+    "mfa_gated_key": MFA(4, 8, value="gated_key", output_gate=True),
+    "mfa_gated_key_window": MFA(4, 8, value="gated_key", window=WINDOW),
+    "mfa_key_alibi": MFA(4, 8, value="key", position=Alibi("sqrt")),
     "mla": MLA(4, kv_rank=16, nope_dim=8, rope_dim=4, value_dim=8),
-    "mla_query_rank": MLA(4, kv_rank=16, nope_dim=8, rope_dim=4, value_dim=8, query_rank=12),
-    "mla_window": MLA(4, kv_rank=16, nope_dim=8, rope_dim=4, value_dim=8, window=WINDOW),
+    "mla_query_rank_window": MLA(
+        4, kv_rank=16, nope_dim=8, rope_dim=4, value_dim=8, query_rank=12, window=WINDOW
+    ),
 }
 
 # Three calls: prompts, more of each text (none for row 2, one token for row 3), single tokens.
@@ -88,7 +86,7 @@ def test_cached_calls_equal_one_forward_pass(kind):
 
 
 def test_pattern_of_window_and_full_layers():
-    c = small.decoder(KINDS["mfa_window"], KINDS["mha"])
+    c = small.decoder(KINDS["mfa_released_window"], KINDS["mha_alibi"])
     cache = c.init_cache(2, 64)
     assert [a.shape[2] for a in jax.tree.leaves(cache.layers)] == [WINDOW, WINDOW, 64, 64]
 
