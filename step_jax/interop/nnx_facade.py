@@ -1,10 +1,9 @@
 """A decoder as an ``nnx.Module``, for libraries that want one to hold (Qwix, Tunix, serving).
 
-The modules own the parameters and nothing else: every computation is the pure functions', which
-see each module's parameters put back into the tree they expect. Layers are modules of their own
-(``layers/3/attention``, ``layers/3/mlp``), so paths can be matched by rules and a library that
-intercepts products finds the parameter it meets as an attribute of the module it is in. That
-needs layers one by one: compile time grows with depth here, unlike in ``Decoder.hidden``.
+The modules own the parameters; every computation is the pure functions'. Each layer has modules
+(``layers/3/attention``, ``layers/3/mlp``), so that rules can match paths and a library that
+intercepts products finds the parameter it meets as an attribute of the module it is in. Layers are
+therefore not scanned: compile time grows with depth here.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class Part(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One block of the decoder."""
+    """One block."""
 
     def __init__(self, block: Block, norm: RMSNorm, params: BlockParams):
         self.norm = norm
@@ -51,12 +50,8 @@ class Layer(nnx.Module):
         self.mlp = Part(block.mlp, params.mlp)
 
     def params(self, attention=None, mlp=None) -> BlockParams:
-        return BlockParams(
-            attention_norm_D=value(self.attention_norm_D),
-            attention=attention,
-            mlp_norm_D=value(self.mlp_norm_D),
-            mlp=mlp,
-        )
+        norms = value(self.attention_norm_D), value(self.mlp_norm_D)
+        return BlockParams(norms[0], attention, norms[1], mlp)
 
     def __call__(self, x_BTD, ctx: Context):
         block = Block(attention=self.attention, mlp=self.mlp)
@@ -99,12 +94,9 @@ class DecoderModule(nnx.Module):
         return jnp.asarray(a, a.dtype if spec.role == "vector" else self.execution.dtype)
 
     def _top(self, groups=()) -> DecoderParams:
+        head_DV = None if self.config.tied else value(self.head_DV)
         return DecoderParams(
-            embedding_VD=value(self.embedding_VD),
-            groups=groups,
-            final_norm_D=value(self.final_norm_D),
-            head_DV=None if self.config.tied else value(self.head_DV),
-            mtp=(),
+            value(self.embedding_VD), groups, value(self.final_norm_D), head_DV, mtp=()
         )
 
     def params(self) -> DecoderParams:
@@ -115,8 +107,7 @@ class DecoderModule(nnx.Module):
         layers = [x.params(x.attention.params(), x.mlp.params()) for x in self.layers]
         groups, first = [], 0
         for group in self.config.layers:
-            n = len(group.blocks)
-            end = first + n * group.repeat
+            end = first + (n := len(group.blocks)) * group.repeat
             same = [layers[first + j : end : n] for j in range(n)]
             groups.append(tuple(jax.tree.map(lambda *a: jnp.stack(a), *turns) for turns in same))
             first = end
