@@ -77,109 +77,153 @@ def alibi_slopes_N(heads: int):
     return jnp.asarray(slopes + between, jnp.float32)
 
 
-def _scores_BKTGS(q_BTKGH, k_BSKH, mask: Mask, scale: float, alibi: str | None):
-    s_BKTGS = jnp.einsum("BTKGH,BSKH->BKTGS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
-    s_BKTGS *= scale
+def _heads_first(q_BTNH, k_BSKH, v_BSKV):
+    """(q_BKGTH, k_BKSH, v_BKSV): one matrix per head, the layout of batched products."""
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    return q_BKGTH, k_BSKH.swapaxes(1, 2), v_BSKV.swapaxes(1, 2)
+
+
+def _heads_last(o_BKGTV):
+    B, K, G, T, V = o_BKGTV.shape
+    return o_BKGTV.transpose(0, 3, 1, 2, 4).reshape(B, T, K * G, V)
+
+
+def _scores_BKGTS(q_BKGTH, k_BKSH, mask: Mask, scale: float, alibi: str | None):
+    s_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
+    s_BKGTS *= scale
     if alibi is not None:
-        kv_heads, groups = q_BTKGH.shape[2:4]
+        kv_heads, groups = q_BKGTH.shape[1:3]
         distance_BTS = jnp.maximum(mask.distance_BTS(), 0).astype(jnp.float32)
         if alibi == "sqrt":
             distance_BTS = jnp.sqrt(distance_BTS)
-        slopes_KG = alibi_slopes_N(kv_heads * groups).reshape(kv_heads, groups)
-        s_BKTGS -= slopes_KG[None, :, None, :, None] * distance_BTS[:, None, :, None, :]
-    return jnp.where(mask.allowed_BTS()[:, None, :, None, :], s_BKTGS, NEGATIVE)
+        slopes_KG11 = alibi_slopes_N(kv_heads * groups).reshape(kv_heads, groups, 1, 1)
+        s_BKGTS -= slopes_KG11 * distance_BTS[:, None, None]
+    return jnp.where(mask.allowed_BTS()[:, None, None], s_BKGTS, NEGATIVE)
 
 
-def _block(q_BTKGH, k_BSKH, v_BSKV, mask, scale, alibi):
-    """Unnormalised attention: (output_BTKGV, row maximum_BKTG, row sum_BKTG), all float32."""
-    s_BKTGS = _scores_BKTGS(q_BTKGH, k_BSKH, mask, scale, alibi)
-    max_BKTG = jax.lax.stop_gradient(jnp.max(s_BKTGS, axis=-1))
-    p_BKTGS = jnp.where(s_BKTGS > 0.5 * NEGATIVE, jnp.exp(s_BKTGS - max_BKTG[..., None]), 0.0)
-    o_BTKGV = jnp.einsum(
-        "BKTGS,BSKV->BTKGV",
-        p_BKTGS.astype(v_BSKV.dtype),
-        v_BSKV,
+def _block(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi):
+    """Unnormalised attention: (output_BKGTV, row maximum_BKGT1, row sum_BKGT1), all float32."""
+    s_BKGTS = _scores_BKGTS(q_BKGTH, k_BKSH, mask, scale, alibi)
+    max_BKGT1 = jax.lax.stop_gradient(jnp.max(s_BKGTS, axis=-1, keepdims=True))
+    # far above NEGATIVE: the exponentials of a row that may see nothing are 0, not 1
+    max_BKGT1 = jnp.maximum(max_BKGT1, 0.5 * NEGATIVE)
+    p_BKGTS = jnp.exp(s_BKGTS - max_BKGT1)
+    o_BKGTV = jnp.einsum(
+        "BKGTS,BKSV->BKGTV",
+        p_BKGTS.astype(v_BKSV.dtype),
+        v_BKSV,
         preferred_element_type=jnp.float32,
     )
-    return o_BTKGV, max_BKTG, jnp.sum(p_BKTGS, axis=-1)
+    return o_BKGTV, max_BKGT1, jnp.sum(p_BKGTS, axis=-1, keepdims=True)
 
 
-def _rows_first(x_BKTG):
-    return jnp.moveaxis(x_BKTG, 1, 2)[..., None]  # BTKG1, beside an output
+def _normalise(o_BKGTV, sum_BKGT1):
+    return o_BKGTV / jnp.where(sum_BKGT1 == 0.0, 1.0, sum_BKGT1)
 
 
-def _normalise(o_BTKGV, sum_BKTG):
-    sum_BTKG1 = _rows_first(sum_BKTG)
-    return o_BTKGV / jnp.where(sum_BTKG1 == 0.0, 1.0, sum_BTKG1)
-
-
-def reference(q_BTKGH, k_BSKH, v_BSKV, mask, scale, alibi):
+def reference(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi):
     """All scores at once, in float32: the definition the others are compared with."""
-    q_BTKGH, k_BSKH, v_BSKV = (x.astype(jnp.float32) for x in (q_BTKGH, k_BSKH, v_BSKV))
-    o_BTKGV, _, sum_BKTG = _block(q_BTKGH, k_BSKH, v_BSKV, mask, scale, alibi)
-    return _normalise(o_BTKGV, sum_BKTG)
+    q_BKGTH, k_BKSH, v_BKSV = (x.astype(jnp.float32) for x in (q_BKGTH, k_BKSH, v_BKSV))
+    o_BKGTV, _, sum_BKGT1 = _block(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi)
+    return _normalise(o_BKGTV, sum_BKGT1)
 
 
-def xla(q_BTKGH, k_BSKH, v_BSKV, mask, scale, alibi):
-    """Blocks of queries, each rematerialised: no score outlives its block.
+def _blocks(q_BKGTH, k_BKSH, v_BKSV, mask: Mask):
+    """Queries cut into blocks with all they may see: (q, k, v, mask, first row, last row + 1).
 
-    In-order causal attention reads only the keys up to its own block's end, which saves up to half
-    of the work; the number of blocks is bounded so that compile time is too.
+    In-order causal attention needs only the keys up to a block's own end, which saves up to half
+    of the work. Few blocks, because each is compiled.
     """
-    T = q_BTKGH.shape[1]
-    blocks = next(n for n in (8, 4, 2, 1) if T % n == 0 and (T // n >= 64 or n == 1))
-    if blocks == 1:
-        o_BTKGV, _, sum_BKTG = _block(q_BTKGH, k_BSKH, v_BSKV, mask, scale, alibi)
-        return _normalise(o_BTKGV, sum_BKTG)
-    size, out = T // blocks, []
-    for i in range(blocks):
-        keys = (i + 1) * size if mask.causal and mask.in_order else k_BSKH.shape[1]
-
-        @functools.partial(jax.checkpoint, static_argnums=(4, 5))
-        def block(q_BTKGH, k_BSKH, v_BSKV, mask, scale, alibi):
-            o_BTKGV, _, sum_BKTG = _block(q_BTKGH, k_BSKH, v_BSKV, mask, scale, alibi)
-            return _normalise(o_BTKGV, sum_BKTG)
-
-        rows = mask.rows(i * size, (i + 1) * size, keys)
-        q_BtKGH = q_BTKGH[:, i * size : (i + 1) * size]
-        out.append(block(q_BtKGH, k_BSKH[:, :keys], v_BSKV[:, :keys], rows, scale, alibi))
-    return jnp.concatenate(out, axis=1)
+    T, S = q_BKGTH.shape[3], k_BKSH.shape[2]
+    size = next(T // n for n in (8, 4, 2, 1) if T % n == 0 and (T // n >= 128 or n == 1))
+    for i in range(0, T, size):
+        j = i + size
+        keys = j if mask.causal and mask.in_order else S
+        rows = mask.rows(i, j, keys)
+        yield q_BKGTH[:, :, :, i:j], k_BKSH[:, :, :keys], v_BKSV[:, :, :keys], rows, i, j
 
 
-def ring(q_BTKGH, k_BSKH, v_BSKV, mask, scale, alibi, axis: str):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def xla(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi):
+    """Block after block of queries; no score outlives its block.
+
+    The backward pass makes the probabilities again from the scores and each row's log-sum-exp, as
+    FlashAttention does (arXiv 2205.14135, appendix B.2). The output has the queries' dtype.
+    """
+    return _xla_forward(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi)[0]
+
+
+def _xla_forward(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi):
+    out, lse = [], []
+    for *block, _, _ in _blocks(q_BKGTH, k_BKSH, v_BKSV, mask):
+        o_BKGTV, max_BKGT1, sum_BKGT1 = _block(*block, scale, alibi)
+        out.append(_normalise(o_BKGTV, sum_BKGT1).astype(q_BKGTH.dtype))
+        lse.append(max_BKGT1 + jnp.log(jnp.where(sum_BKGT1 == 0.0, 1.0, sum_BKGT1)))
+    o_BKGTV, lse_BKGT1 = jnp.concatenate(out, axis=3), jnp.concatenate(lse, axis=3)
+    return o_BKGTV, (q_BKGTH, k_BKSH, v_BKSV, mask, o_BKGTV, lse_BKGT1)
+
+
+def _xla_backward(scale, alibi, residuals, do_BKGTV):
+    q_BKGTH, k_BKSH, v_BKSV, mask, o_BKGTV, lse_BKGT1 = residuals
+    dtype, S = q_BKGTH.dtype, k_BKSH.shape[2]
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    # sum over keys of p * dp, from the output instead of the scores
+    mean_BKGT1 = jnp.sum(
+        do_BKGTV.astype(jnp.float32) * o_BKGTV.astype(jnp.float32), axis=-1, keepdims=True
+    )
+    dq, dk_BKSH, dv_BKSV = [], jnp.zeros(k_BKSH.shape), jnp.zeros(v_BKSV.shape)
+    for q, k, v, rows, i, j in _blocks(q_BKGTH, k_BKSH, v_BKSV, mask):
+        do, unseen = do_BKGTV[:, :, :, i:j], ((0, 0), (0, 0), (0, S - k.shape[2]), (0, 0))
+        p_BKGTS = jnp.exp(_scores_BKGTS(q, k, rows, scale, alibi) - lse_BKGT1[:, :, :, i:j])
+        dp_BKGTS = product("BKGTV,BKSV->BKGTS", do, v)
+        ds_BKGTS = (scale * p_BKGTS * (dp_BKGTS - mean_BKGT1[:, :, :, i:j])).astype(dtype)
+        dq.append(product("BKGTS,BKSH->BKGTH", ds_BKGTS, k).astype(dtype))
+        dk_BKSH += jnp.pad(product("BKGTS,BKGTH->BKSH", ds_BKGTS, q), unseen)
+        dv_BKSV += jnp.pad(product("BKGTS,BKGTV->BKSV", p_BKGTS.astype(dtype), do), unseen)
+    return jnp.concatenate(dq, axis=3), dk_BKSH.astype(dtype), dv_BKSV.astype(dtype), None
+
+
+xla.defvjp(_xla_forward, _xla_backward)
+
+
+def ring(q_BTNH, k_BSKH, v_BSKV, mask, scale, alibi, axis: str):
     """Inside ``shard_map``: keys and values travel around the mesh axis ``axis``.
 
     Every device ends with its own queries' attention over the keys of all (online softmax, arXiv
     2310.01889). Memory holds one remote piece at a time; its scores are recomputed backwards.
+
+    Args and result as :func:`attention`, of the device's own tokens.
     """
     n = jax.lax.axis_size(axis)
     to_next = [(i, (i + 1) % n) for i in range(n)]
 
     @jax.checkpoint
-    def merge(carry, q_BTKGH, k_BSKH, v_BSKV, mask):
-        o_BTKGV, max_BKTG, sum_BKTG = carry
-        po_BTKGV, pmax_BKTG, psum_BKTG = _block(q_BTKGH, k_BSKH, v_BSKV, mask, scale, alibi)
-        new_BKTG = jnp.maximum(max_BKTG, pmax_BKTG)
-        old_BKTG, add_BKTG = jnp.exp(max_BKTG - new_BKTG), jnp.exp(pmax_BKTG - new_BKTG)
-        o_BTKGV = o_BTKGV * _rows_first(old_BKTG) + po_BTKGV * _rows_first(add_BKTG)
-        return o_BTKGV, new_BKTG, sum_BKTG * old_BKTG + psum_BKTG * add_BKTG
+    def merge(carry, q_BKGTH, k_BKSH, v_BKSV, mask):
+        o_BKGTV, max_BKGT1, sum_BKGT1 = carry
+        po_BKGTV, pmax_BKGT1, psum_BKGT1 = _block(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi)
+        new_BKGT1 = jnp.maximum(max_BKGT1, pmax_BKGT1)
+        old_BKGT1, add_BKGT1 = jnp.exp(max_BKGT1 - new_BKGT1), jnp.exp(pmax_BKGT1 - new_BKGT1)
+        o_BKGTV = o_BKGTV * old_BKGT1 + po_BKGTV * add_BKGT1
+        return o_BKGTV, new_BKGT1, sum_BKGT1 * old_BKGT1 + psum_BKGT1 * add_BKGT1
+
+    q_BKGTH, k_BKSH, v_BKSV = _heads_first(q_BTNH, k_BSKH, v_BSKV)
 
     def step(carry, _):
-        accumulated, k_BSKH, v_BSKV, positions_BS, segments_BS = carry
+        accumulated, k_BKSH, v_BKSV, positions_BS, segments_BS = carry
         here = mask.replace(kv_positions_BS=positions_BS, kv_segments_BS=segments_BS)
-        accumulated = merge(accumulated, q_BTKGH, k_BSKH, v_BSKV, here)
-        moved = jax.lax.ppermute((k_BSKH, v_BSKV, positions_BS, segments_BS), axis, to_next)
+        accumulated = merge(accumulated, q_BKGTH, k_BKSH, v_BKSV, here)
+        moved = jax.lax.ppermute((k_BKSH, v_BKSV, positions_BS, segments_BS), axis, to_next)
         return (accumulated, *moved), None
 
-    B, T, K, G, _ = q_BTKGH.shape
     # derived from q so that they vary over the mesh as the loop's results do
-    zero_BTKG1 = jnp.zeros_like(q_BTKGH[..., :1], jnp.float32) * 0.0 + 0.0 * q_BTKGH[..., :1]
-    zero_BKTG = jnp.moveaxis(zero_BTKG1[..., 0], 2, 1).astype(jnp.float32)
-    o_BTKGV = jnp.broadcast_to(zero_BTKG1.astype(jnp.float32), (B, T, K, G, v_BSKV.shape[-1]))
-    start = (o_BTKGV, zero_BKTG + NEGATIVE, zero_BKTG)
-    carry = (start, k_BSKH, v_BSKV, mask.kv_positions_BS, mask.kv_segments_BS)
-    ((o_BTKGV, _, sum_BKTG), *_), _ = jax.lax.scan(step, carry, length=n)
-    return _normalise(o_BTKGV, sum_BKTG)
+    zero_BKGT1 = 0.0 * q_BKGTH[..., :1].astype(jnp.float32)
+    o_BKGTV = jnp.broadcast_to(zero_BKGT1, (*zero_BKGT1.shape[:-1], v_BKSV.shape[-1]))
+    start = (o_BKGTV, zero_BKGT1 + NEGATIVE, zero_BKGT1)
+    carry = (start, k_BKSH, v_BKSV, mask.kv_positions_BS, mask.kv_segments_BS)
+    ((o_BKGTV, _, sum_BKGT1), *_), _ = jax.lax.scan(step, carry, length=n)
+    return _heads_last(_normalise(o_BKGTV, sum_BKGT1)).astype(q_BTNH.dtype)
 
 
 IMPLEMENTATIONS: dict[str, Callable] = {"reference": reference, "xla": xla}
@@ -220,11 +264,9 @@ def attention(
     Returns:
       (B, T, N, V) in ``q_BTNH.dtype``. Scores and softmax are float32.
     """
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
+    N, K = q_BTNH.shape[2], k_BSKH.shape[2]
     if N % K:
         raise ValueError(f"{N} query heads are not a multiple of {K} key/value heads")
     compute = IMPLEMENTATIONS[resolve(implementation)]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
-    o_BTKGV = compute(q_BTKGH, k_BSKH, v_BSKV, mask, scale, alibi)
-    return o_BTKGV.reshape(B, T, N, v_BSKV.shape[-1]).astype(q_BTNH.dtype)
+    o_BKGTV = compute(*_heads_first(q_BTNH, k_BSKH, v_BSKV), mask, scale, alibi)
+    return _heads_last(o_BKGTV).astype(q_BTNH.dtype)

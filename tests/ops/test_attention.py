@@ -156,8 +156,6 @@ def test_large_scores_choose_one_key_and_stay_finite():
 
 def ring(mesh, q, k, v, mask, alibi=None, scale=SCALE):
     """``ops.ring`` under shard_map, with the arguments and result of ``ops.attention``."""
-    B, T, N, H = q.shape
-    K = k.shape[2]
     tokens = P(None, "context")
     f = jax.shard_map(
         lambda q, k, v, m: ops.ring(q, k, v, m, scale, alibi, "context"),
@@ -165,11 +163,14 @@ def ring(mesh, q, k, v, mask, alibi=None, scale=SCALE):
         in_specs=(tokens, tokens, tokens, jax.tree.map(lambda _: tokens, mask)),
         out_specs=tokens,
     )
-    return f(q.reshape(B, T, K, N // K, H), k, v, mask).reshape(B, T, N, -1)
+    return f(q, k, v, mask)
 
 
-@pytest.mark.parametrize("window,alibi,scale", [(5, None, SCALE), (None, "sqrt", 50.0)])
-def test_ring_equals_reference(window, alibi, scale):
+# With scores 50 times as large, the float32 gradients of both are 2e-6 to 3e-6 from float64's.
+@pytest.mark.parametrize(
+    "window,alibi,scale,bound", [(5, None, SCALE, 2e-6), (None, "sqrt", 50.0, 5e-6)]
+)
+def test_ring_equals_reference(window, alibi, scale, bound):
     """Windows, packing, ALiBi, large scores, an all-padding row; forward and gradient."""
     rng = np.random.default_rng(2)
     T = 16
@@ -186,7 +187,7 @@ def test_ring_equals_reference(window, alibi, scale):
     reference = forward_and_gradient("reference", mask, alibi, scale)
     ref_grads, ref_o = run(reference, q, k, v, cotangent)
     for got, expected in zip((o, *grads), (ref_o, *ref_grads), strict=True):
-        assert np.all(np.isfinite(got)) and relative(got, expected) <= 2e-6
+        assert np.all(np.isfinite(got)) and relative(got, expected) <= bound
     assert not np.any(o[-1]) and not any(np.any(g[-1]) for g in grads)
 
 

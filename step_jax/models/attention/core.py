@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import jax
-from jax.sharding import PartitionSpec as P
 
 from step_jax.models.context import Context
 from step_jax.models.initialisation import Initialisation
@@ -81,19 +80,15 @@ def attend(
 
 
 def _ring(q_BTNH, k_BSKH, v_BSKV, mask, sharding, scale, bias):
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
     if bias is not None and sharding.size("tensor") > 1:
         raise ValueError("ring attention with ALiBi needs all heads on a device: set ring: false")
-    tokens = sharding.spec(("batch", "sequence"), (B, T))
-    kv = sharding.spec(("batch", "sequence", "kv_heads", None), k_BSKH.shape)
-    q = P(*kv[:3], None, None)
+    tokens = sharding.spec(("batch", "sequence"), q_BTNH.shape[:2])
+    heads = sharding.spec(("batch", "sequence", "kv_heads", None), k_BSKH.shape)
     masks = jax.tree.map(lambda _: tokens, mask)
 
-    def local(q_BTKGH, k_BSKH, v_BSKV, mask):
-        return ops_attention.ring(q_BTKGH, k_BSKH, v_BSKV, mask, scale, bias, "context")
+    def local(q_BTNH, k_BSKH, v_BSKV, mask):
+        return ops_attention.ring(q_BTNH, k_BSKH, v_BSKV, mask, scale, bias, "context")
 
-    o_BTKGV = jax.shard_map(local, mesh=sharding.mesh, in_specs=(q, kv, kv, masks), out_specs=q)(
-        q_BTNH.reshape(B, T, K, N // K, H), k_BSKH, v_BSKV, mask
-    )
-    return o_BTKGV.reshape(B, T, N, -1).astype(q_BTNH.dtype)
+    return jax.shard_map(
+        local, mesh=sharding.mesh, in_specs=(heads, heads, heads, masks), out_specs=heads
+    )(q_BTNH, k_BSKH, v_BSKV, mask)
