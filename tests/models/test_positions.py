@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from step_jax.core.errors import ConfigError
+from step_jax.models.positions import Alibi, Rope, alibi, rotate
+from step_jax.ops.attention import alibi_slopes_N
+
+RNG = np.random.default_rng(0)
+Q, K = RNG.standard_normal((2, 1, 1, 1, 16)).astype(np.float32)
+
+
+def rotated(rope, x, position):
+    return np.asarray(rope.apply(jnp.asarray(x), np.full((1, 1), position, np.int32)), np.float64)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 4000), st.integers(0, 4000), st.sampled_from([0.5, 1.0]))
+def test_rope_keeps_norms_and_sees_only_the_distance(i, j, fraction):
+    rope = Rope(fraction=fraction)
+    q, k = rotated(rope, Q, i), rotated(rope, K, j)
+    assert np.linalg.norm(q) == pytest.approx(np.linalg.norm(Q), rel=1e-5)
+    near, far = min(i, j), max(i, j)
+    q0, k0 = rotated(rope, Q, i - near), rotated(rope, K, j - near)
+    assert np.sum(q * k) == pytest.approx(np.sum(q0 * k0), abs=5e-3), far
+    width = int(16 * fraction)
+    np.testing.assert_array_equal(q[..., width:], Q[..., width:])
+
+
+@pytest.mark.parametrize("position", [0, 1, 7, 4096, 65_536])
+def test_rope_is_a_rotation_of_coordinates_half_a_width_apart(position):
+    rope = Rope(theta=500.0)
+    got = rotated(rope, Q, position)[0, 0, 0]
+    x = Q.astype(np.float64)[0, 0, 0]
+    z = (x[:8] + 1j * x[8:]) * np.exp(1j * position * 500.0 ** (-np.arange(8) / 8))
+    # angles are float32: at 2^16 their last bit is 2^-8 of a radian, in fast coordinates less
+    np.testing.assert_allclose(got, np.concatenate([z.real, z.imag]), atol=1e-6 + 1e-6 * position)
+
+
+def test_rope_returns_the_dtype_it_was_given_and_angles_do_not_lose_positions():
+    """In bfloat16 position 257 would be 256."""
+    x = jnp.asarray(Q, jnp.bfloat16)
+    rope = Rope(theta=1e6)
+    y = rope.apply(x, np.full((1, 1), 257, np.int32))
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.asarray(y, np.float64), rotated(rope, np.asarray(x, np.float32), 257), atol=0.02
+    )
+    assert not np.array_equal(y, rope.apply(x, np.full((1, 1), 256, np.int32)))
+
+
+def test_published_alibi_slopes():
+    """2108.12409, section 3: 8 heads 1/2 .. 1/256; 12 heads: those and the odd ones of 16."""
+    eight = [2.0**-n for n in range(1, 9)]
+    np.testing.assert_allclose(alibi_slopes_N(8), eight)
+    between = [2.0 ** (-(2 * n + 1) / 2) for n in range(4)]
+    np.testing.assert_allclose(alibi_slopes_N(12), eight + between, rtol=1e-6)
+    np.testing.assert_allclose(alibi_slopes_N(1), [2.0**-8])
+
+
+def test_each_position_takes_its_own_way():
+    x = jnp.asarray(Q)
+    at = np.full((1, 1), 3, np.int32)
+    for position in (None, Alibi(), Alibi("sqrt")):
+        assert rotate(position, x, at) is x
+    assert [alibi(p) for p in (None, Rope(), Alibi(), Alibi("sqrt"))] == [
+        None,
+        None,
+        "linear",
+        "sqrt",
+    ]
+
+
+@pytest.mark.parametrize(
+    "bad,message",
+    [
+        (Rope(fraction=0.0), r"fraction is 0.0; it must be in \(0, 1\]"),
+        (Rope(fraction=1.5), "fraction is 1.5"),
+        (Rope(theta=1.0), "theta is 1.0; it must be above 1"),
+    ],
+)
+def test_bad_ropes_are_refused(bad, message):
+    with pytest.raises(ConfigError, match=message):
+        bad.validate()
+    with pytest.raises(ConfigError, match="rotates 5 of 10 coordinates, an odd number"):
+        Rope(fraction=0.5).rotated_width(10)
