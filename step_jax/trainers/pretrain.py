@@ -5,7 +5,6 @@ The loop is :func:`run`, read top to bottom.
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import time
@@ -16,7 +15,7 @@ import jax
 
 from step_jax.core import hardware, rng
 from step_jax.core import spec as spec_lib
-from step_jax.core.errors import CheckpointError, ConfigError
+from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.data import DataConfig, TextDataset
 from step_jax.data.config import TRAIN_TOKENIZER
@@ -30,12 +29,13 @@ from step_jax.models.language_model import language_model_loss
 from step_jax.ops import attention
 from step_jax.training import plots, schedules
 from step_jax.training.batches import abstract_batch, process_rows, to_mesh
+from step_jax.training.compile import compile_initial_state, compile_train_step
 from step_jax.training.optimizers.build import make_optimizer
 from step_jax.training.optimizers.config import AdamW, OptimizerConfig
 from step_jax.training.scaling_laws import step_law_batch_rows
 from step_jax.training.session import RunConfig, Session, Work
-from step_jax.training.state import abstract_state, init_state
-from step_jax.training.step import LossOutput, make_train_step
+from step_jax.training.state import abstract_state
+from step_jax.training.step import LossOutput
 
 
 @dataclass(frozen=True)
@@ -168,16 +168,6 @@ def with_vocabulary(model: Decoder, vocab_size: int) -> Decoder:
     return model
 
 
-def check_continues(config: PretrainConfig, dataset: TextDataset, meta: dict, step: int) -> None:
-    """Raises unless a run of ``config`` goes on where the checkpoint at ``step`` stopped."""
-    from step_jax.core.config import to_plain
-
-    dataset.check(meta["data"], step)
-    saved, now = meta["config"]["run"]["seed"], to_plain(config)["run"]["seed"]
-    if saved != now:
-        raise CheckpointError(f"run.seed was {saved} and is {now}: set it back")
-
-
 def prepare_data(config: PretrainConfig, sharding: Sharding, report) -> TextDataset:
     """The dataset of this process's rows; processes that share rows read the same ones."""
     T = config.data.sequence_length
@@ -222,6 +212,15 @@ def run(config: PretrainConfig) -> dict[str, float]:
         )
         use_ema = config.training.ema_decay is not None
         state_like = abstract_state(model.specs(), optimizer, sharding, ema=use_ema)
+        state, start = session.start(
+            compile_initial_state(
+                lambda: model.initialise(rng.fold(config.run.seed, 0, "parameters")),
+                optimizer,
+                state_like,
+            ),
+            state_like,
+            check=lambda meta, step: dataset.check(meta["data"], step),
+        )
         train_step = compile_step(config, optimizer, sharding, state_like, dataset.batch(0), rows)
         session.describe(
             config,
@@ -230,17 +229,7 @@ def run(config: PretrainConfig) -> dict[str, float]:
             meta={"data": dataset.fingerprint, "tokenizer": dataset.tokenizer.hash},
             header=header(config, optimizer, dataset, total_steps, state_like, train_step),
         )
-
-        def initialise():
-            params = model.initialise(rng.fold(config.run.seed, 0, "parameters"))
-            return init_state(params, optimizer, ema=use_ema)
-
-        state, start = session.start(
-            jax.jit(initialise, out_shardings=jax.tree.map(lambda a: a.sharding, state_like)),
-            state_like,
-            functools.partial(check_continues, config, dataset),
-        )
-        if session.primary:  # not before the checkpoint agreed with it
+        if session.primary:  # not before the run is known to go on where its checkpoint stopped
             dataset.tokenizer.save(session.directory.path / "tokenizer.model")
         evaluate = make_evaluator(
             model, config.execution, sharding, rows, config.data.sequence_length
@@ -254,32 +243,26 @@ def run(config: PretrainConfig) -> dict[str, float]:
             session.finished(step + 1, state, metrics, batches.wait_seconds)
             if config.evaluation.due(step + 1, total_steps) and quick.documents:
                 with session.aside():
-                    report.evaluation(step + 1, evaluate(best_params(state), quick), "heldout")
+                    report.evaluation(step + 1, evaluate(state.best_params, quick), "heldout")
         batches.close()
         session.flush()
-        return finish(session, config, dataset, evaluate, best_params(state))
-
-
-def best_params(state):
-    """The moving average if the run keeps one, else the parameters."""
-    return state.params if state.ema is None else state.ema
+        return finish(session, config, dataset, evaluate, state.best_params)
 
 
 def compile_step(config: PretrainConfig, optimizer, sharding, state_like, batch, rows: int):
-    """The compiled train step: (state, batch) -> (state, metrics); the state is donated."""
-    shardings = jax.tree.map(lambda a: a.sharding, state_like)
-    step = make_train_step(
+    """The compiled train step, see ``compile_train_step``."""
+    return compile_train_step(
         make_loss(config.model, config.execution, sharding, config.training.z_loss),
         optimizer,
+        sharding,
+        state_like,
+        abstract_batch(sharding, batch, rows),
         accumulation=config.training.accumulation,
         clip_norm=config.optimizer.clip_norm,
         ema_decay=config.training.ema_decay,
         compute_dtype=config.execution.dtype,
         seed=config.run.seed,
-        param_shardings=None if sharding.mesh.size == 1 else shardings.params,
     )
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated()))
-    return jitted.lower(state_like, abstract_batch(sharding, batch, rows)).compile()
 
 
 def work(config: PretrainConfig, tokens: int, sharding: Sharding) -> Work:

@@ -110,6 +110,41 @@ class Session:
 
     # --- before the first step -----------------------------------------------------------------
 
+    def start(
+        self,
+        initialise: Callable[[], Any],
+        abstract_state: Any,
+        check: Callable[[dict[str, Any], int], None] = lambda meta, step: None,
+    ) -> tuple[Any, int]:
+        """The newest verified checkpoint of the run directory, or a fresh state.
+
+        Args:
+          initialise: makes a fresh state.
+          abstract_state: its shapes, dtypes and shardings.
+          check: called with the checkpoint's ``meta`` and step before anything is restored; raises
+            if this run does not continue that one (the seed is compared anyway).
+
+        Returns:
+          (state, number of finished steps)
+        """
+        step = self._checkpointer.latest()
+        if step is None:
+            if steps := self._checkpointer.steps():
+                raise CheckpointError(
+                    f"the checkpoints in {self.directory.checkpoints} (steps {steps}) are all "
+                    "damaged: move them away to start afresh"
+                )
+            if self._again:  # it ended before its first checkpoint
+                self.reporter.resumed(0)
+            return initialise(), 0
+        meta = self._checkpointer.meta(step)
+        if (seed := meta["config"]["run"]["seed"]) != self._run.seed:
+            raise CheckpointError(f"run.seed was {seed} and is {self._run.seed}: set it back")
+        check(meta, step)
+        state, _ = self._checkpointer.restore(step, abstract_state)
+        self.reporter.resumed(step)
+        return state, step
+
     def describe(
         self,
         config: Any,
@@ -118,7 +153,7 @@ class Session:
         meta: dict[str, Any],
         header: Mapping[str, Any],
     ):
-        """Fixes what the run is, once its configuration is resolved, and shows the header.
+        """Fixes what the run is, once it is known to be able to go on, and shows the header.
 
         Args:
           config: the resolved configuration, written to the run directory and every checkpoint.
@@ -142,40 +177,7 @@ class Session:
                 **header,
             }
         )
-
-    def start(
-        self,
-        initialise: Callable[[], Any],
-        abstract_state: Any,
-        check: Callable[[dict[str, Any], int], None] = lambda meta, step: None,
-    ) -> tuple[Any, int]:
-        """The newest verified checkpoint of the run directory, or a fresh state.
-
-        Args:
-          initialise: makes a fresh state.
-          abstract_state: its shapes, dtypes and shardings.
-          check: called with the checkpoint's ``meta`` and step before anything is restored; raises
-            if this run does not continue that one.
-
-        Returns:
-          (state, number of finished steps)
-        """
-        step = self._checkpointer.latest()
-        if step is None:
-            if steps := self._checkpointer.steps():
-                raise CheckpointError(
-                    f"the checkpoints in {self.directory.checkpoints} (steps {steps}) are all "
-                    "damaged: move them away to start afresh"
-                )
-            if self._again:  # it ended before its first checkpoint
-                self.reporter.resumed(0)
-            self._clock = time.perf_counter()
-            return initialise(), 0
-        check(self._checkpointer.meta(step), step)
-        state, _ = self._checkpointer.restore(step, abstract_state)
-        self.reporter.resumed(step)
         self._clock = time.perf_counter()
-        return state, step
 
     # --- every step ----------------------------------------------------------------------------
 

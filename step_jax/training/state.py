@@ -34,6 +34,11 @@ class TrainState:
     skipped: jax.Array
     skipped_total: jax.Array
 
+    @property
+    def best_params(self):
+        """The moving average if the run keeps one, else the parameters."""
+        return self.params if self.ema is None else self.ema
+
 
 def init_state(params, optimizer: Optimizer, *, ema: bool = False) -> TrainState:
     """The state before the first step; call it under ``jit`` with ``out_shardings`` on a mesh."""

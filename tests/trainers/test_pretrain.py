@@ -134,7 +134,7 @@ def test_a_run_that_does_not_continue_the_checkpoint_is_refused(straight, capsys
     ("flags", "message"),
     [
         (["--parallel.data", "3"], "does not match the 8 devices"),
-        (["--parallel.tensor", "8"], "'heads' has size 4"),
+        (["--parallel.tensor", "8"], "'vocab' has size 300"),
         (["--parallel.data", "1", "--parallel.fsdp", "1", "--parallel.context", "8",
           "--data.sequence-length", "36"], "does not divide data.sequence_length 36"),
         (["--training.steps", "0"], "training.steps"),
