@@ -106,7 +106,7 @@ DEFAULT_RULES: tuple[tuple[str, MeshAxes], ...] = (
 )
 
 
-#: Logical axes of parameters that are whole while a layer computes (see ``decoder.gather``).
+#: Logical axes of parameters that are whole while a layer computes (see ``models.stack.gather``).
 GATHERED_AXES = ("embed", "rank")
 
 

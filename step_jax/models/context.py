@@ -47,6 +47,7 @@ class Context:
       segments_BT: int32 documents of packed rows, 0 for padding; None when a row is one document.
       lengths_B: int32 tokens in the cache before this call; None without a cache.
       fresh: the cache is empty (lets a prompt attend to itself alone).
+      causal: tokens do not see later ones.
       sharding: mesh and rules, or None on one device.
       execution: how to compute.
     """
@@ -55,6 +56,7 @@ class Context:
     segments_BT: jax.Array | None = None
     lengths_B: jax.Array | None = None
     fresh: bool = struct.field(pytree_node=False, default=False)
+    causal: bool = struct.field(pytree_node=False, default=True)
     sharding: Sharding | None = struct.field(pytree_node=False, default=None)
     execution: Execution = struct.field(pytree_node=False, default=Execution())
 
@@ -66,17 +68,18 @@ class Context:
         return self.lengths_B + jnp.sum(self.positions_BT >= 0, axis=1, dtype=jnp.int32)
 
     def mask(self, kv_positions_BS=None, window: int | None = None) -> Mask:
-        """Causal mask of this call's tokens over themselves, or over keys at given positions."""
+        """What this call's tokens see of themselves, or of keys at given positions."""
         if kv_positions_BS is None:
             return Mask(
                 self.positions_BT,
                 self.positions_BT,
                 self.segments_BT,
                 self.segments_BT,
+                causal=self.causal,
                 window=window,
                 in_order=True,
             )
-        return Mask(self.positions_BT, kv_positions_BS, window=window)
+        return Mask(self.positions_BT, kv_positions_BS, causal=self.causal, window=window)
 
 
 def slot_positions_BS(lengths_B, slots: int):

@@ -5,7 +5,6 @@ Shape suffixes: B batch, T tokens, D model width, V vocabulary, L layers of one 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,18 +14,13 @@ from flax import struct
 
 from step_jax.core import spec as specs_lib
 from step_jax.core.errors import ConfigError
-from step_jax.core.sharding import GATHERED_AXES
 from step_jax.core.spec import ParamSpec
 from step_jax.models.attention import AttentionKind
 from step_jax.models.context import Context
 from step_jax.models.initialisation import FanIn, Initialisation
 from step_jax.models.layers import MLP, RMSNorm
+from step_jax.models.stack import gather, run_layers
 from step_jax.ops.einsum import einsum
-
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 @struct.dataclass
@@ -243,21 +237,7 @@ class Decoder:
                 out.append(c)
             return x_BTD, (None if layer_caches is None else tuple(out))
 
-        scan = ctx.execution.scan and group.repeat > 1
-        if ctx.execution.remat != "none":
-            turn = jax.checkpoint(
-                turn, policy=REMAT_POLICIES[ctx.execution.remat], prevent_cse=not scan
-            )
-        if scan:
-            return jax.lax.scan(turn, x_BTD, (params, caches))
-        out = []
-        for layer in range(group.repeat):
-            one = jax.tree.map(lambda a, layer=layer: a[layer], (params, caches))
-            x_BTD, c = turn(x_BTD, one)
-            out.append(c)
-        if caches is None:
-            return x_BTD, None
-        return x_BTD, jax.tree.map(lambda *a: jnp.stack(a), *out)
+        return run_layers(turn, x_BTD, (params, caches), group.repeat, ctx)
 
     def normed(self, p: DecoderParams, x_BTD):
         """What the output head multiplies."""
@@ -285,19 +265,3 @@ class Decoder:
 
         layers = tuple(tuple(block_cache(b, g.repeat) for b in g.blocks) for g in self.layers)
         return Cache(layers, jnp.zeros((batch,), jnp.int32))
-
-
-@functools.partial(jax.named_call, name="gather")
-def gather(specs, params, ctx: Context):
-    """The parameters of one layer with FSDP undone: each device gets the whole width.
-
-    This is where FSDP communicates: an all-gather before use here, a reduce-scatter of the
-    gradient in its transpose. Inside a rematerialised layer the gathered copy is not kept.
-    """
-
-    def leaf(spec: ParamSpec, w):
-        if not set(GATHERED_AXES) & set(spec.axes):
-            return w
-        return ctx.constrain(w, *(None if a in GATHERED_AXES else a for a in spec.axes))
-
-    return specs_lib.map_specs(leaf, specs, params)

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from step_jax.models.context import Context
-from step_jax.models.decoder import Decoder, DecoderParams, gather
+from step_jax.models.decoder import Decoder, DecoderParams
+from step_jax.models.stack import gather
 from step_jax.ops.cross_entropy import cross_entropy
 
 

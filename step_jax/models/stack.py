@@ -1,0 +1,63 @@
+"""Running a stack of equal layers: scanned or unrolled, rematerialised, with FSDP undone per layer.
+
+Shape suffixes: B batch, T tokens, D model width.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from step_jax.core import spec as specs_lib
+from step_jax.core.sharding import GATHERED_AXES
+from step_jax.core.spec import ParamSpec
+from step_jax.models.context import Context
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def run_layers(turn: Callable, x_BTD, inputs: Any, repeat: int, ctx: Context):
+    """Calls ``turn`` once per layer, as ``ctx.execution`` says.
+
+    Args:
+      turn: (x_BTD, inputs of one layer) -> (x_BTD, outputs of the layer or None).
+      inputs: a tree of arrays with a leading axis of ``repeat`` layers.
+
+    Returns:
+      (x_BTD, outputs stacked along a leading axis or None).
+    """
+    scan = ctx.execution.scan and repeat > 1
+    if ctx.execution.remat != "none":
+        turn = jax.checkpoint(
+            turn, policy=REMAT_POLICIES[ctx.execution.remat], prevent_cse=not scan
+        )
+    if scan:
+        return jax.lax.scan(turn, x_BTD, inputs)
+    outputs = []
+    for layer in range(repeat):
+        x_BTD, out = turn(x_BTD, jax.tree.map(lambda a, layer=layer: a[layer], inputs))
+        outputs.append(out)
+    return x_BTD, jax.tree.map(lambda *a: jnp.stack(a), *outputs)
+
+
+@functools.partial(jax.named_call, name="gather")
+def gather(specs, params, ctx: Context):
+    """The parameters of one layer with FSDP undone: each device gets the whole width.
+
+    This is where FSDP communicates: an all-gather before use here, a reduce-scatter of the
+    gradient in its transpose. Inside a rematerialised layer the gathered copy is not kept.
+    """
+
+    def leaf(spec: ParamSpec, w):
+        if not set(GATHERED_AXES) & set(spec.axes):
+            return w
+        return ctx.constrain(w, *(None if a in GATHERED_AXES else a for a in spec.axes))
+
+    return specs_lib.map_specs(leaf, specs, params)
