@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
@@ -94,7 +94,8 @@ CASES = st.tuples(
 
 
 # no shrinking: every example compiles anew
-@settings(max_examples=6, phases=[Phase.generate])
+@settings(max_examples=4, phases=[Phase.explicit, Phase.generate])
+@example((256, (6, 2), (8, 3), 70, "sqrt", 3, 0))  # several blocks with everything in them
 @given(CASES)
 def test_xla_equals_reference_equals_definition(case):
     T, (N, K), (H, V), window, alibi, documents, seed = case
@@ -115,6 +116,20 @@ def test_xla_equals_reference_equals_definition(case):
         assert np.linalg.norm(got - expected) <= 1e-6 * max(np.linalg.norm(expected), 1.0)
     if documents:  # the row that is all padding
         assert not np.any(o[-1]) and not any(np.any(g[-1]) for g in grads)
+
+
+def test_blocks_do_not_need_to_know_the_order():
+    """Without ``in_order`` every block sees all keys, and masks the later ones itself."""
+    rng = np.random.default_rng(4)
+    q, k, v, cotangent = inputs(rng, 1, 256, 256, 2, 1, 8, 8)
+    positions, segments = packed(rng, 1, 256, 2)
+    segments[:] = 1 + (positions == 0).cumsum(1)  # no padding
+    mask = ops.Mask(positions, positions, segments, segments)
+    grads, o = run(forward_and_gradient("xla", mask), q, k, v, cotangent)
+    reference = forward_and_gradient("reference", mask.replace(in_order=True))
+    ref_grads, ref_o = run(reference, q, k, v, cotangent)
+    for got, expected in zip((o, *grads), (ref_o, *ref_grads), strict=True):
+        assert relative(got, expected) <= 1e-6
 
 
 def test_keys_of_a_cache():
