@@ -90,7 +90,7 @@ def _write(trained, sharding: Sharding, sampling: SamplingConfig, prompts: list[
         sharding=sharding,
         requests=range(first, first + len(prompts)),
         on_tokens=(lambda row, tokens: screen.show(tokens)) if alone else None,
-        chunk=8 if alone else 32,
+        chunk=8,
     )
     if alone:
         screen.end()

@@ -1,0 +1,176 @@
+"""Held-out figures against a document-by-document computation, on a mesh, and the commands.
+
+Shape suffixes: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from step_jax.cli.main import main
+from step_jax.core.config import to_plain
+from step_jax.core.errors import DataError
+from step_jax.data import DataConfig, Tokenizer
+from step_jax.data.tokenizer import train_sentencepiece
+from step_jax.evaluation.corpus import whole_corpus
+from step_jax.evaluation.heldout import figures, make_evaluator
+from step_jax.inference.load import load_model
+from step_jax.models.context import Context
+from step_jax.training.checkpoint import Checkpointer
+from tests.models import small
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards box with care".split()
+LENGTH = 32
+
+
+def text(seed: int) -> str:
+    words = np.random.default_rng(seed).choice(WORDS, 4 + 9 * seed)
+    return " ".join(words) + "\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_sentencepiece([text(i) for i in range(20)], vocab_size=340)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("texts")
+    for i in range(6):  # from shorter than a row to several rows long
+        (root / f"{i}.txt").write_text(text(i))
+    (root / "binary").write_bytes(b"\0\1\2")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(tokenizer, folder, tmp_path_factory):
+    """A run directory as pretraining leaves it: (path, decoder, parameters)."""
+    path = tmp_path_factory.mktemp("runs") / "small"
+    c = small.decoder("mfa", vocab=tokenizer.vocab_size)
+    p = small.params(c)
+    data = DataConfig(path=str(folder), sequence_length=LENGTH, heldout_fraction=0.5)
+    config = {
+        "model": to_plain(c),
+        "data": to_plain(data),
+        "execution": to_plain(small.execution()),
+        "training": {"ema_decay": 0.9},
+    }
+    wrong = jax.tree.map(np.zeros_like, p)  # what must not be used when there is an average
+    with Checkpointer(path / "checkpoints") as checkpointer:
+        meta = {"config": config, "tokenizer": tokenizer.hash}
+        checkpointer.save(7, {"params": wrong, "ema": p}, meta)
+    tokenizer.save(path / "tokenizer.model")
+    return path, c, p
+
+
+def nats_of(c, p, tokenizer, document: str) -> float:
+    """Of one document alone, cut into rows of LENGTH, each read without what came before."""
+    targets = np.append(tokenizer.encode(document), tokenizer.eos_id)
+    inputs = np.concatenate([[tokenizer.bos_id], targets[:-1]])
+    total = 0.0
+    for start in range(0, len(targets), LENGTH):
+        row, aim = inputs[start:][:LENGTH], targets[start:][:LENGTH]
+        padded = np.zeros((1, LENGTH), np.int32)
+        padded[0, : len(row)] = row
+        logp_TV = np.asarray(_log_probabilities(c)(p, padded)[0])
+        total -= float(logp_TV[np.arange(len(aim)), aim].astype(np.float64).sum())
+    return total
+
+
+@functools.cache
+def _log_probabilities(c):
+    def f(p, tokens_1T):
+        ctx = Context(np.arange(LENGTH, dtype=np.int32)[None], execution=small.execution())
+        return jax.nn.log_softmax(c.logits(p, c.hidden(p, tokens_1T, ctx)[0], ctx))
+
+    return jax.jit(f, compiler_options=small.FAST_COMPILE)
+
+
+def test_figures_are_those_of_every_document_alone(run, tokenizer, folder):
+    _, c, p = run
+    heldout, skips = whole_corpus(DataConfig(path=str(folder)), tokenizer)
+    assert [skip.name for skip in skips] == ["binary"]
+    sharding = small.on_mesh(data=2, fsdp=2, tensor=2)
+    laid_out = jax.device_put(p, sharding.params(c.specs()))
+    got = make_evaluator(c, small.execution(), sharding, 4, LENGTH)(laid_out, heldout)
+
+    texts = [text(i) for i in range(6)]
+    nats = sum(nats_of(c, p, tokenizer, document) for document in texts)
+    tokens = sum(len(tokenizer.encode(document)) + 1 for document in texts)
+    assert got["tokens"] == tokens == heldout.tokens
+    assert got["nll"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert got["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+    size = sum(len(document.encode()) for document in texts)
+    assert got["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_figures_of_a_hopeless_model_and_of_nothing(run, tokenizer, folder):
+    assert figures(1e6, 10.0, 5)["perplexity"] == math.inf
+    _, c, p = run
+    nothing = whole_corpus(DataConfig(path=str(folder)), tokenizer)[0].subset(0)
+    evaluate = make_evaluator(c, small.execution(), small.on_mesh(data=8), 8, LENGTH)
+    with pytest.raises(DataError, match="nothing to evaluate"):
+        evaluate(p, nothing)
+
+
+def test_load_model_takes_the_average_and_the_run_s_own_tokenizer(run):
+    path, c, p = run
+    loaded = load_model(path, small.on_mesh(fsdp=8))
+    assert loaded.decoder == c and loaded.step == 7
+    assert loaded.data.sequence_length == LENGTH and loaded.execution == small.execution()
+    for got, expected in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(p), strict=True):
+        assert np.array_equal(got, expected)
+
+
+def test_eval_command(run, folder, capsys):
+    path, c, p = run
+    assert main(["eval", str(path), "--data.path", str(folder), "--batch-size", "8"]) == 0
+    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    rows = {key.strip(): value.strip() for key, value in lines.items()}
+    assert rows["documents"] == "6 (1 left out)"
+    tokenizer = Tokenizer.load(path / "tokenizer.model")
+    size = sum(len(text(i).encode()) for i in range(6))
+    assert rows["bytes"] == f"{size:,}"
+    bits = sum(nats_of(c, p, tokenizer, text(i)) for i in range(6)) / math.log(2) / size
+    assert float(rows["bits per byte"]) == pytest.approx(bits, abs=1e-3)
+    assert float(rows["bits per byte, gzip"]) > 0 < float(rows["bits per byte, xz"])
+
+
+def test_generate_command_streams_what_it_writes(run, tmp_path, capsys):
+    path, *_ = run
+    options = ["--temperature", "0.8", "--seed", "3", "--max-new-tokens", "12"]
+    assert (
+        main(["generate", str(path / "checkpoints" / "00000007"), "--prompt", "the", *options]) == 0
+    )
+    first = capsys.readouterr()
+    assert first.out.startswith("the") and len(first.out) > len("the\n")
+    prompts = tmp_path / "prompts"
+    prompts.write_text("the\n\nfox\n")
+    assert main(["generate", str(path), "--prompts-file", str(prompts), *options]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"--- 0\n{first.out}") and "--- 1\nfox" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate"], "needs a run first"),
+        (["generate", "nowhere"], "nowhere does not exist: give the directory of a run"),
+        (["generate", "RUN", "--top-p", "2"], "top_p is 2.0; it must be in"),
+        (["generate", "RUN", "--prompts-file", "nofile"], "prompts file nofile"),
+        (["generate", "RUN", "--step", "8"], "step 8|00000008"),
+        (["generate", "RUN", "--prompt", "fox " * 99], "more than the context of 32 tokens"),
+        (["eval", "RUN", "--batch-size", "0"], "batch_size is 0"),
+        (["eval", "RUN", "--data.path", "nowhere"], "'nowhere' does not exist"),
+    ],
+)
+def test_commands_name_bad_input(run, arguments, message, capsys):
+    assert main([str(run[0]) if word == "RUN" else word for word in arguments]) != 0
+    captured = capsys.readouterr()
+    assert re.search(message, captured.err) and captured.out == ""
