@@ -198,6 +198,70 @@ def plot_comparison(
     return _save(figure, out)
 
 
+def plot_groups(
+    groups: Mapping[str, Sequence[Path | str]],
+    out: Path | str,
+    *,
+    metric: str = "loss",
+    title: str = "",
+) -> Path:
+    """Draw repeated runs: each group's mean curve, smoothed, and a band from its best to its worst.
+
+    Args:
+      groups: label -> run directories (or ``metrics.jsonl``) that differ in their seed.
+      out: the PNG to write.
+      metric: a name in the step records.
+      title: above the picture.
+
+    Raises:
+      ValueError: none of the runs has the metric.
+    """
+    figure, grid = _figure(4.2, (1,), 1)
+    axes = figure.add_subplot(grid[0, 0])
+    means = []
+    for index, (label, runs) in enumerate(groups.items()):
+        curves = [series(read_metrics(run), "step", "step", metric) for run in runs]
+        curves = [(xs, smooth(ys, max(1, len(ys) // 20))) for xs, ys in curves if xs]
+        if not curves:
+            continue
+        xs = min((xs for xs, _ in curves), key=len)
+        columns = list(zip(*(ys for _, ys in curves), strict=False))
+        mean = [sum(column) / len(column) for column in columns]
+        colour = _COLOURS[index % len(_COLOURS)]
+        axes.plot(xs, mean, color=colour, linewidth=1.4, label=label)
+        low, high = [min(c) for c in columns], [max(c) for c in columns]
+        axes.fill_between(xs, low, high, color=colour, alpha=0.18, linewidth=0)
+        means.append(mean)
+    if not means:
+        raise ValueError(f"none of the runs has a finite '{metric}' in its step records")
+    _limit_to_curve(axes, means)
+    _style(axes, x="step", label=metric)
+    axes.legend(frameon=False, fontsize=8, labelcolor=_INK)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)
+    return _save(figure, out)
+
+
+def draw_images(images: Any, columns: int, out: Path | str, zoom: int = 4) -> Path:
+    """Write a PNG of images side by side, ``columns`` in a row.
+
+    Args:
+      images: NumPy array (B, H, W, C) of values in [-1, 1]; C is 1 (grey, -1 is black) or 3.
+      columns: divides B.
+      out: its directory is made.
+      zoom: side of a pixel in the picture.
+    """
+    from matplotlib.image import imsave
+
+    B, H, W, C = images.shape
+    grid = images.reshape(B // columns, columns, H, W, C).swapaxes(1, 2)
+    grid = grid.reshape(B // columns * H, columns * W, C).repeat(zoom, 0).repeat(zoom, 1)
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    imsave(out, ((grid.clip(-1, 1) + 1) / 2).repeat(3 // C, -1))
+    return out
+
+
 def _save(figure: Any, out: Path | str) -> Path:
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
