@@ -1,8 +1,9 @@
-"""Joining the processes of one run."""
+"""What a process does before it touches a device: joining the others, finding compiled programs."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import jax
 
@@ -42,3 +43,15 @@ def join(multihost: bool = False) -> None:
             f"parallel.multihost is set, and JAX finds no cluster here ({error}); set "
             f"{', '.join(_VARIABLES)} instead"
         ) from None
+
+
+def keep_compiled_programs() -> None:
+    """Keeps compiled programs on disk, so that a restarted run does not compile again.
+
+    They lie in ``$XDG_CACHE_HOME/step_jax/programs`` (default ``~/.cache``), unless
+    ``JAX_COMPILATION_CACHE_DIR`` names another folder.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        folder = Path(base).expanduser() / "step_jax" / "programs"
+        jax.config.update("jax_compilation_cache_dir", str(folder))

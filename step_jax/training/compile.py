@@ -32,7 +32,10 @@ def compile_initial_state(
     def initialise(*args) -> TrainState:
         return init_state(make_params(*args), optimizer, ema=state_like.ema is not None)
 
-    return jax.jit(initialise, out_shardings=layout(state_like))
+    # drawing random numbers is 12 CPU-seconds of LLVM at its default level for one second's use
+    on_cpu = jax.tree.leaves(layout(state_like))[0].mesh.devices.flat[0].platform == "cpu"
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    return jax.jit(initialise, out_shardings=layout(state_like), compiler_options=options)
 
 
 def compile_train_step(

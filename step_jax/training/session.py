@@ -73,6 +73,7 @@ class Session:
     def __init__(self, config: Any, run: RunConfig, parallel: MeshConfig):
         """``config`` is the loop's whole configuration; its parts ``run`` and ``parallel`` act."""
         self.opened = time.perf_counter()
+        distributed.keep_compiled_programs()
         distributed.join(parallel.multihost)
         self.sharding = Sharding.build(parallel)
         self.primary = jax.process_index() == 0
