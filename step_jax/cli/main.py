@@ -16,11 +16,14 @@ from step_jax.core.errors import ConfigError, ExitCode, StepError
 #: name -> (module with ``main(argv) -> int | None``, help line)
 COMMANDS: dict[str, tuple[str, str]] = {
     "pretrain": ("step_jax.cli.pretrain", "train a language model from a configuration file"),
+    "reinforce": ("step_jax.cli.reinforce", "toy: a decoder learns to sort by policy gradients"),
+    "flow-matching": ("step_jax.cli.flow_matching", "toy: draw digits by class"),
     "generate": ("step_jax.cli.generate", "write text with a trained model"),
     "eval": ("step_jax.cli.evaluate", "held-out loss, perplexity and bits per byte of a model"),
     "tokenize": ("step_jax.cli.tokenize", "train a tokenizer, or look at what one does"),
     "checkpoints": ("step_jax.cli.checkpoints", "list saved steps, or verify every byte of them"),
     "runs": ("step_jax.cli.runs", "compare runs as a table and a picture"),
+    "ablate": ("step_jax.cli.ablate", "train variants with several seeds and compare them"),
 }
 
 

@@ -27,11 +27,11 @@ from step_jax.models.decoder import Decoder
 from step_jax.models.flops import train_flops_per_token
 from step_jax.models.language_model import language_model_loss
 from step_jax.ops import attention
-from step_jax.training import plots, schedules
+from step_jax.training import plots
 from step_jax.training.batches import abstract_batch, process_rows, to_mesh
 from step_jax.training.compile import compile_initial_state, compile_train_step
 from step_jax.training.optimizers.build import make_optimizer
-from step_jax.training.optimizers.config import AdamW, OptimizerConfig
+from step_jax.training.optimizers.config import AdamW, OptimizerConfig, check_optimizer
 from step_jax.training.scaling_laws import step_law_batch_rows
 from step_jax.training.session import RunConfig, Session, Work
 from step_jax.training.state import abstract_state
@@ -124,13 +124,9 @@ class PretrainConfig:
     def validate(self):
         """What can be known to fail before text is read and devices are touched."""
         T, training = self.data.sequence_length, self.training
-        rate = self.optimizer.learning_rate
         tokens = training.rows(T, 1) * T
-        schedules.check(
-            self.optimizer.schedule,
-            1.0 if rate == "step_law" else rate,
-            training.total_steps(tokens),
-        )
+        steps = training.total_steps(tokens)
+        check_optimizer(self.optimizer, steps, steps * tokens)
         if self.data.tokenizer == TRAIN_TOKENIZER:
             with_vocabulary(self.model, self.data.vocab_size)
 

@@ -251,8 +251,10 @@ def draw_images(images: Any, columns: int, out: Path | str, zoom: int = 4) -> Pa
       out: its directory is made.
       zoom: side of a pixel in the picture.
     """
+    import numpy as np
     from matplotlib.image import imsave
 
+    images = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))  # a grey frame
     B, H, W, C = images.shape
     grid = images.reshape(B // columns, columns, H, W, C).swapaxes(1, 2)
     grid = grid.reshape(B // columns * H, columns * W, C).repeat(zoom, 0).repeat(zoom, 1)

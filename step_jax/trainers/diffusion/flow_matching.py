@@ -21,11 +21,11 @@ from step_jax.evaluation.images import judge_digits
 from step_jax.inference.flow import euler
 from step_jax.models.context import Execution
 from step_jax.models.image_transformer import ImageTransformer
-from step_jax.training import plots, schedules
+from step_jax.training import plots
 from step_jax.training.batches import abstract_batch, process_rows, to_mesh
 from step_jax.training.compile import compile_initial_state, compile_train_step
 from step_jax.training.optimizers.build import make_optimizer
-from step_jax.training.optimizers.config import AdamW, OptimizerConfig
+from step_jax.training.optimizers.config import AdamW, OptimizerConfig, check_optimizer
 from step_jax.training.session import RunConfig, Session, Work
 from step_jax.training.state import abstract_state
 from step_jax.training.step import LossOutput
@@ -60,10 +60,7 @@ class FlowMatchingConfig:
             raise ConfigError(f"training: {', '.join(bad)} must be above 0")
         if (self.model.size, self.model.channels, self.model.classes) != (8, 1, 10):
             raise ConfigError("the digits are of size 8 with 1 channel and 10 classes")
-        rate = self.optimizer.learning_rate
-        if rate == "step_law":
-            raise ConfigError("step_law is for text: set optimizer.learning_rate to a number")
-        schedules.check(self.optimizer.schedule, rate, self.training.steps)
+        check_optimizer(self.optimizer, self.training.steps)
 
 
 def make_loss(config: FlowMatchingConfig, sharding: Sharding):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from step_jax.core.errors import ConfigError
+from step_jax.training import schedules
 from step_jax.training.schedules import Cosine, Schedule
 
 LearningRate = float | Literal["step_law"]
@@ -69,6 +70,19 @@ class Muon:
 
 
 OptimizerConfig = AdamW | Muon
+
+
+def check_optimizer(config: OptimizerConfig, total_steps: int, tokens: float | None = None) -> None:
+    """Raises ConfigError if ``make_optimizer`` would, as far as that is known without a model."""
+    rate = config.learning_rate
+    if rate == "step_law":
+        if tokens is None:
+            raise ConfigError(
+                "step_law is a law of pretraining tokens, and this loop has none: set "
+                "optimizer.learning_rate to a number"
+            )
+        rate = 1.0
+    schedules.check(config.schedule, rate, total_steps)
 
 
 def _validate_common(c: AdamW | Muon) -> None:
