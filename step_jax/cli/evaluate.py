@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
     ).config
 
     from step_jax.evaluation.heldout import make_evaluator
-    from step_jax.inference.load import load_model
+    from step_jax.training.load import load_model
 
     sharding = Sharding.build(config.parallel)
     trained = load_model(run, sharding, config.step)
@@ -85,7 +85,7 @@ def _text(config: EvaluateConfig, trained, run: str):
 
     from step_jax.data import DataConfig, Heldout, prepare
     from step_jax.evaluation.corpus import whole_corpus
-    from step_jax.inference.load import run_directory_of
+    from step_jax.training.load import run_directory_of
 
     if config.data.path is not None:
         data = DataConfig(
