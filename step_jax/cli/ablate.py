@@ -1,0 +1,42 @@
+"""``step-jax ablate DIR_OR_FILE.yaml ... [--seeds N] [--reference NAME] [flags]``."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+
+from step_jax.core.errors import ConfigError
+
+
+def main(argv: list[str]) -> None:
+    paths, args, overrides = _parse(argv)
+    from step_jax.trainers.ablation import run_ablation
+
+    result = run_ablation(paths, range(args.seeds), overrides, args.reference)
+    print(f"\n{result.markdown()}")
+
+
+def _parse(argv: list[str]) -> tuple[list[str], argparse.Namespace, list[str]]:
+    """(paths, our options, flags for every configuration)."""
+    parser = argparse.ArgumentParser(
+        prog="step-jax ablate",
+        usage="step-jax ablate DIR_OR_FILE.yaml ... [options] [--group.key VALUE ...]",
+        description="Train variants of a pretraining recipe with several seeds and compare their "
+        "held-out losses, parameters and cache sizes. Start it again to go on where it stopped. "
+        "--group.key VALUE changes every variant; `step-jax pretrain FILE.yaml --help` lists them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="0 to N-1 (default: 3)")
+    parser.add_argument("--reference", metavar="NAME", help="compare with it (default: the first)")
+    paths = list(itertools.takewhile(lambda item: not item.startswith("-"), argv))
+    try:
+        args, overrides = parser.parse_known_args(argv[len(paths) :])
+    except SystemExit as stop:
+        if stop.code:
+            raise ConfigError("see step-jax ablate --help") from None
+        raise
+    if not paths:
+        raise ConfigError("name a directory of configurations, or files, before the options")
+    if args.seeds < 1:
+        raise ConfigError(f"--seeds is {args.seeds}; it must be at least 1")
+    return paths, args, overrides

@@ -1,0 +1,240 @@
+"""Ablations: equal parameters, exact caches, pairing by seed, and runs that are made once."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from step_jax import equal_parameter_heads
+from step_jax.cli import main as cli
+from step_jax.core.config import load_file
+from step_jax.core.errors import ConfigError
+from step_jax.core.spec import count
+from step_jax.models.initialisation import FanIn
+from step_jax.trainers import ablation
+from step_jax.trainers.ablation import (
+    Ablation,
+    Row,
+    collect,
+    difference,
+    load_variants,
+    run_ablation,
+)
+from step_jax.trainers.pretrain import PretrainConfig
+from step_jax.training.metrics_log import read_metrics
+
+ATTENTION = Path(__file__).parents[2] / "configs" / "ablations" / "attention"
+
+
+def attention(config):
+    (group,) = config.model.layers
+    (block,) = group.blocks
+    return block.attention
+
+
+# --- the attention ablation as it is configured ---------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def configured():
+    return collect([ATTENTION], seeds=(), reference="mha")
+
+
+def test_variants_are_those_of_the_paper(configured):
+    kinds = {"mha", "mfa", "mfa_kr", "key_reuse", "mla"}
+    inits = {"mha_paper_init", "mfa_paper_init", "mla_paper_init"}
+    assert {row.name for row in configured.rows} == kinds | inits == set(configured.published)
+
+
+def test_parameters_agree(configured):
+    """Attention within 2 %, whole models within 1 %."""
+    variants = load_variants([ATTENTION])
+    mha, width = attention(variants["mha"]), variants["mha"].model.width
+    target = count(mha.specs(width, FanIn()))
+    for row in configured.rows:
+        kind = attention(variants[row.name])
+        assert kind.heads == equal_parameter_heads(kind, width, like=mha)
+        assert abs(count(kind.specs(width, FanIn())) / target - 1) < 0.02
+        assert abs(row.parameters / configured.reference.parameters - 1) < 0.01
+
+
+def test_live_cache_against_mha(configured):
+    heads = {row.name: row.heads for row in configured.rows}
+    size = {row.name: row.cache_bytes for row in configured.rows}
+    assert (heads["mha"], heads["mfa"]) == ((8,), (26,))
+    assert size["mha"] == 2 * 2 * 2 * 128  # layers, key and value, bytes, width
+    assert size["mfa"] / size["mha"] - 1 == -0.875
+    assert size["mfa_kr"] / size["mha"] - 1 == size["key_reuse"] / size["mha"] - 1 == -0.9375
+    assert size["mfa"] / size["mla"] == 256 / 576  # the paper's 512 beside 1152
+
+
+# --- statistics and the table ---------------------------------------------------------------------
+
+
+def row(name, *nll, cache_bytes=64.0):
+    return Row(name, 1000, (4,), cache_bytes, dict(enumerate(nll)), {})
+
+
+def test_difference_is_paired_by_seed():
+    """Seeds move both by far more than they differ."""
+    low, high = row("low", 2.0, 2.5, 3.0), row("high", 2.1, 2.62, 3.11)
+    gap = difference(high, low)
+    assert gap.mean == pytest.approx(0.11) and gap.certain
+    assert gap.error == pytest.approx(0.01 / 3**0.5)
+    assert not difference(row("noisy", 2.1, 2.4, 3.3), low).certain
+    single = difference(row("one", 2.1), low)
+    assert single.mean == pytest.approx(0.1) and not single.certain
+    assert difference(row("none"), low) is None
+
+
+def test_student_t_is_used_for_few_seeds():
+    """2.2 standard errors: certain for many seeds, not for three."""
+    zero = row("zero", *[0.0] * 30)
+    for seeds, certain in ((3, False), (30, True)):
+        values = [1.0, -1.0] * (seeds // 2) + [0.0] * (seeds % 2)
+        spread = difference(row("x", *values), zero).error
+        assert difference(row("x", *[v + 2.2 * spread for v in values]), zero).certain is certain
+
+
+def test_orders_say_what_is_noise():
+    a, b, c = row("a", 1.0, 1.0), row("b", 2.0, 2.001), row("c", 1.5, 3.0)
+    result = Ablation((c, b, a), a, 100, {"a": 3.0, "b": 1.0, "c": 4.0}, "somewhere")
+    text = result.orders()
+    assert "ours: a < b ~ c" in text
+    assert "published: b < a < c (somewhere)" in text
+    # a and b differ for certain, and against the published figures; c's seeds are far apart
+    assert "0 certain here in the same direction, 1 certain in the other, 2 within" in text
+
+
+def test_table_without_runs():
+    empty = Ablation((row("a"), row("b", cache_bytes=8.0)), row("a"), 100, {})
+    assert "| b | 1,000 | 4 | - | - | - | 8 | -87.5 % |" in empty.markdown()
+    assert "No run is finished." in empty.markdown()
+
+
+# --- running --------------------------------------------------------------------------------------
+
+TINY = """\
+run: {{directory: {runs}, logging: {{sinks: []}}}}
+model:
+  width: 16
+  layers:
+    - repeat: 1
+      blocks:
+        - attention: {{kind: mha, heads: 2, head_dim: 8}}
+          mlp: {{kind: swiglu, hidden: 16}}
+training: {{steps: 3, batch_size: 8}}
+data:
+  path: {text}
+  cache_dir: {cache}
+  vocab_size: 300
+  sequence_length: 16
+  heldout_fraction: 0.3
+optimizer: {{kind: adamw, learning_rate: 1e-2, schedule: {{kind: constant, warmup_steps: 0}}}}
+execution: {{dtype: float32}}
+evaluation: {{every_steps: 0}}
+sample: {{tokens: 0}}
+"""
+
+
+def hash_word(number: int) -> str:
+    return hashlib.sha256(str(number).encode()).hexdigest()[:7]
+
+
+@pytest.fixture
+def recipes(tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(12):
+        words = [f"{hash_word(i * k)} is {hash_word(k)}" for k in range(60)]
+        (text / f"{i}.txt").write_text(f"text {i}: " + ", ".join(words))
+    directory = tmp_path / "recipes"
+    directory.mkdir()
+    base = TINY.format(runs=tmp_path / "runs", text=text, cache=tmp_path / "cache")
+    (directory / "base.yaml").write_text(base)
+    (directory / "mha.yaml").write_text("base: base.yaml\n")
+    layers = "[{repeat: 1, blocks: [{attention: {kind: mfa, heads: 3, head_dim: 2}, "
+    layers += "mlp: {kind: swiglu, hidden: 16}}]}]"
+    (directory / "mfa.yaml").write_text(f"base: base.yaml\nmodel: {{layers: {layers}}}\n")
+    return directory
+
+
+def test_trains_once_and_goes_on(recipes, tmp_path, capsys, monkeypatch):
+    argv = ["ablate", str(recipes), "--seeds", "2", "--reference", "mha"]
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    runs = tmp_path / "runs"
+    assert {p.relative_to(runs).as_posix() for p in runs.glob("*/seed_*")} == {
+        f"{variant}/seed_{seed}" for variant in ("mha", "mfa") for seed in (0, 1)
+    }
+    table = (runs / "ablation.md").read_text()
+    assert table in out and "-87.5 %" in table and "384 tokens a run" in table
+    assert (runs / "ablation.png").read_bytes().startswith(b"\x89PNG")
+    finals = [r["nll"] for r in read_metrics(runs / "mfa" / "seed_1") if r["event"] == "eval"]
+    result = collect([recipes], (0, 1), reference="mha")
+    mfa = next(r for r in result.rows if r.name == "mfa")
+    assert mfa.nll[1] == finals[-1] != mfa.nll[0]
+    saved = load_file(PretrainConfig, runs / "mfa" / "seed_1" / "config.yaml")
+    assert saved.run.seed == 1 and mfa.parameters == count(saved.model.specs())
+
+    def no_training(config):
+        raise AssertionError("a finished run was started again")
+
+    monkeypatch.setattr(ablation.pretrain, "run", no_training)
+    assert cli.main(argv) == 0
+    with pytest.raises(ConfigError, match="holds a run of another configuration"):
+        run_ablation([recipes], (0,), ["--training.steps", "4"])
+
+
+def test_stopped_run_is_finished(recipes, tmp_path, monkeypatch):
+    """One that ended without its summary is started again, and only that one."""
+    variants = load_variants([recipes / "mha.yaml"])
+    run = ablation.with_seed("mha", variants["mha"], 0)
+    directory = Path(run.run.directory)
+    ablation.pretrain.run(run)
+    loss = ablation.finished(run)
+    lines = (directory / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["event"] not in ("summary", "eval")]
+    (directory / "metrics.jsonl").write_text("".join(kept))
+    assert ablation.finished(run) is None
+    result = run_ablation([recipes / "mha.yaml"], (0,))
+    assert result.rows[0].nll == {0: loss}
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_variants_must_share_all_but_the_model(recipes):
+    (recipes / "longer.yaml").write_text("base: base.yaml\ntraining: {steps: 4}\n")
+    with pytest.raises(ConfigError, match="longer and mfa differ in more than run and model"):
+        load_variants([recipes])
+
+
+def test_base_is_no_variant(recipes):
+    assert list(load_variants([recipes])) == ["mfa", "mha"]
+    assert list(load_variants([recipes / "mha.yaml", recipes / "mfa.yaml"])) == ["mha", "mfa"]
+
+
+def test_two_variants_of_one_name(recipes):
+    with pytest.raises(ConfigError, match="two variants are named mha"):
+        load_variants([recipes, recipes / "mha.yaml"])
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "name a directory"),
+        (["--seeds", "3"], "name a directory"),
+        (["{empty}"], "no configuration"),
+        (["{recipes}", "--seeds", "0"], "at least 1"),
+        (["{recipes}", "--seeds", "x"], "--help"),
+        (["{recipes}", "--reference", "gqa"], "no variant is named gqa; there are mfa, mha"),
+        (["{recipes}", "--training.stepz", "3"], "did you mean"),
+    ],
+)
+def test_bad_input(argv, message, recipes, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    places = {"{empty}": str(tmp_path / "empty"), "{recipes}": str(recipes)}
+    assert cli.main(["ablate", *(places.get(a, a) for a in argv)]) == 78
+    assert message in capsys.readouterr().err
