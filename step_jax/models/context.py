@@ -63,6 +63,16 @@ class Context:
     def constrain(self, x, *axes: str | None):
         return x if self.sharding is None else self.sharding.constrain(x, *axes)
 
+    def as_matrix(self, x_BTD):
+        """The tokens' vectors as rows of one matrix (B*T, D); unchanged if the mesh cuts rows of T.
+
+        The gradient of a weight is then a plain product. Of three-dimensional factors XLA makes
+        transposed copies first, on a CPU at half the cost of the product.
+        """
+        if self.sharding is not None and self.sharding.size("context") > 1:
+            return x_BTD
+        return x_BTD.reshape(-1, x_BTD.shape[-1])
+
     def lengths_after_B(self):
         """Tokens in the cache once those of this call are stored."""
         return self.lengths_B + jnp.sum(self.positions_BT >= 0, axis=1, dtype=jnp.int32)

@@ -5,6 +5,7 @@ Shape suffixes: B batch, T tokens, D model width, F hidden width.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -65,13 +66,21 @@ class SwiGLU:
 
     def apply(self, p: SwiGLUParams, x_BTD, ctx: Context):
         """(B, T, D) -> (B, T, D)."""
-        gate_BTF = jax.nn.silu(einsum("BTD,DF->BTF", x_BTD, p.gate_DF))
-        up_BTF = einsum("BTD,DF->BTF", x_BTD, p.up_DF)
-        if self.clamp is not None:
-            gate_BTF = jnp.minimum(gate_BTF, self.clamp)
-            up_BTF = jnp.clip(up_BTF, -self.clamp, self.clamp)
-        hidden_BTF = ctx.constrain(gate_BTF * up_BTF, "batch", "sequence", "mlp")
-        return einsum("BTF,FD->BTD", hidden_BTF, p.down_FD)
+        x = ctx.as_matrix(x_BTD)
+        gate = einsum("...D,DF->...F", x, p.gate_DF)
+        hidden = _gated(gate, einsum("...D,DF->...F", x, p.up_DF), self.clamp)
+        tokens = ("batch", "sequence")[: hidden.ndim - 1]
+        y = einsum("...F,FD->...D", ctx.constrain(hidden, *tokens, "mlp"), p.down_FD)
+        return y.reshape(x_BTD.shape)
+
+
+# Kept for the backward pass: the two factors, but none of the elementwise results between.
+@functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
+def _gated(gate, up, clamp: float | None):
+    gate = jax.nn.silu(gate)
+    if clamp is not None:
+        gate, up = jnp.minimum(gate, clamp), jnp.clip(up, -clamp, clamp)
+    return gate * up
 
 
 MLP = SwiGLU
