@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     )
     figures = evaluate(trained.params, heldout)
     baselines = heldout.compressed_bits_per_byte()
-    rows = [
+    table = [
         ("run", f"{run}, step {trained.step}"),
         ("text", config.data.path or "held-out documents of the run"),
         ("documents", f"{heldout.documents:,}" + (f" ({left_out} left out)" if left_out else "")),
@@ -75,8 +75,8 @@ def main(argv: list[str]) -> None:
         ("bits per byte", f"{figures['bits_per_byte']:.4f}"),
         *((f"bits per byte, {name}", f"{value:.4f}") for name, value in baselines.items()),
     ]
-    width = max(len(name) for name, _ in rows)
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+    width = max(len(name) for name, _ in table)
+    print("\n".join(f"{name:<{width}}  {value}" for name, value in table))
 
 
 def _text(config: EvaluateConfig, trained, run: str):

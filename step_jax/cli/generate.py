@@ -109,7 +109,8 @@ class _Screen:
     """Prints a text as its tokens come, each character once it is whole."""
 
     def __init__(self, tokenizer, prompt: str):
-        self.tokenizer, self.prompt, self.tokens, self.shown = tokenizer, prompt, [], 0
+        self.tokenizer, self.prompt, self.shown = tokenizer, prompt, 0
+        self.tokens: list[int] = []
 
     def show(self, tokens: list[int]) -> None:
         self.tokens += tokens

@@ -363,7 +363,7 @@ def _padded(texts, limits, requests, max_length: int, sharding: Sharding | None)
     for row, text in enumerate(texts):
         prompts_BT[row, : len(text)] = text
         columns[:, row] = len(text), limits[row], requests[row]
-    arrays = (prompts_BT, *columns)
+    arrays: tuple = (prompts_BT, *columns)
     if sharding is not None:
         arrays = tuple(
             jax.device_put(a, sharding.named(("batch", None)[: a.ndim], a.shape)) for a in arrays
