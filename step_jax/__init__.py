@@ -11,7 +11,11 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+#: public name -> its module, or ``module:name there``
 _EXPORTS = {
+    # The loop, and its configuration
+    "pretrain": "step_jax.trainers.pretrain:run",
+    "PretrainConfig": "step_jax.trainers.pretrain",
     # Configuration
     "load_config": "step_jax.core.config",
     "load_file": "step_jax.core.config",
@@ -45,7 +49,9 @@ _EXPORTS = {
     "read_metrics": "step_jax.training.metrics_log",
     "plot_run": "step_jax.training.plots",
     "plot_comparison": "step_jax.training.plots",
-    # Inference
+    # Trained models
+    "load_model": "step_jax.training.load",
+    "generate": "step_jax.inference.generate",
     "SamplingConfig": "step_jax.inference.sampling",
 }
 
@@ -55,7 +61,8 @@ __all__ = ["__version__", *_EXPORTS]
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'step_jax' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    module, _, attribute = _EXPORTS[name].partition(":")
+    value = getattr(importlib.import_module(module), attribute or name)
     globals()[name] = value
     return value
 
