@@ -135,6 +135,7 @@ optimizer: {{kind: adamw, learning_rate: 1e-2, schedule: {{kind: constant, warmu
 execution: {{dtype: float32}}
 evaluation: {{every_steps: 0}}
 sample: {{tokens: 0}}
+parallel: {{data: -1, fsdp: 1}}
 """
 
 
@@ -160,46 +161,43 @@ def recipes(tmp_path):
     return directory
 
 
-def test_trains_once_and_goes_on(recipes, tmp_path, capsys, monkeypatch):
-    argv = ["ablate", str(recipes), "--seeds", "2", "--reference", "mha"]
+def test_trains_what_is_missing(recipes, tmp_path, capsys, monkeypatch):
+    runs, started = tmp_path / "runs", []
+
+    def counted(config, train=ablation.pretrain.run):
+        started.append(Path(config.run.directory).relative_to(runs).as_posix())
+        return train(config)
+
+    monkeypatch.setattr(ablation.pretrain, "run", counted)
+    argv = ["ablate", str(recipes), "--seeds", "1", "--reference", "mha"]
     assert cli.main(argv) == 0
-    out = capsys.readouterr().out
-    runs = tmp_path / "runs"
-    assert {p.relative_to(runs).as_posix() for p in runs.glob("*/seed_*")} == {
-        f"{variant}/seed_{seed}" for variant in ("mha", "mfa") for seed in (0, 1)
-    }
-    table = (runs / "ablation.md").read_text()
+    assert started == ["mfa/seed_0", "mha/seed_0"]
+    out, table = capsys.readouterr().out, (runs / "ablation.md").read_text()
     assert table in out and "-87.5 %" in table and "384 tokens a run" in table
     assert (runs / "ablation.png").read_bytes().startswith(b"\x89PNG")
-    finals = [r["nll"] for r in read_metrics(runs / "mfa" / "seed_1") if r["event"] == "eval"]
-    result = collect([recipes], (0, 1), reference="mha")
-    mfa = next(r for r in result.rows if r.name == "mfa")
-    assert mfa.nll[1] == finals[-1] != mfa.nll[0]
-    saved = load_file(PretrainConfig, runs / "mfa" / "seed_1" / "config.yaml")
-    assert saved.run.seed == 1 and mfa.parameters == count(saved.model.specs())
+    result = collect([recipes], (0, 1))
+    mfa = result.rows[0]
+    evaluations = [r for r in read_metrics(runs / "mfa" / "seed_0") if r["event"] == "eval"]
+    assert mfa.nll == {0: evaluations[-1]["nll"]} != result.rows[1].nll
+    saved = load_file(PretrainConfig, runs / "mfa" / "seed_0" / "config.yaml")
+    assert mfa.parameters == count(saved.model.specs())
 
-    def no_training(config):
-        raise AssertionError("a finished run was started again")
+    forget_the_end(runs / "mfa" / "seed_0" / "metrics.jsonl")
+    assert collect([recipes], (0, 1)).rows[0].nll == {}
+    again = run_ablation([recipes / "mfa.yaml"], (0, 1)).rows[0]
+    assert started[2:] == ["mfa/seed_0", "mfa/seed_1"]
+    assert again.nll[0] == mfa.nll[0] != again.nll[1]
 
-    monkeypatch.setattr(ablation.pretrain, "run", no_training)
-    assert cli.main(argv) == 0
+    assert cli.main(argv) == 0 and len(started) == 4
     with pytest.raises(ConfigError, match="holds a run of another configuration"):
         run_ablation([recipes], (0,), ["--training.steps", "4"])
 
 
-def test_stopped_run_is_finished(recipes, tmp_path, monkeypatch):
-    """One that ended without its summary is started again, and only that one."""
-    variants = load_variants([recipes / "mha.yaml"])
-    run = ablation.with_seed("mha", variants["mha"], 0)
-    directory = Path(run.run.directory)
-    ablation.pretrain.run(run)
-    loss = ablation.finished(run)
-    lines = (directory / "metrics.jsonl").read_text().splitlines(keepends=True)
+def forget_the_end(metrics: Path) -> None:
+    """As if the run had been killed while it scored the held-out text."""
+    lines = metrics.read_text().splitlines(keepends=True)
     kept = [line for line in lines if json.loads(line)["event"] not in ("summary", "eval")]
-    (directory / "metrics.jsonl").write_text("".join(kept))
-    assert ablation.finished(run) is None
-    result = run_ablation([recipes / "mha.yaml"], (0,))
-    assert result.rows[0].nll == {0: loss}
+    metrics.write_text("".join(kept))
 
 
 # --- refusals -------------------------------------------------------------------------------------
