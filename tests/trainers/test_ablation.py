@@ -23,6 +23,7 @@ from step_jax.trainers.ablation import (
 )
 from step_jax.trainers.pretrain import PretrainConfig
 from step_jax.training.metrics_log import read_metrics
+from step_jax.training.plots import plot_groups
 
 ATTENTION = Path(__file__).parents[2] / "configs" / "ablations" / "attention"
 
@@ -111,6 +112,12 @@ def test_table_without_runs():
     empty = Ablation((row("a"), row("b", cache_bytes=8.0)), row("a"), 100, {})
     assert "| b | 1,000 | 4 | - | - | - | 8 | -87.5 % |" in empty.markdown()
     assert "No run is finished." in empty.markdown()
+
+
+def test_picture_needs_a_curve(tmp_path):
+    with pytest.raises(ValueError, match="none of the runs"):
+        plot_groups({"a": [tmp_path]}, tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()
 
 
 # --- running --------------------------------------------------------------------------------------
