@@ -119,7 +119,12 @@ def test_resumed_run_repeats_the_undisturbed_one_bit_for_bit(straight, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "mesh", [{"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 2, "context": 4}], ids=str
+    "mesh",
+    [
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        pytest.param({"fsdp": 2, "context": 4}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_mesh_changes_nothing(straight, tmp_path, mesh):
     run, _ = straight

@@ -20,6 +20,7 @@ from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.models.context import Context
 from step_jax.trainers.rl import reinforce
 from step_jax.training.load import load_model
+from tests.models.small import FAST_COMPILE, run
 from tests.trainers.loops import run_loop, steps
 
 RECIPE = """
@@ -29,6 +30,7 @@ run:
   logging: {{sinks: []}}
 model:
   width: 16
+  vocab: 12
   init: {{kind: fixed, std: 0.2}}
   layers:
     - repeat: 2
@@ -58,16 +60,21 @@ def test_rollouts_are_what_they_say(tmp_path):
     config = load_file(reinforce.ReinforceConfig, recipe(tmp_path))
     sharding = Sharding.build(MeshConfig(), jax.devices()[:1])
     model, task, _ = reinforce.starting_point(config, sharding)
-    params = model.initialise(jax.random.key(3))
+    params = run(lambda: model.initialise(jax.random.key(3)))
     roll = jax.jit(reinforce.make_roll(config, model, task, sharding))
+    roll = roll.lower(params, 5).compile(compiler_options=FAST_COMPILE)
     batch = jax.device_get(roll(params, 5))
 
     rewards, logprobs = [], []
     text = np.concatenate([batch["tokens"], batch["targets"][:, -1:]], axis=1)
     positions = jnp.broadcast_to(jnp.arange(4), batch["tokens"].shape)
     ctx = Context(positions, sharding=sharding, execution=config.execution)
-    x_BTD, _ = model.hidden(params, batch["tokens"], ctx)
-    logp = jax.nn.log_softmax(model.logits(params, x_BTD, ctx))
+
+    def logits(params, tokens_BT):
+        return model.logits(params, model.hidden(params, tokens_BT, ctx)[0], ctx)
+
+    logits_BTV = run(logits, params, batch["tokens"])
+    logp = logits_BTV - np.log(np.exp(logits_BTV).sum(-1, keepdims=True))
     for row, tokens in enumerate(text):
         prompt, answer = task.text(tokens).split("=", 1)
         rewards.append(np.mean([a == b for a, b in zip(answer, sorted(prompt), strict=True)]))
@@ -85,20 +92,20 @@ def test_rollouts_are_what_they_say(tmp_path):
 
 
 def test_resumed_run_repeats_the_undisturbed_one_bit_for_bit(straight, tmp_path):
-    run, state = straight
+    whole, state = straight
     run_loop("reinforce", recipe(tmp_path), cut_after=4)
     again = run_loop("reinforce", recipe(tmp_path))
     jax.tree.map(np.testing.assert_array_equal, again, state)
-    assert steps(tmp_path / "run") == steps(run)
-    assert [r["step"] for r in steps(run)] == [1, 2, 3, 4, 5, 6]
-    assert max(r["sampler_gap"] for r in steps(run)) < 1e-5
+    assert steps(tmp_path / "run") == steps(whole)
+    assert [r["step"] for r in steps(whole)] == [1, 2, 3, 4, 5, 6]
+    assert max(r["sampler_gap"] for r in steps(whole)) < 1e-5
 
 
 def test_a_mesh_changes_nothing(straight, tmp_path):
-    run, _ = straight
+    whole, _ = straight
     mesh = ["--parallel.data", "2", "--parallel.fsdp", "2", "--parallel.tensor", "2"]
     run_loop("reinforce", recipe(tmp_path), *mesh, devices=8)
-    for got, want in zip(steps(tmp_path / "run"), steps(run), strict=True):
+    for got, want in zip(steps(tmp_path / "run"), steps(whole), strict=True):
         assert got == pytest.approx(want, rel=1e-5, abs=1e-6)
 
 
@@ -117,15 +124,17 @@ def test_it_learns(tmp_path):
 def test_it_goes_on_from_a_pretrained_decoder(tmp_path):
     text = tmp_path / "text"
     text.mkdir()
+    words = "the quick brown fox jumps over a lazy dog while seven wizards boil some odd juice"
+    rng = np.random.default_rng(0)
     for i in range(10):
-        (text / f"{i}.txt").write_text("".join(f"{a} + {i} = {a + i}\n" for a in range(60)))
+        chosen = rng.choice(words.split(), 200)
+        (text / f"{i}.txt").write_text(" ".join(f"{w} {n}" for n, w in enumerate(chosen)))
     pretrained = tmp_path / "pretrained"
-    lines = RECIPE.format(run=pretrained).replace(
-        "prompts: 4, samples: 4, digits: 2", "batch_size: 2"
-    )
+    text_recipe = RECIPE.replace("  vocab: 12\n", "").replace("steps: 6", "steps: 1")
+    text_recipe = text_recipe.replace("prompts: 4, samples: 4, digits: 2", "batch_size: 2")
     (tmp_path / "pretrain.yaml").write_text(
-        lines.replace("steps: 6", "steps: 1")
-        + f"data: {{path: {text}, vocab_size: 290, sequence_length: 16, cache_dir: {tmp_path}}}\n"
+        text_recipe.format(run=pretrained)
+        + f"data: {{path: {text}, vocab_size: 300, sequence_length: 16, cache_dir: {tmp_path}}}\n"
         "sample: {tokens: 0}\n"
     )
     run_loop("pretrain", str(tmp_path / "pretrain.yaml"))
