@@ -30,7 +30,10 @@ class Contender:
 
     def __init__(self, name: str, python: str, worker: str, shape: dict, log: pathlib.Path | None):
         self.name, self.results = name, []
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(shape["threads"])}
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "OMP_NUM_THREADS": str(shape["threads"]),
+        }
         environment["PYTHONPATH"] = str(ROOT)
         command = [python, str(WORKERS / worker), json.dumps(shape)]
         cpus = sorted(os.sched_getaffinity(0))[: shape["threads"]]
@@ -85,16 +88,14 @@ def contenders(args, shape: dict) -> list[tuple[str, str, str, dict]]:
 def table(running: list[Contender]) -> str:
     ours = running[0]
     lines = [
-        "| contender | CPU-s/step | step_jax / it | wall s/step | step_jax / it | peak MB | versions |",
+        "| contender | CPU-s/step | step_jax by it | wall s/step | by it | peak MB | versions |",
         "|---|---|---|---|---|---|---|",
     ]
     for c in running:
         cpu, wall = c.median("cpu"), c.median("wall")
         # ratios of neighbours in time, not of medians: the machine's load changes over a session
         ratios = [
-            statistics.median(
-                a[key] / b[key] for a, b in zip(ours.results, c.results, strict=True)
-            )
+            statistics.median(a[key] / b[key] for a, b in zip(ours.results, c.results, strict=True))
             for key in ("cpu", "wall")
         ]
         lines.append(

@@ -14,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import importlib.metadata  # noqa: E402
 
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 from absl import app  # noqa: E402
 from maxtext.trainers.pre_train import train  # noqa: E402
 
@@ -59,7 +60,9 @@ def main(argv) -> None:
             jax.block_until_ready(device_state["state"])
             if not started:
                 started = True
-                parameters = sum(p.size for p in jax.tree.leaves(device_state["state"].model))
+                leaves = jax.tree.leaves(device_state["state"].model)
+                weights = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+                parameters = sum(x.size for x in weights)  # without counters and keys
                 asked = protocol.requests(
                     parameters, f"maxtext {importlib.metadata.version('maxtext')}"
                 )
