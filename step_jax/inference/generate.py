@@ -363,12 +363,11 @@ def _padded(texts, limits, requests, max_length: int, sharding: Sharding | None)
     for row, text in enumerate(texts):
         prompts_BT[row, : len(text)] = text
         columns[:, row] = len(text), limits[row], requests[row]
-    arrays: tuple = (prompts_BT, *columns)
-    if sharding is not None:
-        arrays = tuple(
-            jax.device_put(a, sharding.named(("batch", None)[: a.ndim], a.shape)) for a in arrays
-        )
-    return arrays, min(bucket(max(limits)), max_length)
+    arrays, slots = [prompts_BT, *columns], min(bucket(max(limits)), max_length)
+    if sharding is None:
+        return arrays, slots
+    layouts = [sharding.named(("batch", None)[: a.ndim], a.shape) for a in arrays]
+    return jax.device_put(arrays, layouts), slots
 
 
 class _Collected:
@@ -377,12 +376,12 @@ class _Collected:
     def __init__(self, rows: int, on_tokens: Callable[[int, list[int]], None] | None):
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
         self.logprobs: list[list[np.ndarray]] = [[] for _ in range(rows)]
-        self.stopped = np.zeros(rows, bool)
+        self.stopped = [False] * rows
         self.on_tokens = on_tokens
 
     def add(self, written: Written) -> None:
         written = jax.device_get(written)
-        self.stopped = written.stopped_B[: len(self.tokens)]
+        self.stopped = written.stopped_B[: len(self.tokens)].tolist()
         for row, n in enumerate(written.lengths_B[: len(self.tokens)]):
             if n == 0:
                 continue

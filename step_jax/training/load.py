@@ -48,9 +48,7 @@ def run_directory_of(path: str | Path) -> tuple[Path, int | None]:
     if path.is_dir() and path.parent.name == "checkpoints" and path.name.isdigit():
         return path.parent.parent, int(path.name)
     what = "has no checkpoints/ folder" if path.is_dir() else "does not exist"
-    raise ConfigError(
-        f"{path} {what}: give the directory of a run, or one of its checkpoints/STEP"
-    )
+    raise ConfigError(f"{path} {what}: give the directory of a run, or one of its checkpoints/STEP")
 
 
 def load_model(path: str | Path, sharding: Sharding, step: int | None = None) -> Trained:
