@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -71,7 +71,7 @@ class MeshConfig:
                 f"the mesh {shape} does not match the {devices} devices; set one axis of "
                 "`parallel` to -1 to let it take the rest"
             )
-        return replace(self, **sizes)
+        return MeshConfig(**sizes, ring=self.ring, multihost=self.multihost)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh:

@@ -261,7 +261,7 @@ def config_to_hf(config: Decoder) -> dict[str, Any]:
     }
     if mla:
         out["first_k_dense_replace"] = len(layers)
-    windows = {b.attention.window for b in layers} - {None}
+    windows = {b.attention.window for b in layers if b.attention.window is not None}
     if model_type == "qwen3" and windows:
         kinds = {False: "full_attention", True: "sliding_attention"}
         out |= {

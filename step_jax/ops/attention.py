@@ -157,8 +157,8 @@ def xla(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi):
 
 def _xla_forward(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi):
     out, lse = [], []
-    for *block, _, _ in _blocks(q_BKGTH, k_BKSH, v_BKSV, mask):
-        o_BKGTV, max_BKGT1, sum_BKGT1 = _block(*block, scale, alibi)
+    for q, k, v, rows, _, _ in _blocks(q_BKGTH, k_BKSH, v_BKSV, mask):
+        o_BKGTV, max_BKGT1, sum_BKGT1 = _block(q, k, v, rows, scale, alibi)
         out.append(_normalise(o_BKGTV, sum_BKGT1).astype(q_BKGTH.dtype))
         lse.append(max_BKGT1 + jnp.log(jnp.where(sum_BKGT1 == 0.0, 1.0, sum_BKGT1)))
     o_BKGTV, lse_BKGT1 = jnp.concatenate(out, axis=3), jnp.concatenate(lse, axis=3)

@@ -106,7 +106,7 @@ class HangWatchdog:
     def _arm(self, now: float) -> None:
         limit = self.limit_s
         self._armed_at, self._armed_for = now, limit
-        # sys.stderr itself has no descriptor in notebooks and under test runners
-        faulthandler.dump_traceback_later(limit, exit=self._timer is None, file=sys.__stderr__)
+        # Descriptor 2: sys.stderr itself may have none in notebooks and under test runners.
+        faulthandler.dump_traceback_later(limit, exit=self._timer is None, file=2)
         if self._timer is not None:
             self._timer.set(limit + _DUMP_S)

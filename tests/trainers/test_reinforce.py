@@ -121,6 +121,7 @@ def test_it_learns(tmp_path):
     assert (tmp_path / "run" / "plots" / "reward.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_it_goes_on_from_a_pretrained_decoder(tmp_path):
     text = tmp_path / "text"
     text.mkdir()
@@ -146,7 +147,8 @@ def test_it_goes_on_from_a_pretrained_decoder(tmp_path):
     )
     run_loop("reinforce", str(tmp_path / "toy.yaml"))
     params = load_model(pretrained, Sharding.build(MeshConfig(), jax.devices()[:1])).params
-    assert steps(tmp_path / "toy")[0]["param_norm"] == pytest.approx(optax.tree.norm(params), 1e-6)
+    norm = float(optax.tree.norm(params))
+    assert steps(tmp_path / "toy")[0]["param_norm"] == pytest.approx(norm, rel=1e-6)
     for line in (tmp_path / "toy" / "samples" / "step_1.txt").read_text().splitlines():
         assert line[:3].isdigit() and line[3] == "="
 

@@ -62,7 +62,7 @@ class ReinforceConfig:
 
 def starting_point(config: ReinforceConfig, sharding: Sharding):
     """(model, task in its tokens, trained parameters or None)."""
-    if config.init_from is None:
+    if config.model is not None:
         model = replace(config.model, vocab=max(config.model.vocab, len(SYMBOLS)))
         return model, Sorting(config.training.digits, tuple(range(len(SYMBOLS)))), None
     trained = load_model(config.init_from, sharding)

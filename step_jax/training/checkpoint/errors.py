@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from step_jax.core.errors import CheckpointError, DiskFullError
+from step_jax.core.errors import CheckpointError, DiskFullError, StepError
 
 
 class CorruptCheckpoint(CheckpointError):
@@ -45,6 +45,6 @@ def kind_of(error: BaseException) -> str:
     return "other"
 
 
-def from_kind(kind: str, message: str) -> CheckpointError | DiskFullError:
+def from_kind(kind: str, message: str) -> StepError:
     """The exception for a failure that another process (or thread) reported."""
     return _KINDS[kind](message)

@@ -141,7 +141,7 @@ def _layouts(spec: ParamSpec, sharding: Sharding | None) -> list[NamedSharding]:
     moved = _dividing_axes(spec.shape[0] // sharding.size(*entries[0]), free, sharding)
     if not moved:
         return []
-    path = [entries]
+    path: list[list] = [entries]
     for axis in moved:
         first, *rest = ([a for a in entry if a != axis] for entry in path[-1])
         path.append([[*first, axis], *rest])
