@@ -159,6 +159,13 @@ def abstract(specs, shardings=None):
     )
 
 
+def cast(params, dtype):
+    """Floating-point arrays of a tree in ``dtype``; the others as they are."""
+    return jax.tree.map(
+        lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params
+    )
+
+
 def count(specs, roles: tuple[Role, ...] | None = None) -> int:
     """Number of parameters, of the given roles only if any are given."""
     leaves = jax.tree.leaves(specs, is_leaf=is_spec)

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from step_jax.core import spec as spec_lib
 from step_jax.core.errors import DataError
 from step_jax.core.sharding import Sharding
 from step_jax.data import Heldout
-from step_jax.inference.generate import cast_params
 from step_jax.models.context import Context, Execution
 from step_jax.models.decoder import Decoder
 from step_jax.models.language_model import token_losses
@@ -53,7 +53,7 @@ def make_evaluator(
 
     @jax.jit
     def sums(params, batch):
-        params = cast_params(params, execution.dtype)
+        params = spec_lib.cast(params, execution.dtype)
         ctx = Context(batch["positions"], batch["segments"], sharding=sharding, execution=execution)
         x_BTD, _ = decoder.hidden(params, batch["tokens"], ctx)
         total, _ = token_losses(params, decoder, x_BTD, batch["targets"], batch["weights"], ctx)

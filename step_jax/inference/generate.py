@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError, DataError
 from step_jax.core.sharding import Sharding
 from step_jax.inference.sampling import SamplingConfig, row_keys, sample
@@ -70,13 +71,6 @@ class _Rows:
     requests_B: jax.Array
     done_B: jax.Array
     stopped_B: jax.Array
-
-
-def cast_params(params, dtype):
-    """Floating-point parameters in the compute dtype: what is read per token should be no wider."""
-    return jax.tree.map(
-        lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params
-    )
 
 
 @dataclass(frozen=True)
@@ -240,7 +234,7 @@ def rollout(
     slots = T + N if max_length is None else min(T + N, max_length)
     limit_B = jnp.minimum(lengths_B + N, slots)
     requests_B = jnp.arange(B, dtype=jnp.int32) if requests_B is None else requests_B
-    params = cast_params(params, execution.dtype)
+    params = spec_lib.cast(params, execution.dtype)
     rows, first = engine.start(params, prompts_BT, lengths_B, limit_B, requests_B, key, slots)
     if N == 1:
         return first
@@ -253,7 +247,7 @@ def rollout(
     )
 
 
-_cast = jax.jit(cast_params, static_argnames=("dtype",))
+_cast = jax.jit(spec_lib.cast, static_argnames=("dtype",))
 
 
 @functools.partial(jax.jit, static_argnames=("engine", "slots"))

@@ -14,6 +14,7 @@ import optax
 from flax import struct
 
 from step_jax.core import rng
+from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError, StepError
 from step_jax.training.optimizers.build import Optimizer
 from step_jax.training.state import TrainState
@@ -88,7 +89,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if (ema_decay is None) != (state.ema is None):
             raise ValueError("ema_decay and TrainState.ema must both be given or both be None")
-        compute_params = _cast(state.params, compute_dtype)
+        compute_params = spec_lib.cast(state.params, compute_dtype)
 
         def micro(i, rows):
             key = rng.fold(seed, state.step, "loss", i)
@@ -129,12 +130,6 @@ def check_skipped(skipped: int, budget: int, step: int) -> None:
             f"{step} (allowed in a row: {budget}). The parameters are those before them: lower the "
             "learning rate, or look at the batches of these steps"
         )
-
-
-def _cast(params, dtype):
-    return jax.tree.map(
-        lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params
-    )
 
 
 def _gradient(loss_fn: LossFn, params, rows: Batch, key):
