@@ -17,7 +17,7 @@ _EXPORTS = {
     "pretrain": "step_jax.trainers.pretrain:run",
     "PretrainConfig": "step_jax.trainers.pretrain",
     # Configuration
-    "load_config": "step_jax.core.config",
+    "load_config": "step_jax.core.command_line",
     "load_file": "step_jax.core.config",
     "parse_config": "step_jax.core.config",
     "to_yaml": "step_jax.core.config",

@@ -7,7 +7,7 @@ import pytest
 
 from step_jax.cli import main as cli
 from step_jax.cli.main import COMMANDS
-from step_jax.core.config import load_config
+from step_jax.core.command_line import load_config
 from step_jax.core.spec import count
 from step_jax.trainers.pretrain import PretrainConfig, with_vocabulary
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from step_jax.core.config import load_config
+from step_jax.core.command_line import load_config
 
 
 def main(argv: list[str]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from step_jax.cli.arguments import run_and_options
-from step_jax.core.config import load_config
+from step_jax.core.command_line import load_config
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.inference.sampling import SamplingConfig

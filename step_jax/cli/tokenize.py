@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from step_jax.core.config import load_config
+from step_jax.core.command_line import load_config
 from step_jax.data import DataConfig, TextDataset
 
 _DESCRIPTION = (

@@ -71,46 +71,6 @@ class Loaded[T]:
         return explain(self.config, self.origins)
 
 
-def load_config[T](
-    cls: type[T], argv: list[str], *, prog: str = "step-jax", description: str | None = None
-) -> Loaded[T]:
-    """The configuration that files and flags describe.
-
-    Args:
-      cls: the schema, a dataclass.
-      argv: YAML files (later ones win), then ``--key.sub-key value`` flags. ``--help`` prints every
-        flag with the file's values as defaults; ``--explain`` prints every value with its origin.
-      prog: the command, for messages.
-      description: the first paragraph of ``--help`` (default: the docstring of ``cls``).
-
-    Raises:
-      ConfigError: anything wrong with the files, the flags or the values.
-      SystemExit: after ``--help`` and ``--explain``.
-    """
-    from step_jax.core import config_flags
-
-    line = config_flags.split(argv)
-    tree: Node = Mapping({}, {}, DEFAULT)
-    for file in line.files:
-        tree = yaml_strict.merge(tree, yaml_strict.load_yaml(Path(file)))
-    if line.help:
-        config_flags.print_help(cls, tree, prog=prog, description=description)
-        raise SystemExit(0)
-    overrides = config_flags.to_tree(cls, line.flags)
-    tree = yaml_strict.merge(tree, overrides)
-    try:
-        loaded = from_tree(cls, tree, check=not line.explain)
-    except ConfigError as error:
-        if line.files:
-            raise
-        raise ConfigError(f"{error}\n(no configuration file was given to `{prog}`)") from None
-    if line.explain:
-        print(loaded.explain())
-        validate(loaded.config, loaded.origins)
-        raise SystemExit(0)
-    return loaded
-
-
 def load_file[T](cls: type[T], path: Path | str) -> T:
     """The configuration in a file, for instance the ``config.yaml`` of a run directory."""
     return from_tree(cls, yaml_strict.load_yaml(Path(path))).config

@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from step_jax.core.config import load_config, load_file
+from step_jax.core.command_line import load_config
+from step_jax.core.config import load_file
 from step_jax.core.errors import ConfigError
 from step_jax.core.spec import count
 from step_jax.trainers import pretrain

@@ -10,7 +10,8 @@ from typing import ClassVar, Literal
 import pytest
 
 from step_jax.core import config as config_lib
-from step_jax.core.config import config_hash, load_config, load_file, parse_config, to_yaml
+from step_jax.core.command_line import load_config
+from step_jax.core.config import config_hash, load_file, parse_config, to_yaml
 from step_jax.core.errors import ConfigError, ExitCode
 
 
@@ -350,7 +351,7 @@ def test_resolved_yaml_loads_back(write):
 
 def test_reading_configuration_imports_no_jax():
     code = (
-        "import sys, step_jax.cli.main, step_jax.core.config, step_jax.core.config_flags\n"
+        "import sys, step_jax.cli.main, step_jax.core.config, step_jax.core.command_line\n"
         "bad = {'jax', 'numpy', 'flax'} & set(sys.modules)\n"
         "sys.exit(f'imported {bad}' if bad else 0)"
     )

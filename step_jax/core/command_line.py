@@ -12,11 +12,58 @@ import dataclasses
 import inspect
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from step_jax.core import config, yaml_strict
 from step_jax.core.errors import ConfigError
-from step_jax.core.yaml_strict import COMMAND_LINE, Mapping, Node, Scalar, Sequence, did_you_mean
+from step_jax.core.yaml_strict import (
+    COMMAND_LINE,
+    DEFAULT,
+    Mapping,
+    Node,
+    Scalar,
+    Sequence,
+    did_you_mean,
+)
+
+
+def load_config[T](
+    cls: type[T], argv: list[str], *, prog: str = "step-jax", description: str | None = None
+) -> config.Loaded[T]:
+    """The configuration that files and flags describe.
+
+    Args:
+      cls: the schema, a dataclass.
+      argv: YAML files (later ones win), then ``--key.sub-key value`` flags. ``--help`` prints every
+        flag with the file's values as defaults; ``--explain`` prints every value with its origin.
+      prog: the command, for messages.
+      description: the first paragraph of ``--help`` (default: the docstring of ``cls``).
+
+    Raises:
+      ConfigError: anything wrong with the files, the flags or the values.
+      SystemExit: after ``--help`` and ``--explain``.
+    """
+    line = split(argv)
+    tree: Node = Mapping({}, {}, DEFAULT)
+    for file in line.files:
+        tree = yaml_strict.merge(tree, yaml_strict.load_yaml(Path(file)))
+    if line.help:
+        print_help(cls, tree, prog=prog, description=description)
+        raise SystemExit(0)
+    overrides = to_tree(cls, line.flags)
+    tree = yaml_strict.merge(tree, overrides)
+    try:
+        loaded = config.from_tree(cls, tree, check=not line.explain)
+    except ConfigError as error:
+        if line.files:
+            raise
+        raise ConfigError(f"{error}\n(no configuration file was given to `{prog}`)") from None
+    if line.explain:
+        print(loaded.explain())
+        config.validate(loaded.config, loaded.origins)
+        raise SystemExit(0)
+    return loaded
 
 
 @dataclass(frozen=True)
