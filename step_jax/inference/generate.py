@@ -260,6 +260,19 @@ def _advance(params, rows, key, engine: _Engine, steps: int):
     return engine.advance(params, rows, key, steps)
 
 
+def _readable(written: Written, sharding: Sharding | None) -> Written:
+    """Whole on every device, so that every process can read it."""
+    if sharding is None or sharding.mesh.size == 1:
+        return written
+    # a constraint inside the program does not bind the layout of what leaves it
+    return _whole(sharding)(written)
+
+
+@functools.cache
+def _whole(sharding: Sharding):
+    return jax.jit(lambda tree: tree, out_shardings=sharding.replicated())
+
+
 def bucket(n: int) -> int:
     """The power of two, at least 16, that ``n`` is padded to: few shapes, few compilations."""
     return max(SMALLEST_BUCKET, 1 << (n - 1).bit_length())
@@ -320,9 +333,11 @@ def generate(
         left = max(limit - len(text) for limit, text in zip(limits, texts, strict=True)) - 1
         while left > 0 and not collected.ended(limits, texts):
             rows, following = _advance(params, rows, key, engine, chunk)
-            collected.add(written)  # the device is already at the next chunk
+            collected.add(
+                _readable(written, engine.sharding)
+            )  # the device is already at the next chunk
             written, left = following, left - chunk
-        collected.add(written)
+        collected.add(_readable(written, engine.sharding))
     return collected.generation(texts, limits, max_length)
 
 
