@@ -152,11 +152,16 @@ class Ablation:
         lines = [f"- ours: {ours} (`<` certain, `~` within the noise of the seeds)"]
         known = sorted((r.name for r in done if r.name in self.published), key=self.published.get)
         if known:
+            theirs = known[0]
+            for better, worse in zip(known, known[1:], strict=False):
+                equal = self.published[better] == self.published[worse]
+                theirs += f" {'=' if equal else '<'} {worse}"
             agree, against, open_pairs = self._agreement(done)
-            lines.append(f"- published: {' < '.join(known)} ({self.source})")
+            lines.append(f"- published: {theirs} ({self.source})")
             lines.append(
                 f"- pairs that differ in the published figures: {agree} certain here in the same "
-                f"direction, {against} certain in the other, {open_pairs} within the noise"
+                f"direction, {against} certain in the other, {open_pairs} within the noise (each "
+                "pair at 95 %, not corrected for their number)"
             )
         return "\n".join(lines)
 

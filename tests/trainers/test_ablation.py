@@ -108,6 +108,13 @@ def test_orders_say_what_is_noise():
     assert "0 certain here in the same direction, 1 certain in the other, 2 within" in text
 
 
+def test_published_ties_are_ties():
+    rows = (row("a", 1.0), row("b", 2.0), row("c", 3.0))
+    text = Ablation(rows, rows[0], 100, {"a": 2.0, "b": 2.0, "c": 5.0}).orders()
+    assert "published: a = b < c" in text
+    assert "0 certain here in the same direction, 0 certain in the other, 2 within" in text
+
+
 def test_table_without_runs():
     empty = Ablation((row("a"), row("b", cache_bytes=8.0)), row("a"), 100, {})
     assert "| b | 1,000 | 4 | - | - | - | 8 | -87.5 % |" in empty.markdown()
