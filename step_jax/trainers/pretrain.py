@@ -239,7 +239,8 @@ def run(config: PretrainConfig) -> dict[str, float]:
             session.finished(step + 1, state, metrics, batches.wait_seconds)
             if config.evaluation.due(step + 1, total_steps) and quick.documents:
                 with session.aside():
-                    report.evaluation(step + 1, evaluate(state.best_params, quick), "heldout")
+                    figures = evaluate(state.best_params, quick)
+                    report.evaluation(step + 1, figures | {"loss": figures["nll"]}, "heldout")
         batches.close()
         session.flush()
         return finish(session, config, dataset, evaluate, state.best_params)
@@ -322,7 +323,7 @@ def finish(session: Session, config: PretrainConfig, dataset, evaluate, params):
     report, directory = session.reporter, session.directory
     result = evaluate(params, dataset.heldout) if dataset.heldout.documents else {}
     if result:
-        report.evaluation(session.total_steps, result, "final")
+        report.evaluation(session.total_steps, result | {"loss": result["nll"]}, "final")
     baselines = dataset.heldout.compressed_bits_per_byte() if session.primary else {}
     texts = write_samples(config, session.sharding, dataset.tokenizer, params)
     if session.primary:
