@@ -11,7 +11,7 @@ SHELL := /bin/bash
 
 VENV := .venv
 BIN := $(VENV)/bin
-# --no-compile halves the work: what is imported is compiled then, most never is.
+# --no-compile: what is imported is compiled then, most never is.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
 CONFIG ?= configs/quickstart.yaml
 DATA ?=

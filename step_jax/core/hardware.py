@@ -124,6 +124,8 @@ _HOPPER: dict[str, Any] = dict(bf16=989.4, fp8=1978.9, int8=1978.9, tf32=494.7, 
 # are halved here; HBM size and VMEM from JAX's tpu_info. Where fp8 equals bf16 the hardware takes
 # fp8 operands at the bf16 rate.
 # NVIDIA: data sheets of the SXM/HGX boards, dense figures; shared memory from the CUDA guide.
+# A test holds TPU peaks, HBM and VMEM to JAX's own table; of the interconnects only v5p's was read
+# again at the source, and the GPU rows were not: check them before relying on them.
 _TABLE = (
     _tpu(  # 3-D torus; one device is a chip of two cores
         "v4", bf16=275, fp8=0, int8=275, hbm_gb=34.4, hbm_tb_per_s=1.228, vmem_mib=16,
