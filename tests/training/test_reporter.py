@@ -157,7 +157,7 @@ def test_dead_sink_is_given_up_once_and_hanging_one_is_left():
 
 
 def test_services_get_every_record(tmp_path, monkeypatch):
-    """The calls that wandb, trackio and mlflow see, by fakes: their own signatures are not checked."""
+    """What wandb, trackio and mlflow are called with (fakes: no real service is asked)."""
     calls = []
 
     def module(*names):
