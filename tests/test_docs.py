@@ -54,11 +54,11 @@ from step_jax.ops.einsum import einsum
     def both(tokens_BT):
         params = decoder.initialise(jax.random.key(0))
         positions_BT = jnp.broadcast_to(jnp.arange(6), tokens_BT.shape)
-        full, _ = decoder.hidden(params, tokens_BT, Context(positions_BT, execution=execution))
+        full, *_ = decoder.hidden(params, tokens_BT, Context(positions_BT, execution=execution))
         cache, steps = decoder.init_cache(2, 6, jnp.float32), []
         for t in range(6):
             ctx = Context(positions_BT[:, t : t + 1], execution=execution)
-            x, cache = decoder.hidden(params, tokens_BT[:, t : t + 1], ctx, cache)
+            x, cache, _ = decoder.hidden(params, tokens_BT[:, t : t + 1], ctx, cache)
             steps.append(x)
         return full, jnp.concatenate(steps, 1)
 

@@ -170,9 +170,33 @@ class Sharding:
             return x
         return jax.lax.with_sharding_constraint(x, self.named(axes, x.shape))
 
+    def partition_specs(self, specs):
+        """A tree of PartitionSpec for a tree of ParamSpec."""
+        return map_specs(lambda s: self.spec(s.axes, s.shape), specs)
+
     def params(self, specs):
         """A tree of NamedSharding for a tree of ParamSpec."""
         return map_specs(lambda s: self.named(s.axes, s.shape), specs)
 
     def replicated(self) -> NamedSharding:
         return NamedSharding(self.mesh, PartitionSpec())
+
+
+def varying_axes(x) -> frozenset[str]:
+    """Inside ``shard_map``: the mesh axes on whose devices ``x`` may differ."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def vary_alike(*arrays):
+    """The arrays, each declared to differ on all mesh axes on which any of them does.
+
+    A custom derivative must hand back gradients that vary as its arguments do. Outside
+    ``shard_map`` nothing happens.
+    """
+    axes = frozenset().union(*map(varying_axes, arrays))
+
+    def alike(x):
+        missing = tuple(sorted(axes - varying_axes(x)))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return tuple(map(alike, arrays))

@@ -16,7 +16,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-Role = Literal["matrix", "embedding", "head", "vector"]
+Role = Literal["matrix", "embedding", "head", "vector", "router", "balance"]
+
+#: Roles whose arrays stay float32 when a step casts parameters to its compute dtype.
+FLOAT32_ROLES = ("router", "balance")
 
 #: Logical axes that stack independent parameters of one kind; never part of a matrix.
 STACK_AXES = ("layers", "experts")
@@ -65,10 +68,15 @@ class ParamSpec:
       axes: one logical name per axis (``None``: never sharded).
       init: called as ``init(key, shape, dtype, layer=index)`` once per stacked layer.
       role: which optimizer group it belongs to. ``matrix`` multiplies activations, ``embedding``
-        is looked up, ``head`` makes logits, ``vector`` is everything element-wise (never decayed).
+        is looked up, ``head`` makes logits, ``vector`` is everything element-wise (never decayed),
+        ``router`` scores experts, ``balance`` is a selection bias: its gradient is the experts'
+        load above the mean, and its update that gradient's sign times ``balance_rate``.
       fan_in: how many axes after the stacked ones are contracted with the activation, so a query
         weight (D, N, H) has 1 and an output weight (N, H, D) has 2.
       dtype: of the stored (master) parameter.
+      active: the share of the parameter that one token uses (top-k of all experts).
+      trainable: False for what an optimizer must leave as it is.
+      balance_rate: of a ``balance`` parameter: its step while the learning rate is at its peak.
     """
 
     shape: tuple[int, ...]
@@ -77,6 +85,9 @@ class ParamSpec:
     role: Role = "matrix"
     fan_in: int = 1
     dtype: Any = jnp.float32
+    active: float = 1.0
+    trainable: bool = True
+    balance_rate: float = 0.0
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):
@@ -159,14 +170,16 @@ def abstract(specs, shardings=None):
     )
 
 
-def cast(params, dtype):
-    """Floating-point arrays of a tree in ``dtype``; the others as they are."""
-    return jax.tree.map(
-        lambda p: p.astype(dtype) if jnp.issubdtype(p.dtype, jnp.floating) else p, params
-    )
+def cast(params, dtype, specs):
+    """Parameters in the compute dtype; those of ``FLOAT32_ROLES`` as they are."""
+    return map_specs(lambda s, p: p if s.role in FLOAT32_ROLES else p.astype(dtype), specs, params)
 
 
-def count(specs, roles: tuple[Role, ...] | None = None) -> int:
-    """Number of parameters, of the given roles only if any are given."""
+def count(specs, roles: tuple[Role, ...] | None = None, *, active: bool = False) -> int:
+    """Number of parameters, of the given roles only if any are given.
+
+    ``active`` counts what one token uses: of a stack of experts, those it is sent to.
+    """
     leaves = jax.tree.leaves(specs, is_leaf=is_spec)
-    return sum(s.size for s in leaves if roles is None or s.role in roles)
+    kept = [s for s in leaves if roles is None or s.role in roles]
+    return round(sum(s.size * (s.active if active else 1) for s in kept))

@@ -53,9 +53,9 @@ def make_evaluator(
 
     @jax.jit
     def sums(params, batch):
-        params = spec_lib.cast(params, execution.dtype)
+        params = spec_lib.cast(params, execution.dtype, decoder.specs())
         ctx = Context(batch["positions"], batch["segments"], sharding=sharding, execution=execution)
-        x_BTD, _ = decoder.hidden(params, batch["tokens"], ctx)
+        x_BTD, *_ = decoder.hidden(params, batch["tokens"], ctx)
         total, _ = token_losses(params, decoder, x_BTD, batch["targets"], batch["weights"], ctx)
         return total, jnp.sum(batch["weights"])
 

@@ -90,7 +90,7 @@ class _Engine:
         index_1T = jnp.arange(T, dtype=jnp.int32)[None]
         positions_BT = jnp.where(index_1T < lengths_B[:, None], index_1T, -1)
         cache = self._constrained(self.decoder.init_cache(B, slots, self.cache_dtype))
-        x_BTD, cache = self.decoder.hidden(
+        x_BTD, cache, _ = self.decoder.hidden(
             params, prompts_BT, self._context(positions_BT, fresh=True), cache
         )
         last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
@@ -114,7 +114,7 @@ class _Engine:
             step, rows, written = carry
             alive_B = ~rows.done_B
             positions_B1 = jnp.where(alive_B, rows.cache.lengths_B, -1)[:, None]
-            x_B1D, cache = self.decoder.hidden(
+            x_B1D, cache, _ = self.decoder.hidden(
                 params, rows.token_B[:, None], self._context(positions_B1), rows.cache
             )
             rows = rows.replace(cache=self._constrained(cache))
@@ -234,7 +234,7 @@ def rollout(
     slots = T + N if max_length is None else min(T + N, max_length)
     limit_B = jnp.minimum(lengths_B + N, slots)
     requests_B = jnp.arange(B, dtype=jnp.int32) if requests_B is None else requests_B
-    params = spec_lib.cast(params, execution.dtype)
+    params = spec_lib.cast(params, execution.dtype, decoder.specs())
     rows, first = engine.start(params, prompts_BT, lengths_B, limit_B, requests_B, key, slots)
     if N == 1:
         return first
@@ -247,7 +247,9 @@ def rollout(
     )
 
 
-_cast = jax.jit(spec_lib.cast, static_argnames=("dtype",))
+@functools.partial(jax.jit, static_argnames=("engine",))
+def _cast(params, engine: _Engine):
+    return spec_lib.cast(params, engine.execution.dtype, engine.decoder.specs())
 
 
 @functools.partial(jax.jit, static_argnames=("engine", "slots"))
@@ -328,7 +330,7 @@ def generate(
     if texts:
         arrays, slots = _padded(texts, limits, requests, max_length, engine.sharding)
         key = jax.random.key(sampling.seed)
-        params = _cast(params, execution.dtype)
+        params = _cast(params, engine)
         rows, written = _start(params, *arrays, key, engine, slots)
         left = max(limit - len(text) for limit, text in zip(limits, texts, strict=True)) - 1
         while left > 0 and not collected.ended(limits, texts):

@@ -48,6 +48,7 @@ class Context:
       lengths_B: int32 tokens in the cache before this call; None without a cache.
       fresh: the cache is empty (lets a prompt attend to itself alone).
       causal: tokens do not see later ones.
+      record_routing: mixtures of experts report their decisions (``moe.ExpertStats``).
       sharding: mesh and rules, or None on one device.
       execution: how to compute.
     """
@@ -57,11 +58,24 @@ class Context:
     lengths_B: jax.Array | None = None
     fresh: bool = struct.field(pytree_node=False, default=False)
     causal: bool = struct.field(pytree_node=False, default=True)
+    record_routing: bool = struct.field(pytree_node=False, default=False)
     sharding: Sharding | None = struct.field(pytree_node=False, default=None)
     execution: Execution = struct.field(pytree_node=False, default=Execution())
 
     def constrain(self, x, *axes: str | None):
         return x if self.sharding is None else self.sharding.constrain(x, *axes)
+
+    @property
+    def platform(self) -> str:
+        """Of the devices computed on, which may be only compiled for: ``cpu``, ``tpu``, ``gpu``."""
+        if self.sharding is None:
+            return jax.default_backend()
+        return self.sharding.mesh.devices.flat[0].platform
+
+    def counted_BT(self):
+        """Which tokens are text and not padding."""
+        counted_BT = self.positions_BT >= 0
+        return counted_BT if self.segments_BT is None else counted_BT & (self.segments_BT > 0)
 
     def as_matrix(self, x_BTD):
         """The tokens' vectors as rows of one matrix (B*T, D); unchanged if the mesh cuts rows of T.

@@ -18,9 +18,12 @@ from step_jax.core.spec import ParamSpec
 from step_jax.models.attention import AttentionKind
 from step_jax.models.context import Context
 from step_jax.models.initialisation import FanIn, Initialisation
-from step_jax.models.layers import MLP, RMSNorm
+from step_jax.models.layers import RMSNorm, SwiGLU
+from step_jax.models.moe import ExpertStats, MoE
 from step_jax.models.stack import gather, run_layers
 from step_jax.ops.einsum import einsum
+
+MLP = SwiGLU | MoE
 
 
 @struct.dataclass
@@ -46,14 +49,16 @@ class Block:
             mlp=self.mlp.specs(width, init),
         )
 
-    def apply(self, p: BlockParams, norm: RMSNorm, x_BTD, ctx: Context, cache=None):
-        """(x_BTD, cache)."""
+    def apply(
+        self, p: BlockParams, norm: RMSNorm, x_BTD, ctx: Context, cache=None, chosen_BTK=None
+    ):
+        """(x_BTD, cache, ExpertStats of a mixture or None); ``chosen_BTK`` replays its routing."""
         y_BTD, cache = self.attention.apply(
             p.attention, norm.apply(p.attention_norm_D, x_BTD), ctx, cache
         )
         x_BTD = ctx.constrain(x_BTD + y_BTD, "batch", "sequence", None)
-        y_BTD = self.mlp.apply(p.mlp, norm.apply(p.mlp_norm_D, x_BTD), ctx)
-        return ctx.constrain(x_BTD + y_BTD, "batch", "sequence", None), cache
+        y_BTD, stats = self.mlp.apply(p.mlp, norm.apply(p.mlp_norm_D, x_BTD), ctx, chosen_BTK)
+        return ctx.constrain(x_BTD + y_BTD, "batch", "sequence", None), cache, stats
 
 
 @dataclass(frozen=True)
@@ -100,12 +105,13 @@ class MTP:
         )
 
     def apply(self, p: MTPParams, norm: RMSNorm, x_BTD, embedded_BTD, ctx: Context):
-        """Hidden state of one head: (B, T, D)."""
+        """(hidden state of one head (B, T, D), ExpertStats of its mixture or None)."""
         pair_BT2D = jnp.stack(
             [norm.apply(p.hidden_norm_D, x_BTD), norm.apply(p.embedding_norm_D, embedded_BTD)], 2
         )
         joined_BTD = einsum("BTPD,PDE->BTE", pair_BT2D, p.join_2DD)
-        return self.block.apply(p.block, norm, joined_BTD, ctx)[0]
+        x_BTD, _, stats = self.block.apply(p.block, norm, joined_BTD, ctx)
+        return x_BTD, stats
 
 
 @struct.dataclass
@@ -206,38 +212,49 @@ class Decoder:
         """The output head (D, V)."""
         return p.embedding_VD.T if self.tied else p.head_DV
 
-    def hidden(self, p: DecoderParams, tokens_BT, ctx: Context, cache: Cache | None = None):
+    def hidden(
+        self, p: DecoderParams, tokens_BT, ctx: Context, cache: Cache | None = None, routing=None
+    ):
         """Runs all layers.
 
+        Args:
+          routing: decisions to replay, see :func:`routing_of`; None to decide.
+
         Returns:
-          (x_BTD before the final norm, the cache with these tokens stored or None).
+          (x_BTD before the final norm, the cache with these tokens stored or None, stats: per group
+          and block the ExpertStats of its layers, stacked, or None for one without experts).
         """
         x_BTD = self.embed(p, tokens_BT, ctx)
         if cache is not None:
             ctx = ctx.replace(lengths_B=cache.lengths_B)
-        layers = []
+        layers, stats = [], []
         for i, group in enumerate(self.layers):
-            caches = None if cache is None else cache.layers[i]
-            x_BTD, caches = self._group(group, p.groups[i], x_BTD, ctx, caches)
+            nothing = (None,) * len(group.blocks)
+            caches = nothing if cache is None else cache.layers[i]
+            chosen = nothing if routing is None else routing[i]
+            inputs = (p.groups[i], caches, chosen)
+            x_BTD, (caches, group_stats) = self._group(group, inputs, x_BTD, ctx)
             layers.append(caches)
-        if cache is None:
-            return x_BTD, None
-        return x_BTD, Cache(tuple(layers), ctx.lengths_after_B())
+            stats.append(group_stats)
+        if cache is not None:
+            cache = Cache(tuple(layers), ctx.lengths_after_B())
+        return x_BTD, cache, tuple(stats)
 
-    def _group(self, group: Group, params, x_BTD, ctx: Context, caches):
+    def _group(self, group: Group, inputs, x_BTD, ctx: Context):
+        """(x_BTD, (caches, stats)), the last two a tuple with an entry for every block."""
         specs = tuple(b.specs(self.width, self.norm, self.init) for b in group.blocks)
 
         def turn(x_BTD, inputs):
-            layer_params, layer_caches = inputs
             out = []
-            for j, block in enumerate(group.blocks):
-                p = gather(specs[j], layer_params[j], ctx)
-                c = None if layer_caches is None else layer_caches[j]
-                x_BTD, c = block.apply(p, self.norm, x_BTD, ctx, c)
-                out.append(c)
-            return x_BTD, (None if layer_caches is None else tuple(out))
+            for block, block_specs, p, cache, chosen in zip(
+                group.blocks, specs, *inputs, strict=True
+            ):
+                p = gather(block_specs, p, ctx)
+                x_BTD, *rest = block.apply(p, self.norm, x_BTD, ctx, cache, chosen)
+                out.append(rest)
+            return x_BTD, tuple(zip(*out, strict=True))
 
-        return run_layers(turn, x_BTD, (params, caches), group.repeat, ctx)
+        return run_layers(turn, x_BTD, inputs, group.repeat, ctx)
 
     def normed(self, p: DecoderParams, x_BTD):
         """What the output head multiplies."""
@@ -265,3 +282,11 @@ class Decoder:
 
         layers = tuple(tuple(block_cache(b, g.repeat) for b in g.blocks) for g in self.layers)
         return Cache(layers, jnp.zeros((batch,), jnp.int32))
+
+
+def routing_of(stats):
+    """The routing decisions in a pass's stats (``ctx.record_routing``), for ``hidden`` to replay.
+
+    Per group and block int32 (L, B, T, K), or None for a block without experts.
+    """
+    return jax.tree.map(lambda s: s.chosen_BTK, stats, is_leaf=lambda x: isinstance(x, ExpertStats))

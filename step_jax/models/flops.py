@@ -26,11 +26,13 @@ def forward_flops_per_token(c: Decoder, length: int) -> float:
     """Operations of one token's forward pass in rows of ``length`` tokens.
 
     Weights count two operations per token each (the output head once more for every head of
-    multi-token prediction, embeddings not at all), attention by its heads, widths and the keys a
+    multi-token prediction, embeddings not at all, of a mixture those of the experts that a token is
+    sent to), attention by its heads, widths and the keys a
     causal or windowed query sees. Rows packed with several documents need less than is counted.
     """
     head = c.vocab * c.width
-    total = 2.0 * (count(c.specs(), roles=("matrix",)) + head)
+    matrices = count(c.specs(), roles=("matrix", "router"), active=True)
+    total = 2.0 * (matrices + head)
     for group in c.layers:
         total += group.repeat * sum(_attention_core(b, length) for b in group.blocks)
     if c.mtp is not None:

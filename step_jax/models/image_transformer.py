@@ -20,7 +20,7 @@ from step_jax.core.spec import ZEROS, ParamSpec
 from step_jax.models.attention import AttentionKind
 from step_jax.models.context import Context, Execution
 from step_jax.models.initialisation import FanIn, Initialisation
-from step_jax.models.layers import MLP
+from step_jax.models.layers import SwiGLU
 from step_jax.models.stack import gather, run_layers
 from step_jax.ops.einsum import einsum
 from step_jax.ops.norm import rms_norm
@@ -49,7 +49,7 @@ class ImageTransformerParams:
 
 @dataclass(frozen=True)
 class ImageTransformer:
-    """Attention and MLP blocks whose scale, shift and gate are linear in (time, class).
+    """Attention and SwiGLU blocks whose scale, shift and gate are linear in (time, class).
 
     patch: side of a patch in pixels.
     size, channels, classes: of the images.
@@ -58,7 +58,7 @@ class ImageTransformer:
     width: int
     depth: int
     attention: AttentionKind
-    mlp: MLP
+    mlp: SwiGLU
     patch: int = 2
     size: int = 8
     channels: int = 1
@@ -140,7 +140,7 @@ class ImageTransformer:
         return self._image(einsum("BTD,DP->BTP", x_BTD, p.head_DP).astype(jnp.float32))
 
     def _condition(self, p, time_B, class_B, dtype):
-        """(B, D) from sinusoids of ``1000 t`` through an MLP, plus the class's embedding."""
+        """(B, D) from sinusoids of ``1000 t`` through an SwiGLU, plus the class's embedding."""
         half = self.width // 2
         frequency_h = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
         angle_Bh = 1000.0 * time_B.astype(jnp.float32)[:, None] * frequency_h
@@ -158,7 +158,7 @@ class ImageTransformer:
         y_BTD, _ = self.attention.apply(p.attention, y_BTD, ctx)
         x_BTD = ctx.constrain(x_BTD + (1 + gate_a) * y_BTD, "batch", "sequence", None)
         y_BTD = rms_norm(x_BTD, None, EPS) * (1 + scale_m) + shift_m
-        y_BTD = self.mlp.apply(p.mlp, y_BTD, ctx)
+        y_BTD = self.mlp.apply(p.mlp, y_BTD, ctx)[0]
         return ctx.constrain(x_BTD + (1 + gate_m) * y_BTD, "batch", "sequence", None)
 
     def _patches(self, x_BHWC):

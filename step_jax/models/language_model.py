@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from step_jax.models import expert_health
 from step_jax.models.context import Context
 from step_jax.models.decoder import Decoder, DecoderParams
 from step_jax.models.stack import gather
@@ -48,23 +49,23 @@ def language_model_loss(
       z_loss: coefficient of the squared log-partition.
 
     Returns:
-      (total, weight, metrics): the sum to differentiate, the weight to divide it by, and sums with
-      weights of what to report: ``nll`` (nats per token; one entry per MTP head beside it).
+      (total, weight, metrics, experts): the sum to differentiate, the weight to divide it by, sums
+      with weights of what to report (``nll``, nats per token, one entry per MTP head beside it, and
+      ``routing_loss`` of a mixture of experts), and the ExpertStats of every stack of layers.
     """
-    x_BTD, _ = c.hidden(p, batch["tokens"], ctx)
+    x_BTD, _, stats = c.hidden(p, batch["tokens"], ctx)
     weights_BT = batch["weights"]
     total, nll_BT = token_losses(p, c, x_BTD, batch["targets"], weights_BT, ctx, z_loss)
     weight = jnp.sum(weights_BT)
     metrics = {"nll": (jnp.sum(jax.lax.stop_gradient(nll_BT) * weights_BT), weight)}
-    if c.mtp is None:
-        return total, weight, metrics
-    specs = c.mtp.specs(c.width, c.norm, c.init)
     for k, head in enumerate(p.mtp, start=1):
         # the token k ahead is the target k - 1 ahead; nothing is predicted across documents
         embedded_BTD = c.embed(p, _ahead(batch["targets"], k - 1), ctx)
         same_BT = _ahead(batch["segments"], k) == batch["segments"]
         weights_k_BT = _ahead(weights_BT, k) * same_BT
-        x_BTD = c.mtp.apply(gather(specs, head, ctx), c.norm, x_BTD, embedded_BTD, ctx)
+        specs = c.mtp.specs(c.width, c.norm, c.init)
+        x_BTD, head_stats = c.mtp.apply(gather(specs, head, ctx), c.norm, x_BTD, embedded_BTD, ctx)
+        stats = (stats, head_stats)
         total_k, nll_BT = token_losses(
             p, c, x_BTD, _ahead(batch["targets"], k), weights_k_BT, ctx, z_loss
         )
@@ -73,4 +74,9 @@ def language_model_loss(
         total += total_k * (c.mtp.weight / c.mtp.heads)
         nll_k = jnp.sum(jax.lax.stop_gradient(nll_BT) * weights_k_BT)
         metrics[f"nll_mtp{k}"] = (nll_k, jnp.sum(weights_k_BT))
-    return total, weight, metrics
+    experts = expert_health.layers(stats)
+    if experts:
+        loss = expert_health.routing_loss(experts)
+        total += loss * weight  # it is a mean, and the total is divided by the weight
+        metrics["routing_loss"] = (jax.lax.stop_gradient(loss) * weight, weight)
+    return total, weight, metrics, experts

@@ -64,23 +64,21 @@ class SwiGLU:
         down = ParamSpec((self.hidden, width), ("mlp", "embed"), init.mlp_output(self.hidden))
         return SwiGLUParams(gate_DF=read, up_DF=read, down_FD=down)
 
-    def apply(self, p: SwiGLUParams, x_BTD, ctx: Context):
-        """(B, T, D) -> (B, T, D)."""
+    def apply(self, p: SwiGLUParams, x_BTD, ctx: Context, chosen_BTK=None):
+        """((B, T, D), None): the second is what a mixture of experts has to tell."""
         x = ctx.as_matrix(x_BTD)
         gate = einsum("...D,DF->...F", x, p.gate_DF)
-        hidden = _gated(gate, einsum("...D,DF->...F", x, p.up_DF), self.clamp)
+        hidden = gated_unit(gate, einsum("...D,DF->...F", x, p.up_DF), self.clamp)
         tokens = ("batch", "sequence")[: hidden.ndim - 1]
         y = einsum("...F,FD->...D", ctx.constrain(hidden, *tokens, "mlp"), p.down_FD)
-        return y.reshape(x_BTD.shape)
+        return y.reshape(x_BTD.shape), None
 
 
 # Kept for the backward pass: the two factors, but none of the elementwise results between.
 @functools.partial(jax.checkpoint, static_argnums=2, prevent_cse=False)
-def _gated(gate, up, clamp: float | None):
+def gated_unit(gate, up, clamp: float | None):
+    """``silu(gate) * up`` with its factors bounded by ``clamp``."""
     gate = jax.nn.silu(gate)
     if clamp is not None:
         gate, up = jnp.minimum(gate, clamp), jnp.clip(up, -clamp, clamp)
     return gate * up
-
-
-MLP = SwiGLU

@@ -56,8 +56,8 @@ def gather(specs, params, ctx: Context):
     """
 
     def leaf(spec: ParamSpec, w):
-        if not set(GATHERED_AXES) & set(spec.axes):
-            return w
+        if not set(GATHERED_AXES) & set(spec.axes) or "experts" in spec.axes:
+            return w  # experts are gathered where they compute (models.moe)
         return ctx.constrain(w, *(None if a in GATHERED_AXES else a for a in spec.axes))
 
     return specs_lib.map_specs(leaf, specs, params)

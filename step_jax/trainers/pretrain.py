@@ -5,6 +5,7 @@ The loop is :func:`run`, read top to bottom.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
@@ -22,6 +23,7 @@ from step_jax.data.config import TRAIN_TOKENIZER
 from step_jax.evaluation.heldout import make_evaluator
 from step_jax.inference.generate import generate
 from step_jax.inference.sampling import SamplingConfig
+from step_jax.models import expert_health
 from step_jax.models.context import Context, Execution
 from step_jax.models.decoder import Decoder
 from step_jax.models.flops import train_flops_per_token
@@ -30,6 +32,7 @@ from step_jax.ops import attention
 from step_jax.training import plots
 from step_jax.training.batches import abstract_batch, process_rows, to_mesh
 from step_jax.training.compile import compile_initial_state, compile_train_step
+from step_jax.training.expert_alarm import ExpertAlarm, ExpertHealth
 from step_jax.training.optimizers.build import make_optimizer
 from step_jax.training.optimizers.config import AdamW, OptimizerConfig, check_optimizer
 from step_jax.training.scaling_laws import step_law_batch_rows
@@ -119,6 +122,7 @@ class PretrainConfig:
     execution: Execution = Execution()
     parallel: MeshConfig = MeshConfig(fsdp=-1)
     evaluation: Evaluation = Evaluation()
+    expert_health: ExpertHealth = ExpertHealth()
     sample: Sample = Sample()
 
     def validate(self):
@@ -225,6 +229,7 @@ def run(config: PretrainConfig) -> dict[str, float]:
             meta={"data": dataset.fingerprint, "tokenizer": dataset.tokenizer.hash},
             header=header(config, optimizer, dataset, total_steps, state_like, train_step),
         )
+        session.watch = ExpertAlarm(config.expert_health).check
         if session.primary:  # not before the run is known to go on where its checkpoint stopped
             dataset.tokenizer.save(session.directory.path / "tokenizer.model")
         evaluate = make_evaluator(
@@ -259,6 +264,7 @@ def compile_step(config: PretrainConfig, optimizer, sharding, state_like, batch,
         ema_decay=config.training.ema_decay,
         compute_dtype=config.execution.dtype,
         seed=config.run.seed,
+        report=functools.partial(expert_health.report, config.model),
     )
 
 
@@ -278,6 +284,7 @@ def header(config, optimizer, dataset, total_steps, state_like, train_step) -> d
     memory = train_step.memory_analysis()
     values: dict[str, Any] = {
         "parameters": f"{spec_lib.count(specs):,}",
+        "active for a token": f"{spec_lib.count(specs, active=True):,}",
         "of which in matrices": f"{spec_lib.count(specs, roles=('matrix',)):,}",
         "attention": f"{config.execution.attention} -> "
         f"{attention.resolve(config.execution.attention)}",

@@ -8,7 +8,7 @@ being trained.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +82,8 @@ class Session:
         self._pending: tuple[int, Any, float] | None = None
         self._work = Work(0)
         self._meta: dict[str, Any] = {}
+        #: (step, metrics) -> what to say about a finished step besides its numbers
+        self.watch: Callable[[int, Mapping[str, float]], Iterable[str]] = lambda step, metrics: ()
 
     def __enter__(self) -> Session:
         with ExitStack() as stack:
@@ -231,6 +233,8 @@ class Session:
         if work.peak_flops:
             rates["mfu"] = work.flops / seconds / work.peak_flops
         self.reporter.step(step, values | rates)
+        for text in self.watch(step, values):
+            self.reporter.event(text)
         check_skipped(values.get("skipped", 0), self._run.max_skipped, step)
 
     @contextmanager

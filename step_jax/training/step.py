@@ -31,11 +31,13 @@ class LossOutput:
       loss_sum: scalar; its gradient, divided by the whole batch's ``weight``, is the step's.
       weight: scalar, e.g. the number of target tokens.
       metrics: name to (sum, weight), each reported as its weighted mean over the batch.
+      sums: a tree of arrays that add up, for ``make_train_step``'s ``report``.
     """
 
     loss_sum: jax.Array
     weight: jax.Array
     metrics: dict[str, tuple[jax.Array, jax.Array]] = struct.field(default_factory=dict)
+    sums: Any = None
 
 
 LossFn = Callable[[Any, Batch, jax.Array], LossOutput]
@@ -55,6 +57,7 @@ def make_train_step(
     compute_dtype=jnp.bfloat16,
     seed: int = 0,
     param_shardings=None,
+    report: Callable[[Any, Any], Metrics] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A pure function (state, batch) -> (state, metrics), for the caller to ``jit`` and donate to.
 
@@ -68,6 +71,7 @@ def make_train_step(
       compute_dtype: dtype that the float32 parameters are cast to, once per step.
       seed: the key of microbatch i is ``rng.fold(seed, step, "loss", i)``.
       param_shardings: tree of NamedSharding; fixes the layout of the gradients on a mesh.
+      report: (float32 params, LossOutput.sums of the whole batch) -> more metrics.
 
     Returns:
       The step. ``batch`` is a tree of arrays with leading dimension A*M. If the loss or the
@@ -89,7 +93,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if (ema_decay is None) != (state.ema is None):
             raise ValueError("ema_decay and TrainState.ema must both be given or both be None")
-        compute_params = spec_lib.cast(state.params, compute_dtype)
+        compute_params = spec_lib.cast(state.params, compute_dtype, optimizer.specs)
 
         def micro(i, rows):
             key = rng.fold(seed, state.step, "loss", i)
@@ -98,7 +102,7 @@ def make_train_step(
 
         grads, out = _accumulate(micro, batch, accumulation, constrain)
         loss = out.loss_sum / out.weight
-        grad_norm = optax.tree.norm(grads) / jnp.abs(out.weight)
+        grad_norm = optimizer.norm(grads) / jnp.abs(out.weight)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         scale = 1.0 / out.weight
         if clip_norm is not None:
@@ -108,15 +112,20 @@ def make_train_step(
         rate = optimizer.rate(state.step)
         new_state = _update(state, grads, rate, optimizer, ema_decay)
         new_state = _guard(state, new_state, finite)
-        metrics = _means(out) | {
-            "loss": loss,
-            "loss_weight": out.weight,
-            "grad_norm": grad_norm,
-            "param_norm": optax.tree.norm(state.params),
-            "lr": rate,
-            "skipped": new_state.skipped,
-            "skipped_total": new_state.skipped_total,
-        }
+        more = {} if report is None else report(state.params, out.sums)
+        metrics = (
+            _means(out)
+            | more
+            | {
+                "loss": loss,
+                "loss_weight": out.weight,
+                "grad_norm": grad_norm,
+                "param_norm": optax.tree.norm(state.params),
+                "lr": rate,
+                "skipped": new_state.skipped,
+                "skipped_total": new_state.skipped_total,
+            }
+        )
         return new_state, metrics
 
     return train_step

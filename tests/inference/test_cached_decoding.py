@@ -53,7 +53,7 @@ def compare(kind, repeat=2):
 
     def logits(p, tokens_BT, positions_BT, cache=None, fresh=False):
         ctx = Context(positions_BT, fresh=fresh, execution=small.execution())
-        x_BTD, cache = c.hidden(p, tokens_BT, ctx, cache)
+        x_BTD, cache, _ = c.hidden(p, tokens_BT, ctx, cache)
         return c.logits(p, x_BTD, ctx), cache
 
     def whole_and_cached(p, tokens_BT):

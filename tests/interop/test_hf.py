@@ -28,7 +28,7 @@ def logits(config, params, tokens_BT):
     def f(params, tokens_BT):
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         ctx = Context(positions_BT, execution=Execution(dtype="float32"))
-        x_BTD, _ = config.hidden(params, tokens_BT, ctx)
+        x_BTD, *_ = config.hidden(params, tokens_BT, ctx)
         return config.logits(params, x_BTD, ctx)
 
     return np.asarray(jax.jit(f)(params, tokens_BT))

@@ -77,7 +77,7 @@ def test_equals_the_pure_functions_and_gives_the_parameters_back():
     @jax.jit
     def pure(params):
         ctx = Context(positions_BT, segments_BT, execution=FLOAT32)
-        x_BTD, _ = config.hidden(params, tokens_BT, ctx)
+        x_BTD, *_ = config.hidden(params, tokens_BT, ctx)
         return config.logits(params, x_BTD, ctx)
 
     module = DecoderModule(config, params, FLOAT32)

@@ -161,18 +161,18 @@ def test_prediction_heads_follow_their_equations():
         return -jnp.take_along_axis(logp, targets[..., None], -1)[..., 0]
 
     def by_hand(p):
-        x, _ = c.hidden(p, tokens[:, :T], ctx)
+        x, *_ = c.hidden(p, tokens[:, :T], ctx)
         total = jnp.sum(nll(p, x, tokens[:, 1 : T + 1]))
         for k in (1, 2):
             read = np.zeros((1, T), np.int32)
             read[:, : T + 1 - k] = tokens[:, k : T + 1][:, :T]
-            x = c.mtp.apply(p.mtp[k - 1], c.norm, x, c.embed(p, read, ctx), ctx)
+            x, _ = c.mtp.apply(p.mtp[k - 1], c.norm, x, c.embed(p, read, ctx), ctx)
             last = T - k  # the positions whose token k + 1 ahead exists
             total += 0.7 / 2 * jnp.sum(nll(p, x[:, :last], tokens[:, k + 1 : T + 1]))
         return total
 
     def loss(p):
-        total, weight, metrics = language_model_loss(p, c, batch, ctx)
+        total, weight, metrics, _ = language_model_loss(p, c, batch, ctx)
         return total, (weight, metrics)
 
     (got, (weight, metrics)), gradient = small.run(jax.value_and_grad(loss, has_aux=True), p)
@@ -196,7 +196,7 @@ def test_cached_calls_equal_the_full_forward_pass():
 
     def call(fresh, p, tokens, positions, cache):
         ctx = Context(positions, fresh=fresh, execution=small.execution())
-        return c.hidden(p, tokens, ctx, cache)
+        return c.hidden(p, tokens, ctx, cache)[:2]
 
     expected = small.run(full, p)
     cache, done = c.init_cache(2, T, jnp.float32), [0, 0]
@@ -228,7 +228,7 @@ def test_loss_of_tokens_is_that_of_the_logits(tied):
     ctx = Context(batch["positions"], batch["segments"], execution=small.execution())
 
     def both(p):
-        x, _ = c.hidden(p, batch["tokens"], ctx)
+        x, *_ = c.hidden(p, batch["tokens"], ctx)
         nll = token_losses(p, c, x, batch["targets"], batch["weights"], ctx)[1]
         logp = jax.nn.log_softmax(c.logits(p, x, ctx))
         return nll, -jnp.take_along_axis(logp, batch["targets"][..., None], -1)[..., 0]

@@ -17,7 +17,7 @@ from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
 from step_jax.core.spec import Normal, ParamSpec
 from step_jax.training import scaling_laws
 from step_jax.training.optimizers import muon
-from step_jax.training.optimizers.build import decay_mask, make_optimizer, muon_groups
+from step_jax.training.optimizers.build import decay_mask, group_labels, make_optimizer
 from step_jax.training.optimizers.config import AdamW, Muon
 from step_jax.training.schedules import Constant
 from step_jax.training.state import abstract_state, init_state, state_shardings
@@ -55,7 +55,7 @@ def run(optimizer, params, gradients, rate):
 
 
 def test_groups_by_role():
-    groups = muon_groups(SPECS)
+    groups = group_labels(SPECS)
     assert groups["embedding"] == groups["head"] == groups["layers"][0]["norm"] == "adamw"
     assert groups["layers"][0]["query"] == groups["layers"][1]["up"] == "muon"
     mask = decay_mask(SPECS)

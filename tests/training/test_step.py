@@ -13,7 +13,7 @@ import pytest
 from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
-from step_jax.core.spec import Normal, ParamSpec
+from step_jax.core.spec import ZEROS, Normal, ParamSpec
 from step_jax.training.optimizers.build import Optimizer, make_optimizer
 from step_jax.training.optimizers.config import AdamW, Muon
 from step_jax.training.schedules import Constant
@@ -51,9 +51,12 @@ def loss_fn(params, batch, key):
     return LossOutput(loss_sum, weight, {"heavy": (jnp.sum(error * heavy), jnp.sum(heavy))})
 
 
-def sgd(rate=1.0):
+ONE = {"w": ParamSpec((2,), (None,), ZEROS, role="vector")}
+
+
+def sgd(rate=1.0, specs=None):
     """The direction is the gradient itself, so that a step shows what reached the optimizer."""
-    return Optimizer(optax.identity(), lambda step: jnp.float32(rate), rate)
+    return Optimizer(optax.identity(), lambda step: jnp.float32(rate), rate, specs or SPECS)
 
 
 def adamw():
@@ -93,7 +96,7 @@ def test_accumulation_takes_rows_modulo():
         jax.debug.callback(lambda r: seen.append(sorted(r.tolist())), rows["row"])
         return LossOutput(jnp.sum(params["w"]) * jnp.sum(rows["row"]), jnp.float32(1))
 
-    step = make_train_step(record, sgd(), accumulation=3)
+    step = make_train_step(record, sgd(specs=ONE), accumulation=3)
     jax.block_until_ready(jax.jit(step)(init_state({"w": jnp.ones(2)}, sgd()), batch))
     jax.effects_barrier()
     assert sorted(seen) == [[0, 3], [1, 4], [2, 5]]
@@ -273,7 +276,7 @@ def test_keys_differ_by_step_and_microbatch_and_repeat():
         return LossOutput(jnp.sum(params["w"]), jnp.float32(1), {"draw": (draw, jnp.float32(1))})
 
     def draws(seed, accumulation):
-        step = jax.jit(make_train_step(noisy, sgd(0.0), accumulation=accumulation, seed=seed))
+        step = jax.jit(make_train_step(noisy, sgd(0.0, ONE), accumulation=accumulation, seed=seed))
         state, found = init_state({"w": jnp.ones(2)}, sgd()), []
         for _ in range(2):
             state, metrics = step(state, {"x": np.zeros(4)})

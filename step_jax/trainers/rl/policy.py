@@ -67,5 +67,5 @@ def weighted_nll(
     tokens_BT = batch["tokens"]
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     ctx = Context(positions_BT, sharding=sharding, execution=execution)
-    x_BTD, _ = model.hidden(params, tokens_BT, ctx)
+    x_BTD, *_ = model.hidden(params, tokens_BT, ctx)
     return token_losses(params, model, x_BTD, batch["targets"], weights_BT, ctx)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from step_jax.training import scaling_laws, schedules
 from step_jax.training.optimizers import muon
 from step_jax.training.optimizers.config import AdamW, Muon, OptimizerConfig
 
-DECAYED_ROLES = ("matrix", "embedding", "head")
+DECAYED_ROLES = ("matrix", "embedding", "head", "router")
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,22 @@ class Optimizer:
         p <- p - rate * d, weight decay included; it knows nothing of the rate.
       rate: learning rate of the update with this 0-based index, float32 scalar.
       peak: the highest rate.
+      specs: the parameter table.
       notes: choices made for the user (dtype by backend, extrapolated law), for the run's header.
     """
 
     direction: optax.GradientTransformation
     rate: Callable[[jax.Array | int], jax.Array]
     peak: float
+    specs: Any
     notes: tuple[str, ...] = ()
+
+    def norm(self, gradients) -> jax.Array:
+        """Global norm of a gradient: of what is learned by it (no frozen or ``balance`` leaf)."""
+        kept = spec_lib.map_specs(
+            lambda s, g: g if s.trainable and s.role != "balance" else (), self.specs, gradients
+        )
+        return optax.tree.norm(kept)
 
 
 def make_optimizer(
@@ -58,32 +68,63 @@ def make_optimizer(
     """
     config.validate()
     peak, notes = _peak_rate(config, specs, tokens)
+    groups = {"balance": _balance(specs, peak), "frozen": optax.set_to_zero()}
     if isinstance(config, Muon):
         dtype, note = _polar_dtype(config.polar_dtype, sharding)
         notes += (note,)
-        groups = {
-            "muon": muon.scale_by_muon(specs, config.momentum, dtype, sharding),
-            "adamw": optax.scale_by_adam(config.beta1, config.beta2, config.eps),
-        }
-        direction = optax.partition(groups, muon_groups(specs))
+        groups["muon"] = muon.scale_by_muon(specs, config.momentum, dtype, sharding)
+        groups["adamw"] = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
     else:
-        direction = optax.scale_by_adam(
+        groups["adamw"] = optax.scale_by_adam(
             config.beta1, config.beta2, config.eps, mu_dtype=config.mu_dtype
         )
+    labels = group_labels(specs, matrices="muon" if isinstance(config, Muon) else "adamw")
+    if set(jax.tree.leaves(labels)) == {"adamw"}:
+        direction = groups["adamw"]
+    else:
+        direction = optax.partition(groups, labels)
     if config.weight_decay:
         decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask(specs))
         direction = optax.chain(direction, decay)
-    return Optimizer(direction, schedules.build(config.schedule, peak, total_steps), peak, notes)
+    rate = schedules.build(config.schedule, peak, total_steps)
+    return Optimizer(direction, rate, peak, specs, notes)
 
 
 def decay_mask(specs):
-    """True where weight decay applies: every role but ``vector``."""
-    return spec_lib.map_specs(lambda s: s.role in DECAYED_ROLES, specs)
+    """True where weight decay applies: every trainable role but ``vector`` and ``balance``."""
+    return spec_lib.map_specs(lambda s: s.trainable and s.role in DECAYED_ROLES, specs)
 
 
-def muon_groups(specs):
-    """``"muon"`` for matrices, ``"adamw"`` for vectors, embeddings and the head."""
-    return spec_lib.map_specs(lambda s: "muon" if s.role == "matrix" else "adamw", specs)
+def group_labels(specs, matrices: str = "muon"):
+    """``matrices`` for matrices, ``balance`` for selection biases, ``frozen``, else ``adamw``."""
+
+    def label(s) -> str:
+        if not s.trainable:
+            return "frozen"
+        return {"matrix": matrices, "balance": "balance"}.get(s.role, "adamw")
+
+    return spec_lib.map_specs(label, specs)
+
+
+def _balance(specs, peak: float) -> optax.GradientTransformation:
+    """The sign of an expert's load above the mean (loss-free balancing, arXiv 2408.15664).
+
+    The bias moves by ``balance_rate`` while the rate is at its peak and less as the schedule
+    falls: it comes to rest in annealing, as Step-3.5-Flash's does (arXiv 2602.10604).
+    """
+
+    def update(loads, state, params=None):
+        del params
+
+        def leaf(load, spec):
+            if isinstance(load, optax.MaskedNode):
+                return load
+            return jnp.sign(load) * (spec.balance_rate / peak)
+
+        is_leaf = lambda x: isinstance(x, optax.MaskedNode) or spec_lib.is_spec(x)  # noqa: E731
+        return jax.tree.map(leaf, loads, specs, is_leaf=is_leaf), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 def _peak_rate(config: OptimizerConfig, specs, tokens) -> tuple[float, tuple[str, ...]]:
