@@ -1,7 +1,219 @@
-"""stub"""
+"""Matrix products of sorted groups of rows, each with its own matrix (the experts of an MoE).
+
+Shape suffixes: M rows sorted by group, E groups, D width of a row, F width of a result; R rows of
+one tile, S tiles of a schedule.
+
+Rows past the sum of the sizes belong to no group: their results and gradients are zero.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 
-def grouped_matmul(x_MD, w_EDF, sizes_E, *, implementation="auto", platform=None):
-    return jax.lax.ragged_dot(x_MD, w_EDF, sizes_E)
+def group_of_row_M(sizes_E, rows: int):
+    """int32 (rows,): each row's group; E for the rows that belong to none."""
+    row_M1 = jnp.arange(rows, dtype=jnp.int32)[:, None]
+    return jnp.sum(row_M1 >= jnp.cumsum(sizes_E), axis=1, dtype=jnp.int32)
+
+
+def reference(x_MD, w_EDF, sizes_E):
+    """Every row by every matrix, in float32: the definition the others are compared with."""
+    x_MD, w_EDF = x_MD.astype(jnp.float32), w_EDF.astype(jnp.float32)
+    group_M = group_of_row_M(sizes_E, len(x_MD))
+    y_MF = jnp.zeros((len(x_MD), w_EDF.shape[2]), jnp.float32)
+    for e, w_DF in enumerate(w_EDF):
+        # masked on both sides: what other rows hold, even NaN, reaches neither gradient
+        own_M1 = (group_M == e)[:, None]
+        own_MD = jnp.where(own_M1, x_MD, 0.0)
+        product_MF = jnp.dot(own_MD, w_DF, precision=jax.lax.Precision.HIGHEST)
+        y_MF += jnp.where(own_M1, product_MF, 0.0)
+    return y_MF
+
+
+# Full tiles of a size, then what is left of a group in tiles of the next: large products run at the
+# speed of dense ones, and a group wastes half a smallest tile on average.
+TILE_ROWS = (512, 128, 32)
+
+
+def _over_groups(sizes_E, carry, body: Callable):
+    """``carry = body(carry, group, its first row, its size)`` for the groups that have rows."""
+    start_E = jnp.cumsum(sizes_E, dtype=jnp.int32) - sizes_E
+    filled_E = jnp.argsort(sizes_E == 0, stable=True)
+
+    def turn(i, carry):
+        e = filled_E[i]
+        return body(carry, e, start_E[e], sizes_E[e])
+
+    return jax.lax.fori_loop(0, jnp.sum(sizes_E > 0), turn, carry)
+
+
+def _over_tiles(start, size, rows: int, carry, body: Callable):
+    """``carry = body(carry, first row of the tile, own_R1)`` for the tiles of one group.
+
+    A tile may begin before its rows and end after them; ``own_R1`` says which are its own.
+    """
+    stop = start + size
+    for R in TILE_ROWS:
+        last = R == TILE_ROWS[-1]
+        if R > rows and not last:
+            continue
+        count = (stop - start + (R - 1) * last) // R
+
+        def turn(i, carry, R=R, start=start):
+            begin = start + i * R
+            first = jnp.minimum(begin, max(rows - R, 0))
+            row_R1 = first + jnp.arange(min(R, rows), dtype=jnp.int32)[:, None]
+            return body(carry, first, (row_R1 >= begin) & (row_R1 < jnp.minimum(begin + R, stop)))
+
+        carry = jax.lax.fori_loop(0, count, turn, carry)
+        start += count * R
+    return carry
+
+
+def _product(a, b, a_axis: int, b_axis: int):
+    dimensions = (((a_axis,), (b_axis,)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _vary_alike(*arrays):
+    """Inside a shard_map that checks: over which axes a loop's inputs vary, so does its carry."""
+    varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
+    every = frozenset.union(*varying)
+    missing = (tuple(every - own) for own in varying)
+    return [jax.lax.pcast(a, axes, to="varying") for a, axes in zip(arrays, missing, strict=True)]
+
+
+def _rows_by_matrices(x_MD, w_EDF, sizes_E, transposed: bool):
+    """Each row by its group's matrix, or by that matrix transposed; in the rows' dtype."""
+    rows, width = len(x_MD), w_EDF.shape[1 if transposed else 2]
+
+    def group(y_MF, e, start, size):
+        w_DF = jax.lax.dynamic_index_in_dim(w_EDF, e, keepdims=False)
+
+        def tile(y_MF, first, own_R1):
+            x_RD, old_RF = (_rows(a, first, own_R1) for a in (x_MD, y_MF))
+            y_RF = _product(x_RD, w_DF, 1, 1 if transposed else 0).astype(x_MD.dtype)
+            y_RF = jnp.where(own_R1, y_RF, old_RF)
+            return jax.lax.dynamic_update_slice_in_dim(y_MF, y_RF, first, 0)
+
+        return _over_tiles(start, size, rows, y_MF, tile)
+
+    y_MF, _ = _vary_alike(jnp.zeros((rows, width), x_MD.dtype), x_MD)
+    return _over_groups(sizes_E, y_MF, group)
+
+
+def _rows(a_MD, first, own_R1):
+    return jax.lax.dynamic_slice_in_dim(a_MD, first, len(own_R1))
+
+
+@jax.custom_vjp
+def _tiles(x_MD, w_EDF, sizes_E):
+    return _rows_by_matrices(x_MD, w_EDF, sizes_E, transposed=False)
+
+
+def _tiles_forward(x_MD, w_EDF, sizes_E):
+    return _tiles(x_MD, w_EDF, sizes_E), (x_MD, w_EDF, sizes_E)
+
+
+def _tiles_backward(residuals, dy_MF):
+    x_MD, w_EDF, sizes_E = residuals
+
+    def group(dw_EDF, e, start, size):
+        def tile(dw_DF, first, own_R1):
+            x_RD, dy_RF = (jnp.where(own_R1, _rows(a, first, own_R1), 0) for a in (x_MD, dy_MF))
+            return dw_DF + _product(x_RD, dy_RF, 0, 0)
+
+        dw_DF, _ = _vary_alike(jnp.zeros(w_EDF.shape[1:], jnp.float32), x_MD)
+        dw_DF = _over_tiles(start, size, len(x_MD), dw_DF, tile).astype(dw_EDF.dtype)
+        return jax.lax.dynamic_update_index_in_dim(dw_EDF, dw_DF, e, 0)
+
+    dw_EDF, _ = _vary_alike(jnp.zeros(w_EDF.shape, w_EDF.dtype), x_MD)
+    dw_EDF = _over_groups(sizes_E, dw_EDF, group)
+    dx_MD = _rows_by_matrices(dy_MF, w_EDF, sizes_E, transposed=True)
+    return dx_MD, dw_EDF, None
+
+
+_tiles.defvjp(_tiles_forward, _tiles_backward)
+
+
+def tiles(x_MD, w_EDF, sizes_E):
+    """A loop over tiles of rows that lie in one group: the work follows the sizes at run time.
+
+    The gradients use the same loop, so that neither direction stores anything per group and row.
+    """
+    # outside the rule for gradients: what is cast here has its gradients added up
+    return _tiles(*_vary_alike(x_MD, w_EDF, sizes_E))
+
+
+def ragged_dot(x_MD, w_EDF, sizes_E):
+    """The operation of XLA; as fast as the compiler's lowering on a platform is."""
+    used_M1 = jnp.arange(len(x_MD), dtype=jnp.int32)[:, None] < jnp.sum(sizes_E)
+    y_MF = jax.lax.ragged_dot(
+        jnp.where(used_M1, x_MD, 0), w_EDF, sizes_E, preferred_element_type=jnp.float32
+    )
+    return jnp.where(used_M1, y_MF, 0.0)
+
+
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "reference": reference,
+    "tiles": tiles,
+    "ragged_dot": ragged_dot,
+}
+Implementation = Literal["auto", "reference", "tiles", "ragged_dot"]
+
+
+def resolve(implementation: str, platform: str | None = None) -> str:
+    """The implementation that ``auto`` stands for on ``platform`` (the run header prints it).
+
+    ``platform`` is that of the devices compiled for; None is the default backend's.
+
+    Raises:
+      ValueError: no implementation of that name.
+    """
+    if implementation == "auto":
+        # XLA lowers ragged_dot outside TPUs to masked products of all rows with all matrices
+        return "ragged_dot" if (platform or jax.default_backend()) == "tpu" else "tiles"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"no grouped matmul {implementation!r}; there are: auto, " + ", ".join(IMPLEMENTATIONS)
+        )
+    return implementation
+
+
+def grouped_matmul(
+    x_MD, w_EDF, sizes_E, *, implementation: str = "auto", platform: str | None = None
+):
+    """The product of each row with the matrix of its group.
+
+    Args:
+      x_MD: rows sorted by group.
+      w_EDF: one matrix per group, in the rows' dtype.
+      sizes_E: int32 rows of each group, in order; zero is allowed. Rows past their sum give zeros.
+      implementation: a key of ``IMPLEMENTATIONS`` or ``auto``.
+      platform: of the devices compiled for, for ``auto``; None is the default backend's.
+
+    Returns:
+      (M, F) in ``x_MD.dtype``, accumulated in float32; differentiable in ``x_MD`` and ``w_EDF``.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, or no such implementation.
+    """
+    if x_MD.ndim != 2 or w_EDF.ndim != 3 or sizes_E.shape != w_EDF.shape[:1]:
+        raise ValueError(
+            "a grouped matmul takes rows (M, D), matrices (E, D, F) and sizes (E,), not "
+            f"{x_MD.shape}, {w_EDF.shape} and {sizes_E.shape}"
+        )
+    if x_MD.shape[1] != w_EDF.shape[1] or x_MD.dtype != w_EDF.dtype:
+        raise ValueError(
+            f"rows {x_MD.dtype}{x_MD.shape} do not fit matrices {w_EDF.dtype}{w_EDF.shape}"
+        )
+    if sizes_E.dtype != jnp.int32:
+        raise ValueError(f"sizes are int32, not {sizes_E.dtype}")
+    compute = IMPLEMENTATIONS[resolve(implementation, platform)]
+    return compute(x_MD, w_EDF, sizes_E).astype(x_MD.dtype)
