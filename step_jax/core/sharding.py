@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from step_jax.core.errors import ConfigError
@@ -75,14 +76,40 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh:
-    """A mesh with the axes of :class:`MeshConfig`, the rightmost ones on the nearest devices."""
+    """A mesh with the axes of :class:`MeshConfig`, the rightmost ones on the nearest devices.
+
+    With several slices of TPUs the leftmost axis whose size they divide goes across them: between
+    slices is only the data centre's network.
+
+    Raises:
+      ConfigError: sizes that do not make the devices, or that no slice can be cut from.
+    """
     devices = jax.devices() if devices is None else list(devices)
     config = config.resolve(len(devices))
     shape = tuple(config.sizes().values())
     types = (AxisType.Auto,) * len(AXES)
     if len(devices) == 1:
         return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=types)
-    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    return Mesh(_arrange(shape, devices), AXES, axis_types=types)
+
+
+def _arrange(shape: tuple[int, ...], devices: Sequence) -> np.ndarray:
+    """The devices as an array of ``shape`` that lies well on their torus and their slices."""
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    if slices == 1:
+        try:
+            return mesh_utils.create_device_mesh(shape, devices)
+        except NotImplementedError:  # no axis of the torus (or product of some) has these sizes
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    across = next((i for i, size in enumerate(shape) if size % slices == 0), None)
+    if across is None:
+        sizes = " x ".join(f"{a}={n}" for a, n in zip(AXES, shape, strict=True) if n > 1)
+        raise ConfigError(f"no axis of the mesh {sizes} can be cut into {slices} slices")
+    outer = tuple(slices if i == across else 1 for i in range(len(shape)))
+    inner = tuple(n // o for n, o in zip(shape, outer, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, allow_split_physical_axes=True
+    )
 
 
 #: (logical axis, mesh axes). Where a name stands twice the second line is the fall-back for sizes

@@ -20,6 +20,7 @@ from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.data import DataConfig, TextDataset
 from step_jax.data.config import TRAIN_TOKENIZER
+from step_jax.data.packing import empty_batch
 from step_jax.evaluation.heldout import make_evaluator
 from step_jax.inference.generate import generate
 from step_jax.inference.sampling import SamplingConfig
@@ -203,15 +204,7 @@ def run(config: PretrainConfig) -> dict[str, float]:
         rows, tokens = dataset.batch_size, dataset.batch_size * config.data.sequence_length
         total_steps = config.training.total_steps(tokens)
 
-        optimizer = make_optimizer(
-            config.optimizer,
-            model.specs(),
-            total_steps=total_steps,
-            tokens=float(total_steps * tokens),
-            sharding=sharding,
-        )
-        use_ema = config.training.ema_decay is not None
-        state_like = abstract_state(model.specs(), optimizer, sharding, ema=use_ema)
+        optimizer, state_like = optimizer_and_state(config, sharding, rows)
         state, start = session.start(
             compile_initial_state(
                 lambda: model.initialise(rng.fold(config.run.seed, 0, "parameters")),
@@ -221,7 +214,7 @@ def run(config: PretrainConfig) -> dict[str, float]:
             state_like,
             check=lambda meta, step: dataset.check(meta["data"], step),
         )
-        train_step = compile_step(config, optimizer, sharding, state_like, dataset.batch(0), rows)
+        train_step = compile_step(config, optimizer, sharding, state_like, rows)
         session.describe(
             config,
             total_steps,
@@ -251,8 +244,26 @@ def run(config: PretrainConfig) -> dict[str, float]:
         return finish(session, config, dataset, evaluate, state.best_params)
 
 
-def compile_step(config: PretrainConfig, optimizer, sharding, state_like, batch, rows: int):
-    """The compiled train step, see ``compile_train_step``."""
+def optimizer_and_state(config: PretrainConfig, sharding: Sharding, rows: int):
+    """The optimizer of a run with batches of ``rows`` rows, and the abstract state it trains."""
+    specs, tokens = config.model.specs(), rows * config.data.sequence_length
+    total_steps = config.training.total_steps(tokens)
+    optimizer = make_optimizer(
+        config.optimizer,
+        specs,
+        total_steps=total_steps,
+        tokens=float(total_steps * tokens),
+        sharding=sharding,
+    )
+    use_ema = config.training.ema_decay is not None
+    return optimizer, abstract_state(specs, optimizer, sharding, ema=use_ema)
+
+
+def compile_step(
+    config: PretrainConfig, optimizer, sharding, state_like, rows: int, compiler_options=None
+):
+    """The compiled train step, see ``compile_train_step``; neither data nor devices are needed."""
+    batch = empty_batch(1, config.data.sequence_length, pad_id=0)
     return compile_train_step(
         make_loss(config.model, config.execution, sharding, config.training.z_loss),
         optimizer,
@@ -265,6 +276,7 @@ def compile_step(config: PretrainConfig, optimizer, sharding, state_like, batch,
         compute_dtype=config.execution.dtype,
         seed=config.run.seed,
         report=functools.partial(expert_health.report, config.model),
+        compiler_options=compiler_options,
     )
 
 

@@ -44,12 +44,14 @@ def compile_train_step(
     sharding: Sharding,
     state_like: TrainState,
     batch_like: Any,
+    compiler_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> jax.stages.Compiled:
     """The compiled (state, batch) -> (state, metrics); the state is donated.
 
     Args:
       state_like, batch_like: shapes, dtypes and shardings (``abstract_state``, ``abstract_batch``).
+      compiler_options: of XLA, for instance what it shall dump.
       options: of ``make_train_step``.
     """
     shardings = layout(state_like)
@@ -60,4 +62,4 @@ def compile_train_step(
         **options,
     )
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated()))
-    return jitted.lower(state_like, batch_like).compile()
+    return jitted.lower(state_like, batch_like).compile(compiler_options)
