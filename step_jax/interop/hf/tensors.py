@@ -156,7 +156,7 @@ def _table(block: Block, family: str) -> dict[str, tuple[str, ...]]:
 
 
 def _layer_tensors(block: Block, family: str, specs, leaf_path: str, rope_interleave: bool):
-    """Yields (name with ``#``, leaves, their specs, reorder, experts of a layer if one has each)."""
+    """Yields (name, leaves, their specs, reorder, number of experts if the name has a ``#``)."""
     for name, parts in _table(block, family).items():
         leaves = tuple(f"{leaf_path}/{part}" for part in parts)
         if leaves[0] not in specs:
