@@ -5,12 +5,43 @@ Shape suffixes: B batch, T tokens, N heads, H head width.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 
 from step_jax.core.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Slower rotations for a longer context, as Llama 3.1 (arXiv 2407.21783) and Step-3.5-Flash.
+
+    A rotation that turns less than ``low`` times within ``length`` tokens (the context before
+    extension) is slowed down ``factor`` times, one that turns more than ``high`` times is left as
+    it is, and between the two the slowdown is interpolated.
+    """
+
+    factor: float
+    length: int
+    low: float = 1.0
+    high: float = 4.0
+
+    def validate(self):
+        if self.factor < 1.0 or self.length < 1:
+            raise ConfigError(
+                f"rope scaling needs a factor and a length of at least 1, not {self.factor} "
+                f"and {self.length}"
+            )
+        if not 0.0 < self.low < self.high:
+            raise ConfigError(f"rope scaling needs 0 < low < high, not {self.low} and {self.high}")
+
+    def apply(self, frequency):
+        """Radians per token, scaled; of any shape."""
+        turns = self.length * frequency / (2 * math.pi)
+        kept = jnp.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
+        return frequency * (kept + (1.0 - kept) / self.factor)
 
 
 @dataclass(frozen=True)
@@ -24,6 +55,7 @@ class Rope:
     kind: ClassVar[str] = "rope"
     theta: float = 10_000.0
     fraction: float = 1.0
+    scaling: RopeScaling | None = None
 
     def validate(self):
         if not 0.0 < self.fraction <= 1.0:
@@ -38,10 +70,12 @@ class Rope:
         return width
 
     def apply(self, x_BTNH, positions_BT):
-        """Rotates by angles ``position * theta**(-2i/width)``, computed in float32."""
+        """Rotates by angles ``position * theta**(-2i/width)``, scaled; computed in float32."""
         width = self.rotated_width(x_BTNH.shape[-1])
         half = width // 2
         frequency = jnp.float32(self.theta) ** (-jnp.arange(half, dtype=jnp.float32) / half)
+        if self.scaling is not None:
+            frequency = self.scaling.apply(frequency)
         angle_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * frequency
         cos_BT1h, sin_BT1h = jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
         x32 = x_BTNH[..., :width].astype(jnp.float32)

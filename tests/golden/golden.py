@@ -14,6 +14,10 @@ NAMES = (
     "qwen3_tied_window",
     "deepseek_v3",
     "deepseek_v3_no_q_lora_half_split",
+    "qwen3_moe",
+    "qwen3_moe_raw_window",
+    "deepseek_v3_moe",
+    "step3p7",
 )
 
 
@@ -23,6 +27,7 @@ class Golden:
     state: dict[str, np.ndarray]  # tensor name -> float32
     tokens_BT: np.ndarray  # int32
     logits_BTV: np.ndarray  # float32
+    released_config: dict | None = None  # in the released checkpoint's keys
 
 
 def load(name: str) -> Golden:
@@ -30,4 +35,5 @@ def load(name: str) -> Golden:
     with np.load(Path(__file__).parent / f"{name}.npz") as file:
         prefix = "state/"
         state = {k.removeprefix(prefix): file[k] for k in file if k.startswith(prefix)}
-        return Golden(json.loads(str(file["config"])), state, file["tokens"], file["logits"])
+        texts = [json.loads(str(file[k])) for k in ("config", "released_config") if k in file]
+        return Golden(texts[0], state, file["tokens"], file["logits"], *texts[1:])

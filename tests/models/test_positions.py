@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from step_jax.core.errors import ConfigError
-from step_jax.models.positions import Alibi, Rope, alibi, rotate
+from step_jax.models.positions import Alibi, Rope, RopeScaling, alibi, rotate
 from step_jax.ops.attention import alibi_slopes_N
 
 RNG = np.random.default_rng(0)
@@ -53,6 +53,18 @@ def test_rope_returns_the_dtype_it_was_given_and_angles_do_not_lose_positions():
     assert not np.array_equal(y, rope.apply(x, np.full((1, 1), 256, np.int32)))
 
 
+def test_rope_scaling_slows_down_what_turns_seldom():
+    """Wavelengths 10, 500 and 100000 at a context of 1000: kept, half way, eight times slower."""
+    scaling = RopeScaling(factor=8.0, length=1000, low=1.0, high=3.0)
+    wavelength = np.array([10.0, 500.0, 1e5])
+    scaled = scaling.apply(jnp.asarray(2 * np.pi / wavelength, jnp.float32))
+    between = (0.5 + 0.5 / 8) / 500
+    np.testing.assert_allclose(scaled / (2 * np.pi), [1 / 10, between, 1 / 8e5], rtol=1e-6)
+    slow, plain = Rope(theta=1e5, scaling=scaling), Rope(theta=1e5)
+    assert not np.allclose(rotated(slow, Q, 100), rotated(plain, Q, 100))
+    np.testing.assert_array_equal(rotated(slow, Q, 100)[..., 0], rotated(plain, Q, 100)[..., 0])
+
+
 def test_published_alibi_slopes():
     """2108.12409, section 3: 8 heads 1/2 .. 1/256; 12 heads: those and the odd ones of 16."""
     eight = [2.0**-n for n in range(1, 9)]
@@ -81,6 +93,8 @@ def test_each_position_takes_its_own_way():
         (Rope(fraction=0.0), r"fraction is 0.0; it must be in \(0, 1\]"),
         (Rope(fraction=1.5), "fraction is 1.5"),
         (Rope(theta=1.0), "theta is 1.0; it must be above 1"),
+        (RopeScaling(0.5, 8), "needs a factor and a length of at least 1, not 0.5 and 8"),
+        (RopeScaling(2.0, 8, low=4.0), "needs 0 < low < high, not 4.0 and 4.0"),
     ],
 )
 def test_bad_ropes_are_refused(bad, message):
