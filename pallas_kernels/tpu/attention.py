@@ -1,0 +1,234 @@
+"""Attention of many query heads on one or few shared key/value heads, for TPU.
+
+Shape suffixes: B batch, K key/value heads, G query heads of one key head, T queries, S keys, H
+width of queries and keys, V width of values, 1 an axis of one.
+
+Forward and backward are one kernel each (``attention_forward``, ``attention_backward``). Masks are
+positions and documents; blocks that see nothing are not visited (``visits``).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.tpu import block_sizes
+from pallas_kernels.tpu.attention_backward import backward_of_chunk
+from pallas_kernels.tpu.attention_forward import forward
+from pallas_kernels.tpu.visits import (
+    MAX_KEY_BLOCKS,
+    MAX_QUERY_BLOCKS,
+    NO_KEY,
+    NO_QUERY,
+    Pattern,
+    candidates,
+    plan,
+)
+
+
+@dataclass(frozen=True)
+class _Static:
+    pattern: Pattern
+    scale: float
+    chip: str
+    sizes: block_sizes.Sizes
+    packed: bool
+    interpret: Any
+
+    @property
+    def vmem(self) -> int:
+        return block_sizes.CHIPS[self.chip].vmem_limit
+
+
+def attention(
+    q_BKGTH,
+    k_BKSH,
+    v_BKSV,
+    q_positions_BT,
+    kv_positions_BS,
+    q_segments_BT=None,
+    kv_segments_BS=None,
+    *,
+    pattern: Pattern,
+    scale: float,
+    chip: str,
+    sizes: block_sizes.Sizes | None = None,
+    interpret: Any = False,
+):
+    """Softmax attention and its log-sum-exp; both can be differentiated.
+
+    Args:
+      q_BKGTH, k_BKSH, v_BKSV: of one dtype, bfloat16 or float32; widths of ``WIDTHS``.
+      q_positions_BT, kv_positions_BS: int32 positions in the document; a negative one is an empty
+        slot, seen by nobody.
+      q_segments_BT, kv_segments_BS: int32 documents of a packed row, 0 for padding; None if a row
+        is one document.
+      pattern: causality and window.
+      scale: of the scores; positive.
+      chip: ``jax.Device.device_kind`` of what is compiled for.
+      sizes: block sizes; None for the table's.
+      interpret: as in ``pallas_call``.
+
+    Returns:
+      (o_BKGTV in the queries' dtype, lse_BKGT float32 of natural base). A query that may see
+      nothing has a zero output, and a log-sum-exp below -1e27 * scale.
+
+    Raises:
+      ValueError: an unsupported dtype, width, chip or block size; the message says what is.
+    """
+    B, K, G, T, H = q_BKGTH.shape
+    S, V = v_BKSV.shape[2:]
+    dtypes = {x.dtype.name for x in (q_BKGTH, k_BKSH, v_BKSV)}
+    if len(dtypes) > 1:
+        raise ValueError(f"queries, keys and values must have one dtype, not {sorted(dtypes)}")
+    reason = block_sizes.unsupported(chip, H, V, q_BKGTH.dtype.name)
+    if reason is None and not scale > 0:
+        reason = f"the scale {scale} is not positive"
+    if reason is not None:
+        raise ValueError(f"TPU attention: {reason}")
+    shape = block_sizes.Shape(G, T, S, H, V, q_BKGTH.dtype.itemsize)
+    if sizes is None:
+        sizes = block_sizes.fit(chip, shape)
+    else:
+        block_sizes.check(chip, shape, sizes)
+    packed = q_segments_BT is not None
+    static = _Static(pattern, float(scale), chip, sizes, packed, interpret)
+    if not packed:
+        q_segments_BT, kv_segments_BS = (
+            jnp.ones_like(x) for x in (q_positions_BT, kv_positions_BS)
+        )
+    q_segments_BT = jnp.where(q_segments_BT > 0, q_segments_BT, NO_QUERY)
+    empty_BS = (kv_segments_BS <= 0) | (kv_positions_BS < 0)
+    kv_segments_BS = jnp.where(empty_BS, NO_KEY, kv_segments_BS)
+    arrays = (q_positions_BT, q_segments_BT, kv_positions_BS, kv_segments_BS)
+    return _attention(static, q_BKGTH, k_BKSH, v_BKSV, arrays)
+
+
+def _pad(x, length: int, axis: int, value=0):
+    amount = length - x.shape[axis]
+    if amount == 0:
+        return x
+    return jnp.pad(
+        x, [(0, amount if i == axis else 0) for i in range(x.ndim)], constant_values=value
+    )
+
+
+def _tokens(arrays, shape):
+    """Positions and documents of whole blocks: each (B, 1, tokens)."""
+    q_positions_BT, q_segments_BT, kv_positions_BS, kv_segments_BS = arrays
+    return tuple(
+        _pad(x.astype(jnp.int32), n, 1, value)[:, None]
+        for x, n, value in (
+            (q_positions_BT, shape.queries, 0),
+            (q_segments_BT, shape.queries, NO_QUERY),
+            (kv_positions_BS, shape.keys, 0),
+            (kv_segments_BS, shape.keys, NO_KEY),
+        )
+    )
+
+
+def _visits(static: _Static, arrays_B1T, s, shape, blocks: range | None = None):
+    """See ``visits.plan``; ``blocks`` of keys: only those, else all, with every query visited."""
+    q_C, kv_C = candidates(static.pattern, shape.queries, shape.keys, s.q_block, s.kv_block)
+    if shape.queries // s.q_block > MAX_QUERY_BLOCKS or shape.keys // s.kv_block > MAX_KEY_BLOCKS:
+        raise ValueError(
+            f"TPU attention: {s} cuts {shape.queries} queries and {shape.keys} keys into more than "
+            f"{MAX_QUERY_BLOCKS} or {MAX_KEY_BLOCKS} blocks, the most a visit can name"
+        )
+    if blocks is None:
+        keep_C = np.diff(q_C, prepend=-1) != 0
+    else:
+        inside_C = (kv_C >= blocks.start) & (kv_C < blocks.stop)
+        if not inside_C.any():  # nobody may look at these keys, yet their gradients are written
+            q_C, kv_C, inside_C = q_C[:1] * 0, kv_C[:1] * 0 + blocks.start, np.ones(1, bool)
+        q_C, kv_C = q_C[inside_C], kv_C[inside_C]
+        keep_C = np.arange(q_C.size) == 0
+    arrays = (x[:, 0] for x in arrays_B1T)
+    visits_BW, steps = plan(static.pattern, (q_C, kv_C, s.q_block, s.kv_block, keep_C), *arrays)
+    # in-order rows of one document visit all candidates: a static grid
+    return visits_BW, steps if static.packed or not static.pattern.in_order else q_C.size
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static, q_BKGTH, k_BKSH, v_BKSV, arrays):
+    (o_BKGTV, lse_BKGT), _ = _forward(static, q_BKGTH, k_BKSH, v_BKSV, arrays)
+    return o_BKGTV, lse_BKGT
+
+
+def _shape(q_BKGTH, v_BKSV, s):
+    _, _, G, T, H = q_BKGTH.shape
+    S, V = v_BKSV.shape[2:]
+    return block_sizes.padded(block_sizes.Shape(G, T, S, H, V, q_BKGTH.dtype.itemsize), s)
+
+
+def _forward(static: _Static, q_BKGTH, k_BKSH, v_BKSV, arrays):
+    s = static.sizes[0]
+    T, shape = q_BKGTH.shape[3], _shape(q_BKGTH, v_BKSV, s)
+    arrays_B1T = _tokens(arrays, shape)
+    o_BKGTV, lse_BKG1T = forward(
+        _visits(static, arrays_B1T, s, shape),
+        arrays_B1T,
+        _pad(q_BKGTH, shape.queries, 3),
+        _pad(k_BKSH, shape.keys, 2),
+        _pad(v_BKSV, shape.keys, 2),
+        exponent=static.scale * math.log2(math.e),
+        pattern=static.pattern,
+        sizes=s,
+        vmem=static.vmem,
+        interpret=static.interpret,
+    )
+    o_BKGTV, lse_BKG1T = o_BKGTV[..., :T, :], lse_BKG1T[..., :T]
+    saved = (q_BKGTH, k_BKSH, v_BKSV, arrays, o_BKGTV, lse_BKG1T)
+    return (o_BKGTV, lse_BKG1T[..., 0, :] * math.log(2)), saved
+
+
+def _backward(static: _Static, saved, gradients):
+    q_BKGTH, k_BKSH, v_BKSV, arrays, o_BKGTV, lse_BKG1T = saved
+    do_BKGTV, dlse_BKGT = gradients
+    s, dtype = static.sizes[1], q_BKGTH.dtype
+    (_, _, G, T, _), S, shape = q_BKGTH.shape, k_BKSH.shape[2], _shape(q_BKGTH, v_BKSV, s)
+    # sum over keys of p * dp, from the output instead of the scores
+    mean_BKGT = jnp.sum(do_BKGTV.astype(jnp.float32) * o_BKGTV.astype(jnp.float32), axis=-1)
+    mean_BKG1T = (mean_BKGT - dlse_BKGT)[..., None, :]
+    arrays_B1T = _tokens(arrays, shape)
+    q_BKGTH, do_BKGTV = (_pad(x, shape.queries, 3) for x in (q_BKGTH, do_BKGTV))
+    k_BKSH, v_BKSV = (_pad(x, shape.keys, 2) for x in (k_BKSH, v_BKSV))
+    lse_BKG1T, mean_BKG1T = (_pad(x, shape.queries, 4) for x in (lse_BKG1T, mean_BKG1T))
+    one_chunk = s.chunk >= shape.keys
+    dq_BKGTH = jnp.zeros(q_BKGTH.shape, dtype if one_chunk else jnp.float32)
+    dk, dv = [], []
+    per_chunk, last = s.chunk // s.kv_block, shape.keys // s.kv_block
+    for start in range(0, last, per_chunk):
+        blocks = range(start, min(start + per_chunk, last))
+        dq_BKGTH, dk_BKXSH, dv_BKXSV = backward_of_chunk(
+            _visits(static, arrays_B1T, s, shape, blocks),
+            arrays_B1T,
+            q_BKGTH,
+            k_BKSH,
+            v_BKSV,
+            do_BKGTV,
+            lse_BKG1T,
+            mean_BKG1T,
+            dq_BKGTH,
+            blocks=blocks,
+            scale=static.scale,
+            exponent=static.scale * math.log2(math.e),
+            pattern=static.pattern,
+            sizes=s,
+            parts=block_sizes.parts(static.chip, G),
+            vmem=static.vmem,
+            interpret=static.interpret,
+        )
+        dk.append((dk_BKXSH.sum(axis=2) * static.scale).astype(dtype))
+        dv.append(dv_BKXSV.sum(axis=2).astype(dtype))
+    dk_BKSH, dv_BKSV = jnp.concatenate(dk, axis=2), jnp.concatenate(dv, axis=2)
+    return dq_BKGTH[..., :T, :].astype(dtype), dk_BKSH[:, :, :S], dv_BKSV[:, :, :S], None
+
+
+_attention.defvjp(_forward, _backward)
