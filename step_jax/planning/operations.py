@@ -1,0 +1,209 @@
+"""Operations and memory traffic of a compiled program, loops included.
+
+A multiply-add is two operations, as in ``models.flops``; element-wise work is not counted.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from step_jax.planning.hlo import Computation, Instruction, Module
+
+#: Instructions that move nothing: names for what exists, and loops, whose bodies count themselves.
+_FREE = {
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional",
+    "call", "after-all", "partition-id", "replica-id", "domain", "opt-barrier", "async-start",
+    "async-update", "async-done", "call-start", "call-done",
+}  # fmt: skip
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Of one device and one call of the program.
+
+    Attributes:
+      flops: of matrix products and convolutions, and what kernels declare of themselves.
+      kernel_flops: the part that kernels (custom calls) declare.
+      traffic: bytes between main memory and the chip, if every instruction reads its operands and
+        writes its results once.
+      silent_kernels: kernels without a declared cost; their operations are missing here.
+    """
+
+    flops: float
+    kernel_flops: float
+    traffic: float
+    silent_kernels: tuple[str, ...]
+
+
+def count(module: Module, executions: dict[str, float]) -> Operations:
+    """Operations of a module whose computations run as often as ``hlo.executions`` says."""
+    flops = kernels = traffic = 0.0
+    silent: set[str] = set()
+    fused = {
+        name
+        for c in module.computations.values()
+        for i in c.instructions.values()
+        if i.opcode == "fusion"
+        for name in i.calls("calls")
+    }
+    for name, times in executions.items():
+        computation = module.computations[name]
+        for i in computation.instructions.values():
+            if i.opcode == "dot":
+                flops += times * dot_flops(computation, i)
+            elif i.opcode == "convolution":
+                flops += times * convolution_flops(computation, i)
+            elif i.opcode == "custom-call":
+                declared = kernel_flops(i)
+                kernels += times * (declared or 0.0)
+                if declared is None and "tpu_custom_call" in i.attributes:
+                    silent.add(i.name)
+            if name not in fused:
+                traffic += times * moved(module, computation, i)
+    return Operations(flops + kernels, kernels, traffic, tuple(sorted(silent)))
+
+
+def dot_flops(computation: Computation, i: Instruction) -> float:
+    """Of a ``dot``: two per element of the result and of the contracted dimensions."""
+    left = computation.instructions[i.operands[0]].outputs[0]
+    contracted = math.prod(left.dims[d] for d in i.numbers("lhs_contracting_dims"))
+    return 2.0 * i.outputs[0].size * contracted
+
+
+def convolution_flops(computation: Computation, i: Instruction) -> float:
+    """Of a ``convolution``, which is also how the TPU compiler writes matrix products.
+
+    Products with padding and with the holes of a dilated input are not work: batched products are
+    written with such holes.
+    """
+    labels = re.search(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)", i.attributes)
+    if labels is None:
+        raise ValueError(f"the convolution {i.name} has no dim_labels")
+    lhs, rhs, out = labels.groups()
+    left = computation.instructions[i.operands[0]].outputs[0]
+    right = computation.instructions[i.operands[1]].outputs[0]
+    batch = left.dims[lhs.index("b")] // (i.number("batch_group_count") or 1)
+    features = right.dims[rhs.index("i")] * right.dims[rhs.index("o")]
+    window = _window(i.attributes)
+    positions = 1
+    for n, digit in enumerate(sorted(c for c in out if c.isdigit())):
+        positions *= _valid_positions(
+            left.dims[lhs.index(digit)],
+            right.dims[rhs.index(digit)],
+            i.outputs[0].dims[out.index(digit)],
+            *(window[key][n] if window[key] else fallback for key, fallback in _WINDOW.items()),
+        )
+    return 2.0 * batch * features * positions
+
+
+_WINDOW = {"stride": 1, "pad": (0, 0), "lhs_dilate": 1, "rhs_dilate": 1}
+
+
+def _window(attributes: str) -> dict[str, list]:
+    """The lists of a ``window={size=... stride=... pad=...}``, empty where it says nothing."""
+    found = re.search(r"window=\{([^}]*)\}", attributes)
+    text = dict(re.findall(r"(\w+)=([\dx_\-]+)", found[1])) if found else {}
+    window: dict[str, list] = {}
+    for key in _WINDOW:
+        parts = text[key].split("x") if key in text else []
+        window[key] = [tuple(map(int, p.split("_"))) if key == "pad" else int(p) for p in parts]
+    return window
+
+
+@functools.cache
+def _valid_positions(size, kernel, out, stride, pad, lhs_dilate, rhs_dilate) -> int:
+    """Pairs of (place of the result, element of the kernel) that meet an element of the input."""
+    reach = (size - 1) * lhs_dilate + 1
+    total = 0
+    places = np.arange(out) * stride - pad[0]
+    for k in range(kernel):
+        at = places + k * rhs_dilate
+        total += int(np.sum((at >= 0) & (at < reach) & (at % lhs_dilate == 0)))
+    return total
+
+
+def kernel_flops(i: Instruction) -> float | None:
+    """What a custom call declares as its cost, None if it declares nothing."""
+    found = re.search(r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)', i.attributes)
+    return float(found[1]) if found else None
+
+
+# --- Traffic ------------------------------------------------------------------------------------
+
+
+def _main(instruction: Instruction) -> float:
+    """Bytes of a result that lies in main memory."""
+    return sum(a.nbytes for a in instruction.outputs if a.space == 0)
+
+
+def moved(module: Module, computation: Computation, i: Instruction) -> float:
+    """Bytes that an instruction reads from and writes to main memory.
+
+    Of an array that is only sliced the slice is read, and of one that is updated in place the
+    update is written: loops over stacked layers would otherwise seem to move all layers each turn.
+    """
+    if i.opcode in _FREE or i.opcode.endswith("-done"):
+        return 0.0
+    operands = [computation.instructions[name] for name in i.operands]
+    if i.opcode == "fusion":
+        fused = module.computations[i.calls("calls")[0]]
+        reads = sum(_read(fused, n, o) for n, o in enumerate(operands))
+        return reads + _written(fused, i)
+    if i.opcode == "dynamic-update-slice":
+        return 2.0 * _main(operands[1])
+    if i.opcode in _SLICES:
+        return 2.0 * _main(i)
+    if i.opcode == "copy-start":  # its result repeats its operand
+        return _main(operands[0]) + (i.outputs[0].nbytes if i.outputs[0].space == 0 else 0)
+    return sum(map(_main, operands)) + _main(i)
+
+
+def _read(fused: Computation, number: int, operand: Instruction) -> float:
+    parameter = fused.parameters.get(number)
+    if parameter is None:
+        return _main(operand)
+    users = _real_users(fused, parameter)
+    if users and all(_is_partial(fused, u, parameter) for u in users):
+        parts = sum(u.nbytes for u in users if u.opcode in _SLICES)
+        return min(parts, _main(operand))
+    return _main(operand)
+
+
+def _real_users(fused: Computation, i: Instruction) -> list[Instruction]:
+    found = []
+    for user in fused.users.get(i.name, []):
+        found += _real_users(fused, user) if user.opcode == "bitcast" else [user]
+    return found
+
+
+def _is_partial(fused: Computation, user: Instruction, parameter: Instruction) -> bool:
+    if user.opcode not in (*_SLICES, "dynamic-update-slice"):
+        return False
+    first = fused.instructions[user.operands[0]]
+    while first.opcode == "bitcast":
+        first = fused.instructions[first.operands[0]]
+    return first is parameter
+
+
+def _written(fused: Computation, fusion: Instruction) -> float:
+    root = fused.root
+    parts = [fused.instructions[n] for n in root.operands] if root.opcode == "tuple" else [root]
+    if len(parts) != len(fusion.outputs):
+        return _main(fusion)
+    total = 0.0
+    for part, array in zip(parts, fusion.outputs, strict=True):
+        while part.opcode == "bitcast":
+            part = fused.instructions[part.operands[0]]
+        if array.space:
+            continue
+        if part.opcode == "dynamic-update-slice":
+            total += fused.instructions[part.operands[1]].nbytes
+        else:
+            total += array.nbytes
+    return total

@@ -1,0 +1,185 @@
+"""Devices to plan for: ``v5p:8x8x16``, several slices of them, simulated CPUs, GPUs on paper."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from step_jax.core.errors import ConfigError
+from step_jax.core.hardware import CHIPS, Chip
+
+#: Name -> (shapes that are sold, JAX devices of a chip). v4, v5p and TPU7x pods are three-
+#: dimensional, of cubes of 4x4x4 from 64 chips on; v5e and v6e slices are two-dimensional.
+TPUS: dict[str, tuple[tuple[str, ...], int]] = {
+    "v5e": (("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"), 1),
+    "v6e": (("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"), 1),
+    "v5p": (
+        ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x12")
+        + ("8x8x16", "8x16x16", "16x16x16", "16x16x24"),
+        1,
+    ),
+    "tpu7x": (
+        ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
+        + ("8x16x16", "16x16x16", "16x16x24"),
+        2,
+    ),
+}
+GPUS = tuple(name for name in CHIPS if name[0] in "ABH")
+
+#: Chips of a host that talk over NVLink.
+NVLINK_ISLAND = 8
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where a step is to run.
+
+    Attributes:
+      name: as on the command line.
+      platform: ``tpu``, ``cpu`` or ``gpu``.
+      chip: figures of one device, None for a CPU.
+      count: JAX devices over all slices.
+      chips: what is rented: a TPU7x chip is two devices.
+      slices: pods that only the data centre's network joins.
+      torus: chips along each dimension of a slice, empty where there is no torus.
+      devices: abstract or host devices; None where nothing can be compiled here (GPUs).
+    """
+
+    name: str
+    platform: str
+    chip: Chip | None
+    count: int
+    chips: int
+    slices: int
+    torus: tuple[int, ...]
+    devices: Sequence[Any] | None
+
+
+def describe_all() -> str:
+    """Every topology that ``parse`` accepts, in words."""
+    lines = [f"  {name}: {' '.join(shapes)}" for name, (shapes, _) in TPUS.items()]
+    gpus = f"  {', '.join(GPUS)}: gpu:{GPUS[-1].lower()}x64 (on paper: nothing is compiled)"
+    return "\n".join([*lines, "  cpu:N (N simulated devices of this machine)", gpus])
+
+
+def parse(name: str, slices: int = 1) -> Topology:
+    """The topology of a name such as ``v5p:4x4x4``, ``cpu:8`` or ``gpu:h200x16``.
+
+    Raises:
+      ConfigError: an unknown name or shape; the message lists those that exist.
+    """
+    kind, _, shape = name.partition(":")
+    if slices < 1:
+        raise ConfigError(f"--slices is {slices}; it must be at least 1")
+    if kind in TPUS:
+        return _tpu(name, kind, shape, slices)
+    if slices > 1:
+        raise ConfigError(f"slices are joined TPU pods; {name} has none")
+    if kind == "cpu" and shape.isdigit() and int(shape) >= 1:
+        return _cpu(name, int(shape))
+    if kind == "gpu" and (found := re.fullmatch(r"([a-z]\d+)x(\d+)", shape.lower())):
+        chip = next((CHIPS[n] for n in GPUS if n.lower() == found[1]), None)
+        if chip is not None and int(found[2]) >= 1:
+            count = int(found[2])
+            return Topology(name, "gpu", chip, count, count, 1, (), None)
+    raise ConfigError(f"no topology {name!r}; there are:\n{describe_all()}")
+
+
+def _tpu(name: str, kind: str, shape: str, slices: int) -> Topology:
+    shapes, per_chip = TPUS[kind]
+    if shape not in shapes:
+        raise ConfigError(f"{kind} has no shape {shape!r}; it has: {', '.join(shapes)}")
+    torus = tuple(int(n) for n in shape.split("x"))
+    devices = _tpu_devices(kind, shape, torus, slices)
+    return Topology(
+        name if slices == 1 else f"{slices} slices of {name}",
+        "tpu",
+        CHIPS[kind],
+        len(devices),
+        len(devices) // per_chip,
+        slices,
+        torus,
+        devices,
+    )
+
+
+def _tpu_devices(kind: str, shape: str, torus: tuple[int, ...], slices: int) -> list:
+    # libtpu looks for a TPU machine's metadata and for other users of the chips: there are none
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
+    if int(np.prod(torus)) == 1:
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    try:
+        found = topologies.get_topology_desc(f"{kind}:{shape}", platform="tpu", **options)
+    except Exception as error:  # the plugin raises what it likes
+        raise ConfigError(
+            f"libtpu cannot describe {kind}:{shape} ({str(error).splitlines()[0]}); planning for "
+            "TPUs needs it: pip install 'step-jax[tpu]'"
+        ) from error
+    return list(found.devices)
+
+
+def _cpu(name: str, count: int) -> Topology:
+    import jax
+
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise ConfigError(
+            f"{name} needs {count} simulated devices, and JAX started with {len(devices)}: set "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        )
+    return Topology(name, "cpu", None, count, count, 1, (), devices[:count])
+
+
+# --- Bandwidth ----------------------------------------------------------------------------------
+
+#: Bytes per second of a chip into the data centre's network, one direction: v5p 50 Gbit/s and v5e
+#: 6.4 Tbit/s of 256 chips from docs.cloud.google.com/tpu/docs/{v5p-training,v5e}; v6e and TPU7x
+#: 100 Gbit/s and the GPUs' 400 Gbit/s adapters were not read at a source: check before relying.
+NETWORK = {"v5e": 3.125e9, "v5p": 6.25e9, "v6e": 12.5e9, "tpu7x": 12.5e9}
+_GPU_NETWORK = 50e9
+
+
+def bandwidth(topology: Topology, mesh_devices: np.ndarray | None, axes: Sequence[int]) -> float:
+    """Bytes per second that a device can send in a collective along axes of its mesh.
+
+    Every dimension of the torus that the group spans adds its links: two if the group goes all the
+    way around a ring, else one, since a line's end has a single neighbour.
+
+    Args:
+      topology: of ``parse``.
+      mesh_devices: the mesh as an array of devices; None on GPUs.
+      axes: which dimensions of that array the groups of the collective differ in.
+    """
+    if topology.platform == "cpu":
+        return float("inf")  # simulated devices share one memory
+    chip = topology.chip
+    if topology.platform == "gpu" or mesh_devices is None:
+        return chip.interconnect if topology.count <= NVLINK_ISLAND else _GPU_NETWORK
+    index = tuple(slice(None) if i in axes else 0 for i in range(mesh_devices.ndim))
+    group = list(np.asarray(mesh_devices[index]).flat)
+    if len({d.slice_index for d in group}) > 1:
+        return NETWORK[chip.name]
+    links = 0
+    for dimension, size in enumerate(topology.torus):
+        span = len({d.coords[dimension] for d in group})
+        links += 0 if span == 1 else 2 if span == size and _is_ring(topology, size) else 1
+    if not links:  # two cores of one chip
+        return chip.interconnect
+    return links * chip.link_bandwidth
+
+
+def _is_ring(topology: Topology, size: int) -> bool:
+    """Whether a dimension's ends are joined: cubes of 4 in three dimensions, full pods in two."""
+    if len(topology.torus) == 3:
+        return size % 4 == 0 and min(topology.torus) >= 4
+    return size == 16
