@@ -16,6 +16,7 @@ from step_jax.core.errors import ConfigError, ExitCode, StepError
 #: name -> (module with ``main(argv) -> int | None``, help line)
 COMMANDS: dict[str, tuple[str, str]] = {
     "pretrain": ("step_jax.cli.pretrain", "train a language model from a configuration file"),
+    "plan": ("step_jax.cli.plan", "compile a recipe for a pod: memory, speed, cost"),
     "reinforce": ("step_jax.cli.reinforce", "toy: a decoder learns to sort by policy gradients"),
     "flow-matching": ("step_jax.cli.flow_matching", "toy: draw digits by class"),
     "generate": ("step_jax.cli.generate", "write text with a trained model"),

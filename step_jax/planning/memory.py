@@ -21,6 +21,7 @@ _VALUE = re.compile(
     r"^ value: <\d+ (\S+?)(\{[\d,]*\})?( \(phi\))? @(\d+)> \(size=(\d+),offset=(\d+)\): (.*)$"
 )
 _RANGE = re.compile(r"^\s+(\S+?)\{([\d,]*)\}:(\d+)-(\d+)$")
+_BACKWARD = re.compile(r"transpose\(.*(dot_general|rematted_computation|pallas_call)")
 _INDEXED = re.compile(r"^\s+(\d+):(\S+)$")
 
 
@@ -243,8 +244,10 @@ class _Classifier:
     def __init__(self, instructions: dict[str, Instruction], order: list[str], shapes: set):
         self.instructions = instructions
         self.shapes = shapes
+        # zeros to sum gradients in may be made long before: a product shows that it has begun
         self.backward = next(
-            (n for n, name in enumerate(order) if "transpose(" in self._op_name(name)), len(order)
+            (n for n, name in enumerate(order) if _BACKWARD.search(self._op_name(name))),
+            len(order),
         )
 
     def _op_name(self, name: str) -> str:

@@ -113,6 +113,7 @@ def _tpu_devices(kind: str, shape: str, torus: tuple[int, ...], slices: int) -> 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{kind}-8")
     from jax.experimental import topologies
 
     options: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
@@ -167,7 +168,7 @@ def bandwidth(topology: Topology, mesh_devices: np.ndarray | None, axes: Sequenc
         return chip.interconnect if topology.count <= NVLINK_ISLAND else _GPU_NETWORK
     index = tuple(slice(None) if i in axes else 0 for i in range(mesh_devices.ndim))
     group = list(np.asarray(mesh_devices[index]).flat)
-    if len({d.slice_index for d in group}) > 1:
+    if len({getattr(d, "slice_index", 0) for d in group}) > 1:
         return NETWORK[chip.name]
     links = 0
     for dimension, size in enumerate(topology.torus):

@@ -1,0 +1,84 @@
+"""``step-jax plan FILE.yaml --topology v5p:8x8x16 [options] [--group.key VALUE ...]``."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+from pathlib import Path
+
+from step_jax.core.command_line import load_config
+from step_jax.core.errors import ConfigError
+
+
+def main(argv: list[str]) -> None:
+    files, args, overrides = _parse(argv)
+    _before_jax(args.topology)
+    from step_jax.planning import report, search
+    from step_jax.planning import topology as topology_lib
+    from step_jax.planning.plan import DoesNotFit, make_plan
+    from step_jax.trainers.pretrain import PretrainConfig
+    from step_jax.training.console import make_console
+
+    topology = topology_lib.parse(args.topology, args.slices)
+    config = load_config(PretrainConfig, [*files, *overrides], prog="step-jax plan").config
+    console = make_console(every=1)
+    recipe = Path(files[-1]).stem
+    if args.search or topology.devices is None:
+        found = search.search(config, topology, compiled=args.search)
+        search.show(found, topology, console)
+        console.close()
+        return
+    plan = make_plan(config, topology, recipe)
+    report.show(plan, console)
+    name = f"{recipe}_{topology.name.replace(':', '_').replace(' ', '_')}"
+    plan.save(args.output / f"{name}.json")
+    picture = report.draw(plan, args.output / f"{name}.png")
+    console.line(f"saved: {picture.with_suffix('.json')}, {picture}")
+    console.close()
+    if not plan.fits and not args.force:
+        raise DoesNotFit(
+            f"{recipe} needs {report.gigabytes(plan.memory_compiler)} of the "
+            f"{report.gigabytes(plan.memory_limit)} of a device of {topology.name} "
+            "(--force for exit code 0 all the same; --search looks for what fits)"
+        )
+
+
+def _before_jax(topology: str) -> None:
+    """Keeps the plan off real accelerators, and simulates the devices of ``cpu:N``."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    kind, _, count = topology.partition(":")
+    flag = "--xla_force_host_platform_device_count"
+    if kind == "cpu" and count.isdigit() and flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={count}".strip()
+
+
+def _parse(argv: list[str]) -> tuple[list[str], argparse.Namespace, list[str]]:
+    """(configuration files, our options, flags of the configuration)."""
+    parser = argparse.ArgumentParser(
+        prog="step-jax plan",
+        usage="step-jax plan FILE.yaml --topology NAME [options] [--group.key VALUE ...]",
+        description="Compile a pretraining recipe's train step for a pod on this machine's CPU, "
+        "and say whether it fits, how fast it can go and what limits it. --group.key VALUE changes "
+        "the recipe; `step-jax pretrain FILE.yaml --help` lists them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--topology", required=True, help="v5p:8x8x16, tpu7x:4x4x4, cpu:8, ...")
+    parser.add_argument("--slices", type=int, default=1, metavar="N", help="pods of that shape")
+    parser.add_argument(
+        "--search", action="store_true", help="propose mesh, remat and microbatches that fit"
+    )
+    parser.add_argument("--force", action="store_true", help="a plan that does not fit is no error")
+    parser.add_argument("--output", type=Path, default=Path("plans"), metavar="DIR")
+    files = list(itertools.takewhile(lambda item: not item.startswith("-"), argv))
+    try:
+        args, overrides = parser.parse_known_args(argv[len(files) :])
+    except SystemExit as stop:
+        if stop.code:
+            raise ConfigError("see step-jax plan --help") from None
+        raise
+    if not files:
+        raise ConfigError(
+            "name a recipe before the options: step-jax plan FILE.yaml --topology ..."
+        )
+    return files, args, overrides

@@ -1,0 +1,161 @@
+"""A plan in words and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from step_jax.planning.memory import CLASSES
+from step_jax.planning.plan import Plan, advice
+from step_jax.training.console import Console, duration, si
+
+#: Okabe-Ito, which colour-blind readers can tell apart.
+_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#999999")
+_INK, _MUTED = "#222222", "#6b7280"
+
+
+def gigabytes(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.3g} GB"
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Prints the plan as tables."""
+    console.table(f"{plan.recipe or 'recipe'} on {plan.topology}", _what(plan))
+    console.table("memory of a device at its fullest moment", _memory(plan))
+    console.table("operations and communication of a device and step", _work(plan))
+    console.table("roofline: bounds, not forecasts", _time(plan))
+    for note in plan.notes:
+        console.line(f"note: {note}")
+    if not plan.fits:
+        show_overflow(plan, console)
+
+
+def show_overflow(plan: Plan, console: Console) -> None:
+    """Names the largest buffers of a plan that does not fit, and what would help."""
+    rows = {
+        f"{n}. {gigabytes(b['nbytes'])}": f"{b['kind']}: {b['shape'].split('{')[0]} {b['source']}"
+        for n, b in enumerate(plan.buffers[:8], 1)
+    }
+    console.table("the largest buffers", rows)
+    for line in advice(plan):
+        console.line(f"would help: {line}")
+
+
+def _what(plan: Plan) -> dict[str, str]:
+    mesh = " x ".join(f"{a}={n}" for a, n in plan.mesh.items()) or "1 device"
+    active = f", {si(plan.active)} active" if plan.active != plan.parameters else ""
+    return {
+        "parameters": f"{si(plan.parameters)}{active}",
+        "chips": f"{plan.chips:,} ({plan.devices:,} devices): {mesh}",
+        "a step": f"{plan.rows:,} rows of {plan.sequence:,} tokens in {plan.accumulation} "
+        f"microbatches, remat {plan.remat}",
+        "compiled in": f"{plan.compile_cpu_s:.0f} CPU-seconds",
+    }
+
+
+def _memory(plan: Plan) -> dict[str, str]:
+    rows = {
+        name: f"{gigabytes(plan.memory[name]):>9}   before compiling: "
+        f"{gigabytes(plan.memory_estimate[name])}"
+        for name in CLASSES
+    }
+    estimate = sum(plan.memory_estimate.values())
+    rows["sum"] = f"{gigabytes(plan.memory_total):>9}   before compiling: {gigabytes(estimate)}"
+    rows["compiler's total"] = (
+        f"{gigabytes(plan.memory_compiler):>9}   the sum is "
+        f"{plan.memory_total / plan.memory_compiler - 1:+.1%} of it"
+    )
+    if plan.memory_limit is not None:
+        word = "fits" if plan.fits else "DOES NOT FIT"
+        rows["device has"] = f"{gigabytes(plan.memory_limit):>9}   {word}"
+    return rows
+
+
+def _work(plan: Plan) -> dict[str, str]:
+    rows = {
+        "operations": f"{si(plan.flops)}FLOP compiled, {si(plan.flops_model)}FLOP needed by the "
+        f"model (ratio {plan.flops / plan.flops_model:.3f})",
+        "memory traffic": f"{si(plan.traffic)}B",
+    }
+    for c in plan.collectives:
+        if c["nbytes"] >= 1e6:
+            rows[f"{c['kind']} over {c['axes']}"] = f"{si(c['nbytes'])}B in {c['calls']:,.0f} calls"
+    return rows
+
+
+def _time(plan: Plan) -> dict[str, str]:
+    rows = {"compute": duration(plan.compute_s), "memory": duration(plan.memory_s)}
+    for axes, seconds in plan.network_s.items():
+        if seconds >= 1e-3 * plan.step_s:
+            rows[f"network: {axes}"] = duration(seconds)
+    rows |= {
+        "step": f"{duration(plan.step_s)} with perfect overlap, bound by {plan.bound_by}; "
+        f"{duration(plan.serial_s)} with none for communication",
+        "MFU bound": f"{plan.mfu_bound:.1%}",
+        "tokens per day": si(plan.tokens_per_day),
+        "the run": f"{si(plan.tokens)} tokens in {plan.steps:,} steps: {plan.days:.3g} days, "
+        f"{si(plan.chip_hours)} chip-hours at least",
+    }
+    return rows
+
+
+def draw(plan: Plan, path: Path) -> Path:
+    """Saves a picture: memory by class against the limit, and the times a step is bound by."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, 4.2), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, height_ratios=(1.0, 1.3))
+    mesh = " x ".join(f"{a}={n}" for a, n in plan.mesh.items())
+    figure.suptitle(
+        f"{plan.recipe} on {plan.topology} ({plan.chips:,} chips; {mesh})", fontsize=11, color=_INK
+    )
+    _draw_memory(plan, above)
+    _draw_time(plan, below)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
+
+
+def _draw_memory(plan: Plan, axes: Any) -> None:
+    rows = (
+        ("before compiling", plan.memory_estimate),
+        ("compiled program", plan.memory),
+    )
+    for y, (_, classes) in enumerate(rows):
+        left = 0.0
+        for name, colour in zip(CLASSES, _COLOURS, strict=True):
+            width = classes[name] / 1e9
+            axes.barh(y, width, left=left, color=colour, label=name if y else None, height=0.6)
+            left += width
+    axes.plot(
+        [plan.memory_compiler / 1e9] * 2, [0.6, 1.4], color=_INK, lw=2, label="compiler's total"
+    )
+    if plan.memory_limit is not None:
+        axes.axvline(plan.memory_limit / 1e9, color="#CC0000", ls="--", label="device has")
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.set_xlabel("GB of one device", fontsize=8, color=_MUTED)
+    axes.legend(fontsize=7, ncols=4, loc="upper center", bbox_to_anchor=(0.45, 1.5), frameon=False)
+    _plain(axes)
+
+
+def _draw_time(plan: Plan, axes: Any) -> None:
+    network = {k: v for k, v in plan.network_s.items() if v >= 1e-3 * plan.step_s}
+    times = {"compute": plan.compute_s, "memory": plan.memory_s}
+    times |= {f"network: {k}": v for k, v in network.items()}
+    names = list(times)[::-1]
+    colours = [_COLOURS[4] if times[n] == plan.step_s else _COLOURS[1] for n in names]
+    axes.barh(names, [times[n] for n in names], color=colours, height=0.6)
+    for y, name in enumerate(names):
+        axes.text(times[name], y, f" {duration(times[name])}", va="center", fontsize=7, color=_INK)
+    axes.set_xlabel(
+        f"seconds of a step, each alone; MFU at most {plan.mfu_bound:.1%}", fontsize=8, color=_MUTED
+    )
+    _plain(axes)
+
+
+def _plain(axes: Any) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.tick_params(labelsize=8, colors=_MUTED)
