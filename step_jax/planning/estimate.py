@@ -113,18 +113,16 @@ def step_seconds(
 
     sent = {
         # gathered in every pass, the gradient scattered once, for every microbatch
-        ("fsdp",): weights * (passes + 1) * accumulation * share("fsdp"),
-        ("data",): 2 * weights * 2 / sharding.size("fsdp") * share("data"),
+        "fsdp": weights * (passes + 1) * accumulation * share("fsdp"),
+        "data": 2 * weights * 2 / sharding.size("fsdp") * share("data"),
         # two sums over the tensor axis a layer and pass
-        ("tensor",): 2 * 2 * (passes + 1) * depth * local_BT * D * itemsize * share("tensor"),
-        ("expert",): 2 * (passes + 1) * depth * local_BT * D * itemsize * share("expert"),
-        ("context",): 2 * (passes + 1) * depth * local_BT * D * itemsize * share("context"),
+        "tensor": 2 * 2 * (passes + 1) * depth * local_BT * D * itemsize * share("tensor"),
+        "expert": 2 * (passes + 1) * depth * local_BT * D * itemsize * share("expert"),
+        "context": 2 * (passes + 1) * depth * local_BT * D * itemsize * share("context"),
     }
-    names = list(sharding.mesh.axis_names)
-    network = []
-    for axes, nbytes in sent.items():
-        if nbytes:
-            where = [names.index(a) for a in axes]
-            speed = topology_lib.bandwidth(topology, sharding.mesh.devices, where)
-            network.append(nbytes / speed)
+    network = [
+        nbytes / topology_lib.bandwidth(topology, sharding.mesh, [axis])
+        for axis, nbytes in sent.items()
+        if nbytes
+    ]
     return max([compute, *network]), compute + sum(network)

@@ -185,9 +185,9 @@ def _lives(values: list[Value]) -> dict[Value, list[Value]]:
     lives: dict[Value, list[Value]] = {}
     for place in places.values():
         chain: list[Value] = []
-        end = -2
+        end = -1
         for v in sorted(place, key=lambda v: v.start):
-            if v.start > end + 1:
+            if v.start > end:  # without an instruction in common: another array
                 chain = []
             chain.append(v)
             end = max(end, v.stop) if len(chain) > 1 else v.stop
@@ -262,8 +262,17 @@ class _Classifier:
             backward = any("transpose(" in self.source(v) for v in life)
             is_gradient = backward or any(a.dtype == "f32" for a in parameters)
             return "gradients" if is_gradient else "parameters"
-        crosses = min(v.start for v in life) < self.backward <= max(v.stop for v in life)
-        return "activations" if crosses else "temporaries"
+        before = [v for v in life if v.start < self.backward]
+        after = [v for v in life if v.start >= self.backward]
+        is_needed = max(v.stop for v in life) >= self.backward
+        if before and is_needed and not any(map(self._is_made, after)):
+            return "activations"
+        return "temporaries"
+
+    def _is_made(self, value: Value) -> bool:
+        """Computed there, not handed into a loop or out of it."""
+        i = self.instructions.get(value.name)
+        return i is not None and i.opcode not in ("parameter", "while", "get-tuple-element")
 
     def _is_parameter(self, array: Array) -> bool:
         # small ones look like anything

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from step_jax.core import hardware
 from step_jax.planning import topology as topology_lib
 from step_jax.planning.collectives import Traffic
@@ -67,11 +65,10 @@ def bound(
       mesh: ``jax.sharding.Mesh`` over the topology's devices; collectives name its axes.
       dtype: of the products.
     """
-    names = list(mesh.axis_names)
     network: dict[str, float] = {}
     for c in collectives:
-        axes = [names.index(a) for a in c.axes.removeprefix("part of ").split("+")]
-        speed = topology_lib.bandwidth(topology, np.asarray(mesh.devices), axes)
+        axes = c.axes.removeprefix("part of ").split("+")
+        speed = topology_lib.bandwidth(topology, mesh, axes)
         network[c.axes] = network.get(c.axes, 0.0) + c.nbytes / speed
     memory = operations.traffic / topology.chip.hbm_bandwidth if topology.chip else 0.0
     return Bound(operations.flops / peak(topology, dtype), memory, network)

@@ -150,7 +150,7 @@ NETWORK = {"v5e": 3.125e9, "v5p": 6.25e9, "v6e": 12.5e9, "tpu7x": 12.5e9}
 _GPU_NETWORK = 50e9
 
 
-def bandwidth(topology: Topology, mesh_devices: np.ndarray | None, axes: Sequence[int]) -> float:
+def bandwidth(topology: Topology, mesh: Any, axes: Sequence[str]) -> float:
     """Bytes per second that a device can send in a collective along axes of its mesh.
 
     Every dimension of the torus that the group spans adds its links: two if the group goes all the
@@ -158,16 +158,16 @@ def bandwidth(topology: Topology, mesh_devices: np.ndarray | None, axes: Sequenc
 
     Args:
       topology: of ``parse``.
-      mesh_devices: the mesh as an array of devices; None on GPUs.
-      axes: which dimensions of that array the groups of the collective differ in.
+      mesh: ``jax.sharding.Mesh`` over the topology's devices; any for GPUs.
+      axes: names of the mesh axes along which the groups of the collective differ.
     """
     if topology.platform == "cpu":
         return float("inf")  # simulated devices share one memory
     chip = topology.chip
-    if topology.platform == "gpu" or mesh_devices is None:
+    if topology.platform == "gpu":
         return chip.interconnect if topology.count <= NVLINK_ISLAND else _GPU_NETWORK
-    index = tuple(slice(None) if i in axes else 0 for i in range(mesh_devices.ndim))
-    group = list(np.asarray(mesh_devices[index]).flat)
+    index = tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)
+    group = list(np.asarray(mesh.devices[index]).flat)
     if len({getattr(d, "slice_index", 0) for d in group}) > 1:
         return NETWORK[chip.name]
     links = 0

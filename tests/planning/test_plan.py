@@ -1,0 +1,188 @@
+"""Plans of small recipes on simulated devices, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from step_jax.cli.main import main
+from step_jax.core.command_line import load_config
+from step_jax.core.errors import ConfigError, ExitCode
+from step_jax.planning import memory, topology
+from step_jax.planning.plan import advice, make_plan
+from step_jax.planning.roofline import Bound
+from step_jax.trainers.pretrain import PretrainConfig
+
+RECIPE = """
+run: {directory: unused}
+model:
+  width: 128
+  vocab: 512
+  layers:
+    - repeat: 4
+      blocks:
+        - attention: {kind: mfa, heads: 4, head_dim: 32}
+          mlp: {kind: swiglu, hidden: 256}
+training: {tokens: 1e6, batch_size: 16}
+data: {path: unused, sequence_length: 128, vocab_size: 300}
+optimizer: {kind: adamw, learning_rate: 1e-3, schedule: {kind: constant}}
+execution: {dtype: float32, remat: full}
+parallel: {fsdp: 4, tensor: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plan") / "small.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(recipe):
+    return load_config(PretrainConfig, [str(recipe)]).config
+
+
+@pytest.fixture(scope="module")
+def plan(config):
+    return make_plan(config, topology.parse("cpu:8"), "small")
+
+
+def test_counts_of_the_compiled_step(plan):
+    assert plan.mesh == {"fsdp": 4, "tensor": 2} and plan.chips == 8
+    # full remat is a fourth forward pass, of which the loss and the outer products have no part
+    assert 1.0 < plan.flops / plan.flops_model < 4 / 3 * 1.1
+    kinds = {(c["kind"], c["axes"]) for c in plan.collectives}
+    assert ("all-gather", "fsdp") in kinds
+    assert any(axes == "tensor" for _, axes in kinds)
+
+
+def test_memory_classes_against_shapes_and_the_compiler(plan):
+    state = plan.parameters * 4 / 8  # most of it divides over all devices
+    assert state <= plan.memory["parameters"] < 1.5 * state
+    assert plan.memory["optimizer"] == pytest.approx(2 * plan.memory["parameters"], rel=0.05)
+    assert plan.memory["gradients"] > 0
+    assert plan.memory_total <= plan.memory_compiler
+    inputs_of_layers = 4 * (16 / 4) * 128 * 128 * 4
+    kept = [b["nbytes"] for b in plan.buffers if b["kind"] == "activations"]
+    assert max(kept) == inputs_of_layers  # beside them what the loss keeps
+    assert plan.memory["activations"] >= inputs_of_layers
+
+
+def test_length_of_the_run(plan):
+    assert plan.tokens == plan.steps * 16 * 128 == pytest.approx(1e6, rel=0.01)
+    assert plan.days * plan.tokens_per_day == pytest.approx(plan.tokens)
+    assert plan.chip_hours == pytest.approx(plan.days * 24 * 8)
+
+
+def test_bound_is_its_slowest_part():
+    bound = Bound(compute=2.0, memory=1.0, network={"fsdp": 3.0, "tensor": 0.5})
+    assert (bound.step, bound.serial, bound.by) == (3.0, 5.5, "network (fsdp)")
+
+
+def test_command_prints_saves_and_draws(recipe, tmp_path, capsys):
+    argv = ["plan", str(recipe), "--topology", "cpu:8", "--output", str(tmp_path)]
+    assert main([*argv, "--model.layers.0.repeat", "2"]) == 0
+    text = capsys.readouterr().out
+    for words in ("compiler's total", "MFU bound", "tokens per day", "all-gather over fsdp"):
+        assert words in text
+    saved = json.loads((tmp_path / "small_cpu_8.json").read_text())
+    assert saved["mesh"] == {"fsdp": 4, "tensor": 2}
+    assert (tmp_path / "small_cpu_8.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (["--topology", "v9:2x2"], "v5p: 2x2x1"),
+        (["--topology", "v5p:3x5x7"], "v5p has no shape '3x5x7'; it has: 2x2x1"),
+        (["--topology", "gpu:z80x4"], "gpu:"),
+        (["--topology", "cpu:8", "--slices", "2"], "cpu:8 has none"),
+        (["--topology", "v5p:2x2x1", "--slices", "0"], "at least 1"),
+        (["--topology", "cpu:4"], "does not match the 4 devices"),
+        (["--topology", "cpu:8", "--training.batch_size", "6"], "multiple of 4"),
+        (["--topology", "cpu:8", "--training.accumulation", "8"], "multiple of 32"),
+        (["--topology", "cpu:8", "--model.vocab", "0", "--data.tokenizer", "x"], "model.vocab"),
+        (["--topology", "cpu:9999"], "xla_force_host_platform_device_count=9999"),
+    ],
+)
+def test_bad_input_is_refused(recipe, flags, words, capsys):
+    assert main(["plan", str(recipe), *flags]) == ExitCode.CONFIG
+    assert words in capsys.readouterr().err
+
+
+def test_gpus_are_planned_on_paper(recipe, capsys):
+    assert main(["plan", str(recipe), "--topology", "gpu:h200x8"]) == 0
+    text = capsys.readouterr().out
+    assert "--parallel.fsdp" in text and "estimated" in text and "compiled" not in text
+
+
+def test_plan_that_does_not_fit_says_what_would_help(plan):
+    too_large = replace(plan, memory_limit=1e6, remat="none")
+    assert plan.fits and not too_large.fits and not advice(plan)
+    assert any("training.accumulation" in line for line in advice(too_large))
+
+
+# --- Topologies ---------------------------------------------------------------------------------
+
+
+class Chip:
+    def __init__(self, coords, slice_index=0):
+        self.coords, self.slice_index = coords, slice_index
+
+
+def test_bandwidth_counts_the_links_of_a_torus():
+    v5p = topology.CHIPS["v5p"]
+    at = topology.Topology("", "tpu", v5p, 256, 256, 1, (4, 8, 8), ())
+    mesh = np.empty((4, 8, 8), object)
+    for index in np.ndindex(mesh.shape):
+        mesh[index] = Chip(index)
+
+    def speed(devices, *axes):
+        return topology.bandwidth(at, SimpleNamespace(axis_names="xyz", devices=devices), axes)
+
+    link = v5p.link_bandwidth
+    assert speed(mesh, "y") == 2 * link  # once around
+    assert speed(mesh, "x", "y", "z") == 6 * link == v5p.interconnect
+    assert speed(mesh[:, :4], "y") == link  # half of the way: a line
+    for chip in mesh[2:].flat:
+        chip.slice_index = 1
+    assert speed(mesh, "x") == topology.NETWORK["v5p"]
+
+
+# --- Out of memory ------------------------------------------------------------------------------
+
+LIBTPU = """RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory
+ required for HLO temporaries (50.11G) exceeds available HBM (15.75G). HLO module: jit_f."""
+LISTED = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space
+hbm. Used 18.50G of 15.75G hbm. Exceeded hbm capacity by 2.75G.
+  Largest program allocations in hbm:
+  1. Size: 4.00G
+     Operator: op_name="jit(step)/jvp()/dot_general" source_file="x.py"
+     Shape: bf16[32,4,4096,4096]{3,2,1,0}
+     Unpadded size: 4.00G
+  2. Size: 512.00M
+     Shape: f32[8,4096]{1,0}
+"""
+
+
+def test_messages_of_the_compiler():
+    needed, available, buffers = memory.out_of_memory(LIBTPU)
+    assert (needed, available, buffers) == (50.11 * 2**30, 15.75 * 2**30, [])
+    needed, available, buffers = memory.out_of_memory(LISTED)
+    assert (needed, available) == (18.5 * 2**30, 15.75 * 2**30)
+    assert [b.nbytes for b in buffers] == [4 * 2**30, 512 * 2**20]
+    assert buffers[0].source == "jit(step)/jvp()/dot_general"
+    assert memory.out_of_memory("INVALID_ARGUMENT: something else") is None
+
+
+def test_mesh_of_several_slices_needs_an_axis_that_they_divide(config):
+    from step_jax.core import sharding
+
+    devices = [Chip((i, 0, 0), slice_index=i % 3) for i in range(6)]
+    with pytest.raises(ConfigError, match="into 3 slices"):
+        sharding._arrange((1, 2, 1, 1, 1), devices)
