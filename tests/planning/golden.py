@@ -1,0 +1,76 @@
+"""Golden tables: what plans of recipes on pods said when they were last looked at.
+
+    python -m tests.planning.golden                      compile all again and rewrite them
+    python -m tests.planning.golden llama2_7b            those whose name contains the word
+    python -m tests.planning.golden new configs/x.yaml v5p:4x4x4 [--parallel.fsdp 16 ...]
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def tables() -> list[Path]:
+    return sorted(GOLDEN.glob("*.json"))
+
+
+def make(recipe: str, topology: str, flags: list[str]) -> dict[str, Any]:
+    """The table of a recipe (a path from the repository's root) on a topology."""
+    from step_jax.core.command_line import load_config
+    from step_jax.planning import topology as topology_lib
+    from step_jax.planning.plan import make_plan
+    from step_jax.trainers.pretrain import PretrainConfig
+
+    config = load_config(PretrainConfig, [str(ROOT / recipe), *flags]).config
+    plan = make_plan(config, topology_lib.parse(topology), Path(recipe).stem)
+    return {
+        "recipe": recipe,
+        "topology": topology,
+        "flags": flags,
+        "versions": {p: importlib.metadata.version(p) for p in ("jax", "libtpu")},
+        "mesh": plan.mesh,
+        "memory": plan.memory,
+        "memory_total": plan.memory_total,
+        "memory_compiler": plan.memory_compiler,
+        "memory_limit": plan.memory_limit,
+        "flops": plan.flops,
+        "flops_model": plan.flops_model,
+        "kernels_without_cost": len(plan.kernels_without_cost),
+        "collectives": {f"{c['kind']} over {c['axes']}": c["nbytes"] for c in plan.collectives},
+        "step_s": plan.step_s,
+        "bound_by": plan.bound_by,
+        "mfu_bound": plan.mfu_bound,
+        "compile_cpu_s": plan.compile_cpu_s,
+    }
+
+
+def write(recipe: str, topology: str, flags: list[str]) -> Path:
+    table = make(recipe, topology, flags)
+    name = "_".join([Path(recipe).stem, topology, *flags])
+    path = GOLDEN / (re.sub(r"[^\w.]+", "_", name) + ".json")
+    path.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def main(argv: list[str]) -> None:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if argv and argv[0] == "new":
+        print(write(argv[1], argv[2], argv[3:]))
+        return
+    for path in tables():
+        if not argv or any(word in path.name for word in argv):
+            table = json.loads(path.read_text(encoding="utf-8"))
+            print(write(table["recipe"], table["topology"], table["flags"]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
