@@ -192,6 +192,15 @@ def from_device_kind(kind: str) -> Chip | None:
     return None
 
 
+def has_ragged_all_to_all(device: jax.Device) -> bool:
+    """Whether XLA compiles ``lax.ragged_all_to_all`` for a device.
+
+    TPUs do, but for v5e, whose routing is limited (libtpu 0.0.52); CPUs do not (JAX 0.12), and GPUs
+    synchronise with the host for it.
+    """
+    return device.platform == "tpu" and from_device_kind(device.device_kind) != CHIPS["v5e"]
+
+
 @functools.cache
 def measured_cpu_peak(seconds: float = 0.1) -> float:
     """FLOP/s of float32 matrix products on this machine's CPU devices, measured.

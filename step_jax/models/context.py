@@ -66,11 +66,9 @@ class Context:
         return x if self.sharding is None else self.sharding.constrain(x, *axes)
 
     @property
-    def platform(self) -> str:
-        """Of the devices computed on, which may be only compiled for: ``cpu``, ``tpu``, ``gpu``."""
-        if self.sharding is None:
-            return jax.default_backend()
-        return self.sharding.mesh.devices.flat[0].platform
+    def device(self) -> jax.Device:
+        """One of those computed on, which may be only compiled for."""
+        return jax.devices()[0] if self.sharding is None else self.sharding.mesh.devices.flat[0]
 
     def counted_BT(self):
         """Which tokens are text and not padding."""

@@ -19,6 +19,7 @@ from flax import struct
 from jax.sharding import PartitionSpec
 
 from step_jax.core.errors import ConfigError
+from step_jax.core.hardware import has_ragged_all_to_all
 from step_jax.core.sharding import varying_axes
 from step_jax.core.spec import ParamSpec
 from step_jax.models.context import Context
@@ -87,8 +88,8 @@ class MoE:
       of Step-2): each expert computes them beside its own, so that a token's result holds them
       once, times the sum of its weights. 0 for none.
     clamp, shared_clamp: of the routed and the shared experts' factors, see ``SwiGLU``.
-    exchange: how tokens reach their experts (``models.expert_parallel``); ``auto`` is ``ragged`` on
-      TPU and ``gather`` elsewhere.
+    exchange: how tokens reach their experts (``models.expert_parallel``); null is ``ragged`` where
+      the hardware has it and ``gather`` elsewhere.
     capacity: None drops nothing; else the rows that an expert shard has room for, in multiples of
       an even load. What finds no room is dropped and counted.
     """
@@ -227,7 +228,7 @@ class MoE:
         if mesh:
             experts = tuple(_whole_width(e) for e in experts)
         shape, K = x_BTD.shape, place_BTK.shape[-1]
-        squares = []
+        ragged, squares = has_ragged_all_to_all(ctx.device), []
 
         def compute(rows_MD, sizes_e):
             y_MD, square_e = self._experts(experts, rows_MD, sizes_e, ctx)
@@ -241,9 +242,9 @@ class MoE:
             weight_BTK.reshape(-1, K),
             shards=shards,
             shard_experts=self.total // shards,
-            exchange=self.exchange or ("ragged" if ctx.platform == "tpu" else "gather"),
+            exchange=self.exchange or ("ragged" if ragged else "gather"),
             capacity=self.capacity,
-            emulate=ctx.platform != "tpu",
+            emulate=not ragged,
         )
         (square_e,) = squares
         if not mesh:
@@ -271,7 +272,7 @@ class MoE:
         """(rows_MD, square_e): experts of one width; rows past the sizes come out zero."""
 
         def product(x_MI, w_EIO):
-            return grouped_matmul(x_MI, w_EIO.astype(x_MI.dtype), sizes_e, platform=ctx.platform)
+            return grouped_matmul(x_MI, w_EIO.astype(x_MI.dtype), sizes_e, platform=ctx.device.platform)
 
         hidden_MF = gated_unit(product(rows_MD, p.gate_EDF), product(rows_MD, p.up_EDF), self.clamp)
         square_M = jnp.sum(jnp.square(jax.lax.stop_gradient(hidden_MF).astype(jnp.float32)), -1)
