@@ -1,0 +1,180 @@
+"""What is reported of experts, and an exploding one that raises the alarm before the loss.
+
+Shape suffixes: L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from step_jax.core.errors import ConfigError
+from step_jax.models import expert_health
+from step_jax.models.context import Context
+from step_jax.models.decoder import MTP, Block, Decoder, Group
+from step_jax.models.initialisation import FanIn
+from step_jax.models.language_model import language_model_loss
+from step_jax.models.moe import Experts, MoE
+from step_jax.models.routing import Router
+from step_jax.training.expert_alarm import ExpertAlarm, ExpertHealth
+from step_jax.training.optimizers.build import make_optimizer
+from step_jax.training.optimizers.config import AdamW
+from step_jax.training.schedules import Constant
+from step_jax.training.state import init_state
+from step_jax.training.step import LossOutput, make_train_step
+from tests.models import small
+
+MIXTURE = MoE(
+    (Experts(8, 16),), Router(2, score="sigmoid", bias=True, bias_rate=1e-2, group_loss=1e-3)
+)
+BLOCK = Block(small.KINDS["mfa"], MIXTURE)
+
+
+def decoder(**changes) -> Decoder:
+    return Decoder(small.WIDTH, (Group(2, (BLOCK,)),), small.VOCAB, init=FanIn(), **changes)
+
+
+def loss_fn(c: Decoder):
+    def loss(params, batch, key):
+        ctx = Context(batch["positions"], batch["segments"], execution=small.execution())
+        return LossOutput(*language_model_loss(params, c, batch, ctx))
+
+    return loss
+
+
+def report_of(c: Decoder, p, batch):
+    stats = loss_fn(c)(p, batch, None).sums
+    return expert_health.report(c, p, stats)
+
+
+def test_report_finds_the_odd_expert():
+    c, batch = decoder(mtp=MTP(1, BLOCK)), small.packed_batch()
+    p = small.params(c)
+    report = jax.jit(lambda p: report_of(c, p, batch), compiler_options=small.FAST_COMPILE)
+    usual = report(p)
+    assert 1 <= usual["moe/load_max"] <= 4 and 0 <= usual["moe/load_min"] <= 1
+    assert 0 < usual["moe/entropy"] <= 1 and 0 < usual["moe/confidence"] <= 1
+    assert usual["moe/dropped"] == 0
+    assert usual["moe/weight_max"] < 1.2 and usual["moe/activation_max"] < 4
+    experts = p.groups[0][0].mlp.experts[0]
+    gate = experts.gate_EDF.copy()
+    gate[1, 5] *= 30.0
+    mlp = p.groups[0][0].mlp.replace(experts=(experts.replace(gate_EDF=gate),))
+    odd = report(p.replace(groups=((p.groups[0][0].replace(mlp=mlp),),)))
+    assert (odd["moe/weight_layer"], odd["moe/weight_expert"]) == (1, 5)
+    assert (odd["moe/activation_layer"], odd["moe/activation_expert"]) == (1, 5)
+    assert odd["moe/weight_max"] > 10 and odd["moe/activation_max"] > 8
+
+
+def test_a_model_without_experts_reports_nothing():
+    c = small.decoder("mfa")
+    assert expert_health.report(c, small.params(c), []) == {}
+
+
+def trained(c: Decoder, steps: int, explode_at: int | None):
+    """(loss, health) of every step on text with structure; one expert may be made to explode."""
+    optimizer = make_optimizer(AdamW(3e-3, Constant()), c.specs(), total_steps=steps)
+    step = jax.jit(
+        make_train_step(
+            loss_fn(c), optimizer, compute_dtype=jnp.float32, clip_norm=1.0,
+            report=lambda params, sums: expert_health.report(c, params, sums),
+        ),
+        compiler_options=small.FAST_COMPILE,
+    )  # fmt: skip
+    state = init_state(c.initialise(jax.random.key(0)), optimizer)
+    found = []
+    for i in range(steps):
+        batch = small.packed_batch(seed=i)
+        tokens = batch["tokens"] // 8  # few kinds of tokens, each followed by its successor
+        tokens = (tokens[:, :1] + np.arange(tokens.shape[1])) % 8
+        batch |= {"tokens": tokens, "targets": (tokens + 1) % 8}
+        if explode_at is not None and i >= explode_at:
+            experts = state.params.groups[0][0].mlp.experts[0]
+            experts = experts.replace(
+                up_EDF=experts.up_EDF.at[1, 3].multiply(1.15),
+                gate_EDF=experts.gate_EDF.at[1, 3].multiply(1.15),
+            )
+            mlp = state.params.groups[0][0].mlp.replace(experts=(experts,))
+            block = state.params.groups[0][0].replace(mlp=mlp)
+            state = state.replace(params=state.params.replace(groups=((block,),)))
+        state, metrics = step(state, batch)
+        found.append({k: float(v) for k, v in metrics.items()})
+    return found
+
+
+def test_an_exploding_expert_raises_the_alarm_before_the_loss_shows_it():
+    c, explode_at, steps = decoder(), 40, 75
+    healthy, sick = trained(c, steps, None), trained(c, steps, explode_at)
+    calm = ExpertAlarm(ExpertHealth())
+    assert not [text for i, m in enumerate(healthy) for text in calm.check(i, m)]
+    alarm = ExpertAlarm(ExpertHealth())
+    said = [(i, text) for i, m in enumerate(sick) for text in alarm.check(i, m)]
+    first = said[0][0]
+    assert explode_at < first and "expert 3 of expert layer 1" in said[0][1]
+    # the loss shows it once it leaves what the healthy run's own last losses spread over
+    before = [m["loss"] for m in healthy[explode_at - 10 :]]
+    band = 3 * np.std(np.diff(before)) + 1e-3
+    apart = [
+        i
+        for i, (a, b) in enumerate(zip(healthy, sick, strict=True))
+        if b["loss"] - a["loss"] > band
+    ]
+    assert not apart or first < apart[0]
+
+
+def test_loads_move_the_selection_bias():
+    """Overloaded experts' biases fall and idle ones' rise, by the rate, whatever the loss."""
+    c, batch = decoder(), small.packed_batch()
+    optimizer = make_optimizer(AdamW(1e-3, Constant()), c.specs(), total_steps=3)
+    state = init_state(jax.tree.map(jnp.asarray, small.params(c)), optimizer)
+    old = state.params.groups[0][0].mlp.bias_E
+    loads = {}
+
+    def record(params, sums):
+        return {f"load{i}_{e}": sums[0].load_E[i, e] for i in range(2) for e in range(8)}
+
+    for accumulation in (1, 4):
+        step = make_train_step(
+            loss_fn(c), optimizer, compute_dtype=jnp.float32, accumulation=accumulation,
+            clip_norm=1e-3, report=record,
+        )  # fmt: skip
+        new, metrics = jax.jit(step, compiler_options=small.FAST_COMPILE)(state, batch)
+        loads_LE = np.array([[metrics[f"load{i}_{e}"] for e in range(8)] for i in range(2)])
+        expected = -1e-2 * np.sign(loads_LE - loads_LE.mean(1, keepdims=True))
+        moved = new.params.groups[0][0].mlp.bias_E - old
+        np.testing.assert_allclose(moved, expected, rtol=1e-4, atol=1e-7)
+        loads[accumulation] = loads_LE
+        assert float(metrics["grad_norm"]) < 1e3  # loads are not part of the gradient's norm
+    np.testing.assert_array_equal(loads[1], loads[4])
+
+
+def test_a_frozen_router_does_not_move():
+    frozen = replace(MIXTURE, router=replace(MIXTURE.router, frozen=True))
+    c = replace(decoder(), layers=(Group(2, (Block(small.KINDS["mfa"], frozen),)),))
+    optimizer = make_optimizer(AdamW(1e-2, Constant()), c.specs(), total_steps=3)
+    state = init_state(jax.tree.map(jnp.asarray, small.params(c)), optimizer)
+    step = make_train_step(loss_fn(c), optimizer, compute_dtype=jnp.float32)
+    new, _ = jax.jit(step, compiler_options=small.FAST_COMPILE)(state, small.packed_batch())
+    old_mlp, new_mlp = (s.params.groups[0][0].mlp for s in (state, new))
+    np.testing.assert_array_equal(new_mlp.router_DE, old_mlp.router_DE)
+    np.testing.assert_array_equal(new_mlp.bias_E, old_mlp.bias_E)
+    assert np.any(new_mlp.experts[0].gate_EDF != old_mlp.experts[0].gate_EDF)
+
+
+def test_dropped_assignments_are_reported():
+    alarm = ExpertAlarm(ExpertHealth(dropped=0.1, memory=5))
+    quiet = {"moe/load_max": 1.0, "moe/activation_max": 1.0, "moe/weight_max": 1.0}
+    assert alarm.check(0, {}) == []
+    assert alarm.check(0, quiet | {"moe/dropped": 0.05}) == []
+    (text,) = alarm.check(1, quiet | {"moe/dropped": 0.2})
+    assert "20.0% of the assignments were dropped" in text
+    assert alarm.check(2, quiet | {"moe/dropped": 0.2}) == []  # said once
+
+
+def test_settings_that_make_no_sense():
+    with pytest.raises(ConfigError, match="growth above 1"):
+        ExpertHealth(growth=1.0).validate()
