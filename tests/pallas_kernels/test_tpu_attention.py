@@ -50,6 +50,12 @@ def definition(q, k, v, do, positions, segments, pattern, scale):
     return o, lse, dq, dk, np.einsum("bkgts,bkgtv->bksv", p, do)
 
 
+def run(f, *args):
+    """``f(*args)`` under jit, compiled quickly (it is run once), as NumPy arrays."""
+    fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    return jax.device_get(jax.jit(f).lower(*args).compile(compiler_options=fast)(*args))
+
+
 def computed(q, k, v, do, positions, segments, pattern, scale, sizes=SMALL, interpret=True):
     """The same from the kernels."""
 
@@ -71,7 +77,7 @@ def computed(q, k, v, do, positions, segments, pattern, scale, sizes=SMALL, inte
         o, back, lse = jax.vjp(forward, q, k, v, has_aux=True)
         return o, lse, *back(do)
 
-    return jax.device_get(jax.jit(f)(q, k, v, do))
+    return run(f, q, k, v, do)
 
 
 def arrays(seed, B, K, G, T, S, H, V, dtype=np.float32):
@@ -210,7 +216,7 @@ def test_the_log_sum_exp_has_a_gradient():
         s = jnp.where(np.tri(T, dtype=bool), s, -jnp.inf)
         return jnp.sum(weights * jax.nn.logsumexp(s, axis=-1))
 
-    got, expected = (jax.jit(jax.grad(f, argnums=(0, 1)))(q, k) for f in (kernel, plain))
+    got, expected = (run(jax.grad(f, argnums=(0, 1)), q, k) for f in (kernel, plain))
     assert_close(got, expected, 2e-6, names=("dq", "dk"))
 
 
@@ -218,10 +224,11 @@ def test_gradients_are_the_same_bits_with_heads_in_one_block_and_every_time():
     """Rows of a block do not mix: dQ does not depend on how heads are grouped, bit for bit."""
     T, pattern = 256, Pattern(in_order=True)
     inputs = arrays(8, 1, 1, 4, T, T, 64, 64)
-    run = functools.partial(computed, *inputs, (in_a_row(1, T),) * 2, NONE, pattern, 0.2)
-    one = run(sizes=(ForwardSizes(1, 128, 128, 128), BackwardSizes(1, 128, 128, 128)))
-    again = run(sizes=(ForwardSizes(1, 128, 128, 128), BackwardSizes(1, 128, 128, 128)))
-    four = run(sizes=(ForwardSizes(4, 128, 128, 128), BackwardSizes(4, 128, 128, 128)))
+    compute = functools.partial(computed, *inputs, (in_a_row(1, T),) * 2, NONE, pattern, 0.2)
+    one, again, four = (
+        compute(sizes=(ForwardSizes(n, 128, 128, 128), BackwardSizes(n, 128, 128, 128)))
+        for n in (1, 1, 4)
+    )
     for a, b in zip(one, again, strict=True):
         assert np.array_equal(a, b)
     for i in (0, 1, 2):
