@@ -41,10 +41,6 @@ class _Static:
     packed: bool
     interpret: Any
 
-    @property
-    def vmem(self) -> int:
-        return block_sizes.CHIPS[self.chip].vmem_limit
-
 
 def attention(
     q_BKGTH,
@@ -87,12 +83,12 @@ def attention(
     dtypes = {x.dtype.name for x in (q_BKGTH, k_BKSH, v_BKSV)}
     if len(dtypes) > 1:
         raise ValueError(f"queries, keys and values must have one dtype, not {sorted(dtypes)}")
-    reason = block_sizes.unsupported(chip, H, V, q_BKGTH.dtype.name)
+    shape = block_sizes.Shape(G, T, S, H, V, q_BKGTH.dtype.itemsize)
+    reason = block_sizes.unsupported(chip, shape, q_BKGTH.dtype.name)
     if reason is None and not scale > 0:
         reason = f"the scale {scale} is not positive"
     if reason is not None:
         raise ValueError(f"TPU attention: {reason}")
-    shape = block_sizes.Shape(G, T, S, H, V, q_BKGTH.dtype.itemsize)
     if sizes is None:
         sizes = block_sizes.fit(chip, shape)
     else:
@@ -180,7 +176,7 @@ def _forward(static: _Static, q_BKGTH, k_BKSH, v_BKSV, arrays):
         exponent=static.scale * math.log2(math.e),
         pattern=static.pattern,
         sizes=s,
-        vmem=static.vmem,
+        vmem=s.vmem(shape),
         interpret=static.interpret,
     )
     o_BKGTV, lse_BKG1T = o_BKGTV[..., :T, :], lse_BKG1T[..., :T]
@@ -222,7 +218,7 @@ def _backward(static: _Static, saved, gradients):
             pattern=static.pattern,
             sizes=s,
             parts=block_sizes.parts(static.chip, G),
-            vmem=static.vmem,
+            vmem=s.vmem(shape),
             interpret=static.interpret,
         )
         dk.append((dk_BKXSH.sum(axis=2) * static.scale).astype(dtype))

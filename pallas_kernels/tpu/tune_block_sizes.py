@@ -1,0 +1,71 @@
+"""Regenerates ``block_sizes.json`` by compiling for every chip; needs libtpu, but no TPU.
+
+Shape suffixes: none; there are no arrays here.
+
+``python -m pallas_kernels.tpu.tune_block_sizes [chip ...]``. A minute a candidate on two cores.
+
+A candidate's score is its share of matrix slots, times the share of a causal row's computed scores
+that are not masked (larger blocks waste more on the diagonal), at the tokens and width of
+``SHAPE``. What does not compile, or does not fit by ``block_sizes.check``, is passed over.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+
+from pallas_kernels.tpu import block_sizes
+from pallas_kernels.tpu.schedule import TOPOLOGIES, measure
+from pallas_kernels.tpu.visits import Pattern, candidates
+
+SHAPE = {"heads": 64, "tokens": 8192, "width": 256}
+CHUNK = {64: 4096, 128: 8192}  # MiB of VMEM -> keys whose gradients stay in it
+FORWARD = [
+    {"rows": rows, "q_block": q, "kv_block": kv, "kv_inner": inner}
+    for rows, q, kv, inner in itertools.product((1024, 2048), (512, 1024), (1024,), (512, 1024))
+]
+BACKWARD = [{"rows": 1024, "q_block": q, "kv_block": kv} for q in (512, 1024) for kv in (512, 1024)]
+
+
+def useful(q_block: int, kv_block: int) -> float:
+    """The unmasked share of the scores of a causal row's visits."""
+    tokens = SHAPE["tokens"]
+    visits = len(candidates(Pattern(in_order=True), tokens, tokens, q_block, kv_block)[0])
+    return tokens * (tokens + 1) / 2 / (visits * q_block * kv_block)
+
+
+def best(chip: str, direction: str, options: list[dict], other: dict) -> dict:
+    """The option with the best score; ``other`` holds the other direction's entries."""
+    scores = []
+    for entry in options:
+        try:
+            sizes = other | {direction: entry}
+            found = measure(chip, SHAPE, sizes, backward=direction == "backward")
+        except RuntimeError as error:
+            print(f"{chip} {direction} {entry}: {str(error).strip().splitlines()[-1][:100]}")
+            continue
+        matrix = found[f"attention_{direction}"].matrix
+        scores.append(matrix * useful(entry["q_block"], entry["kv_block"]))
+        print(f"{chip} {direction} {entry}: matrix slots {matrix:.0%}, score {scores[-1]:.0%}")
+        if scores[-1] == max(scores):
+            chosen = entry
+    return chosen
+
+
+def main():
+    table = dict(block_sizes.table())
+    for chip in sys.argv[1:] or TOPOLOGIES:
+        kind = TOPOLOGIES[chip][1]
+        chunk = CHUNK[block_sizes.CHIPS[kind].vmem // block_sizes.MIB]
+        backward = [entry | {"chunk": chunk} for entry in BACKWARD]
+        forward = best(chip, "forward", FORWARD, {"backward": backward[0]})
+        table[kind] = {
+            "forward": forward,
+            "backward": best(chip, "backward", backward, {"forward": forward}),
+        }
+        block_sizes.TABLE.write_text(json.dumps(table, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
