@@ -36,6 +36,7 @@ class Plan:
       memory: class -> bytes at the fullest moment.
       memory_total, memory_compiler, memory_limit: sum of ``memory``, what the compiler reserves,
         what the device has (None on a CPU).
+      memory_arguments: the part of it that the step is given: state and batch.
       memory_estimate: class -> bytes as expected before compiling.
       buffers: the largest of them: bytes, shape, source, class.
       flops, flops_model: operations of the compiled program; those that the model needs.
@@ -64,6 +65,7 @@ class Plan:
     memory: dict[str, float]
     memory_total: float
     memory_compiler: float
+    memory_arguments: float
     memory_limit: float | None
     memory_estimate: dict[str, float]
     buffers: list[dict[str, Any]]
@@ -127,6 +129,7 @@ def make_plan(config: PretrainConfig, topology: Topology, recipe: str = "") -> P
         memory=used.classes,
         memory_total=used.total,
         memory_compiler=used.compiler,
+        memory_arguments=used.arguments,
         memory_limit=topology.chip.hbm_bytes if topology.chip else None,
         memory_estimate=estimate.memory(config, program.sharding, program.rows),
         buffers=[dataclasses.asdict(b) for b in used.buffers[:10]],

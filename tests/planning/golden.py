@@ -1,8 +1,8 @@
 """Golden tables: what plans of recipes on pods said when they were last looked at.
 
-    python -m tests.planning.golden                      compile all again and rewrite them
-    python -m tests.planning.golden llama2_7b            those whose name contains the word
-    python -m tests.planning.golden new configs/x.yaml v5p:4x4x4 [--parallel.fsdp 16 ...]
+python -m tests.planning.golden                      compile all again and rewrite them
+python -m tests.planning.golden llama2_7b            those whose name contains the word
+python -m tests.planning.golden new configs/x.yaml v5p:4x4x4 [--parallel.fsdp 16 ...]
 """
 
 from __future__ import annotations

@@ -98,6 +98,7 @@ def test_command_prints_saves_and_draws(recipe, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags,words",
     [
+        ([], "--topology NAME"),
         (["--topology", "v9:2x2"], "v5p: 2x2x1"),
         (["--topology", "v5p:3x5x7"], "v5p has no shape '3x5x7'; it has: 2x2x1"),
         (["--topology", "gpu:z80x4"], "gpu:"),
