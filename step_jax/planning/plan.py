@@ -13,7 +13,7 @@ from step_jax.core.spec import count
 from step_jax.models.flops import train_flops_per_token
 from step_jax.planning import collectives, estimate, hlo, memory, operations, roofline
 from step_jax.planning.program import Program, compile_program, parsed, resolved
-from step_jax.planning.topology import Topology
+from step_jax.planning.topology import Topology, crosses_slices
 from step_jax.trainers.pretrain import PretrainConfig
 
 SECONDS_PER_DAY = 86400.0
@@ -110,7 +110,9 @@ def make_plan(config: PretrainConfig, topology: Topology, recipe: str = "") -> P
     executions, endless = hlo.executions(module)
     mesh = program.sharding.mesh
     ops = operations.count(module, executions)
-    sent = collectives.communication(module, executions, dict(mesh.shape))
+    across = next((a for a in mesh.axis_names if crosses_slices(mesh, [a])), None)
+    slices = (across, topology.slices) if across else None
+    sent = collectives.communication(module, executions, dict(mesh.shape), slices)
     used = memory.analyse(
         module,
         program.assignment,

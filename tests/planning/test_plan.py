@@ -152,7 +152,10 @@ def test_bandwidth_counts_the_links_of_a_torus():
     assert speed(mesh[:, :4], "y") == link  # half of the way: a line
     for chip in mesh[2:].flat:
         chip.slice_index = 1
-    assert speed(mesh, "x") == topology.NETWORK["v5p"]
+    joined = SimpleNamespace(axis_names="xyz", devices=mesh)
+    assert topology.crosses_slices(joined, "x") and not topology.crosses_slices(joined, "y")
+    assert topology.bandwidth(at, joined, "x", between=True) == topology.NETWORK["v5p"]
+    assert speed(mesh, "x") == link  # inside a slice: half of that dimension
 
 
 # --- Out of memory ------------------------------------------------------------------------------
