@@ -13,15 +13,17 @@ from step_jax.core.errors import ConfigError
 
 def main(argv: list[str]) -> None:
     files, args, overrides = _parse(argv)
-    _before_jax(args.topology)
+    _before_jax(args.topology or "")
     from step_jax.planning import report, search
     from step_jax.planning import topology as topology_lib
     from step_jax.planning.plan import DoesNotFit, make_plan
     from step_jax.trainers.pretrain import PretrainConfig
     from step_jax.training.console import make_console
 
-    topology = topology_lib.parse(args.topology, args.slices)
     config = load_config(PretrainConfig, [*files, *overrides], prog="step-jax plan").config
+    if args.topology is None:
+        raise ConfigError(f"say where: --topology NAME; there are:\n{topology_lib.describe_all()}")
+    topology = topology_lib.parse(args.topology, args.slices)
     console = make_console(every=1)
     recipe = Path(files[-1]).stem
     if args.search or topology.devices is None:
@@ -63,7 +65,7 @@ def _parse(argv: list[str]) -> tuple[list[str], argparse.Namespace, list[str]]:
         "the recipe; `step-jax pretrain FILE.yaml --help` lists them.",
         allow_abbrev=False,
     )
-    parser.add_argument("--topology", required=True, help="v5p:8x8x16, tpu7x:4x4x4, cpu:8, ...")
+    parser.add_argument("--topology", metavar="NAME", help="v5p:8x8x16, tpu7x:4x4x4, cpu:8, ...")
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="pods of that shape")
     parser.add_argument(
         "--search", action="store_true", help="propose mesh, remat and microbatches that fit"

@@ -21,6 +21,13 @@ KINDS = (
 )
 
 
+#: What follows the axis of a collective that crosses from slice to slice.
+BETWEEN_SLICES = " between slices"
+
+#: The TPU compiler leaves what crosses slices to its runtime: a ``send`` to the host with a note.
+_BETWEEN = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+
+
 @dataclass(frozen=True)
 class Traffic:
     """Collectives of one kind over one group of mesh axes, of one device and one call.
@@ -42,14 +49,29 @@ class Traffic:
 
 
 def communication(
-    module: Module, executions: dict[str, float], mesh_shape: dict[str, int]
+    module: Module,
+    executions: dict[str, float],
+    mesh_shape: dict[str, int],
+    slices: tuple[str, int] | None = None,
 ) -> list[Traffic]:
-    """All collectives of a module on a mesh, the largest first."""
+    """All collectives of a module on a mesh, the largest first.
+
+    Args:
+      mesh_shape: axis -> size, in the order of the mesh.
+      slices: the mesh axis that crosses the slices and their number, if there are several.
+    """
     totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
     for name, times in executions.items():
         computation = module.computations[name]
         for i in computation.instructions.values():
             kind = i.opcode.removesuffix("-start")
+            if slices and i.opcode == "send" and (found := _BETWEEN.search(i.attributes)):
+                kind = found[1].lower().replace("_", "-")
+                entry = totals[kind, slices[0] + BETWEEN_SLICES]
+                entry[0] += times
+                held = computation.instructions[i.operands[0]].nbytes
+                entry[1] += times * sent(kind, held, slices[1])
+                continue
             if kind not in KINDS:
                 continue
             groups = replica_groups(i.attributes, math.prod(mesh_shape.values()))

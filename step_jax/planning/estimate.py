@@ -120,9 +120,10 @@ def step_seconds(
         "expert": 2 * (passes + 1) * depth * local_BT * D * itemsize * share("expert"),
         "context": 2 * (passes + 1) * depth * local_BT * D * itemsize * share("context"),
     }
-    network = [
-        nbytes / topology_lib.bandwidth(topology, sharding.mesh, [axis])
-        for axis, nbytes in sent.items()
-        if nbytes
-    ]
+    network = []
+    for axis, nbytes in sent.items():
+        if nbytes:
+            between = topology.slices > 1 and topology_lib.crosses_slices(sharding.mesh, [axis])
+            speed = topology_lib.bandwidth(topology, sharding.mesh, [axis], between)
+            network.append(nbytes / speed)
     return max([compute, *network]), compute + sum(network)

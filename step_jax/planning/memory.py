@@ -69,11 +69,13 @@ class Memory:
     Attributes:
       classes: bytes of each of ``CLASSES`` at the fullest moment.
       compiler: the total that the compiler reserves.
+      arguments: what of it the program is given: state and batch.
       buffers: what is in use then, the largest first.
     """
 
     classes: dict[str, float]
     compiler: float
+    arguments: float
     buffers: tuple[Buffer, ...]
 
     @property
@@ -165,7 +167,8 @@ def analyse(
         buffers += found
     compiler = sum(a.nbytes for a in allocations) + program_bytes
     buffers.sort(key=lambda b: -b.nbytes)
-    return Memory(classes, compiler, tuple(buffers))
+    given = sum(a.nbytes for a in allocations if a.parameter is not None)
+    return Memory(classes, compiler, given, tuple(buffers))
 
 
 def _argument_class(source: str) -> str:

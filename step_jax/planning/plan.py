@@ -13,7 +13,7 @@ from step_jax.core.spec import count
 from step_jax.models.flops import train_flops_per_token
 from step_jax.planning import collectives, estimate, hlo, memory, operations, roofline
 from step_jax.planning.program import Program, compile_program, parsed, resolved
-from step_jax.planning.topology import Topology
+from step_jax.planning.topology import Topology, crosses_slices
 from step_jax.trainers.pretrain import PretrainConfig
 
 SECONDS_PER_DAY = 86400.0
@@ -36,6 +36,7 @@ class Plan:
       memory: class -> bytes at the fullest moment.
       memory_total, memory_compiler, memory_limit: sum of ``memory``, what the compiler reserves,
         what the device has (None on a CPU).
+      memory_arguments: the part of it that the step is given: state and batch.
       memory_estimate: class -> bytes as expected before compiling.
       buffers: the largest of them: bytes, shape, source, class.
       flops, flops_model: operations of the compiled program; those that the model needs.
@@ -64,6 +65,7 @@ class Plan:
     memory: dict[str, float]
     memory_total: float
     memory_compiler: float
+    memory_arguments: float
     memory_limit: float | None
     memory_estimate: dict[str, float]
     buffers: list[dict[str, Any]]
@@ -108,7 +110,9 @@ def make_plan(config: PretrainConfig, topology: Topology, recipe: str = "") -> P
     executions, endless = hlo.executions(module)
     mesh = program.sharding.mesh
     ops = operations.count(module, executions)
-    sent = collectives.communication(module, executions, dict(mesh.shape))
+    across = next((a for a in mesh.axis_names if crosses_slices(mesh, [a])), None)
+    slices = (across, topology.slices) if across else None
+    sent = collectives.communication(module, executions, dict(mesh.shape), slices)
     used = memory.analyse(
         module,
         program.assignment,
@@ -127,6 +131,7 @@ def make_plan(config: PretrainConfig, topology: Topology, recipe: str = "") -> P
         memory=used.classes,
         memory_total=used.total,
         memory_compiler=used.compiler,
+        memory_arguments=used.arguments,
         memory_limit=topology.chip.hbm_bytes if topology.chip else None,
         memory_estimate=estimate.memory(config, program.sharding, program.rows),
         buffers=[dataclasses.asdict(b) for b in used.buffers[:10]],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from step_jax.core import hardware
 from step_jax.planning import topology as topology_lib
-from step_jax.planning.collectives import Traffic
+from step_jax.planning.collectives import BETWEEN_SLICES, Traffic
 from step_jax.planning.operations import Operations
 from step_jax.planning.topology import Topology
 
@@ -67,8 +67,9 @@ def bound(
     """
     network: dict[str, float] = {}
     for c in collectives:
-        axes = c.axes.removeprefix("part of ").split("+")
-        speed = topology_lib.bandwidth(topology, mesh, axes)
+        names = c.axes.removeprefix("part of ").removesuffix(BETWEEN_SLICES)
+        between = c.axes.endswith(BETWEEN_SLICES)
+        speed = topology_lib.bandwidth(topology, mesh, names.split("+"), between)
         network[c.axes] = network.get(c.axes, 0.0) + c.nbytes / speed
     memory = operations.traffic / topology.chip.hbm_bandwidth if topology.chip else 0.0
     return Bound(operations.flops / peak(topology, dtype), memory, network)

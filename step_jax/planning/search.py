@@ -78,10 +78,14 @@ def _fitted(config: PretrainConfig, topology: Topology):
 
 
 def _experts(config: PretrainConfig) -> int:
+    """Into how many shards the experts of every layer can be cut; 1 without experts."""
     counts = [
-        getattr(block.mlp, "experts", 1) for group in config.model.layers for block in group.blocks
+        kind.count
+        for group in config.model.layers
+        for block in group.blocks
+        for kind in getattr(block.mlp, "experts", ())
     ]
-    return math.gcd(*(n for n in counts if n > 1)) if max(counts) > 1 else 1
+    return math.gcd(*counts) if counts else 1
 
 
 def _divisors(n: int) -> list[int]:

@@ -150,26 +150,38 @@ NETWORK = {"v5e": 3.125e9, "v5p": 6.25e9, "v6e": 12.5e9, "tpu7x": 12.5e9}
 _GPU_NETWORK = 50e9
 
 
-def bandwidth(topology: Topology, mesh: Any, axes: Sequence[str]) -> float:
+def crosses_slices(mesh: Any, axes: Sequence[str]) -> bool:
+    """Whether devices that differ along these mesh axes lie in several slices."""
+    return len({getattr(d, "slice_index", 0) for d in _group(mesh, axes)}) > 1
+
+
+def _group(mesh: Any, axes: Sequence[str]) -> list[Any]:
+    index = tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)
+    return list(np.asarray(mesh.devices[index]).flat)
+
+
+def bandwidth(topology: Topology, mesh: Any, axes: Sequence[str], between: bool = False) -> float:
     """Bytes per second that a device can send in a collective along axes of its mesh.
 
     Every dimension of the torus that the group spans adds its links: two if the group goes all the
     way around a ring, else one, since a line's end has a single neighbour.
 
     Args:
-      topology: of ``parse``.
       mesh: ``jax.sharding.Mesh`` over the topology's devices; any for GPUs.
       axes: names of the mesh axes along which the groups of the collective differ.
+      between: over the network between slices, not inside each.
     """
     if topology.platform == "cpu":
         return float("inf")  # simulated devices share one memory
     chip = topology.chip
     if topology.platform == "gpu":
         return chip.interconnect if topology.count <= NVLINK_ISLAND else _GPU_NETWORK
-    index = tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)
-    group = list(np.asarray(mesh.devices[index]).flat)
-    if len({getattr(d, "slice_index", 0) for d in group}) > 1:
+    if between:
         return NETWORK[chip.name]
+    group = _group(mesh, axes)
+    group = [
+        d for d in group if getattr(d, "slice_index", 0) == getattr(group[0], "slice_index", 0)
+    ]
     links = 0
     for dimension, size in enumerate(topology.torus):
         span = len({d.coords[dimension] for d in group})

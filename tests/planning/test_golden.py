@@ -1,4 +1,4 @@
-"""The golden tables hold what is claimed of them, and the compiler still says the same (``aot``)."""
+"""The golden tables hold what is claimed, and the compiler still says the same (``aot``)."""
 
 from __future__ import annotations
 

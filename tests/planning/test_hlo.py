@@ -227,6 +227,21 @@ def test_notations_of_replica_groups(text, axes):
     assert collectives.axes_of(groups, SHAPE) == axes
 
 
+def test_what_crosses_slices_is_a_send_to_the_host():
+    text = """HloModule m
+
+ENTRY %main (x: f32[64]) -> f32[64] {
+  %x = f32[64]{0} parameter(0)
+  %after = token[] after-all()
+  ROOT %s = (f32[64]{0}, u32[], token[]) send(%x, %after), channel_id=1, is_host_transfer=true, \
+frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+}
+"""
+    module = hlo.parse(text)
+    found = collectives.communication(module, {"main": 3.0}, SHAPE, ("data", 2))
+    assert found == [collectives.Traffic("all-reduce", "data between slices", 3.0, 3 * 256)]
+
+
 def test_unknown_notation_is_refused():
     with pytest.raises(ValueError, match="unknown notation"):
         collectives.replica_groups("replica_groups=@7", 8)

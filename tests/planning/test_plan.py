@@ -98,6 +98,7 @@ def test_command_prints_saves_and_draws(recipe, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags,words",
     [
+        ([], "--topology NAME"),
         (["--topology", "v9:2x2"], "v5p: 2x2x1"),
         (["--topology", "v5p:3x5x7"], "v5p has no shape '3x5x7'; it has: 2x2x1"),
         (["--topology", "gpu:z80x4"], "gpu:"),
@@ -151,7 +152,10 @@ def test_bandwidth_counts_the_links_of_a_torus():
     assert speed(mesh[:, :4], "y") == link  # half of the way: a line
     for chip in mesh[2:].flat:
         chip.slice_index = 1
-    assert speed(mesh, "x") == topology.NETWORK["v5p"]
+    joined = SimpleNamespace(axis_names="xyz", devices=mesh)
+    assert topology.crosses_slices(joined, "x") and not topology.crosses_slices(joined, "y")
+    assert topology.bandwidth(at, joined, "x", between=True) == topology.NETWORK["v5p"]
+    assert speed(mesh, "x") == link  # inside a slice: half of that dimension
 
 
 # --- Out of memory ------------------------------------------------------------------------------
