@@ -8,7 +8,6 @@ Rows past the sum of the sizes belong to no group: their results and gradients a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Literal
 
