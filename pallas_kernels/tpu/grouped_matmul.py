@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 BLOCK_ROWS = 512
 PART = 128
+CHUNK = 1024
 VMEM_BYTES = 48 * 2**20  # for blocks, of the 64 MiB of v5p and tpu7x (v5e and v6e: 128)
 VMEM_LIMIT = 60 * 2**20
 
@@ -58,12 +59,21 @@ def _own(group_V, block_V, border_C, v, block: int):
 def _parts(lo, hi, block: int, body):
     """``body(rows of a part, own_R1)`` for the parts in which ``lo <= row < hi`` somewhere."""
     part = PART if block % PART == 0 else block
-    for begin in range(0, block, part):
 
-        @pl.when((lo < begin + part) & (hi > begin))
-        def _(begin=begin):
-            row_R1 = begin + jax.lax.broadcasted_iota(jnp.int32, (part, 1), 0)
-            body(pl.ds(begin, part), (row_R1 >= lo) & (row_R1 < hi))
+    @pl.loop(lo // part, pl.cdiv(hi, part))
+    def _(i):
+        begin = pl.multiple_of(i * part, part)
+        row_R1 = begin + jax.lax.broadcasted_iota(jnp.int32, (part, 1), 0)
+        body(pl.ds(begin, part), (row_R1 >= lo) & (row_R1 < hi))
+
+
+def _chunks(size: int, body):
+    """``body(slice)`` over a dimension: what is compiled is a product of one chunk."""
+    chunk = _divisor(size, CHUNK)
+    if chunk == size:
+        body(pl.ds(0, size))
+    else:
+        pl.loop(0, size // chunk)(lambda i: body(pl.ds(pl.multiple_of(i * chunk, chunk), chunk)))
 
 
 def _dot(a, b, a_axis: int, b_axis: int):
@@ -72,18 +82,25 @@ def _dot(a, b, a_axis: int, b_axis: int):
     )
 
 
-def _rows_kernel(group_V, block_V, border_C, x_RD, w_Df, y_Rf, *, transposed: bool):
+def _rows_kernel(group_V, block_V, border_C, x_RD, w_Df, y_Rf, sum_Rf, *, transposed: bool):
     v, block = pl.program_id(1), x_RD.shape[0]
     lo, hi = _own(group_V, block_V, border_C, v, block)
     grouped = group_V[v] < border_C.shape[0] - 2
     whole = hi - lo == block
 
     def product(rows):
-        return _dot(x_RD[rows], w_Df[...], 1, 1 if transposed else 0).astype(y_Rf.dtype)
+        sum_Rf[rows] = jnp.zeros_like(sum_Rf[rows])
+
+        def add(k):
+            w = w_Df[:, k] if transposed else w_Df[k]
+            sum_Rf[rows] += _dot(x_RD[rows, k], w, 1, 1 if transposed else 0)
+
+        _chunks(x_RD.shape[1], add)
+        return sum_Rf[rows].astype(y_Rf.dtype)
 
     @pl.when(whole & grouped)
     def _():
-        y_Rf[...] = product(slice(None))
+        y_Rf[...] = product(pl.ds(0, block))
 
     @pl.when(whole & ~grouped)
     def _():
@@ -115,19 +132,23 @@ def _matrices_kernel(group_V, block_V, border_C, x_Rd, dy_Rf, dw_df, sum_df):
     def _():
         sum_df[...] = jnp.zeros_like(sum_df)
 
+    def add(rows, keep):
+        def chunk(k):
+            sum_df[:, k] += _dot(keep(x_Rd[rows]), keep(dy_Rf[rows, k]), 0, 0)
+
+        _chunks(dy_Rf.shape[1], chunk)
+
     @pl.when(hi - lo == block)
     def _():
-        sum_df[...] += _dot(x_Rd[...], dy_Rf[...], 0, 0)
+        add(pl.ds(0, block), lambda a: a)
 
     @pl.when(hi - lo < block)
     def _():
-        def part(rows, own_R1):  # both: what another group's rows hold may be NaN
-            x_own, dy_own = (
-                jnp.where(own_R1, a[rows], jnp.zeros_like(a[rows])) for a in (x_Rd, dy_Rf)
-            )
-            sum_df[...] += _dot(x_own, dy_own, 0, 0)
-
-        _parts(lo, hi, block, part)
+        # masked on both sides: what another group's rows hold may be NaN
+        _parts(
+            lo, hi, block,
+            lambda rows, own_R1: add(rows, lambda a: jnp.where(own_R1, a, jnp.zeros_like(a))),
+        )  # fmt: skip
 
     @pl.when(ends)
     def _():
@@ -135,7 +156,7 @@ def _matrices_kernel(group_V, block_V, border_C, x_Rd, dy_Rf, dw_df, sum_df):
 
 
 def _divisor(width: int, most: int) -> int:
-    """The largest multiple of 128 that divides ``width`` and is at most ``most``; else ``width``."""
+    """The largest multiple of 128 up to ``most`` that divides ``width``, else ``width``."""
     sizes = [n for n in range(128, min(width, max(most, 128)) + 1, 128) if width % n == 0]
     return max(sizes, default=width)
 
@@ -217,6 +238,7 @@ def rows_by_matrices(x_MD, w_EDF, sizes_E, *, transposed: bool = False, interpre
             pl.BlockSpec((None, f, D) if transposed else (None, D, f), w_index),
         ],
         out_specs=pl.BlockSpec((R, f), lambda j, v, g, block_V, b: (block_V[v], j)),
+        scratch_shapes=[pltpu.VMEM((R, f), jnp.float32)],
     )
 
 
