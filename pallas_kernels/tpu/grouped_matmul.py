@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 BLOCK_ROWS = 512
 PART = 128
-CHUNK = 1024
+CHUNK = 2**20  # elements of a matrix in one product: what is compiled is a product of one chunk
 VMEM_BYTES = 48 * 2**20  # for blocks, of the 64 MiB of v5p and tpu7x (v5e and v6e: 128)
 VMEM_LIMIT = 60 * 2**20
 
@@ -67,9 +67,9 @@ def _parts(lo, hi, block: int, body):
         body(pl.ds(begin, part), (row_R1 >= lo) & (row_R1 < hi))
 
 
-def _chunks(size: int, body):
-    """``body(slice)`` over a dimension: what is compiled is a product of one chunk."""
-    chunk = _divisor(size, CHUNK)
+def _chunks(size: int, other: int, body):
+    """``body(slice)`` over a dimension of a matrix of ``size * other``, in chunks."""
+    chunk = _divisor(size, max(CHUNK // other, 128))
     if chunk == size:
         body(pl.ds(0, size))
     else:
@@ -95,7 +95,7 @@ def _rows_kernel(group_V, block_V, border_C, x_RD, w_Df, y_Rf, sum_Rf, *, transp
             w = w_Df[:, k] if transposed else w_Df[k]
             sum_Rf[rows] += _dot(x_RD[rows, k], w, 1, 1 if transposed else 0)
 
-        _chunks(x_RD.shape[1], add)
+        _chunks(x_RD.shape[1], y_Rf.shape[1], add)
         return sum_Rf[rows].astype(y_Rf.dtype)
 
     @pl.when(whole & grouped)
@@ -136,7 +136,7 @@ def _matrices_kernel(group_V, block_V, border_C, x_Rd, dy_Rf, dw_df, sum_df):
         def chunk(k):
             sum_df[:, k] += _dot(keep(x_Rd[rows]), keep(dy_Rf[rows, k]), 0, 0)
 
-        _chunks(dy_Rf.shape[1], chunk)
+        _chunks(dy_Rf.shape[1], x_Rd.shape[1], chunk)
 
     @pl.when(hi - lo == block)
     def _():
@@ -167,7 +167,7 @@ def _blocks_of_rows(rows: int, D: int, F: int, bytes_each: int):
     def need(R, f):
         return 2 * bytes_each * (R * D + D * f + R * f) + 4 * R * f
 
-    for most in (1024, 512, 256, 128):
+    for most in (2048, 1024, 512, 256, 128):
         R, f = min(BLOCK_ROWS if most > 256 else 256, rows), _divisor(F, most)
         if need(R, f) <= VMEM_BYTES:
             return R, f

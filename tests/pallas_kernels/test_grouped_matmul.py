@@ -51,7 +51,7 @@ def test_few_rows_and_odd_widths(rows):
 
 
 def test_widths_are_cut_into_blocks_and_chunks(monkeypatch):
-    monkeypatch.setattr(kernel, "CHUNK", 128)
+    monkeypatch.setattr(kernel, "CHUNK", 128 * 128)
     monkeypatch.setattr(kernel, "VMEM_BYTES", 2**21)
     D, F = 384, 512
     assert kernel._blocks_of_rows(600, D, F, 4) == (256, 128)
@@ -60,7 +60,7 @@ def test_widths_are_cut_into_blocks_and_chunks(monkeypatch):
     y = kernel.rows_by_matrices(x, w, sizes, interpret=True)
     dx = kernel.rows_by_matrices(cotangent, w, sizes, transposed=True, interpret=True)
     monkeypatch.undo()
-    monkeypatch.setattr(kernel, "CHUNK", 128)
+    monkeypatch.setattr(kernel, "CHUNK", 128 * 128)
     dw = kernel.matrices_of_rows(x, cotangent, sizes, interpret=True)
     assert_near((y, dx, dw), definition(*arrays), 1e-6)
 
