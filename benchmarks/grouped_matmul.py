@@ -2,10 +2,11 @@
 
     python benchmarks/grouped_matmul.py [--rows 8192] [--width 512] [--hidden 1024] [--experts 16]
 
-SwiGLU of three grouped matmuls, forward and backward, in float32 and bfloat16, with experts that get
-equal, random, geometrically falling or all rows (`--rows` counts a token once per expert it goes
-to). Dense is the same network with one expert's matrices for all rows. Repetitions of both take
-turns and the best of each counts. Exits 1 if the chosen implementation is below the bar anywhere.
+SwiGLU of three grouped matmuls, forward and backward, in float32 and bfloat16, with experts that
+get equal, random, geometrically falling or all rows (`--rows` counts a token once per expert it
+goes to). Dense is the same network with one expert's matrices for all rows. Repetitions of both
+take turns and the best of each counts. Exits 1 if the chosen implementation is below the bar
+anywhere.
 """
 
 from __future__ import annotations

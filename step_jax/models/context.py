@@ -27,6 +27,7 @@ class Execution:
     scan: compile one layer of each kind and loop over it, instead of unrolling all layers.
     remat: what the backward pass recomputes. ``none`` nothing, ``dots`` everything but products
       with weights, ``full`` each whole layer from its input.
+    loss: implementation of the vocabulary projection and its loss (``step_jax.ops.cross_entropy``).
     loss_chunks: into how many pieces the vocabulary projection cuts a sequence.
     dtype: of activations and of the weights' copies they meet.
     """
@@ -34,6 +35,7 @@ class Execution:
     attention: Implementation = "auto"
     scan: bool = True
     remat: RematPolicy = "none"
+    loss: Literal["auto", "chunked", "pallas_tpu"] = "auto"
     loss_chunks: int = 8
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 

@@ -31,6 +31,7 @@ def token_losses(p: DecoderParams, c: Decoder, x_BTD, targets_BT, weights_BT, ct
         z_loss=z_loss,
         chunks=ctx.execution.loss_chunks,
         sharding=ctx.sharding,
+        implementation=ctx.execution.loss,
     )
 
 

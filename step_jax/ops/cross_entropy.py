@@ -1,4 +1,4 @@
-"""Projection to the vocabulary and cross-entropy, in chunks: full logits never exist.
+"""Projection to the vocabulary and cross-entropy: full logits never exist.
 
 Shape suffixes: B batch, T sequence, D width, V vocabulary; on a mesh the batch is R pieces of b
 rows and the sequence C pieces of n chunks of t tokens, one device holding one piece.
@@ -7,11 +7,13 @@ rows and the sequence C pieces of n chunks of t tokens, one device holding one p
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from step_jax.core.sharding import Sharding
+from step_jax.core.sharding import Sharding, vary_alike
 
 
 def cross_entropy(
@@ -23,11 +25,9 @@ def cross_entropy(
     z_loss: float = 0.0,
     chunks: int = 1,
     sharding: Sharding | None = None,
+    implementation: str = "auto",
 ):
     """Weighted sum of ``-log p(target) + z_loss * logsumexp^2`` (z-loss: arXiv 2204.02311, 5.1).
-
-    The gradients are computed in the same sweep as the loss, chunk by chunk, so the logits are
-    neither stored nor computed twice; only float32 dw (D, V) and dx are kept for the backward pass.
 
     Args:
       x_BTD: hidden states in the compute dtype.
@@ -37,12 +37,28 @@ def cross_entropy(
       weights_BT: float32; may be negative (a policy gradient's advantages) and is differentiable.
       z_loss: coefficient.
       chunks: into how many parts each sequence is cut (the nearest divisor below is used).
-      sharding: of the arrays; None on one device. Chunks are cut inside a device's piece, and the
-        devices add up their dw once, after the last chunk.
+      sharding: of the arrays; None on one device.
+      implementation: a key of ``IMPLEMENTATIONS`` or ``auto``.
 
     Returns:
       (total, nll_BT): the differentiable float32 sum, and the float32 negative log-likelihood of
       every target (no gradient flows through it).
+
+    Raises:
+      ValueError: arrays the mesh does not divide, or no such implementation for the platform.
+    """
+    platform = None if sharding is None else sharding.mesh.devices.flat[0].platform
+    compute = IMPLEMENTATIONS[resolve(implementation, platform)]
+    weights_BT = weights_BT.astype(jnp.float32)
+    return compute(x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunks, sharding)
+
+
+def chunked(x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunks, sharding: Sharding | None):
+    """Chunk by chunk, the gradients in the same sweep as the loss.
+
+    The logits are neither stored nor computed twice; only float32 dw (D, V) and dx are kept for the
+    backward pass. Chunks are cut inside a device's piece, and the devices add up their dw once,
+    after the last chunk.
     """
     B, T, _ = x_BTD.shape
     R, C = (1, 1) if sharding is None else (sharding.ways("batch"), sharding.ways("sequence"))
@@ -56,7 +72,7 @@ def cross_entropy(
         a = _constrain(sharding, a, "batch", None, "sequence", *(None,) * (a.ndim - 3))
         return jnp.moveaxis(a, 3, 0)
 
-    weights_nRbCt = split(weights_BT.astype(jnp.float32))
+    weights_nRbCt = split(weights_BT)
     total, nll_nRbCt = _cross_entropy(
         split(x_BTD), w_DV, split(targets_BT), weights_nRbCt, z_loss, sharding
     )
@@ -131,3 +147,59 @@ def _backward(z_loss, sharding, residuals, cotangents):
 
 
 _cross_entropy.defvjp(_forward, _backward)
+
+
+def pallas_tpu(x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunks, sharding: Sharding | None):
+    """The kernel of this project for TPUs: not even a chunk's logits exist in HBM.
+
+    Its gradients make the logits again, for 10 N D V operations instead of 6, so it is for memory
+    and for losses without gradients. ``chunks`` has no meaning here.
+    """
+    from pallas_kernels.tpu import cross_entropy as kernel  # not paid for elsewhere
+
+    def local(x_BTD, w_DV, targets_BT, weights_BT):
+        x_BTD, w_DV, targets_BT, weights_BT = vary_alike(x_BTD, w_DV, targets_BT, weights_BT)
+        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        target_N, weight_N = targets_BT.reshape(-1), weights_BT.reshape(-1)
+        total, nll_N = kernel.cross_entropy(x_ND, w_DV, target_N, weight_N, z_loss)
+        return total, nll_N.reshape(targets_BT.shape)
+
+    if sharding is None or sharding.mesh.size == 1:
+        return local(x_BTD, w_DV, targets_BT, weights_BT)
+    if sharding.ways("vocab") > 1:
+        raise ValueError("cross-entropy 'pallas_tpu' has no vocabulary cut over the tensor axis")
+    tokens = sharding.spec(("batch", "sequence"), targets_BT.shape)
+    axes = tuple(jax.tree.leaves(tuple(tokens)))  # an entry is a name, several, or None
+
+    def piece(*arrays):
+        total, nll_BT = local(*arrays)
+        return jax.lax.psum(total, axes), nll_BT
+
+    f = jax.shard_map(
+        piece,
+        mesh=sharding.mesh,
+        in_specs=(P(*tokens, None), P(), tokens, tokens),
+        out_specs=(P(), tokens),
+    )
+    return f(x_BTD, w_DV, targets_BT, weights_BT)
+
+
+IMPLEMENTATIONS: dict[str, Callable] = {"chunked": chunked, "pallas_tpu": pallas_tpu}
+
+
+def resolve(implementation: str, platform: str | None = None) -> str:
+    """The implementation that ``auto`` stands for, checked against the platform compiled for.
+
+    Raises:
+      ValueError: no implementation of that name, or not for that platform.
+    """
+    if implementation == "auto":
+        return "chunked"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"no cross-entropy {implementation!r}; there are: auto, " + ", ".join(IMPLEMENTATIONS)
+        )
+    platform = platform or jax.default_backend()
+    if implementation == "pallas_tpu" and platform != "tpu":
+        raise ValueError(f"cross-entropy 'pallas_tpu' is for TPUs, not for {platform!r}")
+    return implementation

@@ -8,12 +8,12 @@ Rows past the sum of the sizes belong to no group: their results and gradients a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
+
+from step_jax.core.sharding import vary_alike
 
 
 def group_of_row_M(sizes_E, rows: int):
@@ -81,14 +81,6 @@ def _product(a, b, a_axis: int, b_axis: int):
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-def _vary_alike(*arrays):
-    """Inside a shard_map that checks: over which axes a loop's inputs vary, so does its carry."""
-    varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
-    every = frozenset.union(*varying)
-    missing = (tuple(every - own) for own in varying)
-    return [jax.lax.pcast(a, axes, to="varying") for a, axes in zip(arrays, missing, strict=True)]
-
-
 def _rows_by_matrices(x_MD, w_EDF, sizes_E, transposed: bool):
     """Each row by its group's matrix, or by that matrix transposed; in the rows' dtype."""
     rows, width = len(x_MD), w_EDF.shape[1 if transposed else 2]
@@ -104,7 +96,7 @@ def _rows_by_matrices(x_MD, w_EDF, sizes_E, transposed: bool):
 
         return _over_tiles(start, size, rows, y_MF, tile)
 
-    y_MF, _ = _vary_alike(jnp.zeros((rows, width), x_MD.dtype), x_MD)
+    y_MF, _ = vary_alike(jnp.zeros((rows, width), x_MD.dtype), x_MD)
     return _over_groups(sizes_E, y_MF, group)
 
 
@@ -129,11 +121,11 @@ def _tiles_backward(residuals, dy_MF):
             x_RD, dy_RF = (jnp.where(own_R1, _rows(a, first, own_R1), 0) for a in (x_MD, dy_MF))
             return dw_DF + _product(x_RD, dy_RF, 0, 0)
 
-        dw_DF, _ = _vary_alike(jnp.zeros(w_EDF.shape[1:], jnp.float32), x_MD)
+        dw_DF, _ = vary_alike(jnp.zeros(w_EDF.shape[1:], jnp.float32), x_MD)
         dw_DF = _over_tiles(start, size, len(x_MD), dw_DF, tile).astype(dw_EDF.dtype)
         return jax.lax.dynamic_update_index_in_dim(dw_EDF, dw_DF, e, 0)
 
-    dw_EDF, _ = _vary_alike(jnp.zeros(w_EDF.shape, w_EDF.dtype), x_MD)
+    dw_EDF, _ = vary_alike(jnp.zeros(w_EDF.shape, w_EDF.dtype), x_MD)
     dw_EDF = _over_groups(sizes_E, dw_EDF, group)
     dx_MD = _rows_by_matrices(dy_MF, w_EDF, sizes_E, transposed=True)
     return dx_MD, dw_EDF, None
@@ -148,7 +140,14 @@ def tiles(x_MD, w_EDF, sizes_E):
     The gradients use the same loop, so that neither direction stores anything per group and row.
     """
     # outside the rule for gradients: what is cast here has its gradients added up
-    return _tiles(*_vary_alike(x_MD, w_EDF, sizes_E))
+    return _tiles(*vary_alike(x_MD, w_EDF, sizes_E))
+
+
+def pallas_tpu(x_MD, w_EDF, sizes_E):
+    """The kernel of this project for TPUs."""
+    from pallas_kernels.tpu import grouped_matmul as kernel  # not paid for elsewhere
+
+    return kernel.grouped_matmul(*vary_alike(x_MD, w_EDF, sizes_E))
 
 
 def ragged_dot(x_MD, w_EDF, sizes_E):
@@ -164,8 +163,8 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": reference,
     "tiles": tiles,
     "ragged_dot": ragged_dot,
+    "pallas_tpu": pallas_tpu,
 }
-Implementation = Literal["auto", "reference", "tiles", "ragged_dot"]
 
 
 def resolve(implementation: str, platform: str | None = None) -> str:
@@ -174,15 +173,18 @@ def resolve(implementation: str, platform: str | None = None) -> str:
     ``platform`` is that of the devices compiled for; None is the default backend's.
 
     Raises:
-      ValueError: no implementation of that name.
+      ValueError: no implementation of that name, or not for that platform.
     """
+    platform = platform or jax.default_backend()
     if implementation == "auto":
-        # XLA lowers ragged_dot outside TPUs to masked products of all rows with all matrices
-        return "ragged_dot" if (platform or jax.default_backend()) == "tpu" else "tiles"
+        # outside TPUs XLA makes of ragged_dot masked products of all rows with all matrices
+        return "pallas_tpu" if platform == "tpu" else "tiles"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"no grouped matmul {implementation!r}; there are: auto, " + ", ".join(IMPLEMENTATIONS)
         )
+    if implementation == "pallas_tpu" and platform != "tpu":
+        raise ValueError(f"grouped matmul 'pallas_tpu' is for TPUs, not for {platform!r}")
     return implementation
 
 

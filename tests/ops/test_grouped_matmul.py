@@ -18,6 +18,9 @@ from step_jax.ops import grouped_matmul as ops
 D, F = 8, 12
 
 
+ANYWHERE = [name for name in ops.IMPLEMENTATIONS if name != "pallas_tpu"]
+
+
 def definition(x, w, sizes, cotangent):
     """Float64, group by group: (y, dx, dw)."""
     x, w, cotangent = (np.asarray(a, np.float64) for a in (x, w, cotangent))
@@ -59,7 +62,7 @@ def assert_near(got, expected, bound):
 ROWS, GROUPS = 1200, 5  # two tiles of 512 rows, some of 128 and some of 32
 
 
-@settings(max_examples=20, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=12, phases=[Phase.explicit, Phase.generate])
 @example([0, 0, 0, 0, 0], 0)
 @example([0, 0, ROWS, 0, 0], 0)
 @example([ROWS, 0, 0, 0, 0], 0)
@@ -101,7 +104,7 @@ def test_bfloat16_is_accumulated_in_float32():
     assert_near(got, definition(*arrays), 4e-3)  # the rounding of the results: 8 bits
 
 
-@pytest.mark.parametrize("name", ops.IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ANYWHERE)
 def test_rows_of_no_group_may_hold_anything(name):
     x, w, sizes, cotangent = inputs([3, 0, 2], 40)
     expected = definition(x, w, sizes, cotangent)
@@ -110,7 +113,7 @@ def test_rows_of_no_group_may_hold_anything(name):
 
 
 @pytest.mark.parametrize("check", [True, False])
-@pytest.mark.parametrize("name", ops.IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ANYWHERE)
 def test_inside_shard_map_checkpoint_and_scan(name, check):
     """Two layers in a checkpointed scan; every device has its own rows and sizes, all matrices."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
@@ -143,14 +146,18 @@ def test_inside_shard_map_checkpoint_and_scan(name, check):
 def test_auto_follows_the_platform_compiled_for():
     assert ops.resolve("auto", "cpu") == ops.resolve("auto", "gpu") == "tiles"
     assert ops.resolve("auto") == "tiles"  # the tests' backend
-    assert ops.resolve("auto", "tpu") == "ragged_dot"
+    assert ops.resolve("auto", "tpu") == "pallas_tpu"
     assert ops.resolve("reference", "tpu") == "reference"
 
 
 def test_what_does_not_fit_is_refused():
     x, w, sizes, _ = inputs([2, 3], 8)
-    with pytest.raises(ValueError, match="there are: auto, reference, tiles, ragged_dot"):
+    with pytest.raises(
+        ValueError, match="there are: auto, reference, tiles, ragged_dot, pallas_tpu"
+    ):
         ops.grouped_matmul(x, w, sizes, implementation="dense")
+    with pytest.raises(ValueError, match="for TPUs, not for 'cpu'"):
+        ops.grouped_matmul(x, w, sizes, implementation="pallas_tpu")
     with pytest.raises(ValueError, match=r"sizes \(E,\)"):
         ops.grouped_matmul(x, w, sizes[:1])
     with pytest.raises(ValueError, match="do not fit"):

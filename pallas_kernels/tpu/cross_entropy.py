@@ -1,0 +1,301 @@
+"""Projection to a vocabulary and cross-entropy for TPUs, without logits in HBM.
+
+Shape suffixes: N tokens, D width, V vocabulary; T, v the same in one block, 1 a column of numbers
+one per token.
+
+The forward kernel keeps each token's running maximum and sum of exponentials (online softmax) and
+the logit of its target while the vocabulary passes by. Gradients make the logits again from the
+saved log-sum-exp (the recomputation of arXiv 2205.14135), once for the tokens and once for the
+matrix: 10 N D V operations in all, where a program that keeps logits needs 6.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+CHUNK = 1024  # of the width: what is compiled is a product of one chunk
+VMEM_BYTES = 56 * 2**20  # for blocks, of the 64 MiB of v5p and tpu7x (v5e and v6e: 128)
+VMEM_LIMIT = 62 * 2**20
+
+
+def _divisor(width: int, most: int) -> int:
+    """The largest multiple of 128 up to ``most`` that divides ``width``, else ``width``."""
+    sizes = [n for n in range(128, min(width, most) + 1, 128) if width % n == 0]
+    return max(sizes, default=width)
+
+
+def _chunks(width: int, body):
+    """``body(slice)`` for every chunk of the width."""
+    chunk = _divisor(width, CHUNK)
+    if chunk == width:
+        body(pl.ds(0, width))
+    else:
+        pl.loop(0, width // chunk)(lambda i: body(pl.ds(pl.multiple_of(i * chunk, chunk), chunk)))
+
+
+def _dot(a, b, a_axis: int, b_axis: int):
+    return jax.lax.dot_general(
+        a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+def _logits(x_TD, w_Dv, target_T1, logits_Tv, block, vocabulary: int):
+    """Fills ``logits_Tv``, minus infinity past the vocabulary; returns where the targets are."""
+    logits_Tv[...] = jnp.zeros_like(logits_Tv)
+
+    def add(k):
+        logits_Tv[...] += _dot(x_TD[:, k], w_Dv[k], 1, 0)
+
+    _chunks(x_TD.shape[1], add)
+    width = logits_Tv.shape[1]
+    column_Tv = block * width + jax.lax.broadcasted_iota(jnp.int32, logits_Tv.shape, 1)
+    if vocabulary % width:
+        logits_Tv[...] = jnp.where(column_Tv < vocabulary, logits_Tv[...], -jnp.inf)
+    return column_Tv == target_T1[...]
+
+
+def _forward_kernel(
+    x_TD, w_Dv, target_T1, lse_T1, nll_T1, logits_Tv, max_T1, sum_T1, hit_T1, *, vocabulary: int
+):
+    j = pl.program_id(1)
+
+    @pl.when(j == 0)
+    def _():
+        max_T1[...] = jnp.full_like(max_T1, -jnp.inf)
+        sum_T1[...] = jnp.zeros_like(sum_T1)
+        hit_T1[...] = jnp.zeros_like(hit_T1)
+
+    hot_Tv = _logits(x_TD, w_Dv, target_T1, logits_Tv, j, vocabulary)
+    logits = logits_Tv[...]
+    old = max_T1[...]
+    new = jnp.maximum(old, jnp.max(logits, axis=1, keepdims=True))
+    part = jnp.sum(jnp.exp(logits - new), axis=1, keepdims=True)
+    sum_T1[...] = sum_T1[...] * jnp.exp(old - new) + part
+    hit_T1[...] += jnp.sum(jnp.where(hot_Tv, logits, 0.0), axis=1, keepdims=True)
+    max_T1[...] = new
+
+    @pl.when(j == pl.num_programs(1) - 1)
+    def _():
+        lse_T1[...] = max_T1[...] + jnp.log(sum_T1[...])
+        nll_T1[...] = lse_T1[...] - hit_T1[...]
+
+
+def _dlogits(x_TD, w_Dv, target_T1, lse_T1, p_T1, hot_T1, logits_Tv, block, vocabulary):
+    """The gradient of the logits, ``p_T1 * softmax - hot_T1 * (this is the target)``."""
+    hot_Tv = _logits(x_TD, w_Dv, target_T1, logits_Tv, block, vocabulary)
+    d_Tv = p_T1[...] * jnp.exp(logits_Tv[...] - lse_T1[...])
+    return (d_Tv - jnp.where(hot_Tv, hot_T1[...], 0.0)).astype(x_TD.dtype)
+
+
+def _tokens_kernel(
+    x_TD, w_Dv, target_T1, lse_T1, p_T1, hot_T1, dx_TD, logits_Tv, sum_TD, *, vocabulary: int
+):
+    j = pl.program_id(1)
+
+    @pl.when(j == 0)
+    def _():
+        sum_TD[...] = jnp.zeros_like(sum_TD)
+
+    d_Tv = _dlogits(x_TD, w_Dv, target_T1, lse_T1, p_T1, hot_T1, logits_Tv, j, vocabulary)
+
+    def add(k):
+        sum_TD[:, k] += _dot(d_Tv, w_Dv[k], 1, 1)
+
+    _chunks(x_TD.shape[1], add)
+
+    @pl.when(j == pl.num_programs(1) - 1)
+    def _():
+        dx_TD[...] = sum_TD[...].astype(dx_TD.dtype)
+
+
+def _matrix_kernel(
+    x_TD, w_Dv, target_T1, lse_T1, p_T1, hot_T1, dw_Dv, logits_Tv, *, vocabulary: int
+):
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        dw_Dv[...] = jnp.zeros_like(dw_Dv)
+
+    d_Tv = _dlogits(
+        x_TD, w_Dv, target_T1, lse_T1, p_T1, hot_T1, logits_Tv, pl.program_id(0), vocabulary
+    )
+
+    def add(k):
+        dw_Dv[k] += _dot(x_TD[:, k], d_Tv, 0, 0)
+
+    _chunks(x_TD.shape[1], add)
+
+
+def _call(
+    kernel,
+    x_ND,
+    w_DV,
+    columns,
+    outputs,
+    *,
+    vocabulary,
+    scratch,
+    blocks,
+    interpret,
+    matrix_first=False,
+):
+    """One kernel over blocks of tokens and of the vocabulary, the second of the two inside.
+
+    ``columns`` are arrays (N, 1); ``outputs`` are (shape, dtype) with the names of the dimensions
+    in place of sizes; the grid's inner dimension is the one added up.
+    """
+    (N, D), V, (T, v) = x_ND.shape, w_DV.shape[1], blocks
+    whole, cut = {"N": N, "V": V, "D": D, 1: 1}, {"N": T, "V": v, "D": D, 1: 1}
+    grid = (V // v, N // T) if matrix_first else (N // T, V // v)
+
+    def spec(*dimensions):
+        def index(*place):
+            n, j = place[::-1] if matrix_first else place
+            return tuple({"N": n, "V": j}.get(d, 0) for d in dimensions)
+
+        return pl.BlockSpec(tuple(cut[d] for d in dimensions), index)
+
+    products = 1 if len(columns) == 1 else 2  # the logits, and a gradient made from them
+    x_reads, w_reads = (grid[0], 1) if matrix_first else (1, grid[0])
+    return pl.pallas_call(
+        functools.partial(kernel, vocabulary=vocabulary),
+        out_shape=[
+            jax.ShapeDtypeStruct(
+                tuple(whole[d] for d in dimensions),
+                dtype,
+                manual_axis_type=jax.typeof(x_ND).manual_axis_type,
+            )
+            for dimensions, dtype in outputs
+        ],
+        grid=grid,
+        in_specs=[spec("N", "D"), spec("D", "V"), *(spec("N", 1) for _ in columns)],
+        out_specs=[spec(*dimensions) for dimensions, _ in outputs],
+        scratch_shapes=[pltpu.VMEM(tuple(cut[d] for d in s), jnp.float32) for s in scratch],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=products * 2 * N * D * V,
+            transcendentals=N * V,
+            bytes_accessed=(x_reads * N * D + w_reads * D * V) * x_ND.dtype.itemsize
+            + sum(4 * math.prod(whole[d] for d in dimensions) for dimensions, _ in outputs),
+        ),
+        interpret=interpret,
+    )(x_ND, w_DV, *columns)
+
+
+def _blocks(N: int, D: int, V: int, need):
+    """(T, v): the largest blocks with ``need(T, v)`` bytes on chip.
+
+    Raises:
+      ValueError: no blocks fit.
+    """
+    for T, v in ((512, 512), (512, 256), (256, 256), (256, 128), (128, 128)):
+        T, v = min(T, pl.cdiv(N, 16) * 16), min(v, pl.cdiv(V, 128) * 128)
+        if need(T, v) + 4 * T * v <= VMEM_BYTES:
+            return T, v
+    raise ValueError(f"cross-entropy kernel: rows of width {D} do not fit the on-chip memory")
+
+
+def _padded(x_ND, w_DV, columns, T: int, v: int):
+    """Whole blocks. Added tokens have weight 0, added words are masked by the kernels."""
+    rows, words = -x_ND.shape[0] % T, -w_DV.shape[1] % v
+
+    def pad(a, *amounts):
+        return jnp.pad(a, [(0, n) for n in amounts]) if any(amounts) else a
+
+    columns = [pad(c[:, None], rows, 0) for c in columns]
+    return pad(x_ND, rows, 0), pad(w_DV, 0, words), columns
+
+
+def log_likelihood(x_ND, w_DV, target_N, *, interpret: bool = False):
+    """(logsumexp_N of the logits, negative log-likelihood_N of the targets), float32.
+
+    Args:
+      x_ND: hidden states, bfloat16 or float32.
+      w_DV: the projection, of the same dtype.
+      target_N: int32.
+
+    Raises:
+      ValueError: a width whose blocks do not fit the on-chip memory.
+    """
+    (N, D), V, size = x_ND.shape, w_DV.shape[1], x_ND.dtype.itemsize
+    blocks = _blocks(N, D, V, lambda T, v: 2 * size * D * (T + v))
+    x_ND, w_DV, columns = _padded(x_ND, w_DV, [target_N], *blocks)
+    column = (("N", 1), jnp.float32)
+    lse_N1, nll_N1 = _call(
+        _forward_kernel, x_ND, w_DV, columns, [column, column], vocabulary=V, blocks=blocks,
+        scratch=[("N", "V"), ("N", 1), ("N", 1), ("N", 1)], interpret=interpret,
+    )  # fmt: skip
+    return lse_N1[:N, 0], nll_N1[:N, 0]
+
+
+def gradients(x_ND, w_DV, target_N, lse_N, p_N, hot_N, *, interpret: bool = False):
+    """Gradients (dx_ND, dw_DV) where that of a token's logits is ``p * softmax - hot * onehot``.
+
+    Args:
+      x_ND, w_DV, target_N: as :func:`log_likelihood`.
+      lse_N, p_N, hot_N: float32.
+
+    Returns:
+      dx_ND in the dtype of ``x_ND``, dw_DV in float32.
+    """
+    (N, D), V, size = x_ND.shape, w_DV.shape[1], x_ND.dtype.itemsize
+    columns = [target_N, lse_N, p_N, hot_N]
+
+    def call(kernel, output, scratch, need, **order):
+        blocks = _blocks(N, D, V, need)
+        padded = _padded(x_ND, w_DV, columns, *blocks)
+        return _call(
+            kernel, *padded, [output], vocabulary=V, scratch=[("N", "V"), *scratch],
+            blocks=blocks, interpret=interpret, **order,
+        )[0]  # fmt: skip
+
+    dx_ND = call(
+        _tokens_kernel, (("N", "D"), x_ND.dtype), [("N", "D")],
+        lambda T, v: D * (2 * size * (2 * T + v) + 4 * T),
+    )  # fmt: skip
+    dw_DV = call(
+        _matrix_kernel, (("D", "V"), jnp.float32), [],
+        lambda T, v: D * (2 * size * (T + v) + 8 * v), matrix_first=True,
+    )  # fmt: skip
+    return dx_ND[:N], dw_DV[:, :V]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy(x_ND, w_DV, target_N, weight_N, z_loss: float, interpret: bool = False):
+    """Weighted sum of ``-log p(target) + z_loss * logsumexp^2``.
+
+    Args:
+      x_ND: hidden states, bfloat16 or float32.
+      w_DV: the projection in any dtype; multiplied in the dtype of ``x_ND``.
+      target_N: int32.
+      weight_N: float32; may be negative and is differentiable.
+
+    Returns:
+      (total, nll_N) float32; no gradient flows through ``nll_N``.
+    """
+    return _forward(x_ND, w_DV, target_N, weight_N, z_loss, interpret)[0]
+
+
+def _forward(x_ND, w_DV, target_N, weight_N, z_loss, interpret):
+    lse_N, nll_N = log_likelihood(x_ND, w_DV.astype(x_ND.dtype), target_N, interpret=interpret)
+    cost_N = nll_N + z_loss * jnp.square(lse_N)
+    return (jnp.sum(weight_N * cost_N), nll_N), (x_ND, w_DV, target_N, weight_N, lse_N, cost_N)
+
+
+def _backward(z_loss, interpret, residuals, cotangents):
+    x_ND, w_DV, target_N, weight_N, lse_N, cost_N = residuals
+    hot_N = cotangents[0] * weight_N
+    p_N = hot_N * (1.0 + 2.0 * z_loss * lse_N)
+    w_low_DV = w_DV.astype(x_ND.dtype)
+    dx_ND, dw_DV = gradients(x_ND, w_low_DV, target_N, lse_N, p_N, hot_N, interpret=interpret)
+    return dx_ND, dw_DV.astype(w_DV.dtype), None, cotangents[0] * cost_N
+
+
+cross_entropy.defvjp(_forward, _backward)

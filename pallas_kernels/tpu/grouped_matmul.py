@@ -1,0 +1,303 @@
+"""Grouped matmul for TPUs: rows sorted by group, each group with its own matrix.
+
+Shape suffixes: M rows, E groups, D width of a row, F width of a result; R, d, f the same in one
+block; V visits (one block of rows on behalf of one group), C = E + 1 with the rows of no group.
+
+Blocks of rows lie on a fixed raster, so a block at a border is visited once for each of its
+groups. Visits are counted at run time and passed ahead of the kernel (scalar prefetch), and the
+grid has as many as are needed. A visit that does not own its whole block multiplies only those
+parts of ``PART`` rows in which it has some, so that a border costs a part and not a block.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+BLOCK_ROWS = 512
+PART = 128
+CHUNK = 2**20  # elements of a matrix in one product: what is compiled is a product of one chunk
+VMEM_BYTES = 48 * 2**20  # for blocks, of the 64 MiB of v5p and tpu7x (v5e and v6e: 128)
+VMEM_LIMIT = 60 * 2**20
+
+
+def _visits(sizes_E, rows: int, block: int, every_group: bool):
+    """(number of visits, (group_V, block_V, border_C)) of blocks of rows, in order of the rows.
+
+    The rows past the groups are group E. ``every_group`` visits a group without rows once, so
+    that its result is written, and leaves out group E.
+    """
+    E = len(sizes_E)
+    used = jnp.sum(sizes_E)
+    sizes_C = jnp.append(sizes_E, 0 if every_group else rows - used).astype(jnp.int32)
+    stop_C = jnp.cumsum(sizes_C, dtype=jnp.int32)
+    start_C = stop_C - sizes_C
+    first_C = start_C // block
+    count_C = jnp.where(sizes_C > 0, (stop_C - 1) // block - first_C + 1, 0)
+    if every_group:
+        count_C = jnp.maximum(count_C, 1).at[E].set(0)
+    most = pl.cdiv(rows, block) + E
+    group_V = jnp.repeat(jnp.arange(E + 1, dtype=jnp.int32), count_C, total_repeat_length=most)
+    before_C = jnp.cumsum(count_C, dtype=jnp.int32) - count_C
+    block_V = first_C[group_V] + jnp.arange(most, dtype=jnp.int32) - before_C[group_V]
+    # a group without rows at the very end would begin past the last block
+    block_V = jnp.clip(block_V, 0, pl.cdiv(rows, block) - 1)
+    return jnp.sum(count_C), (group_V, block_V, jnp.append(0, stop_C).astype(jnp.int32))
+
+
+def _own(group_V, block_V, border_C, v, block: int):
+    """(first, last + 1) of the visit's rows inside its block."""
+    first = block_V[v] * block
+    start, stop = border_C[group_V[v]], border_C[group_V[v] + 1]
+    return jnp.clip(start - first, 0, block), jnp.clip(stop - first, 0, block)
+
+
+def _parts(lo, hi, block: int, body):
+    """``body(rows of a part, own_R1)`` for the parts in which ``lo <= row < hi`` somewhere."""
+    part = PART if block % PART == 0 else block
+
+    @pl.loop(lo // part, pl.cdiv(hi, part))
+    def _(i):
+        begin = pl.multiple_of(i * part, part)
+        row_R1 = begin + jax.lax.broadcasted_iota(jnp.int32, (part, 1), 0)
+        body(pl.ds(begin, part), (row_R1 >= lo) & (row_R1 < hi))
+
+
+def _chunks(size: int, other: int, body):
+    """``body(slice)`` over a dimension of a matrix of ``size * other``, in chunks."""
+    chunk = _divisor(size, max(CHUNK // other, 128))
+    if chunk == size:
+        body(pl.ds(0, size))
+    else:
+        pl.loop(0, size // chunk)(lambda i: body(pl.ds(pl.multiple_of(i * chunk, chunk), chunk)))
+
+
+def _dot(a, b, a_axis: int, b_axis: int):
+    return jax.lax.dot_general(
+        a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+def _rows_kernel(group_V, block_V, border_C, x_RD, w_Df, y_Rf, sum_Rf, *, transposed: bool):
+    v, block = pl.program_id(1), x_RD.shape[0]
+    lo, hi = _own(group_V, block_V, border_C, v, block)
+    grouped = group_V[v] < border_C.shape[0] - 2
+    whole = hi - lo == block
+
+    def product(rows):
+        sum_Rf[rows] = jnp.zeros_like(sum_Rf[rows])
+
+        def add(k):
+            w = w_Df[:, k] if transposed else w_Df[k]
+            sum_Rf[rows] += _dot(x_RD[rows, k], w, 1, 1 if transposed else 0)
+
+        _chunks(x_RD.shape[1], y_Rf.shape[1], add)
+        return sum_Rf[rows].astype(y_Rf.dtype)
+
+    @pl.when(whole & grouped)
+    def _():
+        y_Rf[...] = product(pl.ds(0, block))
+
+    @pl.when(whole & ~grouped)
+    def _():
+        y_Rf[...] = jnp.zeros_like(y_Rf)
+
+    @pl.when(~whole & grouped)
+    def _():
+        def part(rows, own_R1):
+            y_Rf[rows] = jnp.where(own_R1, product(rows), y_Rf[rows])
+
+        _parts(lo, hi, block, part)
+
+    @pl.when(~whole & ~grouped)
+    def _():
+        def part(rows, own_R1):
+            y_Rf[rows] = jnp.where(own_R1, jnp.zeros_like(y_Rf[rows]), y_Rf[rows])
+
+        _parts(lo, hi, block, part)
+
+
+def _matrices_kernel(group_V, block_V, border_C, x_Rd, dy_Rf, dw_df, sum_df):
+    v, block = pl.program_id(2), x_Rd.shape[0]
+    lo, hi = _own(group_V, block_V, border_C, v, block)
+    last = pl.num_programs(2) - 1
+    begins = (v == 0) | (group_V[jnp.maximum(v - 1, 0)] != group_V[v])
+    ends = (v == last) | (group_V[jnp.minimum(v + 1, last)] != group_V[v])
+
+    @pl.when(begins)
+    def _():
+        sum_df[...] = jnp.zeros_like(sum_df)
+
+    def add(rows, keep):
+        def chunk(k):
+            sum_df[:, k] += _dot(keep(x_Rd[rows]), keep(dy_Rf[rows, k]), 0, 0)
+
+        _chunks(dy_Rf.shape[1], x_Rd.shape[1], chunk)
+
+    @pl.when(hi - lo == block)
+    def _():
+        add(pl.ds(0, block), lambda a: a)
+
+    @pl.when(hi - lo < block)
+    def _():
+        # masked on both sides: what another group's rows hold may be NaN
+        _parts(
+            lo, hi, block,
+            lambda rows, own_R1: add(rows, lambda a: jnp.where(own_R1, a, jnp.zeros_like(a))),
+        )  # fmt: skip
+
+    @pl.when(ends)
+    def _():
+        dw_df[...] = sum_df[...].astype(dw_df.dtype)
+
+
+def _divisor(width: int, most: int) -> int:
+    """The largest multiple of 128 up to ``most`` that divides ``width``, else ``width``."""
+    sizes = [n for n in range(128, min(width, max(most, 128)) + 1, 128) if width % n == 0]
+    return max(sizes, default=width)
+
+
+def _blocks_of_rows(rows: int, D: int, F: int, bytes_each: int):
+    """(R, f) such that double-buffered (R, D), (D, f), (R, f) and a float32 (R, f) fit."""
+
+    def need(R, f):
+        return 2 * bytes_each * (R * D + D * f + R * f) + 4 * R * f
+
+    for most in (2048, 1024, 512, 256, 128):
+        R, f = min(BLOCK_ROWS if most > 256 else 256, rows), _divisor(F, most)
+        if need(R, f) <= VMEM_BYTES:
+            return R, f
+    raise ValueError(
+        f"grouped matmul of ({rows}, {D}) by ({D}, {F}): blocks of {need(R, f)} bytes do not fit "
+        f"{VMEM_BYTES}; widths that are multiples of 128 can be cut smaller"
+    )
+
+
+def _call(kernel, *, out_shape, visits, arrays, flops, semantics, interpret, **grid):
+    """One kernel whose last grid dimension counts visits."""
+    count, tables = visits
+    spec = pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=len(tables), **grid)
+    moved = sum(a.size * a.dtype.itemsize for a in (*arrays, out_shape))
+    return pl.pallas_call(
+        kernel,
+        out_shape=out_shape,
+        grid_spec=spec,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT
+        ),
+        cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0),
+        interpret=interpret,
+    )(*tables, *arrays)
+
+
+def _shape(shape, dtype, *like):
+    """An output that varies over the axes of an enclosing shard_map as its inputs do."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like[0]).manual_axis_type)
+
+
+def rows_by_matrices(x_MD, w_EDF, sizes_E, *, transposed: bool = False, interpret: bool = False):
+    """Each row times its group's matrix, or, ``transposed``, the matrix (E, F, D) transposed.
+
+    Args:
+      x_MD: rows sorted by group, bfloat16 or float32.
+      w_EDF: of the rows' dtype; (E, F, D) if ``transposed``.
+      sizes_E: int32 rows of each group.
+
+    Returns:
+      (M, F) in the rows' dtype, accumulated in float32; zeros past the groups.
+
+    Raises:
+      ValueError: widths whose blocks do not fit the on-chip memory.
+    """
+    (M, D), E, F = x_MD.shape, w_EDF.shape[0], w_EDF.shape[1 if transposed else 2]
+    R, f = _blocks_of_rows(M, D, F, x_MD.dtype.itemsize)
+    visits = _visits(sizes_E, M, R, every_group=False)
+
+    def w_index(j, v, group_V, block_V, border_C):
+        e = jnp.minimum(group_V[v], E - 1)
+        return (e, j, 0) if transposed else (e, 0, j)
+
+    def x_index(j, v, group_V, block_V, border_C):  # the rows of no group need not be read
+        return jnp.minimum(block_V[v], jnp.maximum(border_C[E] - 1, 0) // R), 0
+
+    return _call(
+        functools.partial(_rows_kernel, transposed=transposed),
+        out_shape=_shape((M, F), x_MD.dtype, x_MD),
+        visits=visits,
+        arrays=(x_MD, w_EDF),
+        flops=2 * M * D * F,
+        semantics=("parallel", "arbitrary"),
+        interpret=interpret,
+        grid=(F // f, visits[0]),
+        in_specs=[
+            pl.BlockSpec((R, D), x_index),
+            pl.BlockSpec((None, f, D) if transposed else (None, D, f), w_index),
+        ],
+        out_specs=pl.BlockSpec((R, f), lambda j, v, g, block_V, b: (block_V[v], j)),
+        scratch_shapes=[pltpu.VMEM((R, f), jnp.float32)],
+    )
+
+
+def matrices_of_rows(x_MD, dy_MF, sizes_E, *, interpret: bool = False):
+    """For every group the sum of outer products of its rows: (E, D, F) in the rows' dtype.
+
+    Args:
+      x_MD, dy_MF: rows sorted by group, of one dtype, bfloat16 or float32.
+      sizes_E: int32 rows of each group; one without rows gets zeros.
+
+    Raises:
+      ValueError: widths whose blocks do not fit the on-chip memory.
+    """
+    (M, D), F, E = x_MD.shape, dy_MF.shape[1], len(sizes_E)
+    R, d, f = min(BLOCK_ROWS, M), _divisor(D, 1024), _divisor(F, 2048)
+    need = 2 * x_MD.dtype.itemsize * (R * d + R * f + d * f) + 4 * d * f
+    if need > VMEM_BYTES:
+        f = _divisor(F, 1024)
+        need = 2 * x_MD.dtype.itemsize * (R * d + R * f + d * f) + 4 * d * f
+    if need > VMEM_BYTES:
+        raise ValueError(
+            f"grouped matmul gradient ({D}, {F}): blocks of {need} bytes do not fit {VMEM_BYTES}; "
+            "widths that are multiples of 128 can be cut smaller"
+        )
+    visits = _visits(sizes_E, M, R, every_group=True)
+    return _call(
+        _matrices_kernel,
+        out_shape=_shape((E, D, F), x_MD.dtype, x_MD),
+        visits=visits,
+        arrays=(x_MD, dy_MF),
+        flops=2 * M * D * F,
+        semantics=("parallel", "parallel", "arbitrary"),
+        interpret=interpret,
+        grid=(D // d, F // f, visits[0]),
+        in_specs=[
+            pl.BlockSpec((R, d), lambda i, j, v, g, block_V, b: (block_V[v], i)),
+            pl.BlockSpec((R, f), lambda i, j, v, g, block_V, b: (block_V[v], j)),
+        ],
+        out_specs=pl.BlockSpec(
+            (None, d, f), lambda i, j, v, group_V, block_V, b: (group_V[v], i, j)
+        ),
+        scratch_shapes=[pltpu.VMEM((d, f), jnp.float32)],
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul(x_MD, w_EDF, sizes_E, interpret: bool = False):
+    """:func:`rows_by_matrices` with gradients for the rows and the matrices."""
+    return rows_by_matrices(x_MD, w_EDF, sizes_E, interpret=interpret)
+
+
+def _forward(x_MD, w_EDF, sizes_E, interpret):
+    return grouped_matmul(x_MD, w_EDF, sizes_E, interpret), (x_MD, w_EDF, sizes_E)
+
+
+def _backward(interpret, residuals, dy_MF):
+    x_MD, w_EDF, sizes_E = residuals
+    dx_MD = rows_by_matrices(dy_MF, w_EDF, sizes_E, transposed=True, interpret=interpret)
+    return dx_MD, matrices_of_rows(x_MD, dy_MF, sizes_E, interpret=interpret), None
+
+
+grouped_matmul.defvjp(_forward, _backward)

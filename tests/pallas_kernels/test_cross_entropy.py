@@ -1,0 +1,152 @@
+"""The TPU kernel of the cross-entropy in interpret mode, and compiled for four chips."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.tpu import cross_entropy as kernel
+from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
+from step_jax.ops import cross_entropy as ops
+from tests.ops.test_cross_entropy import Z, assert_close, full_logits, gradients, problem
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """``ops.cross_entropy`` with the kernel interpreted on this machine."""
+    monkeypatch.setattr(
+        kernel, "cross_entropy", functools.partial(kernel.cross_entropy, interpret=True)
+    )
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(ops, "resolve", lambda name, platform: name)
+    return functools.partial(ops.cross_entropy, z_loss=Z, implementation="pallas_tpu")
+
+
+@pytest.mark.parametrize(
+    "B,T,D,V",
+    [
+        (3, 16, 12, 41),  # one block, tokens and words padded
+        (2, 300, 16, 700),  # two blocks of either, both cut
+        (1, 16, 1280, 256),  # the width in chunks of 640
+    ],
+)
+def test_equals_full_logits(interpreted, B, T, D, V):
+    """Loss, its parts, and the gradients of hidden states, head and weights."""
+    x, w, targets, weights = problem(B, T, D, V)
+    args = x, w / np.float32(D**0.5), targets, weights
+    got = jax.jit(gradients(interpreted))(*args)
+    assert_close(got, jax.jit(gradients(full_logits))(*args), 1e-6)
+
+
+def test_bfloat16_has_a_float32_gradient_of_the_head(interpreted):
+    x, w, targets, weights = problem(2, 64, 32, 200)
+    x = jnp.asarray(x, jnp.bfloat16)
+    got = jax.jit(gradients(interpreted))(x, w, targets, weights)
+    assert got[1][0].dtype == jnp.bfloat16 and got[1][1].dtype == jnp.float32
+    low = w.astype(jnp.bfloat16).astype(np.float32)
+    expected = jax.jit(gradients(full_logits))(x.astype(jnp.float32), low, targets, weights)
+    assert_close(got, expected, 1e-2)  # the gradient of the logits is rounded to 8 bits
+
+
+def test_large_logits_stay_finite(interpreted):
+    x, w, targets, weights = problem(1, 16, 12, 300)
+    args = 1e3 * x, w, targets, weights
+    got = jax.jit(gradients(interpreted))(*args)
+    assert_close(got, jax.jit(gradients(full_logits))(*args), 1e-5)
+
+
+def test_equals_one_device_on_a_mesh(interpreted, monkeypatch):
+    """Tokens over data and context; the head's gradient is added up over both."""
+    # interpreted kernels fail the check of what varies; compiled ones pass it (below)
+    monkeypatch.setattr(jax, "shard_map", functools.partial(jax.shard_map, check_vma=False))
+    sharding = Sharding(make_mesh(MeshConfig(data=2, context=2), jax.devices()[:4]))
+    args = problem(2, 32, 12, 41)
+    f = functools.partial(interpreted, sharding=sharding)
+    got = jax.jit(gradients(f))(*args)
+    assert_close(got, jax.jit(gradients(full_logits))(*args), 1e-6)
+
+
+def test_what_is_not_supported_is_refused(interpreted, monkeypatch):
+    args = problem(2, 32, 12, 42)
+    sharding = Sharding(make_mesh(MeshConfig(tensor=2), jax.devices()[:2]))
+    with pytest.raises(ValueError, match="tensor axis"):
+        interpreted(*args, sharding=sharding)
+    wide = jax.ShapeDtypeStruct((16, 2**20), jnp.float32)
+    with pytest.raises(ValueError, match="width 1048576 do not fit"):
+        jax.eval_shape(kernel.log_likelihood, wide, jnp.zeros((2**20, 1)), jnp.zeros(16, int))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="for TPUs, not for 'cpu'"):
+        ops.cross_entropy(*args, implementation="pallas_tpu")
+    with pytest.raises(ValueError, match="there are: auto, chunked, pallas_tpu"):
+        ops.cross_entropy(*args, implementation="full")
+
+
+def compile_on(chip, shape, axes, f, shapes, specs, monkeypatch):
+    """``f(mesh)`` compiled for the first devices of a topology that is not present."""
+    for key in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        monkeypatch.setitem(os.environ, key, "1")
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
+    devices = np.array(topology.devices[: np.prod(shape)]).reshape(shape)
+    mesh = Mesh(devices, axes, axis_types=(AxisType.Auto,) * len(axes))
+    args = [
+        jax.ShapeDtypeStruct(*s, sharding=NamedSharding(mesh, spec))
+        for s, spec in zip(shapes, specs, strict=True)
+    ]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jax.jit(f(mesh)).lower(*args).compile()
+
+
+@pytest.mark.aot
+def test_compiles_on_a_mesh(monkeypatch):
+    """With the check of what varies over the mesh; the head's gradient crosses it once."""
+    B, T, D, V = 2, 2048, 1024, 32768
+    shapes = ((B, T, D), jnp.bfloat16), ((D, V), jnp.float32), ((B, T), jnp.int32)
+    tokens = P("data", "context")
+    done = compile_on(
+        "v5p",
+        (2, 1, 1, 2, 1),
+        ("data", "fsdp", "expert", "context", "tensor"),
+        lambda mesh: gradients(
+            lambda *a: ops.cross_entropy(*a, implementation="pallas_tpu", sharding=Sharding(mesh))
+        ),
+        (*shapes, ((B, T), jnp.float32)),
+        (tokens, P(), tokens, tokens),
+        monkeypatch,
+    )
+    assert done.cost_analysis()["flops"] == pytest.approx(10 * B * T * D * V / 4, rel=2e-2)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+@pytest.mark.parametrize("N,D,V", [(16384, 4096, 131072), (8192, 7168, 128815)])
+def test_compiles_for(chip, N, D, V, monkeypatch):
+    """Temporaries beside the head's copy in bfloat16: at most 1/50 of the float32 logits."""
+    shapes = ((N, D), jnp.bfloat16), ((D, V), jnp.float32), ((N,), jnp.int32), ((N,), jnp.float32)
+    done = compile_on(
+        chip,
+        (1,),
+        ("x",),
+        lambda mesh: gradients(lambda *a: kernel.cross_entropy(*a, Z)),
+        shapes,
+        (P(),) * 4,
+        monkeypatch,
+    )
+    copies = 2 * D * V * (1 if V % 512 == 0 else 2)  # of the head, padded to whole blocks
+    if V % 512:
+        copies += 4 * D * V  # and of its gradient, before the padding is cut off
+    temporary = done.memory_analysis().temp_size_in_bytes
+    print(f"{chip}: {temporary / 1e9:.2f} GB, float32 logits {4e-9 * N * V:.2f} GB")
+    assert temporary <= copies + 4 * N * V / 50
+    assert temporary <= 4 * N * V
+    assert done.cost_analysis()["flops"] == pytest.approx(10 * N * D * V, rel=1e-2)

@@ -1,0 +1,114 @@
+"""The TPU kernel of the grouped matmul in interpret mode, and compiled for four chips."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.tpu import grouped_matmul as kernel
+from tests.ops.test_grouped_matmul import assert_near, definition, inputs, value_and_gradients
+
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+interpreted = functools.partial(kernel.grouped_matmul, interpret=True)
+ROWS = 700  # two blocks, the second in part; parts of 128 rows
+
+
+@functools.cache
+def compiled():
+    return jax.jit(functools.partial(value_and_gradients, lambda x, w, s: interpreted(x, w, s)))
+
+
+@settings(max_examples=3, phases=[Phase.explicit, Phase.generate])
+@example([0, 0, 0, 0])
+@example([0, ROWS, 0, 0])
+@example([512, 0, 1, ROWS - 513])
+@example([100, 28, 5, 0])
+@given(
+    st.lists(st.integers(0, ROWS // 4) | st.integers(0, ROWS), min_size=4, max_size=4).filter(
+        lambda s: sum(s) <= ROWS
+    )
+)
+def test_equals_the_definition(sizes):
+    arrays = inputs(sizes, ROWS, D=128, F=256)
+    got = compiled()(*arrays)
+    assert_near(got, definition(*arrays), 1e-6)
+    assert not np.any(got[0][sum(sizes) :]) and not np.any(got[1][sum(sizes) :])
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_few_rows_and_odd_widths(rows):
+    arrays = inputs([rows // 3, 0, rows // 2], rows, D=24, F=136)
+    assert_near(value_and_gradients(interpreted, *arrays), definition(*arrays), 1e-6)
+
+
+def test_widths_are_cut_into_blocks_and_chunks(monkeypatch):
+    monkeypatch.setattr(kernel, "CHUNK", 128 * 128)
+    monkeypatch.setattr(kernel, "VMEM_BYTES", 2**21)
+    D, F = 384, 512
+    assert kernel._blocks_of_rows(600, D, F, 4) == (256, 128)
+    arrays = inputs([200, 256, 100], 600, D=D, F=F)
+    x, w, sizes, cotangent = arrays
+    y = kernel.rows_by_matrices(x, w, sizes, interpret=True)
+    dx = kernel.rows_by_matrices(cotangent, w, sizes, transposed=True, interpret=True)
+    monkeypatch.undo()
+    monkeypatch.setattr(kernel, "CHUNK", 128 * 128)
+    dw = kernel.matrices_of_rows(x, cotangent, sizes, interpret=True)
+    assert_near((y, dx, dw), definition(*arrays), 1e-6)
+
+
+def test_rows_of_no_group_may_hold_anything():
+    x, w, sizes, cotangent = inputs([3, 0, 130], 600, D=128, F=128)
+    expected = definition(x, w, sizes, cotangent)
+    x[133:], cotangent[133:] = np.nan, np.nan
+    assert_near(compiled()(x, w, sizes, cotangent), expected, 1e-6)
+
+
+def test_bfloat16_is_accumulated_in_float32():
+    arrays = inputs([200, 0, 300, 56], 556, dtype=jnp.bfloat16, D=128, F=128)
+    got = compiled()(*arrays)
+    assert [a.dtype for a in got] == [jnp.bfloat16] * 3
+    assert_near(got, definition(*arrays), 4e-3)  # the rounding of the results: 8 bits
+
+
+def test_blocks_that_do_not_fit_are_refused():
+    x, w, sizes, _ = inputs([3], 3, D=8, F=8)
+    wide = jax.ShapeDtypeStruct((1, 8, 2**24 + 8), jnp.float32)
+    with pytest.raises(ValueError, match="do not fit"):
+        jax.eval_shape(kernel.rows_by_matrices, x, wide, sizes)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+@pytest.mark.parametrize(
+    "rows,D,F,E,dtype",
+    [(16384, 7168, 5120, 16, jnp.bfloat16), (2048, 512, 1024, 8, jnp.float32),
+     (1000, 384, 200, 3, jnp.bfloat16)],
+)  # fmt: skip
+def test_compiles_for(chip, rows, D, F, E, dtype, monkeypatch):
+    """No copy of rows or matrices is made, and the compiler is told the operations."""
+    for key in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        monkeypatch.setitem(os.environ, key, "1")
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
+    mesh = Mesh(np.array(topology.devices[:1]), ("x",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, P())
+    args = [
+        jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
+        for shape, kind in (((rows, D), dtype), ((E, D, F), dtype), ((E,), jnp.int32),
+                            ((rows, F), dtype))
+    ]  # fmt: skip
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        f = functools.partial(value_and_gradients, kernel.grouped_matmul)
+        done = jax.jit(f, out_shardings=sharding).lower(*args).compile()
+    assert done.memory_analysis().temp_size_in_bytes <= 2**21
+    assert done.cost_analysis()["flops"] == pytest.approx(6 * rows * D * F, rel=1e-3)
