@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from step_jax.core.config import load_file
 from step_jax.core.errors import CheckpointError, ConfigError
 from step_jax.core.spec import map_specs
 from step_jax.interop import hf
@@ -21,6 +23,7 @@ from step_jax.models.decoder import Block, Group
 from step_jax.models.layers import RMSNorm, SwiGLU
 from step_jax.models.moe import Experts, MoE
 from step_jax.models.positions import Alibi
+from step_jax.trainers.pretrain import PretrainConfig
 from tests.golden import golden
 
 safetensors = pytest.importorskip("safetensors.numpy")
@@ -92,6 +95,21 @@ def test_released_and_rewritten_keys_of_step_mean_the_same():
     assert hf.config_from_hf(g.released_config) == config
     flat = g.released_config["text_config"] | {"model_type": "step3p5"}
     assert hf.config_from_hf(flat) == config
+
+
+def test_the_recipe_of_step_35_flash_has_the_released_keys():
+    recipe = Path(__file__).parents[2] / "configs/step35_flash_196b.yaml"
+    model = replace(load_file(PretrainConfig, recipe).model, mtp=None)
+    keys = hf.config_to_hf(model)
+    assert keys["layer_types"] == (["full_attention"] + ["sliding_attention"] * 3) * 11 + [
+        "full_attention"
+    ]
+    assert keys["num_attention_heads"] == 64
+    assert keys["attention_other_setting"]["num_attention_heads"] == 96
+    assert (keys["moe_num_experts"], keys["moe_top_k"], keys["share_expert_dim"]) == (288, 8, 1280)
+    assert keys["moe_layers_enum"] == ",".join(str(i) for i in range(3, 45))
+    assert keys["swiglu_limits"] == [0.0] * 43 + [7.0] * 2
+    assert keys["swiglu_limits_shared"] == [0.0] * 43 + [16.0] * 2
 
 
 def mixture(config, **changes):
@@ -381,14 +399,13 @@ def test_mixtures_that_cannot_be_exported_are_named():
         ({"scale": 2.0}, r"layer 1\.mlp\.router\.scale is 2\.0"),
         ({"shared": 8}, r"layer 1\.mlp\.shared is 8"),
         ({"common": 8}, r"layer 1\.mlp\.common is 8"),
-        ({"capacity": 1.0}, r"layer 1\.mlp\.capacity is 1\.0"),
         ({"experts": (Experts(4, 16), Experts(4, 8))}, r"layer 1\.mlp\.experts is"),
     ]
     for changes, message in cases:
         with pytest.raises(ConfigError, match=message):
             hf.config_to_hf(mixture(config, **changes))
     # what only training knows is not the model's
-    trained = mixture(config, balance_loss=0.01, z_loss=1e-3, exchange="gather")
+    trained = mixture(config, balance_loss=0.01, z_loss=1e-3, exchange="gather", capacity=2.0)
     assert hf.config_to_hf(trained) == hf.config_to_hf(config)
     unlike = mixture(config, experts=(Experts(4, 16), Experts(4, 8)))
     with pytest.raises(ConfigError, match="no Hugging Face tensor for .*mlp/experts/1/down_EFD"):

@@ -47,6 +47,15 @@ def overrides(output: str) -> list[str]:
         "dtype": shape["dtype"],
         "remat_policy": shape["maxtext_remat"],
     }
+    if shape["experts"]:  # no capacity: nothing is dropped with either product
+        values |= {
+            "decoder_block": "mixtral",
+            "num_experts": shape["experts"],
+            "num_experts_per_tok": shape["top_k"],
+            "base_moe_mlp_dim": shape["hidden"],
+            "megablox": "false",
+            "sparse_matmul": shape["maxtext_experts"] == "ragged",
+        }
     return [*SYNTHETIC_RUN, *(f"{key}={value}" for key, value in values.items())]
 
 

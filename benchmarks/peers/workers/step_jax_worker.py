@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import protocol
 
 shape = protocol.arguments()
@@ -12,12 +14,15 @@ import numpy as np  # noqa: E402
 
 from step_jax.core import rng  # noqa: E402
 from step_jax.core import spec as spec_lib  # noqa: E402
+from step_jax.models import expert_health  # noqa: E402
 from step_jax.models.attention import MHA  # noqa: E402
 from step_jax.models.context import Context, Execution  # noqa: E402
 from step_jax.models.decoder import Block, Decoder, Group  # noqa: E402
 from step_jax.models.initialisation import Fixed  # noqa: E402
 from step_jax.models.language_model import language_model_loss  # noqa: E402
 from step_jax.models.layers import SwiGLU  # noqa: E402
+from step_jax.models.moe import Experts, MoE  # noqa: E402
+from step_jax.models.routing import Router  # noqa: E402
 from step_jax.training.optimizers.build import make_optimizer  # noqa: E402
 from step_jax.training.optimizers.config import AdamW  # noqa: E402
 from step_jax.training.schedules import Constant  # noqa: E402
@@ -25,9 +30,15 @@ from step_jax.training.state import init_state  # noqa: E402
 from step_jax.training.step import LossOutput, make_train_step  # noqa: E402
 
 
+def mlp() -> SwiGLU | MoE:
+    if not shape["experts"]:
+        return SwiGLU(shape["hidden"])
+    return MoE((Experts(shape["experts"], shape["hidden"]),), Router(shape["top_k"]))
+
+
 def main() -> None:
     attention = MHA(shape["heads"], shape["head_dim"], kv_heads=shape["kv_heads"])
-    block = Block(attention, SwiGLU(shape["hidden"]))
+    block = Block(attention, mlp())
     decoder = Decoder(
         width=shape["width"],
         layers=(Group(shape["layers"], (block,)),),
@@ -44,7 +55,11 @@ def main() -> None:
     specs = decoder.specs()
     optimizer = make_optimizer(config, specs, total_steps=1000)
     train_step = make_train_step(
-        loss, optimizer, clip_norm=config.clip_norm, compute_dtype=jnp.dtype(shape["dtype"])
+        loss,
+        optimizer,
+        clip_norm=config.clip_norm,
+        compute_dtype=jnp.dtype(shape["dtype"]),
+        report=functools.partial(expert_health.report, decoder),
     )
     step = jax.jit(train_step, donate_argnums=0)
     state = jax.jit(lambda k: init_state(decoder.initialise(k), optimizer))(rng.fold(0, 0, "init"))

@@ -42,7 +42,8 @@ def family_of(config: Decoder) -> str:
 def config_to_hf(config: Decoder) -> dict[str, Any]:
     """The config.json of ``config``, in the layout of transformers 5.
 
-    What only training knows (how a router is balanced, how tokens reach their experts) is left out.
+    What only training knows (how a router is balanced, how tokens reach their experts and how many
+    rows their devices have room for) is left out.
     A Step-3.5-Flash is written with the released file's keys.
 
     Raises:
@@ -239,7 +240,7 @@ def _explicit(block: Block) -> Block:
             mlp.router, bias_rate=0.0, balance_loss=0.0, group_loss=0.0, loss_groups=1, z_loss=0.0,
             frozen=False,
         )  # fmt: skip
-        mlp = replace(mlp, router=router, exchange=None)
+        mlp = replace(mlp, router=router, exchange=None, capacity=None)
     return replace(block, attention=attention, mlp=mlp)
 
 
