@@ -1,0 +1,1 @@
+"""Kernels; importable and tested alone: knows nothing of step_jax."""
