@@ -20,6 +20,9 @@ kernel Q 64 queries, K 64 keys.
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -27,7 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.gpu import attention_tiles as tiles
-from pallas_kernels.gpu.attention_forward import hide, key_tiles
+from pallas_kernels.gpu.attention_forward import key_tiles
 from pallas_kernels.gpu.attention_tiles import LOG2E, ROWS, Mask, Ring
 
 
@@ -85,7 +88,7 @@ def _dq_block(*refs, scale, mask: Mask, pair: int, slots: tuple[int, int], inter
     b = lax.axis_index("batch")
     n = lax.axis_index("heads") * pair + lax.axis_index(tiles.PAIR)
     tile = q_ref.shape[1] // (2 * ROWS) - 1 - lax.axis_index("tile")
-    begin, split, stop = key_tiles(tile, mask, k_ref.shape[1], first_ref, b)
+    begin, stop = key_tiles(tile, mask, k_ref.shape[1], first_ref, b)
 
     def produce():
         @pl.loop(0, stop - begin)
@@ -97,7 +100,8 @@ def _dq_block(*refs, scale, mask: Mask, pair: int, slots: tuple[int, int], inter
         ring_k.drain(stop - begin)
         ring_v.drain(stop - begin)
 
-    def differentiate(wg: int):
+    def differentiate():
+        wg = lax.axis_index("wg")
         rows = pl.ds((2 * tile + wg) * ROWS, ROWS)
         column = plgpu.Layout.WGMMA.reduce(1)
         plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q_smem.at[wg], q_ready.at[wg])
@@ -107,14 +111,15 @@ def _dq_block(*refs, scale, mask: Mask, pair: int, slots: tuple[int, int], inter
         first_Q = plgpu.load(first_ref.at[b, rows], layout=column) if mask.bounded else None
         plgpu.barrier_wait(q_ready.at[wg])
 
-        def step(j, dq_QH, masked: bool):
+        def step(j, dq_QH):
             k_slot = ring_k.wait(j - begin)
-            s_QK = tiles.product(q_smem.at[wg], k_smem.at[k_slot].transpose((1, 0)))
-            if masked:
-                s_QK = hide(s_QK, mask, (2 * tile + wg) * ROWS, j * ROWS, first_Q)
+            row = tiles.not_hoisted(wg, j)
+            s_QK = tiles.product(q_smem.at[row], k_smem.at[k_slot].transpose((1, 0)))
+            base = (2 * tile + wg) * ROWS
+            s_QK = mask.hide(s_QK, j >= 2 * tile, 0, base, j * ROWS, first_Q=first_Q)
             p_QK = jnp.exp2(s_QK * (scale * LOG2E) - tiles.along(lse_Q, s_QK.shape, 0))
             v_slot = ring_v.wait(j - begin)
-            dp_QK = tiles.product(do_smem.at[wg], v_smem.at[v_slot].transpose((1, 0)))
+            dp_QK = tiles.product(do_smem.at[row], v_smem.at[v_slot].transpose((1, 0)))
             ring_v.release(v_slot)
             ds_QK = p_QK * (dp_QK - tiles.along(delta_Q, dp_QK.shape, 0))
             ds_QK = ds_QK.astype(k_smem.dtype)
@@ -123,15 +128,13 @@ def _dq_block(*refs, scale, mask: Mask, pair: int, slots: tuple[int, int], inter
             return dq_QH
 
         dq_QH = tiles.zeros(ROWS, q_smem.shape[-1])
-        dq_QH = lax.fori_loop(begin, split, lambda j, dq: step(j, dq, mask.bounded), dq_QH)
-        if mask.causal:
-            dq_QH = lax.fori_loop(split, stop, lambda j, dq: step(j, dq, True), dq_QH)
+        dq_QH = lax.fori_loop(begin, stop, step, dq_QH)
         q_smem[wg] = (dq_QH * scale).astype(q_smem.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_smem.at[wg], dq_ref.at[b, rows, n])
         plgpu.wait_smem_to_gmem(0)
 
-    tiles.in_warpgroups(produce, lambda: differentiate(0), lambda: differentiate(1))
+    tiles.split_registers(produce, differentiate)
 
 
 def dk_dv(
@@ -205,115 +208,124 @@ def _dk_dv_block(*refs, scale, mask: Mask, pair: int, groups: int, slots: int, i
     ring_do = Ring([do_smem, delta_smem], do_ready, do_free, slots, pair)
     # P' goes from one warpgroup to the other in a ring of its own.
     ring_p = Ring([p_smem], p_ready, p_free, slots, 1)
-
-    b, group = lax.axis_index("batch"), lax.axis_index("group")
-    first_tile = lax.axis_index("tile") * pair  # of the cluster
-    k_base = (first_tile + lax.axis_index(tiles.PAIR)) * ROWS
-    keys = pl.ds(k_base, ROWS)
-    heads = q_ref.shape[2] // groups
-    begin, split, stop = query_tiles(first_tile, pair, mask, q_ref.shape[1], last_ref, b)
-    steps = heads * (stop - begin)
-
-    def walk(step, carry):
-        """Folds ``carry = step(i, head, query tile, masked, carry)`` over the tiles of queries."""
-
-        def head(h, carry):
-            def tile(t, carry, masked):
-                i = h * (stop - begin) + t - begin
-                return step(i, group * heads + h, t, masked, carry)
-
-            if mask.causal:
-                carry = lax.fori_loop(begin, split, lambda t, c: tile(t, c, True), carry)
-            return lax.fori_loop(split, stop, lambda t, c: tile(t, c, mask.bounded), carry)
-
-        return lax.fori_loop(0, heads, head, carry)
+    walk = functools.partial(_walk, q_ref.shape, pair, mask, groups, last_ref)
 
     def produce():
-        def fetch(i, n, t, masked, carry):
-            del masked
-            rows = pl.ds(t * ROWS, ROWS)
-            ring_q.fill(i, [q_ref.at[b, rows, n], lse_ref.at[b, n, rows]])
-            ring_do.fill(i, [do_ref.at[b, rows, n], delta_ref.at[b, n, rows]])
+        def fetch(at: _Step, carry):
+            rows = pl.ds(at.q_base, ROWS)
+            ring_q.fill(at.i, [q_ref.at[at.b, rows, at.n], lse_ref.at[at.b, at.n, rows]])
+            ring_do.fill(at.i, [do_ref.at[at.b, rows, at.n], delta_ref.at[at.b, at.n, rows]])
             return carry
 
-        walk(fetch, None)
+        steps, _ = walk(fetch, None)
         ring_q.drain(steps)
         ring_do.drain(steps)
 
     def values():
         """P' and dV."""
+        group, b, k_base = _place(pair)
+        keys = pl.ds(k_base, ROWS)
         last_K = None
         if mask.bounded:
             last_K = plgpu.load(last_ref.at[b, keys], layout=plgpu.Layout.WGMMA.reduce(1))
         plgpu.copy_gmem_to_smem(k_ref.at[b, keys], k_smem, kv_ready.at[0])
         plgpu.barrier_wait(kv_ready.at[0])
 
-        def step(i, n, t, masked, dv_KH):
-            del n
-            slot = ring_q.wait(i)
+        def step(at: _Step, dv_KH):
+            slot = ring_q.wait(at.i)
             s_KQ = tiles.product(k_smem, q_smem.at[slot].transpose((1, 0)))
             lse_Q = plgpu.load(lse_smem.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
             ring_q.release(slot)
-            if masked:
-                s_KQ = hide_KQ(s_KQ, mask, t * ROWS, k_base, last_K)
+            s_KQ = mask.hide(s_KQ, at.crossing, 1, at.q_base, k_base, last_K=last_K)
             p_KQ = jnp.exp2(s_KQ * (scale * LOG2E) - tiles.along(lse_Q, s_KQ.shape, 1))
             p_KQ = p_KQ.astype(p_smem.dtype)
-            pl.when(i >= slots)(lambda: plgpu.barrier_wait(p_free.at[slot]))
+            pl.when(at.i >= slots)(lambda: plgpu.barrier_wait(p_free.at[slot]))
             p_smem[slot] = p_KQ
             plgpu.barrier_arrive(p_ready.at[slot])
-            ring_do.wait(i)
+            ring_do.wait(at.i)
             dv_KH = tiles.add_product(dv_KH, p_KQ, do_smem.at[slot], interpret=interpret)
             ring_do.release(slot)
             return dv_KH
 
-        dv_ref[group, b, keys] = walk(step, tiles.zeros(ROWS, k_smem.shape[-1]))
+        _, dv_KH = walk(step, tiles.zeros(ROWS, k_smem.shape[-1]))
+        dv_ref[group, b, keys] = dv_KH
 
-    def keys_():
+    def keys():
         """dS' and dK."""
+        group, b, k_base = _place(pair)
+        keys = pl.ds(k_base, ROWS)
         plgpu.copy_gmem_to_smem(v_ref.at[b, keys], v_smem, kv_ready.at[1])
         plgpu.barrier_wait(kv_ready.at[1])
 
-        def step(i, n, t, masked, dk_KH):
-            del n, t, masked
-            slot = ring_do.wait(i)
+        def step(at: _Step, dk_KH):
+            slot = ring_do.wait(at.i)
             dp_KQ = tiles.product(v_smem, do_smem.at[slot].transpose((1, 0)))
             delta_Q = plgpu.load(delta_smem.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
             ring_do.release(slot)
-            ring_p.wait(i)
+            ring_p.wait(at.i)
             p_KQ = plgpu.load(p_smem.at[slot], layout=plgpu.Layout.WGMMA)
             ring_p.release(slot)
             ds_KQ = p_KQ.astype(jnp.float32) * (dp_KQ - tiles.along(delta_Q, dp_KQ.shape, 1))
             ds_KQ = ds_KQ.astype(q_smem.dtype)
-            ring_q.wait(i)
+            ring_q.wait(at.i)
             dk_KH = tiles.add_product(dk_KH, ds_KQ, q_smem.at[slot], interpret=interpret)
             ring_q.release(slot)
             return dk_KH
 
-        dk_ref[group, b, keys] = walk(step, tiles.zeros(ROWS, v_smem.shape[-1])) * scale
+        _, dk_KH = walk(step, tiles.zeros(ROWS, v_smem.shape[-1]))
+        dk_ref[group, b, keys] = dk_KH * scale
 
-    tiles.in_warpgroups(produce, values, keys_)
-
-
-def query_tiles(first_tile, pair: int, mask: Mask, queries: int, last_ref, b):
-    """Tiles of queries that ``pair`` tiles of keys need: ``begin <= split <= stop``, of which those
-    before ``split`` cross the diagonal."""
-    stop = jnp.int32(queries // ROWS)
-    if not mask.causal:
-        return jnp.int32(0), jnp.int32(0), stop
-    split = first_tile + pair
-    if last_ref is not None:
-        stop = lax.div(last_ref[b, split * ROWS - 1], jnp.int32(ROWS)) + 1
-    return first_tile, split, jnp.maximum(split, stop)
+    tiles.split_registers(produce, values, keys)
 
 
-def hide_KQ(s_KQ, mask: Mask, q_base, k_base, last_K):
-    """The transposed scores of a tile with what ``mask`` hides replaced."""
-    shape = s_KQ.shape
-    if last_K is not None:
-        last_K = tiles.along(last_K, shape, 0)
-    return mask.apply(
-        s_KQ,
-        tiles.iota_QK(shape, 1) + q_base,
-        tiles.iota_QK(shape, 0) + k_base,
-        last_k=last_K,
-    )
+class _Step(NamedTuple):
+    """Where a warpgroup of ``dk_dv`` is: scalars.
+
+    Attributes:
+      i: steps taken before.
+      b, n: batch row and head.
+      q_base: first query of the tile.
+      crossing: whether the tile of queries crosses the diagonal.
+    """
+
+    i: jax.Array
+    b: jax.Array
+    n: jax.Array
+    q_base: jax.Array
+    crossing: jax.Array | bool
+
+
+def _place(pair: int):
+    """Group of heads, batch row and first key of this block.
+
+    Every warpgroup asks for itself: values computed before the warpgroups part ways would be held
+    in registers, of which the producer has few.
+    """
+    tile = lax.axis_index("tile") * pair + lax.axis_index(tiles.PAIR)
+    return lax.axis_index("group"), lax.axis_index("batch"), tile * ROWS
+
+
+def _walk(shape, pair: int, mask: Mask, groups: int, last_ref, step, carry):
+    """Folds ``carry = step(_Step, carry)`` over the heads of the block's group and the tiles of
+    queries that a cluster's keys need. ``shape`` is (B, T, N, H). Returns the number of steps too.
+    """
+    _, T, N, _ = shape
+    heads = N // groups
+    first_tile = lax.axis_index("tile") * pair
+    group, b = lax.axis_index("group"), lax.axis_index("batch")
+    begin, stop = jnp.int32(0), jnp.int32(T // ROWS)
+    if mask.causal:
+        begin = first_tile
+        if last_ref is not None:
+            stop = lax.div(last_ref[b, (first_tile + pair) * ROWS - 1], jnp.int32(ROWS)) + 1
+    count = stop - begin
+
+    def head(h, carry):
+        def tile(t, carry):
+            crossing = t < first_tile + pair
+            at = _Step(h * count + t - begin, b, group * heads + h, t * ROWS, crossing)
+            return step(at, carry)
+
+        return lax.fori_loop(begin, stop, tile, carry)
+
+    return heads * count, lax.fori_loop(0, heads, head, carry)

@@ -96,7 +96,7 @@ def _forward_block(*refs, bounded: bool, scale: float, mask: Mask, pair: int, in
     n = lax.axis_index("heads") * pair + lax.axis_index(tiles.PAIR)
     # The longest rows first: late blocks are short and fill the last wave.
     tile = q_ref.shape[1] // (2 * ROWS) - 1 - lax.axis_index("tile")
-    begin, split, stop = key_tiles(tile, mask, k_ref.shape[1], first_ref, b)
+    begin, stop = key_tiles(tile, mask, k_ref.shape[1], first_ref, b)
 
     def produce():
         @pl.loop(0, stop - begin)
@@ -108,17 +108,17 @@ def _forward_block(*refs, bounded: bool, scale: float, mask: Mask, pair: int, in
         ring_k.drain(stop - begin)
         ring_v.drain(stop - begin)
 
-    def attend(wg: int):
+    def attend():
+        wg = lax.axis_index("wg")
         rows = pl.ds((2 * tile + wg) * ROWS, ROWS)
         plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q_smem.at[wg], q_ready.at[wg])
         first_Q = None
         if bounded:
             first_Q = plgpu.load(first_ref.at[b, rows], layout=plgpu.Layout.WGMMA.reduce(1))
         plgpu.barrier_wait(q_ready.at[wg])
-        if wg == 1:  # warpgroup 0 multiplies first
-            _take_turn(turn)
+        pl.when(wg == 1)(lambda: _take_turn(turn))  # warpgroup 0 multiplies first
 
-        def step(j, carry, masked: bool):
+        def step(j, carry):
             acc_QH, m_Q, l_Q = carry
             slot = ring_k.wait(j - begin)
 
@@ -129,8 +129,8 @@ def _forward_block(*refs, bounded: bool, scale: float, mask: Mask, pair: int, in
 
             s_QK = pl.run_scoped(scores, plgpu.ACC((ROWS, ROWS), jnp.float32))
             ring_k.release(slot)
-            if masked:
-                s_QK = hide(s_QK, mask, (2 * tile + wg) * ROWS, j * ROWS, first_Q)
+            base = (2 * tile + wg) * ROWS
+            s_QK = mask.hide(s_QK, j >= 2 * tile, 0, base, j * ROWS, first_Q=first_Q)
             new_m_Q = jnp.maximum(m_Q, s_QK.max(axis=1) * (scale * LOG2E))
             alpha_Q = jnp.exp2(m_Q - new_m_Q)
             p_QK = jnp.exp2(s_QK * (scale * LOG2E) - tiles.along(new_m_Q, s_QK.shape, 0))
@@ -149,12 +149,8 @@ def _forward_block(*refs, bounded: bool, scale: float, mask: Mask, pair: int, in
             tiles.zeros(ROWS) + MASKED * scale * LOG2E,
             tiles.zeros(ROWS),
         )
-        carry = lax.fori_loop(begin, split, lambda j, c: step(j, c, bounded), start)
-        if mask.causal:
-            carry = lax.fori_loop(split, stop, lambda j, c: step(j, c, True), carry)
-        if wg == 0:
-            _take_turn(turn)
-        acc_QH, m_Q, l_Q = carry
+        acc_QH, m_Q, l_Q = lax.fori_loop(begin, stop, step, start)
+        pl.when(wg == 0)(lambda: _take_turn(turn))
         q_smem[wg] = (acc_QH * tiles.along(1.0 / l_Q, acc_QH.shape, 0)).astype(q_smem.dtype)
         lse_smem[wg] = m_Q + jnp.log2(l_Q)
         plgpu.commit_smem()
@@ -162,31 +158,20 @@ def _forward_block(*refs, bounded: bool, scale: float, mask: Mask, pair: int, in
         plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, n, rows])
         plgpu.wait_smem_to_gmem(0)
 
-    tiles.in_warpgroups(produce, lambda: attend(0), lambda: attend(1))
+    tiles.split_registers(produce, attend)
 
 
 def key_tiles(tile, mask: Mask, keys: int, first_ref, b):
-    """Tiles of keys that a tile of 128 queries needs: ``begin <= split <= stop``, of which those
-    from ``split`` on cross the diagonal."""
+    """The tiles of keys that a tile of 128 queries needs, from the first on and before the second.
+
+    With a causal mask those from ``2 * tile`` on cross the diagonal.
+    """
     begin = jnp.int32(0)
     if not mask.causal:
-        return begin, jnp.int32(keys // ROWS), jnp.int32(keys // ROWS)
+        return begin, jnp.int32(keys // ROWS)
     if first_ref is not None:
         begin = lax.div(first_ref[b, tile * (2 * ROWS)], jnp.int32(ROWS))
-    return begin, jnp.maximum(begin, 2 * tile), 2 * tile + 2
-
-
-def hide(s_QK, mask: Mask, q_base, k_base, first_Q):
-    """The scores of a tile with what ``mask`` hides replaced."""
-    shape = s_QK.shape
-    if first_Q is not None:
-        first_Q = tiles.along(first_Q, shape, 0)
-    return mask.apply(
-        s_QK,
-        tiles.iota_QK(shape, 0) + q_base,
-        tiles.iota_QK(shape, 1) + k_base,
-        first_q=first_Q,
-    )
+    return begin, 2 * tile + 2
 
 
 def _take_turn(turn) -> None:

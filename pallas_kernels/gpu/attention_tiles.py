@@ -37,16 +37,31 @@ class Mask:
     causal: bool
     bounded: bool = False
 
-    def apply(self, s, q_index, k_index, *, first_q=None, last_k=None):
-        """Scores with hidden entries replaced; the arguments broadcast against ``s``."""
+    def hide(self, s, crossing, q_axis: int, q_base, k_base, *, first_Q=None, last_K=None):
+        """The scores of a tile with what is hidden replaced.
+
+        Args:
+          s: float32 scores of 64 queries and 64 keys.
+          crossing: scalar, whether the tile crosses the diagonal; otherwise all of it lies before.
+          q_axis: where the queries lie in ``s``, 0 or 1.
+          q_base, k_base: index of the first query and key of the tile.
+          first_Q: first key of each query, needed if ``bounded`` and ``q_axis`` is 0.
+          last_K: last query of each key, needed if ``bounded`` and ``q_axis`` is 1.
+        """
         if not self.causal:
             return s
-        visible = q_index >= k_index
-        if first_q is not None:
-            visible = visible & (k_index >= first_q)
-        if last_k is not None:
-            visible = visible & (q_index <= last_k)
-        return jnp.where(visible, s, MASKED)
+
+        def hidden(s):
+            q_index = iota(s.shape, q_axis) + q_base
+            k_index = iota(s.shape, 1 - q_axis) + k_base
+            visible = q_index >= k_index
+            if first_Q is not None:
+                visible = visible & (k_index >= along(first_Q, s.shape, 0))
+            if last_K is not None:
+                visible = visible & (q_index <= along(last_K, s.shape, 0))
+            return jnp.where(visible, s, MASKED)
+
+        return hidden(s) if self.bounded else lax.cond(crossing, hidden, lambda s: s, s)
 
 
 def smem(*shape: int, dtype=jnp.bfloat16):
@@ -58,7 +73,7 @@ def smem(*shape: int, dtype=jnp.bfloat16):
     )
 
 
-def iota_QK(shape, dimension: int):
+def iota(shape, dimension: int):
     return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=plgpu.Layout.WGMMA)
 
 
@@ -152,21 +167,32 @@ class Ring:
         plgpu.barrier_arrive(self.free.at[slot])
 
 
-def in_warpgroups(producer: Callable[[], None], *consumers: Callable[[], None]) -> None:
-    """Runs each consumer in its own warpgroup and the producer in the last.
+def split_registers(producer: Callable[[], None], *consumers: Callable[[], None]) -> None:
+    """Runs ``producer`` in the third warpgroup of three and the consumers in the first two.
 
-    Registers are moved from the producer to the consumers (24 and 240 of the 168 each is born
-    with; three warpgroups).
+    One consumer is run by both (it asks for its index itself), two are run by one each. Of the 168
+    registers a thread is born with, the producer keeps 24 and the consumers get 240.
     """
     wg = lax.axis_index("wg")
-    for index, consumer in enumerate(consumers):
 
-        @pl.when(wg == index)
+    @pl.when(wg == 2)
+    def _():
+        plgpu.set_max_registers(24, action="decrease")
+        producer()
+
+    for index, consumer in enumerate(consumers):
+        mine = wg == index if len(consumers) == 2 else wg < 2
+
+        @pl.when(mine)
         def _(consumer=consumer):
             plgpu.set_max_registers(240, action="increase")
             consumer()
 
-    @pl.when(wg == len(consumers))
-    def _():
-        plgpu.set_max_registers(24, action="decrease")
-        producer()
+
+def not_hoisted(index, step):
+    """``index``, as the compiler sees it dependent on the loop counter ``step`` (below 2**30).
+
+    The operands that stay in shared memory for a whole loop would otherwise have the addresses of
+    all their wgmma slices computed once before it and held in registers, which spill at width 256.
+    """
+    return index + lax.shift_right_logical(step, jnp.int32(30))
