@@ -113,7 +113,7 @@ def _dq_block(*refs, scale, mask: Mask, pair: int, slots: tuple[int, int], inter
 
         def step(j, dq_QH):
             k_slot = ring_k.wait(j - begin)
-            row = tiles.not_hoisted(wg, j)
+            row = tiles.not_hoisted(wg)
             s_QK = tiles.product(q_smem.at[row], k_smem.at[k_slot].transpose((1, 0)))
             base = (2 * tile + wg) * ROWS
             s_QK = mask.hide(s_QK, j >= 2 * tile, 0, base, j * ROWS, first_Q=first_Q)

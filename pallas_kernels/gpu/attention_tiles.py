@@ -189,10 +189,10 @@ def split_registers(producer: Callable[[], None], *consumers: Callable[[], None]
             consumer()
 
 
-def not_hoisted(index, step):
-    """``index``, as the compiler sees it dependent on the loop counter ``step`` (below 2**30).
+def not_hoisted(index):
+    """``index``, of which the compiler does not know that it stays the same through a loop.
 
     The operands that stay in shared memory for a whole loop would otherwise have the addresses of
     all their wgmma slices computed once before it and held in registers, which spill at width 256.
     """
-    return index + lax.shift_right_logical(step, jnp.int32(30))
+    return lax.optimization_barrier(index)
