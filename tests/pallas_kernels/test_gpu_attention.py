@@ -74,11 +74,13 @@ def check(shape, gradients=True, **options):
             got, want = [interpreted(kernel, *inputs)], [exact(*inputs)]
     for name, a, b in zip(("o", "dq", "dk", "dv"), got, want, strict=False):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        # Both sides are rounded to bfloat16, whose neighbours lie up to 2**-7 of a value apart.
         atol = 1e-2 if name == "o" else 2e-2
-        np.testing.assert_allclose(a, b, rtol=atol / 10, atol=atol, err_msg=name)
+        np.testing.assert_allclose(a, b, rtol=2**-7, atol=atol, err_msg=name)
         # Three roundings to bfloat16 (p or ds, the operands' products, the result) of 2**-9 each.
-        error = np.linalg.norm(a - b) / np.linalg.norm(b)
-        assert error < 3 * 2**-9, f"{name}: relative error {error:.4f}"
+        error, size = np.linalg.norm(a - b), np.linalg.norm(b)
+        if size:  # no gradient of the queries when each sees one key
+            assert error < 3 * 2**-9 * size, f"{name}: relative error {error / size:.4f}"
 
 
 def test_causal_forward_and_gradients():
