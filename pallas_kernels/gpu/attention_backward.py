@@ -103,12 +103,11 @@ def _dq_block(*refs, scale, mask: Mask, pair: int, slots: tuple[int, int], inter
     def differentiate():
         wg = lax.axis_index("wg")
         rows = pl.ds((2 * tile + wg) * ROWS, ROWS)
-        column = plgpu.Layout.WGMMA.reduce(1)
         plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q_smem.at[wg], q_ready.at[wg])
         plgpu.copy_gmem_to_smem(do_ref.at[b, rows, n], do_smem.at[wg], q_ready.at[wg])
-        lse_Q = plgpu.load(lse_ref.at[b, n, rows], layout=column)
-        delta_Q = plgpu.load(delta_ref.at[b, n, rows], layout=column)
-        first_Q = plgpu.load(first_ref.at[b, rows], layout=column) if mask.bounded else None
+        lse_Q = tiles.per_row(lse_ref.at[b, n, rows])
+        delta_Q = tiles.per_row(delta_ref.at[b, n, rows])
+        first_Q = tiles.per_row(first_ref.at[b, rows]) if mask.bounded else None
         plgpu.barrier_wait(q_ready.at[wg])
 
         def step(j, dq_QH):
@@ -225,9 +224,7 @@ def _dk_dv_block(*refs, scale, mask: Mask, pair: int, groups: int, slots: int, i
         """P' and dV."""
         group, b, k_base = _place(pair)
         keys = pl.ds(k_base, ROWS)
-        last_K = None
-        if mask.bounded:
-            last_K = plgpu.load(last_ref.at[b, keys], layout=plgpu.Layout.WGMMA.reduce(1))
+        last_K = tiles.per_row(last_ref.at[b, keys]) if mask.bounded else None
         plgpu.copy_gmem_to_smem(k_ref.at[b, keys], k_smem, kv_ready.at[0])
         plgpu.barrier_wait(kv_ready.at[0])
 

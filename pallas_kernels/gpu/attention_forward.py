@@ -112,9 +112,7 @@ def _forward_block(*refs, bounded: bool, scale: float, mask: Mask, pair: int, in
         wg = lax.axis_index("wg")
         rows = pl.ds((2 * tile + wg) * ROWS, ROWS)
         plgpu.copy_gmem_to_smem(q_ref.at[b, rows, n], q_smem.at[wg], q_ready.at[wg])
-        first_Q = None
-        if bounded:
-            first_Q = plgpu.load(first_ref.at[b, rows], layout=plgpu.Layout.WGMMA.reduce(1))
+        first_Q = tiles.per_row(first_ref.at[b, rows]) if bounded else None
         plgpu.barrier_wait(q_ready.at[wg])
         pl.when(wg == 1)(lambda: _take_turn(turn))  # warpgroup 0 multiplies first
 

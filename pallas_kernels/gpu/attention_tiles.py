@@ -108,6 +108,11 @@ def zeros(*shape: int):
     return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
 
 
+def per_row(ref):
+    """One number for each of the 64 rows of a tile, from global memory to registers."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+
 def shared_by(pair: int) -> str | None:
     """Cluster axis over which a copy is multicast, None without a pair."""
     return PAIR if pair == 2 else None
