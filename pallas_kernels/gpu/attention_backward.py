@@ -236,7 +236,7 @@ def _dk_dv_block(*refs, scale, mask: Mask, pair: int, groups: int, slots: int, i
             s_KQ = mask.hide(s_KQ, at.crossing, 1, at.q_base, k_base, last_K=last_K)
             p_KQ = jnp.exp2(s_KQ * (scale * LOG2E) - tiles.along(lse_Q, s_KQ.shape, 1))
             p_KQ = p_KQ.astype(p_smem.dtype)
-            pl.when(at.i >= slots)(lambda: plgpu.barrier_wait(p_free.at[slot]))
+            ring_p.wait_free(at.i, slot)
             p_smem[slot] = p_KQ
             plgpu.barrier_arrive(p_ready.at[slot])
             ring_do.wait(at.i)
@@ -244,7 +244,8 @@ def _dk_dv_block(*refs, scale, mask: Mask, pair: int, groups: int, slots: int, i
             ring_do.release(slot)
             return dv_KH
 
-        _, dv_KH = walk(step, tiles.zeros(ROWS, k_smem.shape[-1]))
+        steps, dv_KH = walk(step, tiles.zeros(ROWS, k_smem.shape[-1]))
+        ring_p.drain(steps)
         dv_ref[group, b, keys] = dv_KH
 
     def keys():

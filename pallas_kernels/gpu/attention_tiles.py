@@ -147,7 +147,7 @@ class Ring:
     def fill(self, step, sources: Sequence[Any]) -> None:
         """Starts the copies of tile ``step`` once the readers have left its slot."""
         slot = lax.rem(step, jnp.int32(self.slots))
-        pl.when(step >= self.slots)(lambda: plgpu.barrier_wait(self.free.at[slot]))
+        self.wait_free(step, slot)
         for source, buffer in zip(sources, self.buffers, strict=True):
             plgpu.copy_gmem_to_smem(
                 source,
@@ -155,6 +155,10 @@ class Ring:
                 self.ready.at[slot],
                 collective_axes=shared_by(self.pair),
             )
+
+    def wait_free(self, step, slot) -> None:
+        """Waits until the readers of the tile before ``step`` have left ``slot``."""
+        pl.when(step >= self.slots)(lambda: plgpu.barrier_wait(self.free.at[slot]))
 
     def drain(self, steps) -> None:
         """Waits for the readers of the last tiles, so that no block of a cluster ends while
