@@ -179,8 +179,8 @@ def dk_dv(
             plgpu.SMEM((slots, ROWS), jnp.float32),
             wide(slots, ROWS, ROWS),
             plgpu.Barrier(num_barriers=2),
-            plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-            plgpu.Barrier(num_arrivals=2, num_barriers=slots),
+            plgpu.Barrier(num_arrivals=3, num_barriers=slots),
+            plgpu.Barrier(num_barriers=slots),
             tiles.freed(slots, 2, pair),
             tiles.freed(slots, 2, pair),
             plgpu.Barrier(num_barriers=slots),
@@ -203,8 +203,11 @@ def _dk_dv_block(*refs, scale, mask: Mask, pair: int, groups: int, slots: int, i
     last_ref = rest.pop(0) if mask.bounded else None
     dk_ref, dv_ref, k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, p_smem, *barriers = rest
     kv_ready, q_ready, do_ready, q_free, do_free, p_ready, p_free = barriers
-    ring_q = Ring([q_smem, lse_smem], q_ready, q_free, slots, pair)
-    ring_do = Ring([do_smem, delta_smem], do_ready, do_free, slots, pair)
+    # In a cluster one thread of a warpgroup frees a slot for all of it: safe after a wgmma, which
+    # the four warps do together, not after a plain read. Hence lse and delta go with the queries,
+    # whose slot is free only after the product that both went into.
+    ring_q = Ring([q_smem, lse_smem, delta_smem], q_ready, q_free, slots, pair)
+    ring_do = Ring([do_smem], do_ready, do_free, slots, pair)
     # P' goes from one warpgroup to the other in a ring of its own.
     ring_p = Ring([p_smem], p_ready, p_free, slots, 1)
     walk = functools.partial(_walk, q_ref.shape, pair, mask, groups, last_ref)
@@ -212,8 +215,9 @@ def _dk_dv_block(*refs, scale, mask: Mask, pair: int, groups: int, slots: int, i
     def produce():
         def fetch(at: _Step, carry):
             rows = pl.ds(at.q_base, ROWS)
-            ring_q.fill(at.i, [q_ref.at[at.b, rows, at.n], lse_ref.at[at.b, at.n, rows]])
-            ring_do.fill(at.i, [do_ref.at[at.b, rows, at.n], delta_ref.at[at.b, at.n, rows]])
+            lse, delta = lse_ref.at[at.b, at.n, rows], delta_ref.at[at.b, at.n, rows]
+            ring_q.fill(at.i, [q_ref.at[at.b, rows, at.n], lse, delta])
+            ring_do.fill(at.i, [do_ref.at[at.b, rows, at.n]])
             return carry
 
         steps, _ = walk(fetch, None)
@@ -258,14 +262,14 @@ def _dk_dv_block(*refs, scale, mask: Mask, pair: int, groups: int, slots: int, i
         def step(at: _Step, dk_KH):
             slot = ring_do.wait(at.i)
             dp_KQ = tiles.product(v_smem, do_smem.at[slot].transpose((1, 0)))
-            delta_Q = plgpu.load(delta_smem.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
             ring_do.release(slot)
+            ring_q.wait(at.i)
+            delta_Q = plgpu.load(delta_smem.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
             ring_p.wait(at.i)
             p_KQ = plgpu.load(p_smem.at[slot], layout=plgpu.Layout.WGMMA)
             ring_p.release(slot)
             ds_KQ = p_KQ.astype(jnp.float32) * (dp_KQ - tiles.along(delta_Q, dp_KQ.shape, 1))
             ds_KQ = ds_KQ.astype(q_smem.dtype)
-            ring_q.wait(at.i)
             dk_KH = tiles.add_product(dk_KH, ds_KQ, q_smem.at[slot], interpret=interpret)
             ring_q.release(slot)
             return dk_KH
