@@ -1,0 +1,200 @@
+"""Compiles every Hopper kernel for sm_90a on a machine without a GPU and prints what ptxas says.
+
+    python benchmarks/gpu_compile.py                 # all kernels
+    python benchmarks/gpu_compile.py attention       # those whose section or name has this word
+
+The environment (1.5 GB, no driver, no GPU):
+
+    python3.12 -m venv /tmp/venv-gpu
+    /tmp/venv-gpu/bin/pip install jax jax-cuda13-plugin jax-cuda13-pjrt \
+        nvidia-cuda-nvcc nvidia-cuda-nvdisasm
+    PYTHONPATH=. /tmp/venv-gpu/bin/python benchmarks/gpu_compile.py
+
+Every kernel must have no spilled bytes, no wgmma that ptxas makes wait for the one before (warnings
+C7510 to C7519) and at most 227 KiB of shared memory; the exit status is 1 otherwise. ``registers``
+is what a thread is born with: the kernels move registers between warpgroups (setmaxnreg), and the
+spills are counted with what they have after that.
+
+To add kernels, write a function like :func:`attention` and list it in ``SECTIONS``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+SHARED_MEMORY_LIMIT = 227 * 1024  # of a block on Hopper
+TARGET = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 minor: 0 }
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  l2_cache_size: 52428800
+  memory_bandwidth: 3352320000000
+  device_memory_size: 84942979072
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A function to compile: ``shapes`` are (shape, dtype name) of its arguments."""
+
+    name: str
+    function: Callable
+    shapes: tuple[tuple[tuple[int, ...], str], ...]
+
+
+def attention() -> Iterator[Case]:
+    """Forward, dq and dk with dv of every head width, causal and with a window or documents."""
+    from pallas_kernels.gpu import attention_backward as backward
+    from pallas_kernels.gpu.attention import WIDTHS, head_groups
+    from pallas_kernels.gpu.attention_forward import forward
+    from pallas_kernels.gpu.attention_tiles import ROWS, Mask
+
+    B, T, N = 1, 8192, 64
+    groups = head_groups(N, B * T // ROWS)
+    masks = {"causal": Mask(True), "bounded": Mask(True, bounded=True), "full": Mask(False)}
+    for H in WIDTHS:
+        for label, mask in masks.items():
+            wide, narrow = ((B, T, N, H), "bfloat16"), ((B, T, H), "bfloat16")
+            row = ((B, N, T), "float32")
+            bound = (((B, T), "int32"),) if mask.bounded else ()
+            static = {"scale": H**-0.5, "mask": mask, "interpret": None}
+            none = () if mask.bounded else (None,)
+
+            def case(name, kernel, *shapes, none=none, bound=bound, **static):
+                def call(*arguments):
+                    return kernel(*arguments, *none, **static)
+
+                return Case(name, call, (*shapes, *bound))
+
+            tail = f"d{H} {label}"
+            gradient = (wide, narrow, narrow, wide, row, row)
+            yield case(f"forward {tail}", forward, wide, narrow, narrow, **static)
+            yield case(f"dq {tail}", backward.dq, *gradient, **static)
+            yield case(f"dk_dv {tail}", backward.dk_dv, *gradient, groups=groups, **static)
+
+
+SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {"attention": attention}
+
+
+@functools.cache
+def ptxas() -> str:
+    """Path of ptxas in the ``nvidia-cuda-nvcc`` wheel.
+
+    Raises:
+      FileNotFoundError: the wheel is not installed.
+    """
+    for folder in sys.path:
+        for found in sorted(Path(folder or ".").glob("nvidia/*/bin/ptxas")):
+            return str(found)
+    raise FileNotFoundError("no ptxas: pip install nvidia-cuda-nvcc (see the top of this file)")
+
+
+def compile_case(case: Case) -> list[dict]:
+    """Compiles and returns one row for each Mosaic kernel in it."""
+    import jax
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology="1x1x1")
+    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    arguments = [jax.ShapeDtypeStruct(s, d, sharding=sharding) for s, d in case.shapes]
+    folder = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
+    before = set(folder.iterdir())
+    jax.jit(case.function).lower(*arguments).compile()
+    new = sorted(set(folder.iterdir()) - before)
+    rows = [assemble(path) for path in new if path.suffix == ".ptx"]
+    if not rows:
+        raise RuntimeError("no PTX was dumped: not a Mosaic GPU kernel, or compiled before")
+    return rows
+
+
+def assemble(ptx: Path) -> dict:
+    """What ``ptxas -v`` reports of one kernel, and its shared memory."""
+    command = [ptxas(), "-arch=sm_90a", "-v", "-o", os.devnull, str(ptx)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    report = done.stdout + done.stderr
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    module = ptx.with_name(ptx.stem + ".before_layout_inference.txt").read_text()
+    return {
+        "kernel": ptx.stem,
+        "registers": int(re.search(r"Used (\d+) registers", report)[1]),
+        "spill_stores": int(spills[1]),
+        "spill_loads": int(spills[2]),
+        "serialised": len(re.findall(r"\(C751\d\)", report)),
+        "shared_memory": int(re.search(r"dynamic_shared_memory_size %c(\d+)_i32", module)[1]),
+    }
+
+
+def faults(row: dict) -> list[str]:
+    """The rules that a kernel breaks."""
+    found = []
+    if row["spill_stores"] or row["spill_loads"]:
+        found.append("spills")
+    if row["serialised"]:
+        found.append("serialised wgmma")
+    if row["shared_memory"] > SHARED_MEMORY_LIMIT:
+        found.append("shared memory")
+    return found
+
+
+def main(words: list[str]) -> int:
+    """Prints the table; returns the exit status."""
+    dump = tempfile.TemporaryDirectory()
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "MOSAIC_GPU_DUMP_PTX": "1",
+        "MOSAIC_GPU_DUMP_TO": dump.name,
+        "PATH": f"{os.environ['PATH']}:{Path(ptxas()).parent}",
+    }
+    failed = 0
+    print(f"{'kernel':34} registers  spilled  serialised  shared memory")
+    for section, cases in SECTIONS.items():
+        for case in cases():
+            if words and not any(word in f"{section} {case.name}" for word in words):
+                continue
+            try:
+                rows = compile_case(case)
+            except Exception:
+                failed += 1
+                print(f"{case.name}: does not compile")
+                traceback.print_exc()
+                continue
+            for row in rows:
+                failed += bool(faults(row))
+                print(
+                    f"{case.name:34} {row['registers']:9} {row['spill_stores']:4}/"
+                    f"{row['spill_loads']:<4} {row['serialised']:9} {row['shared_memory']:14}"
+                    f"  {', '.join(faults(row))}",
+                    flush=True,
+                )
+    print(f"{failed} kernels break a rule or do not compile")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,182 @@
+"""The Hopper attention kernels in the interpreter against float32 attention.
+
+Shape suffixes: B batch, T queries, S keys, N query heads, H head width.
+"""
+
+import functools
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from pallas_kernels.gpu import attention
+from pallas_kernels.gpu.attention import bounds, head_groups, mfa_attention
+
+HOPPER = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+
+
+def interpreted(function, *arguments):
+    """``function(*arguments)`` compiled for this CPU while the kernels see a Hopper GPU.
+
+    The warpgroups of a cluster run as threads that wait for each other: the test session gives the
+    CPU client enough of them (``--xla_force_host_platform_device_count``).
+    """
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=HOPPER)):
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cpu",))
+        compiled = lowered.compile(device_assignment=(jax.devices("cpu")[0],))
+    return compiled(*arguments)
+
+
+def reference(q_BTNH, k_BSH, v_BSH, *, scale, causal=True, window=None, segments_BT=None):
+    q_BTNH, k_BSH, v_BSH = (x.astype(jnp.float32) for x in (q_BTNH, k_BSH, v_BSH))
+    s_BNTS = jnp.einsum("btnh,bsh->bnts", q_BTNH, k_BSH) * scale
+    t_T1 = jnp.arange(q_BTNH.shape[1])[:, None]
+    s_1S = jnp.arange(k_BSH.shape[1])[None]
+    visible_BTS = jnp.ones((1, *s_BNTS.shape[2:]), bool)
+    if causal:
+        visible_BTS &= s_1S <= t_T1
+    if window is not None:
+        visible_BTS &= t_T1 - s_1S < window
+    if segments_BT is not None:
+        visible_BTS &= segments_BT[:, :, None] == segments_BT[:, None, :]
+    p_BNTS = jax.nn.softmax(jnp.where(visible_BTS[:, None], s_BNTS, -jnp.inf), axis=-1)
+    return jnp.einsum("bnts,bsh->btnh", p_BNTS, v_BSH)
+
+
+def random(B=1, T=128, S=None, N=2, H=64, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    shapes = [(B, T, N, H), (B, S or T, H), (B, S or T, H), (B, T, N, H)]
+    return [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True)]
+
+
+def check(shape, gradients=True, **options):
+    """Output and gradients within bfloat16 rounding of the reference."""
+    q_BTNH, k_BSH, v_BSH, do_BTNH = random(**shape)
+    scale = q_BTNH.shape[-1] ** -0.5
+    kernel = functools.partial(
+        mfa_attention, scale=scale, interpret=plgpu.InterpretGPUParams(), **options
+    )
+    exact = functools.partial(reference, scale=scale, **options)
+
+    def both(attend, q_BTNH, k_BSH, v_BSH, do_BTNH):
+        o_BTNH, pull = jax.vjp(attend, q_BTNH, k_BSH, v_BSH)
+        return o_BTNH, *pull(do_BTNH.astype(o_BTNH.dtype))
+
+    inputs = (q_BTNH, k_BSH, v_BSH) + ((do_BTNH,) if gradients else ())
+    with jax.default_matmul_precision("highest"):
+        if gradients:
+            got = interpreted(functools.partial(both, kernel), *inputs)
+            want = both(exact, *inputs)
+        else:
+            got, want = [interpreted(kernel, *inputs)], [exact(*inputs)]
+    for name, a, b in zip(("o", "dq", "dk", "dv"), got, want, strict=False):
+        a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+        # Both sides are rounded to bfloat16, whose neighbours lie up to 2**-7 of a value apart.
+        atol = 1e-2 if name == "o" else 2e-2
+        np.testing.assert_allclose(a, b, rtol=2**-7, atol=atol, err_msg=name)
+        # Three roundings to bfloat16 (p or ds, the operands' products, the result) of 2**-9 each.
+        error, size = np.linalg.norm(a - b), np.linalg.norm(b)
+        if size:  # no gradient of the queries when each sees one key
+            assert error < 3 * 2**-9 * size, f"{name}: relative error {error / size:.4f}"
+
+
+def test_causal_forward_and_gradients():
+    check({"T": 256})
+
+
+def test_width_256_forward():
+    check({"T": 128, "H": 256}, gradients=False)
+
+
+def test_full_forward():
+    check({"T": 128, "S": 256}, gradients=False, causal=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ({"T": 256, "H": 256}, {}),
+        ({"T": 128, "H": 128, "N": 3}, {}),  # an odd head: no cluster over heads
+        ({"T": 128, "H": 192, "B": 2, "N": 4}, {}),
+        ({"T": 128, "S": 384}, {"causal": False}),
+        ({"T": 512}, {"window": 100}),
+        ({"T": 256}, {"window": 1}),
+    ],
+)
+def test_gradients(shape, options):
+    check(shape, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [None, 70])
+def test_packed_documents(window):
+    lengths = [[130, 62, 192], [1, 63, 320]]
+    segments_BT = jnp.stack([jnp.repeat(jnp.arange(1, 4), np.array(row)) for row in lengths])
+    check({"B": 2, "T": 384}, segments_BT=segments_BT, window=window)
+
+
+@pytest.mark.slow
+def test_groups_of_heads_add_up_to_the_same_gradient(monkeypatch):
+    monkeypatch.setattr(attention, "head_groups", lambda heads, blocks: 2)
+    check({"T": 128, "N": 4})
+
+
+@pytest.mark.slow
+def test_same_bits_in_every_run():
+    q_BTNH, k_BSH, v_BSH, do_BTNH = random(T=256)
+
+    def gradients(*inputs):
+        attend = functools.partial(mfa_attention, scale=0.125, interpret=plgpu.InterpretGPUParams())
+        return jax.vjp(attend, *inputs[:3])[1](inputs[3])
+
+    runs = [interpreted(gradients, q_BTNH, k_BSH, v_BSH, do_BTNH) for _ in range(2)]
+    for a, b in zip(*runs, strict=True):
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_bounds_are_the_mask():
+    segments_BT = jnp.array([[1, 1, 1, 2, 2, 3, 0, 0], [7] * 8])
+    for window in (None, 2):
+        first_BT, last_BS = bounds((2, 8), window, segments_BT)
+        t_T1, s_1S = jnp.arange(8)[:, None], jnp.arange(8)[None]
+        visible_BTS = (s_1S <= t_T1) & (segments_BT[:, :, None] == segments_BT[:, None, :])
+        if window is not None:
+            visible_BTS &= t_T1 - s_1S < window
+        by_query_BTS = (s_1S <= t_T1) & (s_1S >= first_BT[:, :, None])
+        by_key_BTS = (s_1S <= t_T1) & (t_T1 <= last_BS[:, None, :])
+        assert (by_query_BTS == visible_BTS).all() and (by_key_BTS == visible_BTS).all()
+        assert (jnp.diff(first_BT) >= 0).all() and (jnp.diff(last_BS) >= 0).all()
+
+
+def test_head_groups_divide_the_heads_and_fill_the_device():
+    assert head_groups(64, 64) == 16  # 4096 keys: 64 blocks a group, 528 wanted
+    assert head_groups(26, 1000) == 1
+    assert head_groups(26, 1) == 26
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ({"H": 32}, {}, "head width 32"),
+        ({"T": 100}, {}, "multiples of 128"),
+        ({"S": 256}, {}, "as many keys as queries"),
+        ({}, {"causal": False, "window": 3}, "need causal"),
+        ({}, {"window": 0}, "at least 1"),
+        ({}, {"segments_BT": jnp.ones((1, 64))}, "segments must be"),
+        ({}, {}, "need a Hopper GPU"),
+    ],
+)
+def test_refuses_what_it_does_not_support(shape, options, message):
+    q_BTNH, k_BSH, v_BSH, _ = random(**shape)
+    with pytest.raises(ValueError, match=message):
+        mfa_attention(q_BTNH, k_BSH, v_BSH, scale=1.0, **options)
+
+
+def test_refuses_other_dtypes():
+    q_BTNH, k_BSH, v_BSH, _ = random()
+    with pytest.raises(ValueError, match="only bfloat16"):
+        mfa_attention(q_BTNH.astype(jnp.float16), k_BSH, v_BSH, scale=1.0)
