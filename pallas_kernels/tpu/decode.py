@@ -32,6 +32,7 @@ LANES = 128
 TILE_ROWS = 512  # key rows of one product
 STEP_BYTES = 1 << 19  # of one cached array read by one step of the grid, about
 LARGEST_STEP_PAGES = 16
+VMEM_BYTES = 16 << 20  # what the largest supported call stays below
 MASKED = -1e30  # finite, so that a fully masked row has no NaN on its way to zero
 CACHE_DTYPES = ("bfloat16", "float32", "float8_e4m3fn")
 QUERY_DTYPES = ("bfloat16", "float32")
@@ -69,7 +70,9 @@ def tiling(slots: int, kv_heads: int, head_dim: int, dtype, page: int | None = N
     return Tiling(tiles * tile, tile, tiles * tile)
 
 
-def check(q_BTNH, k_cache, v_cache, paged: bool, frequency_F) -> None:
+def check(
+    q_BTNH, k_cache, v_cache, frequency_F, *, paged: bool = False, heads_per_key: int | None = None
+) -> None:
     """Raises ValueError for what :func:`decode` does not support, naming what it does."""
     N, H = q_BTNH.shape[2:]
     K = k_cache.shape[2]
@@ -81,7 +84,7 @@ def check(q_BTNH, k_cache, v_cache, paged: bool, frequency_F) -> None:
             f"{None if v_cache is None else v_cache.shape}; the TPU decode kernel supports one "
             "width for all and caches of one shape"
         )
-    if N % K:
+    if heads_per_key is None and N % K:
         raise ValueError(f"{N} query heads are not a multiple of {K} key/value heads")
     if q_BTNH.dtype.name not in QUERY_DTYPES:
         raise ValueError(
@@ -155,7 +158,7 @@ def decode(
       ValueError: an unsupported width, dtype or page size.
     """
     paged = page_table_BM is not None
-    check(q_BTNH, k_cache, v_cache, paged, frequency_F)
+    check(q_BTNH, k_cache, v_cache, frequency_F, paged=paged, heads_per_key=heads_per_key)
     B, T, N, H = q_BTNH.shape
     K = k_cache.shape[2]
     page = k_cache.shape[1] if paged else None
@@ -268,7 +271,9 @@ class _Call(NamedTuple):
                 ],
             ),
             out_shape=out_shape,
-            compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+            ),
             cost_estimate=self.cost(caches),
             interpret=interpret,
             name="decode_attention",

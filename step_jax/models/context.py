@@ -14,6 +14,7 @@ from flax import struct
 
 from step_jax.core.sharding import Sharding
 from step_jax.ops.attention import Mask
+from step_jax.ops.decode_attention import slot_positions_BS
 
 RematPolicy = Literal["none", "dots", "full"]
 
@@ -104,16 +105,6 @@ class Context:
                 in_order=True,
             )
         return Mask(self.positions_BT, kv_positions_BS, causal=self.causal, window=window)
-
-
-def slot_positions_BS(lengths_B, slots: int):
-    """Position held by every slot of a cache of ``lengths_B`` tokens; negative if it holds none.
-
-    Position p lives in slot ``p % slots``: a cache no shorter than the text is an array, a shorter
-    one a ring of the newest ``slots`` positions. Nothing but the lengths needs to be stored.
-    """
-    last_B1, slot_1S = lengths_B[:, None] - 1, jnp.arange(slots, dtype=jnp.int32)[None]
-    return last_B1 - (last_B1 - slot_1S) % slots
 
 
 def through_cache(new, cache, ctx: Context):
