@@ -1,0 +1,101 @@
+"""Decoding steps by the (interpreted) TPU kernel are those of plain XLA, on one device and a mesh.
+
+Shape suffixes: B rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from step_jax.models.attention import MFA, MHA
+from step_jax.models.context import Context
+from step_jax.models.positions import Alibi
+from tests.models import small
+
+KINDS = {
+    "gqa_window": MHA(4, 128, kv_heads=2, window=5),
+    "mfa": MFA(4, 128),
+    "mfa_gated_key": MFA(4, 128, value="gated_key"),
+    "mfa_gated_key_window": MFA(4, 128, value="gated_key", window=5),
+    "mfa_key": MFA(4, 128, value="key", position=None),
+}
+PROMPTS = np.asarray([7, 3, 9, 1], np.int32)
+STEPS = 3
+
+
+def steps(kind, implementation, sharding=None, cache_dtype=jnp.float32):
+    """Outputs of the stack for ``STEPS`` single tokens after unequal prompts; row 1 has ended."""
+    c = small.decoder(kind)
+    tokens_BT = np.random.default_rng(0).integers(0, c.vocab, (4, 9 + STEPS)).astype(np.int32)
+
+    def hidden(p, tokens_BT, positions_BT, cache, attention="xla", fresh=False):
+        execution = small.execution(attention=attention)
+        ctx = Context(positions_BT, fresh=fresh, execution=execution, sharding=sharding)
+        return c.hidden(p, tokens_BT, ctx, cache)
+
+    def decode(p, tokens_BT):
+        index_1T = jnp.arange(9, dtype=jnp.int32)[None]
+        positions_BT = jnp.where(index_1T < PROMPTS[:, None], index_1T, -1)
+        cache = c.init_cache(4, 16, cache_dtype)
+        _, cache = hidden(p, tokens_BT[:, :9], positions_BT, cache, fresh=True)
+        out = []
+        for i in range(STEPS):
+            positions_B1 = jnp.where(jnp.arange(4) == 1, -1, cache.lengths_B)[:, None]
+            token_B1 = tokens_BT[:, 9 + i :][:, :1]
+            x_B1D, cache = hidden(p, token_B1, positions_B1, cache, implementation)
+            out.append(x_B1D[:, 0])
+        return jnp.stack(out)
+
+    p = small.params(c)
+    if sharding is not None:
+        p = jax.device_put(p, sharding.params(c.specs()))
+    return small.run(decode, p, tokens_BT)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_plain_attention(kind):
+    expected = steps(KINDS[kind], "xla")
+    got = steps(KINDS[kind], "pallas_tpu_interpret")
+    np.testing.assert_allclose(got, expected, atol=2e-5, rtol=2e-5)
+    assert np.abs(expected).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "kind, axes",
+    [
+        # two key heads on four devices: each holds both and one query head
+        ("gqa_window", {"data": 2, "tensor": 4}),
+        ("mfa_gated_key", {"fsdp": 2, "expert": 2, "tensor": 2}),
+    ],
+)
+def test_on_a_mesh(kind, axes):
+    expected = steps(KINDS[kind], "xla")
+    got = steps(KINDS[kind], "pallas_tpu_interpret", small.on_mesh(**axes))
+    np.testing.assert_allclose(got, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_float8_cache():
+    """Both read the same float8 numbers, the kernel without a copy in the compute dtype."""
+    kind, dtype = KINDS["mfa_gated_key"], jnp.float8_e4m3fn
+    expected = steps(kind, "xla", cache_dtype=dtype)
+    got = steps(kind, "pallas_tpu_interpret", cache_dtype=dtype)
+    np.testing.assert_allclose(got, expected, atol=2e-5, rtol=2e-5)
+    assert np.abs(expected - steps(kind, "xla")).max() > 1e-4  # it was float8 that was read
+
+
+@pytest.mark.parametrize(
+    "kind, implementation, message",
+    [
+        (KINDS["mfa"], "pallas_tpu", "runs on platform tpu and this device is cpu"),
+        (MFA(4, 8), "pallas_tpu_interpret", "head width 8; .* multiples of 128"),
+        (replace(KINDS["mfa"], position=Alibi()), "pallas_tpu_interpret", "no ALiBi"),
+    ],
+)
+def test_what_a_named_kernel_lacks_is_an_error(kind, implementation, message):
+    with pytest.raises(ValueError, match=message):
+        steps(kind, implementation)
