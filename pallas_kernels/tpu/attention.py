@@ -87,12 +87,12 @@ def attention(
     dtypes = {x.dtype.name for x in (q_BKGTH, k_BKSH, v_BKSV)}
     if len(dtypes) > 1:
         raise ValueError(f"queries, keys and values must have one dtype, not {sorted(dtypes)}")
-    reason = block_sizes.unsupported(chip, H, V, q_BKGTH.dtype.name)
+    shape = block_sizes.Shape(G, T, S, H, V, q_BKGTH.dtype.itemsize)
+    reason = block_sizes.unsupported(chip, shape, q_BKGTH.dtype.name)
     if reason is None and not scale > 0:
         reason = f"the scale {scale} is not positive"
     if reason is not None:
         raise ValueError(f"TPU attention: {reason}")
-    shape = block_sizes.Shape(G, T, S, H, V, q_BKGTH.dtype.itemsize)
     if sizes is None:
         sizes = block_sizes.fit(chip, shape)
     else:

@@ -6,8 +6,8 @@ K, G, T and S are those of a block.
 
 One kernel makes all three gradients, so scores are recomputed once. The keys of a shared head are
 few: the float32 gradients of a whole *chunk* of them stay in VMEM while every query block of every
-head passes by, and each query block's own gradient is complete after its visits to the chunk. Longer
-rows take one call a chunk, which adds to the same dQ array in place: there is never a second one.
+head passes by, and each query block's own gradient is complete after its visits to the chunk.
+Longer rows take one call a chunk, which adds to the same dQ in place: there is never a second one.
 Everything is added up in grid order, so gradients are the same bits every time.
 
 Scores are transposed (keys are rows): what belongs to a query is then a row that broadcasts freely.

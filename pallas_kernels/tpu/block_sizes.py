@@ -100,15 +100,22 @@ def table() -> dict[str, dict[str, dict[str, int]]]:
     return json.loads(TABLE.read_text())
 
 
-def unsupported(chip: str, width: int, value_width: int, dtype: str, groups: int = 1) -> str | None:
+def unsupported(chip: str, shape: Shape, dtype: str) -> str | None:
     """Why the kernels cannot do this, or None."""
     if chip not in CHIPS:
         return f"the device {chip!r} is none of {', '.join(CHIPS)}"
-    if width not in WIDTHS or value_width not in WIDTHS:
-        widths = ", ".join(map(str, WIDTHS))
-        return f"head widths {width} (scores) and {value_width} (values) are not among {widths}"
     if dtype not in ("bfloat16", "float32"):
         return f"the dtype {dtype} is neither bfloat16 nor float32"
+    if shape.width not in WIDTHS or shape.value_width not in WIDTHS:
+        widths = ", ".join(map(str, WIDTHS))
+        return (
+            f"head widths {shape.width} (scores) and {shape.value_width} (values) are not among "
+            f"{widths}"
+        )
+    try:
+        fit(chip, shape)
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -119,7 +126,7 @@ def _even(length: int, block: int) -> int:
 
 
 def _divisor(n: int, limit: int, of: int = 1) -> int:
-    """The largest divisor of ``n``, a multiple of ``of``, that is at most ``limit``; else ``of``."""
+    """The largest divisor of ``n``, multiple of ``of`` and at most ``limit``; else ``of``."""
     return max((d for d in range(of, n + 1, of) if n % d == 0 and d <= limit), default=of)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from step_jax.core.sharding import Sharding
-from step_jax.ops.attention import Mask
+from step_jax.ops.attention import Implementation, Mask
 from step_jax.ops.decode_attention import slot_positions_BS
 
 RematPolicy = Literal["none", "dots", "full"]
@@ -23,7 +23,8 @@ RematPolicy = Literal["none", "dots", "full"]
 class Execution:
     """How a model is computed; no choice here changes what is computed.
 
-    attention: implementation of softmax attention (``step_jax.ops.attention``).
+    attention: implementation of softmax attention (``step_jax.ops.attention``); ``auto`` is the
+      fastest that the devices compiled for have and that supports the model's heads.
     scan: compile one layer of each kind and loop over it, instead of unrolling all layers.
     remat: what the backward pass recomputes. ``none`` nothing, ``dots`` everything but products
       with weights, ``full`` each whole layer from its input.
@@ -31,7 +32,7 @@ class Execution:
     dtype: of activations and of the weights' copies they meet.
     """
 
-    attention: Literal["auto", "reference", "xla"] = "auto"
+    attention: Implementation = "auto"
     scan: bool = True
     remat: RematPolicy = "none"
     loss_chunks: int = 8

@@ -9,6 +9,7 @@ and segments. A row that may see nothing returns zeros.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Literal
@@ -226,20 +227,118 @@ def ring(q_BTNH, k_BSKH, v_BSKV, mask, scale, alibi, axis: str):
     return _heads_last(_normalise(o_BKGTV, sum_BKGT1)).astype(q_BTNH.dtype)
 
 
-IMPLEMENTATIONS: dict[str, Callable] = {"reference": reference, "xla": xla}
-Implementation = Literal["auto", "reference", "xla"]
+def pallas_tpu(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi, device):
+    """The kernels of ``pallas_kernels.tpu``; the arrays are those of one device."""
+    from pallas_kernels.tpu.attention import attention as kernel
+    from pallas_kernels.tpu.visits import Pattern
+
+    o_BKGTV, _ = kernel(
+        q_BKGTH,
+        k_BKSH,
+        v_BKSV,
+        mask.q_positions_BT,
+        mask.kv_positions_BS,
+        mask.q_segments_BT,
+        mask.kv_segments_BS,
+        pattern=Pattern(mask.causal, mask.window, mask.in_order),
+        scale=scale,
+        chip=device.device_kind,
+    )
+    return o_BKGTV
 
 
-def resolve(implementation: str) -> str:
-    """The implementation that ``auto`` stands for on this backend (the run header prints it)."""
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What decides whether an implementation can do it (and whether ``auto`` takes it).
+
+    width, value_width: of a head. queries, keys: tokens in a row. alibi: a bias is added.
+    """
+
+    width: int
+    value_width: int
+    queries: int
+    keys: int
+    dtype: str
+    alibi: bool
+
+
+def _pallas_tpu_unsupported(problem: Problem, device) -> str | None:
+    if device.platform != "tpu":
+        return f"it needs a TPU, and this is compiled for {device.platform}"
+    if problem.alibi:
+        return "it adds no ALiBi bias"
+    from pallas_kernels.tpu import block_sizes
+
+    shape = block_sizes.Shape(
+        1,
+        problem.queries,
+        problem.keys,
+        problem.width,
+        problem.value_width,
+        jnp.dtype(problem.dtype).itemsize,
+    )
+    return block_sizes.unsupported(device.device_kind, shape, problem.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """compute: (q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi, device) -> o_BKGTV.
+
+    unsupported: why a problem cannot be computed for a device, or None.
+    kernel: the partitioner cannot cut it; on a mesh it runs in ``shard_map``.
+    fewest_queries: ``auto`` passes it over below.
+    """
+
+    compute: Callable
+    unsupported: Callable[[Problem, jax.Device], str | None] = lambda problem, device: None
+    kernel: bool = False
+    fewest_queries: int = 0
+
+
+def _anywhere(compute: Callable) -> Entry:
+    return Entry(lambda *args: compute(*args[:-1]))
+
+
+#: in the order in which ``auto`` considers them, but for the reference
+IMPLEMENTATIONS: dict[str, Entry] = {
+    # a decoded token's rows would be padding but for one
+    "pallas_tpu": Entry(pallas_tpu, _pallas_tpu_unsupported, kernel=True, fewest_queries=128),
+    "xla": _anywhere(xla),
+    "reference": _anywhere(reference),
+}
+Implementation = Literal["auto", "pallas_tpu", "xla", "reference"]
+
+
+def resolve(implementation: str, problem: Problem, device=None) -> str:
+    """The implementation to compute with; what ``auto`` stands for (the run header prints it).
+
+    Args:
+      device: one of those compiled for, which need not be this machine's; None for the default.
+
+    Raises:
+      ValueError: no implementation has the name, or the one named cannot do this; says why.
+    """
+    device = jax.devices()[0] if device is None else device
     if implementation == "auto":
-        return "xla"
+        return next(
+            name
+            for name, entry in IMPLEMENTATIONS.items()
+            if problem.queries >= entry.fewest_queries and not entry.unsupported(problem, device)
+        )
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"no attention implementation {implementation!r}; there are: auto, "
             + ", ".join(IMPLEMENTATIONS)
         )
+    reason = IMPLEMENTATIONS[implementation].unsupported(problem, device)
+    if reason is not None:
+        raise ValueError(f"the attention implementation {implementation} cannot do this: {reason}")
     return implementation
+
+
+def problem_of(q_BTNH, k_BSKH, v_BSKV, alibi) -> Problem:
+    (_, T, _, H), (_, S, _, V) = q_BTNH.shape, v_BSKV.shape
+    return Problem(H, V, T, S, q_BTNH.dtype.name, alibi is not None)
 
 
 def attention(
@@ -251,6 +350,7 @@ def attention(
     scale: float,
     alibi: Literal["linear", "sqrt"] | None = None,
     implementation: str = "auto",
+    device: jax.Device | None = None,
 ):
     """Softmax attention of N query heads on K shared key/value heads.
 
@@ -260,13 +360,19 @@ def attention(
       scale: multiplies the scores.
       alibi: bias ``-slope * distance`` (Press et al.) or ``-slope * sqrt(distance)`` (Step-1).
       implementation: a key of ``IMPLEMENTATIONS`` or ``auto``.
+      device: one of those compiled for; None for the default.
 
     Returns:
       (B, T, N, V) in ``q_BTNH.dtype``. Scores and softmax are float32.
+
+    Raises:
+      ValueError: K does not divide N, or see :func:`resolve`.
     """
     N, K = q_BTNH.shape[2], k_BSKH.shape[2]
     if N % K:
         raise ValueError(f"{N} query heads are not a multiple of {K} key/value heads")
-    compute = IMPLEMENTATIONS[resolve(implementation)]
-    o_BKGTV = compute(*_heads_first(q_BTNH, k_BSKH, v_BSKV), mask, scale, alibi)
+    device = jax.devices()[0] if device is None else device
+    name = resolve(implementation, problem_of(q_BTNH, k_BSKH, v_BSKV, alibi), device)
+    arrays = _heads_first(q_BTNH, k_BSKH, v_BSKV)
+    o_BKGTV = IMPLEMENTATIONS[name].compute(*arrays, mask, scale, alibi, device)
     return _heads_last(o_BKGTV).astype(q_BTNH.dtype)

@@ -29,6 +29,7 @@ from step_jax.models.context import Context, Execution
 from step_jax.models.decoder import Decoder
 from step_jax.models.flops import train_flops_per_token
 from step_jax.models.language_model import language_model_loss
+from step_jax.models.positions import alibi
 from step_jax.ops import attention
 from step_jax.training import plots
 from step_jax.training.batches import abstract_batch, process_rows, to_mesh
@@ -220,7 +221,9 @@ def run(config: PretrainConfig) -> dict[str, float]:
             total_steps,
             work(config, tokens, sharding),
             meta={"data": dataset.fingerprint, "tokenizer": dataset.tokenizer.hash},
-            header=header(config, optimizer, dataset, total_steps, state_like, train_step),
+            header=header(
+                config, optimizer, dataset, total_steps, state_like, train_step, sharding
+            ),
         )
         session.watch = ExpertAlarm(config.expert_health).check
         if session.primary:  # not before the run is known to go on where its checkpoint stopped
@@ -288,7 +291,9 @@ def work(config: PretrainConfig, tokens: int, sharding: Sharding) -> Work:
     return Work(tokens, flops, None if peak is None else peak * sharding.mesh.size)
 
 
-def header(config, optimizer, dataset, total_steps, state_like, train_step) -> dict[str, Any]:
+def header(
+    config, optimizer, dataset, total_steps, state_like, train_step, sharding
+) -> dict[str, Any]:
     """What the run shows before its first step."""
     model, T = config.model, config.data.sequence_length
     specs = model.specs()
@@ -299,7 +304,7 @@ def header(config, optimizer, dataset, total_steps, state_like, train_step) -> d
         "active for a token": f"{spec_lib.count(specs, active=True):,}",
         "of which in matrices": f"{spec_lib.count(specs, roles=('matrix',)):,}",
         "attention": f"{config.execution.attention} -> "
-        f"{attention.resolve(config.execution.attention)}",
+        + ", ".join(attention_implementations(config, sharding)),
         "tokens per step": f"{tokens:,} ({dataset.batch_size} rows of {T})",
         "steps": f"{total_steps:,} ({total_steps * tokens:,} tokens, "
         f"{total_steps * tokens / max(1, dataset.tokens_per_epoch):.2f} epochs)",
@@ -312,6 +317,23 @@ def header(config, optimizer, dataset, total_steps, state_like, train_step) -> d
     for i, note in enumerate(optimizer.notes, 1):
         values[f"note {i}"] = note
     return values
+
+
+def attention_implementations(config: PretrainConfig, sharding: Sharding) -> list[str]:
+    """What the layers' attention is computed with, each named once."""
+    T = config.data.sequence_length
+    names = []
+    for kind in (block.attention for g in config.model.layers for block in g.blocks):
+        problem = attention.Problem(
+            *kind.score_and_value_widths(),
+            queries=T,
+            keys=T,
+            dtype=config.execution.dtype,
+            alibi=alibi(kind.position) is not None,
+        )
+        device = sharding.mesh.devices.flat[0]
+        names.append(attention.resolve(config.execution.attention, problem, device))
+    return sorted(set(names))
 
 
 def cache_bytes_per_token(model: Decoder, bytes_per_number: int = 2) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -212,8 +213,37 @@ def test_bad_requests_say_what_there_is():
     mask = ops.Mask(positions, positions)
     with pytest.raises(ValueError, match="4 query heads are not a multiple of 3"):
         ops.attention(q, k, v, mask, scale=1.0)
-    with pytest.raises(ValueError, match="'flash'.*auto, reference, xla"):
+    with pytest.raises(ValueError, match="'flash'.*auto, pallas_tpu, xla, reference"):
         ops.attention(q, k[:, :, :1], v[:, :, :1], mask, scale=1.0, implementation="flash")
+
+
+TPU = types.SimpleNamespace(platform="tpu", device_kind="TPU v6 lite")
+CPU = types.SimpleNamespace(platform="cpu", device_kind="cpu")
+PROBLEM = ops.Problem(256, 256, queries=4096, keys=4096, dtype="bfloat16", alibi=False)
+
+
+def test_auto_goes_by_the_devices_compiled_for():
+    assert ops.resolve("auto", PROBLEM) == "xla"  # this machine's
+    assert ops.resolve("auto", PROBLEM, TPU) == "pallas_tpu"
+    for change in ({"width": 100}, {"alibi": True}, {"dtype": "float16"}, {"queries": 1}):
+        assert ops.resolve("auto", dataclasses.replace(PROBLEM, **change), TPU) == "xla"
+    # one decoded token can be had on request, but is no use of the kernel
+    assert ops.resolve("pallas_tpu", dataclasses.replace(PROBLEM, queries=1), TPU) == "pallas_tpu"
+
+
+@pytest.mark.parametrize(
+    "change,device,reason",
+    [
+        ({}, CPU, "needs a TPU, and this is compiled for cpu"),
+        ({}, types.SimpleNamespace(platform="tpu", device_kind="TPU v3"), "'TPU v3' is none of"),
+        ({"width": 100}, TPU, "widths 100 .* and 256 .* not among 64, 128, 192, 256"),
+        ({"dtype": "float16"}, TPU, "float16 is neither bfloat16 nor float32"),
+        ({"alibi": True}, TPU, "no ALiBi"),
+    ],
+)
+def test_an_impossible_request_says_why(change, device, reason):
+    with pytest.raises(ValueError, match=f"pallas_tpu cannot do this: .*{reason}"):
+        ops.resolve("pallas_tpu", dataclasses.replace(PROBLEM, **change), device)
 
 
 def test_a_mask_of_other_rows_keeps_its_description():

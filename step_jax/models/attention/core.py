@@ -14,6 +14,7 @@ import functools
 from typing import Any, Protocol
 
 import jax
+from jax.sharding import PartitionSpec
 
 from step_jax.models.context import Context
 from step_jax.models.initialisation import Initialisation
@@ -62,7 +63,6 @@ def attend(
     (2 C numbers per token for a shared head: cheaper than any exchange of queries), or travel
     around the ring if ``ctx.sharding.ring`` says so and there are several heads to save.
     """
-    implementation = ctx.execution.attention
     sharding = ctx.sharding
     bias = alibi(position)
     q_BTNH = ctx.constrain(q_BTNH, "batch", "sequence", "heads", None)
@@ -79,7 +79,7 @@ def attend(
     context = 1 if sharding is None else sharding.size("context")
     kv_heads = k_BSKH.shape[2]
     if context > 1 and sharding.ring and kv_heads > 1 and kv_positions_BS is None:
-        o_BTNV = _ring(q_BTNH, k_BSKH, v_BSKV, mask, sharding, scale, bias)
+        o_BTNV = _ring(q_BTNH, k_BSKH, v_BSKV, mask, ctx, scale, bias)
     else:
         if context > 1 and kv_positions_BS is None:
             # projected where the tokens are: else the partitioner gathers x to project it whole
@@ -88,9 +88,7 @@ def attend(
             mask = mask.replace(in_order=False)  # a block of queries would cut across devices
         k_BSKH = ctx.constrain(k_BSKH, "batch", None, "kv_heads", None)
         v_BSKV = ctx.constrain(v_BSKV, "batch", None, "kv_heads", None)
-        o_BTNV = ops_attention.attention(
-            q_BTNH, k_BSKH, v_BSKV, mask, scale=scale, alibi=bias, implementation=implementation
-        )
+        o_BTNV = _gathered(q_BTNH, k_BSKH, v_BSKV, mask, ctx, scale, bias)
     return ctx.constrain(o_BTNV, "batch", "sequence", "heads", None)
 
 
@@ -132,7 +130,62 @@ def _decoder(q_BTNH, k_BSKH, v_BSKV, ctx: Context, position: Position | None):
     return run
 
 
-def _ring(q_BTNH, k_BSKH, v_BSKV, mask, sharding, scale, bias):
+def _gathered(q_BTNH, k_BSKH, v_BSKV, mask, ctx: Context, scale, bias):
+    """Each device's queries against all keys of their rows."""
+    sharding = ctx.sharding
+    device = None if sharding is None else sharding.mesh.devices.flat[0]
+    problem = ops_attention.problem_of(q_BTNH, k_BSKH, v_BSKV, bias)
+    name = ops_attention.resolve(ctx.execution.attention, problem, device)
+
+    def compute(q_BTNH, k_BSKH, v_BSKV, mask):
+        return ops_attention.attention(
+            q_BTNH,
+            k_BSKH,
+            v_BSKV,
+            mask,
+            scale=scale,
+            alibi=bias,
+            implementation=name,
+            device=device,
+        )
+
+    if sharding is not None and ops_attention.IMPLEMENTATIONS[name].kernel:
+        return _on_each_device(compute, q_BTNH, k_BSKH, v_BSKV, mask, sharding)
+    return compute(q_BTNH, k_BSKH, v_BSKV, mask)
+
+
+def _on_each_device(compute, q_BTNH, k_BSKH, v_BSKV, mask, sharding):
+    """``compute`` on the part of each device, for kernels, which the partitioner cannot cut."""
+    if sharding.mesh.size == 1:
+        return compute(q_BTNH, k_BSKH, v_BSKV, mask)
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    # of several key heads, a device has those of its query heads, or else all of both
+    heads, count = ("heads", N) if K == 1 else ("kv_heads", K)
+    q_spec = sharding.spec(("batch", "sequence", heads, None), (B, T, count, H))
+    kv_spec = sharding.spec(("batch", None, "kv_heads", None), k_BSKH.shape)
+    tokens, keys = PartitionSpec(*q_spec[:2]), PartitionSpec(kv_spec[0])
+    packed = mask.q_segments_BT is not None
+    masks = mask.replace(
+        q_positions_BT=tokens,
+        kv_positions_BS=keys,
+        q_segments_BT=tokens if packed else None,
+        kv_segments_BS=keys if packed else None,
+    )
+    return jax.shard_map(
+        compute,
+        mesh=sharding.mesh,
+        in_specs=(q_spec, kv_spec, kv_spec, masks),
+        out_specs=q_spec,
+        check_vma=False,  # a kernel's outputs do not say along which axes they vary
+    )(q_BTNH, k_BSKH, v_BSKV, mask)
+
+
+def _ring(q_BTNH, k_BSKH, v_BSKV, mask, ctx: Context, scale, bias):
+    sharding, implementation = ctx.sharding, ctx.execution.attention
+    entry = ops_attention.IMPLEMENTATIONS.get(implementation)
+    if entry is not None and entry.kernel:
+        raise ValueError(f"ring attention is not computed by {implementation}: set ring: false")
     if bias is not None and sharding.size("tensor") > 1:
         raise ValueError("ring attention with ALiBi needs all heads on a device: set ring: false")
     tokens = sharding.spec(("batch", "sequence"), q_BTNH.shape[:2])
