@@ -42,12 +42,12 @@ def steps(kind, implementation, sharding=None, cache_dtype=jnp.float32):
         index_1T = jnp.arange(9, dtype=jnp.int32)[None]
         positions_BT = jnp.where(index_1T < PROMPTS[:, None], index_1T, -1)
         cache = c.init_cache(4, 16, cache_dtype)
-        _, cache = hidden(p, tokens_BT[:, :9], positions_BT, cache, fresh=True)
+        _, cache, _ = hidden(p, tokens_BT[:, :9], positions_BT, cache, fresh=True)
         out = []
         for i in range(STEPS):
             positions_B1 = jnp.where(jnp.arange(4) == 1, -1, cache.lengths_B)[:, None]
             token_B1 = tokens_BT[:, 9 + i :][:, :1]
-            x_B1D, cache = hidden(p, token_B1, positions_B1, cache, implementation)
+            x_B1D, cache, _ = hidden(p, token_B1, positions_B1, cache, implementation)
             out.append(x_B1D[:, 0])
         return jnp.stack(out)
 
