@@ -75,10 +75,10 @@ def check(
 ) -> None:
     """Raises ValueError for what :func:`decode` does not support, naming what it does."""
     N, H = q_BTNH.shape[2:]
-    K = k_cache.shape[2]
+    K = k_cache.shape[-2]
     if H % LANES:
         raise ValueError(f"head width {H}; the TPU decode kernel supports multiples of {LANES}")
-    if k_cache.shape[3] != H or (v_cache is not None and v_cache.shape != k_cache.shape):
+    if k_cache.shape[-1] != H or (v_cache is not None and v_cache.shape != k_cache.shape):
         raise ValueError(
             f"queries of width {H}, keys {k_cache.shape}, values "
             f"{None if v_cache is None else v_cache.shape}; the TPU decode kernel supports one "
@@ -98,9 +98,9 @@ def check(
                 + ", ".join(CACHE_DTYPES)
             )
     packed = 32 // k_cache.dtype.itemsize  # rows of one register
-    if paged and k_cache.shape[1] * K % packed:
+    if paged and k_cache.shape[-3] * K % packed:
         raise ValueError(
-            f"pages of {k_cache.shape[1]} slots with {K} heads; page size times heads must be a "
+            f"pages of {k_cache.shape[-3]} slots with {K} heads; page size times heads must be a "
             f"multiple of {packed} for a {k_cache.dtype.name} cache"
         )
     if frequency_F is not None and frequency_F.shape != (H // 2,):
@@ -123,6 +123,7 @@ def decode(
     k_scale=None,
     v_scale=None,
     page_table_BM=None,
+    layer=None,
     first_head=0,
     heads_per_key: int | None = None,
     splits: int = 1,
@@ -144,6 +145,8 @@ def decode(
       k_scale, v_scale: float32 scalar or (K,): what cached numbers are multiplied by, None for 1.
       page_table_BM: (B, M) int32 page of every M-th part of a row's slots; entries behind a row's
         last token are not read.
+      layer: int32 scalar; the caches then have a leading axis of layers, of which one is read where
+        it lies.
       first_head, heads_per_key: if the caller holds a slice of the query heads but all key heads:
         the number of its first head (may be traced) and G.
       splits: pieces the work is cut into for that many cores (2 on chips that show two cores as one
@@ -160,10 +163,9 @@ def decode(
     paged = page_table_BM is not None
     check(q_BTNH, k_cache, v_cache, frequency_F, paged=paged, heads_per_key=heads_per_key)
     B, T, N, H = q_BTNH.shape
-    K = k_cache.shape[2]
-    page = k_cache.shape[1] if paged else None
-    slots = page * page_table_BM.shape[1] if paged else k_cache.shape[1]
-    cut = tiling(slots, K, H, k_cache.dtype, page)
+    parts, page, K = k_cache.shape[-4:-1]
+    slots = page * page_table_BM.shape[1] if paged else page
+    cut = tiling(slots, K, H, k_cache.dtype, page if paged else None)
     plan = make_plan(positions_BT, lengths_B, slots, cut.block, window)
     call = _Call(B, T, N, K, H, slots, cut, window, splits, frequency_F is not None, paged)
 
@@ -180,10 +182,11 @@ def decode(
     if frequency_F is not None:
         constants += _rotation_tables(frequency_F, cut.tile, K)
     per_split = -(-plan.start_B1[-1] // splits)
-    scalars = [*plan, lengths_B * 0 + per_split, positions_BT.reshape(-1)]
+    first_part = jnp.int32(0) if layer is None else layer * parts
+    scalars = [*plan, jnp.stack([per_split, first_part]), positions_BT.reshape(-1)]
     if paged:
         scalars.append(page_table_BM.reshape(-1))
-    caches = [c.reshape(c.shape[0], -1, H) for c in (k_cache, v_cache) if c is not None]
+    caches = [c.reshape(-1, page * K, H) for c in (k_cache, v_cache) if c is not None]
     out = call.run(per_split, scalars, q_BTNH.reshape(B, T * N, H), constants, caches, interpret)
     touched = touched_PB(plan, splits)
     if splits == 1:
@@ -289,32 +292,32 @@ class _Call(NamedTuple):
             bytes_accessed=keys * slot_bytes + 4 * self.B * self.rows * self.H,
         )
 
-    def _item(self, p, i, row_I, start_B1, first_B, per_split_B):
+    def _item(self, p, i, row_I, start_B1, first_B, split_2):
         """(row, block of the row) of a step; the last item again where a split has run out."""
-        s = jnp.clip(p * per_split_B[0] + i, 0, jnp.maximum(start_B1[self.B] - 1, 0))
+        s = jnp.clip(p * split_2[0] + i, 0, jnp.maximum(start_B1[self.B] - 1, 0))
         row = row_I[s]
         return row, first_B[row] + s - start_B1[row]
 
-    def _query_index(self, p, i, row_I, start_B1, first_B, oldest_B, end_B, per_split_B, *_):
-        row, _ = self._item(p, i, row_I, start_B1, first_B, per_split_B)
+    def _query_index(self, p, i, row_I, start_B1, first_B, oldest_B, end_B, split_2, *_):
+        row, _ = self._item(p, i, row_I, start_B1, first_B, split_2)
         return row, 0, 0
 
-    def _out_index(self, p, i, row_I, start_B1, first_B, oldest_B, end_B, per_split_B, *_):
-        row, _ = self._item(p, i, row_I, start_B1, first_B, per_split_B)
+    def _out_index(self, p, i, row_I, start_B1, first_B, oldest_B, end_B, split_2, *_):
+        row, _ = self._item(p, i, row_I, start_B1, first_B, split_2)
         return p, row, 0, 0
 
     def _cache_index(
-        self, j, p, i, row_I, start_B1, first_B, oldest_B, end_B, per_split_B, position_BT, *table
+        self, j, p, i, row_I, start_B1, first_B, oldest_B, end_B, split_2, position_BT, *table
     ):
-        row, number = self._item(p, i, row_I, start_B1, first_B, per_split_B)
+        row, number = self._item(p, i, row_I, start_B1, first_B, split_2)
         block = number % self.per_lap
         if not self.paged:
-            return row, block, 0
+            return split_2[1] + row, block, 0
         page = block * (self.cut.block // self.cut.page) + j
         # a row that has not filled its slots has no page behind its last token
         last_slot = jnp.clip(end_B[row] - 1, 0, self.slots - 1)
         page = jnp.minimum(page, last_slot // self.cut.page)
-        return table[0][row * (self.slots // self.cut.page) + page], 0, 0
+        return split_2[1] + table[0][row * (self.slots // self.cut.page) + page], 0, 0
 
 
 def _kernel(
@@ -324,7 +327,7 @@ def _kernel(
     first_B,
     oldest_B,
     end_B,
-    per_split_B,
+    split_2,
     position_BT,
     *refs,
 ):
@@ -338,9 +341,9 @@ def _kernel(
     k_refs, v_refs = caches[:pages], caches[pages:]
 
     p, i = pl.program_id(0), pl.program_id(1)
-    s = p * per_split_B[0] + i
+    s = p * split_2[0] + i
     total = start_B1[call.B]
-    row, number = call._item(p, i, row_I, start_B1, first_B, per_split_B)
+    row, number = call._item(p, i, row_I, start_B1, first_B, split_2)
 
     @pl.when(s < total)
     def _():
@@ -367,7 +370,7 @@ def _kernel(
                 acc_ref, max_ref, sum_ref,
             )  # fmt: skip
 
-        @pl.when((s + 1 == start_B1[row + 1]) | (i == per_split_B[0] - 1))
+        @pl.when((s + 1 == start_B1[row + 1]) | (i == split_2[0] - 1))
         def _():
             sum_R1 = sum_ref[:, :1]
             seen_R1 = sum_R1 > 0.0

@@ -43,13 +43,14 @@ def reference(
     k_scale=None,
     v_scale=None,
     page_table_BM=None,
+    layer=None,
     first_head=0,
     heads_per_key: int | None = None,
 ):
     """All slots of all rows at once, in float32: the definition the kernels are compared with."""
 
     def dense(cache, factor):
-        cache = cache.astype(jnp.float32)
+        cache = (cache if layer is None else cache[layer]).astype(jnp.float32)
         if page_table_BM is not None:
             cache = cache[page_table_BM].reshape(q_BTNH.shape[0], -1, *cache.shape[2:])
         return cache if factor is None else cache * jnp.asarray(factor, jnp.float32)[..., None]
@@ -128,8 +129,8 @@ def decode_attention(
       lengths_B: int32 tokens in the cache, those of this call included.
       implementation: a key of ``IMPLEMENTATIONS``.
       device: one of those it runs on; None for this process's first.
-      scale, window, frequency_F, k_scale, v_scale, page_table_BM, first_head, heads_per_key: as in
-        ``pallas_kernels.tpu.decode.decode``.
+      kwargs: scale, window, frequency_F, k_scale, v_scale, page_table_BM, layer, first_head and
+        heads_per_key, as in ``pallas_kernels.tpu.decode.decode``.
 
     Returns:
       (B, T, N, H) in the dtype of the queries; zeros where a query sees nothing.

@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from step_jax.core.sharding import AXES, Sharding
 from step_jax.models.attention import MFA, MHA
 from step_jax.models.context import Context
 from step_jax.models.positions import Alibi
@@ -99,3 +101,38 @@ def test_float8_cache():
 def test_what_a_named_kernel_lacks_is_an_error(kind, implementation, message):
     with pytest.raises(ValueError, match=message):
         steps(kind, implementation)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("value", ["projected", "gated_key"])
+@pytest.mark.parametrize("attention, kernels", [("auto", 1), ("xla", 0)])
+def test_a_step_copies_no_cache(value, attention, kernels, monkeypatch):
+    """One token on a v6e: the caches of all layers stay where they are, and the kernel is used."""
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v6e:2x2")
+    mesh = Mesh(np.array(topology.devices[:1]).reshape((1,) * len(AXES)), AXES)
+    c = small.decoder(MFA(64, 256, value=value), repeat=4)
+
+    def step(p, token_B1, position_B1, cache):
+        execution = small.execution(attention=attention, dtype="bfloat16")
+        ctx = Context(position_B1, execution=execution, sharding=Sharding(mesh))
+        return c.hidden(p, token_B1, ctx, cache)[:2]
+
+    def placed(tree):
+        sharding = NamedSharding(mesh, PartitionSpec())
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
+        )
+
+    p = jax.tree.map(lambda a: a.astype(jnp.bfloat16), small.params(c))
+    cache = jax.eval_shape(lambda: c.init_cache(16, 4096))
+    ints = jax.ShapeDtypeStruct((16, 1), jnp.int32)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(step, donate_argnums=3).lower(*placed((p, ints, ints, cache)))
+    compiled = lowered.compile()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    assert temporary < sum(a.size * 2 for a in jax.tree.leaves(cache.layers)) / 50
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == kernels

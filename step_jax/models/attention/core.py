@@ -58,7 +58,9 @@ def attend(
     Keys and values may come in the dtype of a cache. ``v_BSKV`` None: the keys are unrotated, and
     are their own values before they are rotated to ``kv_positions_BS``.
 
-    One token over a cache takes a decode kernel where there is one (``ops.decode_attention``).
+    Keys and values with a leading axis of layers are caches (``through_cache``): one token attends
+    to layer ``ctx.layer`` of them, by a kernel where there is one (``ops.decode_attention``).
+
     Queries stay where their tokens are. With a context axis, keys and values are gathered along it
     (2 C numbers per token for a shared head: cheaper than any exchange of queries), or travel
     around the ring if ``ctx.sharding.ring`` says so and there are several heads to save.
@@ -66,11 +68,13 @@ def attend(
     sharding = ctx.sharding
     bias = alibi(position)
     q_BTNH = ctx.constrain(q_BTNH, "batch", "sequence", "heads", None)
-    if kv_positions_BS is not None and q_BTNH.shape[1] == 1:
+    if k_BSKH.ndim == 5:
         decode = _decoder(q_BTNH, k_BSKH, v_BSKV, ctx, position)
         if decode is not None:
             o_BTNV = decode(scale=scale, window=window)
             return ctx.constrain(o_BTNV, "batch", "sequence", "heads", None)
+        k_BSKH = k_BSKH[ctx.layer]
+        v_BSKV = None if v_BSKV is None else v_BSKV[ctx.layer]
     k_BSKH = k_BSKH.astype(q_BTNH.dtype)
     if v_BSKV is None:
         v_BSKV, k_BSKH = k_BSKH, rotate(position, k_BSKH, kv_positions_BS)
@@ -92,36 +96,39 @@ def attend(
     return ctx.constrain(o_BTNV, "batch", "sequence", "heads", None)
 
 
-def _decoder(q_BTNH, k_BSKH, v_BSKV, ctx: Context, position: Position | None):
+def _decoder(q_BTNH, k_LBSKH, v_LBSKH, ctx: Context, position: Position | None):
     """One token over a cache by a kernel: a function of scale and window; None without a kernel."""
     sharding = ctx.sharding
     device = jax.local_devices()[0] if sharding is None else sharding.mesh.devices.flat[0]
     H = q_BTNH.shape[-1]
-    rotates = v_BSKV is None and isinstance(position, Rope)
+    rotates = v_LBSKH is None and isinstance(position, Rope)
     frequency_F = position.frequencies_F(H) if rotates else None
     name = ops_decode.kernel(
-        ctx.execution.attention, device, q_BTNH, k_BSKH, v_BSKV, frequency_F, alibi(position)
+        ctx.execution.attention, device, q_BTNH, k_LBSKH, v_LBSKH, frequency_F, alibi(position)
     )
     if name is None:
         return None
     call = functools.partial(
         ops_decode.decode_attention, implementation=name, device=device, frequency_F=frequency_F
     )
-    args = (q_BTNH, k_BSKH, v_BSKV, ctx.positions_BT, ctx.lengths_after_B())
+    args = (q_BTNH, k_LBSKH, v_LBSKH, ctx.positions_BT, ctx.lengths_after_B(), ctx.layer)
     if sharding is None or sharding.mesh.size == 1:
-        return functools.partial(call, *args)
+        return functools.partial(call, *args[:-1], layer=ctx.layer)
     heads = sharding.spec(("batch", None, "heads", None), q_BTNH.shape)
-    keys = sharding.spec(("batch", None, "kv_heads", None), k_BSKH.shape)
+    keys = sharding.spec(("layers", "batch", None, "kv_heads", None), k_LBSKH.shape)
     batch = sharding.spec(("batch",), q_BTNH.shape[:1])
-    slices_heads_only = heads[2] is not None and keys[2] is None
-    heads_per_key = q_BTNH.shape[2] // k_BSKH.shape[2]
+    slices_heads_only = heads[2] is not None and keys[3] is None
+    heads_per_key = q_BTNH.shape[2] // k_LBSKH.shape[3]
 
     def run(**kwargs):
         def local(q_BTNH, *args):
+            *args, layer = args
             first_head = jax.lax.axis_index(heads[2]) * q_BTNH.shape[2] if slices_heads_only else 0
-            return call(q_BTNH, *args, first_head=first_head, heads_per_key=heads_per_key, **kwargs)
+            part = {"first_head": first_head, "heads_per_key": heads_per_key}
+            return call(q_BTNH, *args, layer=layer, **part, **kwargs)
 
-        specs = (heads, keys, None if v_BSKV is None else keys, batch, batch)
+        values = None if v_LBSKH is None else keys
+        specs = (heads, keys, values, batch, batch, PartitionSpec())
         # the kernel's own results carry no mesh axes to check
         return jax.shard_map(
             local, mesh=sharding.mesh, in_specs=specs, out_specs=heads, check_vma=False

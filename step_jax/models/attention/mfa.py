@@ -136,8 +136,8 @@ class MFA:
     def _attend(self, q_BTNC, k_BSC, v_BSC, ctx, kv_positions_BS):
         return attend(
             q_BTNC,
-            k_BSC[:, :, None],
-            None if v_BSC is None else v_BSC[:, :, None],
+            k_BSC[..., None, :],
+            None if v_BSC is None else v_BSC[..., None, :],
             ctx,
             kv_positions_BS,
             scale=self.head_dim**-0.5,
