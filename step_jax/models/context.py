@@ -14,6 +14,7 @@ from flax import struct
 
 from step_jax.core.sharding import Sharding
 from step_jax.ops.attention import Implementation, Mask
+from step_jax.ops.decode_attention import slot_positions_BS
 
 RematPolicy = Literal["none", "dots", "full"]
 
@@ -49,6 +50,7 @@ class Context:
         cached call (such tokens are not stored).
       segments_BT: int32 documents of packed rows, 0 for padding; None when a row is one document.
       lengths_B: int32 tokens in the cache before this call; None without a cache.
+      layer: int32 scalar, which layer of its group's caches a layer uses; None without a cache.
       fresh: the cache is empty (lets a prompt attend to itself alone).
       causal: tokens do not see later ones.
       record_routing: mixtures of experts report their decisions (``moe.ExpertStats``).
@@ -59,6 +61,7 @@ class Context:
     positions_BT: jax.Array
     segments_BT: jax.Array | None = None
     lengths_B: jax.Array | None = None
+    layer: jax.Array | None = None
     fresh: bool = struct.field(pytree_node=False, default=False)
     causal: bool = struct.field(pytree_node=False, default=True)
     record_routing: bool = struct.field(pytree_node=False, default=False)
@@ -107,38 +110,30 @@ class Context:
         return Mask(self.positions_BT, kv_positions_BS, causal=self.causal, window=window)
 
 
-def slot_positions_BS(lengths_B, slots: int):
-    """Position held by every slot of a cache of ``lengths_B`` tokens; negative if it holds none.
-
-    Position p lives in slot ``p % slots``: a cache no shorter than the text is an array, a shorter
-    one a ring of the newest ``slots`` positions. Nothing but the lengths needs to be stored.
-    """
-    last_B1, slot_1S = lengths_B[:, None] - 1, jnp.arange(slots, dtype=jnp.int32)[None]
-    return last_B1 - (last_B1 - slot_1S) % slots
-
-
 def through_cache(new, cache, ctx: Context):
     """Stores what a layer keeps of this call's tokens and returns what they attend to.
 
     Args:
       new: tuple of (B, T, ...) arrays, one entry per token.
-      cache: tuple of (B, S, ...) arrays of the same kinds, or None.
+      cache: tuple of (L, B, S, ...) arrays of the same kinds, of which layer ``ctx.layer`` is
+        updated in place; or None.
       ctx: the call.
 
     Returns:
       (keys, kv_positions_BS, cache): ``keys`` are ``new`` itself without a cache or with an empty
-      one (``kv_positions_BS`` is then None: the tokens' own), else arrays over all slots.
+      one (``kv_positions_BS`` is then None: the tokens' own). For a single token they are the
+      caches of all layers, for ``attend`` to read one of, else (B, S + T, ...) arrays.
     """
     if cache is None:
         return new, None, None
     B, T = ctx.positions_BT.shape
-    slots = cache[0].shape[1]
+    slots = cache[0].shape[2]
     after_B = ctx.lengths_after_B()
     kept_BT = (ctx.positions_BT >= 0) & (ctx.positions_BT >= after_B[:, None] - slots)
     slot_BT = jnp.where(kept_BT, ctx.positions_BT % slots, slots)
     rows_B1 = jnp.arange(B)[:, None]
     stored = tuple(
-        c.at[rows_B1, slot_BT].set(n.astype(c.dtype), mode="drop", unique_indices=T == 1)
+        c.at[ctx.layer, rows_B1, slot_BT].set(n.astype(c.dtype), mode="drop", unique_indices=T == 1)
         for c, n in zip(cache, new, strict=True)
     )
     if ctx.fresh:
@@ -147,6 +142,13 @@ def through_cache(new, cache, ctx: Context):
         return stored, slot_positions_BS(after_B, slots), stored
     before_BS = slot_positions_BS(ctx.lengths_B, slots)
     both = tuple(
-        jnp.concatenate([c.astype(n.dtype), n], axis=1) for c, n in zip(cache, new, strict=True)
+        jnp.concatenate([c[ctx.layer].astype(n.dtype), n], axis=1)
+        for c, n in zip(cache, new, strict=True)
     )
     return both, jnp.concatenate([before_BS, ctx.positions_BT], axis=1), stored
+
+
+def one_layer(keys, ctx: Context):
+    """(B, S, ...) arrays from the ``keys`` of :func:`through_cache`, whatever its call was."""
+    cached_token = ctx.layer is not None and not ctx.fresh and ctx.positions_BT.shape[1] == 1
+    return tuple(k[ctx.layer] for k in keys) if cached_token else keys

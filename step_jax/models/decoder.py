@@ -232,29 +232,38 @@ class Decoder:
             nothing = (None,) * len(group.blocks)
             caches = nothing if cache is None else cache.layers[i]
             chosen = nothing if routing is None else routing[i]
-            inputs = (p.groups[i], caches, chosen)
-            x_BTD, (caches, group_stats) = self._group(group, inputs, x_BTD, ctx)
+            x_BTD, caches, group_stats = self._group(group, p.groups[i], x_BTD, ctx, caches, chosen)
             layers.append(caches)
             stats.append(group_stats)
         if cache is not None:
             cache = Cache(tuple(layers), ctx.lengths_after_B())
         return x_BTD, cache, tuple(stats)
 
-    def _group(self, group: Group, inputs, x_BTD, ctx: Context):
-        """(x_BTD, (caches, stats)), the last two a tuple with an entry for every block."""
+    def _group(self, group: Group, params, x_BTD, ctx: Context, caches, chosen):
+        """(x_BTD, caches, stats), the last two a tuple with an entry for every block.
+
+        The caches of all layers go from layer to layer, each of which changes its own part: they
+        are neither cut apart nor put together again.
+        """
         specs = tuple(b.specs(self.width, self.norm, self.init) for b in group.blocks)
 
-        def turn(x_BTD, inputs):
-            out = []
-            for block, block_specs, p, cache, chosen in zip(
-                group.blocks, specs, *inputs, strict=True
+        def turn(carry, inputs):
+            x_BTD, caches = carry
+            params, chosen, layer = inputs
+            here, out = ctx.replace(layer=layer), []
+            for block, block_specs, p, cache, choice in zip(
+                group.blocks, specs, params, caches, chosen, strict=True
             ):
                 p = gather(block_specs, p, ctx)
-                x_BTD, *rest = block.apply(p, self.norm, x_BTD, ctx, cache, chosen)
+                x_BTD, *rest = block.apply(p, self.norm, x_BTD, here, cache, choice)
                 out.append(rest)
-            return x_BTD, tuple(zip(*out, strict=True))
+            caches, stats = zip(*out, strict=True)
+            return (x_BTD, caches), stats
 
-        return run_layers(turn, x_BTD, inputs, group.repeat, ctx)
+        layer_L = jnp.arange(group.repeat) if jax.tree.leaves(caches) else None
+        inputs = (params, chosen, layer_L)
+        (x_BTD, caches), stats = run_layers(turn, (x_BTD, caches), inputs, group.repeat, ctx)
+        return x_BTD, caches, stats
 
     def normed(self, p: DecoderParams, x_BTD):
         """What the output head multiplies."""

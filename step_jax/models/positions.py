@@ -12,6 +12,7 @@ from typing import ClassVar, Literal
 import jax.numpy as jnp
 
 from step_jax.core.errors import ConfigError
+from step_jax.ops import rope
 
 
 @dataclass(frozen=True)
@@ -71,21 +72,12 @@ class Rope:
 
     def apply(self, x_BTNH, positions_BT):
         """Rotates by angles ``position * theta**(-2i/width)``, scaled; computed in float32."""
-        width = self.rotated_width(x_BTNH.shape[-1])
-        half = width // 2
-        frequency = jnp.float32(self.theta) ** (-jnp.arange(half, dtype=jnp.float32) / half)
-        if self.scaling is not None:
-            frequency = self.scaling.apply(frequency)
-        angle_BT1h = positions_BT[:, :, None, None].astype(jnp.float32) * frequency
-        cos_BT1h, sin_BT1h = jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
-        x32 = x_BTNH[..., :width].astype(jnp.float32)
-        a, b = x32[..., :half], x32[..., half:]
-        rotated = jnp.concatenate(
-            [a * cos_BT1h - b * sin_BT1h, b * cos_BT1h + a * sin_BT1h], axis=-1
-        ).astype(x_BTNH.dtype)
-        if width == x_BTNH.shape[-1]:
-            return rotated
-        return jnp.concatenate([rotated, x_BTNH[..., width:]], axis=-1)
+        return rope.rotate(x_BTNH, positions_BT, self.frequencies_F(x_BTNH.shape[-1]))
+
+    def frequencies_F(self, head_dim: int):
+        """Radians per position of every rotated pair, float32."""
+        frequency_F = rope.frequencies_F(self.theta, self.rotated_width(head_dim) // 2)
+        return frequency_F if self.scaling is None else self.scaling.apply(frequency_F)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ one entry per token; ``through_cache`` does all there is to do with it.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Protocol
 
 import jax
@@ -17,8 +18,9 @@ from jax.sharding import PartitionSpec
 
 from step_jax.models.context import Context
 from step_jax.models.initialisation import Initialisation
-from step_jax.models.positions import Position, alibi
+from step_jax.models.positions import Position, Rope, alibi, rotate
 from step_jax.ops import attention as ops_attention
+from step_jax.ops import decode_attention as ops_decode
 
 
 class Attention(Protocol):
@@ -53,14 +55,31 @@ def attend(
 ):
     """Attention across the mesh: (B, T, N, V).
 
+    Keys and values may come in the dtype of a cache. ``v_BSKV`` None: the keys are unrotated, and
+    are their own values before they are rotated to ``kv_positions_BS``.
+
+    Keys and values with a leading axis of layers are caches (``through_cache``): one token attends
+    to layer ``ctx.layer`` of them, by a kernel where there is one (``ops.decode_attention``).
+
     Queries stay where their tokens are. With a context axis, keys and values are gathered along it
     (2 C numbers per token for a shared head: cheaper than any exchange of queries), or travel
     around the ring if ``ctx.sharding.ring`` says so and there are several heads to save.
     """
-    mask = ctx.mask(kv_positions_BS, window)
     sharding = ctx.sharding
     bias = alibi(position)
     q_BTNH = ctx.constrain(q_BTNH, "batch", "sequence", "heads", None)
+    if k_BSKH.ndim == 5:
+        decode = _decoder(q_BTNH, k_BSKH, v_BSKV, ctx, position)
+        if decode is not None:
+            o_BTNV = decode(scale=scale, window=window)
+            return ctx.constrain(o_BTNV, "batch", "sequence", "heads", None)
+        k_BSKH = k_BSKH[ctx.layer]
+        v_BSKV = None if v_BSKV is None else v_BSKV[ctx.layer]
+    k_BSKH = k_BSKH.astype(q_BTNH.dtype)
+    if v_BSKV is None:
+        v_BSKV, k_BSKH = k_BSKH, rotate(position, k_BSKH, kv_positions_BS)
+    v_BSKV = v_BSKV.astype(q_BTNH.dtype)
+    mask = ctx.mask(kv_positions_BS, window)
     context = 1 if sharding is None else sharding.size("context")
     kv_heads = k_BSKH.shape[2]
     if context > 1 and sharding.ring and kv_heads > 1 and kv_positions_BS is None:
@@ -75,6 +94,47 @@ def attend(
         v_BSKV = ctx.constrain(v_BSKV, "batch", None, "kv_heads", None)
         o_BTNV = _gathered(q_BTNH, k_BSKH, v_BSKV, mask, ctx, scale, bias)
     return ctx.constrain(o_BTNV, "batch", "sequence", "heads", None)
+
+
+def _decoder(q_BTNH, k_LBSKH, v_LBSKH, ctx: Context, position: Position | None):
+    """One token over a cache by a kernel: a function of scale and window; None without a kernel."""
+    sharding = ctx.sharding
+    device = jax.local_devices()[0] if sharding is None else sharding.mesh.devices.flat[0]
+    H = q_BTNH.shape[-1]
+    rotates = v_LBSKH is None and isinstance(position, Rope)
+    frequency_F = position.frequencies_F(H) if rotates else None
+    name = ops_decode.kernel(
+        ctx.execution.attention, device, q_BTNH, k_LBSKH, v_LBSKH, frequency_F, alibi(position)
+    )
+    if name is None:
+        return None
+    call = functools.partial(
+        ops_decode.decode_attention, implementation=name, device=device, frequency_F=frequency_F
+    )
+    args = (q_BTNH, k_LBSKH, v_LBSKH, ctx.positions_BT, ctx.lengths_after_B(), ctx.layer)
+    if sharding is None or sharding.mesh.size == 1:
+        return functools.partial(call, *args[:-1], layer=ctx.layer)
+    heads = sharding.spec(("batch", None, "heads", None), q_BTNH.shape)
+    keys = sharding.spec(("layers", "batch", None, "kv_heads", None), k_LBSKH.shape)
+    batch = sharding.spec(("batch",), q_BTNH.shape[:1])
+    slices_heads_only = heads[2] is not None and keys[3] is None
+    heads_per_key = q_BTNH.shape[2] // k_LBSKH.shape[3]
+
+    def run(**kwargs):
+        def local(q_BTNH, *args):
+            *args, layer = args
+            first_head = jax.lax.axis_index(heads[2]) * q_BTNH.shape[2] if slices_heads_only else 0
+            part = {"first_head": first_head, "heads_per_key": heads_per_key}
+            return call(q_BTNH, *args, layer=layer, **part, **kwargs)
+
+        values = None if v_LBSKH is None else keys
+        specs = (heads, keys, values, batch, batch, PartitionSpec())
+        # the kernel's own results carry no mesh axes to check
+        return jax.shard_map(
+            local, mesh=sharding.mesh, in_specs=specs, out_specs=heads, check_vma=False
+        )(*args)
+
+    return run
 
 
 def _gathered(q_BTNH, k_BSKH, v_BSKV, mask, ctx: Context, scale, bias):

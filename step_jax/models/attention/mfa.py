@@ -120,16 +120,12 @@ class MFA:
 
     def _reused(self, p, q_BTNC, k_BTC, ctx, cache):
         (k_BSC,), kv_positions_BS, cache = through_cache((k_BTC,), cache, ctx)
-        k_BSC = k_BSC.astype(q_BTNC.dtype)
-        own = kv_positions_BS is None
-        positions_BS = ctx.positions_BT if own else kv_positions_BS
-        rotated_BSC = rotate(self.position, k_BSC[:, :, None], positions_BS)[:, :, 0]
-        if own:
-            v_BSC = self._value(p, k_BSC)
-            return self._attend(q_BTNC, rotated_BSC, v_BSC, ctx, None), cache
+        if kv_positions_BS is None:
+            k_BSC = k_BSC.astype(q_BTNC.dtype)
+            rotated_BSC = rotate(self.position, k_BSC[:, :, None], ctx.positions_BT)[:, :, 0]
+            return self._attend(q_BTNC, rotated_BSC, self._value(p, k_BSC), ctx, None), cache
         # values are linear in keys: with a cache it is cheaper to average keys first
-        o_BTNC = self._attend(q_BTNC, rotated_BSC, k_BSC, ctx, kv_positions_BS)
-        return self._value(p, o_BTNC), cache
+        return self._value(p, self._attend(q_BTNC, k_BSC, None, ctx, kv_positions_BS)), cache
 
     def _value(self, p, k):
         """``k + alpha * (k N)`` over the last axis of ``k``."""
@@ -140,8 +136,8 @@ class MFA:
     def _attend(self, q_BTNC, k_BSC, v_BSC, ctx, kv_positions_BS):
         return attend(
             q_BTNC,
-            k_BSC.astype(q_BTNC.dtype)[:, :, None],
-            v_BSC.astype(q_BTNC.dtype)[:, :, None],
+            k_BSC[..., None, :],
+            None if v_BSC is None else v_BSC[..., None, :],
             ctx,
             kv_positions_BS,
             scale=self.head_dim**-0.5,

@@ -95,8 +95,8 @@ class MHA:
         (k_BSKH, v_BSKH), kv_positions_BS, cache = through_cache((k_BTKH, v_BTKH), cache, ctx)
         o_BTNH = attend(
             q_BTNH,
-            k_BSKH.astype(q_BTNH.dtype),
-            v_BSKH.astype(q_BTNH.dtype),
+            k_BSKH,
+            v_BSKH,
             ctx,
             kv_positions_BS,
             scale=self.head_dim**-0.5,

@@ -16,7 +16,7 @@ from flax import struct
 from step_jax.core.errors import ConfigError
 from step_jax.core.spec import ParamSpec
 from step_jax.models.attention.core import attend
-from step_jax.models.context import Context, through_cache
+from step_jax.models.context import Context, one_layer, through_cache
 from step_jax.models.initialisation import Initialisation
 from step_jax.models.layers import RMSNorm
 from step_jax.models.positions import Rope, rotate
@@ -106,8 +106,8 @@ class MLA:
         latent_BTR = self.norm.apply(p.latent_norm_R, latent_BTR)
         k_BTE = einsum("BTD,DE->BTE", x_BTD, p.rotated_key_DE)
         k_BTE = rotate(self.position, k_BTE[:, :, None], ctx.positions_BT)[:, :, 0]
-        (c_BSR, k_BSE), kv_positions_BS, cache = through_cache((latent_BTR, k_BTE), cache, ctx)
-        c_BSR, k_BSE = c_BSR.astype(x_BTD.dtype), k_BSE.astype(x_BTD.dtype)
+        keys, kv_positions_BS, cache = through_cache((latent_BTR, k_BTE), cache, ctx)
+        c_BSR, k_BSE = (a.astype(x_BTD.dtype) for a in one_layer(keys, ctx))
         if kv_positions_BS is None:
             o_BTNV = self._expanded(p, q_BTNP, q_BTNE, c_BSR, k_BSE, ctx)
         else:

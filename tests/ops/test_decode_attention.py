@@ -1,0 +1,81 @@
+"""The reference of decode attention against float64 NumPy, and the choice of an implementation."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from step_jax.ops import decode_attention as ops
+from step_jax.ops.rope import frequencies_F
+from tests.pallas_kernels.decode_oracle import Case, attention, paged
+
+
+@pytest.mark.parametrize(
+    "case, window, page",
+    [
+        (Case((70, 0, 9), 64, heads=4, kv_heads=2, width=16), None, None),
+        (Case((70, 3, 9), 64, width=16, reuse=True, tokens=2), 20, None),
+        (Case((61, 0, 9), 64, width=16, reuse=True), None, 8),
+    ],
+)
+def test_reference(case, window, page):
+    q, k, v, positions, lengths = case.arrays()
+    theta = 10_000.0 if case.reuse else None
+    caches, table = paged((k, v), page) if page else ((k, v), None)
+    got = ops.decode_attention(
+        q,
+        *caches,
+        positions,
+        lengths,
+        scale=0.2,
+        window=window,
+        frequency_F=frequencies_F(theta, case.width // 2) if theta else None,
+        page_table_BM=table,
+        implementation="reference",
+    )
+    expected = attention(q, k, v, positions, lengths, 0.2, window, theta)
+    np.testing.assert_allclose(got, expected, atol=2e-6)
+
+
+def test_reference_scales_and_slices():
+    q, k, v, positions, lengths = Case((30, 9), 32, heads=4, kv_heads=2, width=16).arrays()
+    scales = {"k_scale": np.float32([0.5, 2.0]), "v_scale": 3.0}
+    got = ops.decode_attention(
+        q[:, :, 1:],
+        k,
+        v,
+        positions,
+        lengths,
+        scale=0.2,
+        first_head=1,
+        heads_per_key=2,
+        implementation="reference",
+        **scales,
+    )
+    expected = attention(q, k * scales["k_scale"][:, None], 3.0 * v, positions, lengths, 0.2)
+    np.testing.assert_allclose(got, expected[:, :, 1:], atol=5e-6)
+
+
+def test_auto_is_the_kernel_where_it_can_be():
+    cpu, tpu = (SimpleNamespace(platform=p) for p in ("cpu", "tpu"))
+
+    def choose(implementation, device, width=128, alibi=None):
+        q = jnp.zeros((1, 1, 4, width), jnp.bfloat16)
+        cache = jnp.zeros((1, 8, 1, width), jnp.bfloat16)
+        return ops.kernel(implementation, device, q, cache, cache, None, alibi)
+
+    assert choose("auto", cpu) is None
+    assert choose("auto", tpu) == "pallas_tpu"
+    assert choose("auto", tpu, width=64) is None
+    assert choose("auto", tpu, alibi="linear") is None
+    assert choose("xla", tpu) is None
+    assert choose("pallas_tpu", tpu) == "pallas_tpu"
+
+
+def test_unknown_name():
+    q, k, v, positions, lengths = Case((3,), 8, width=16).arrays()
+    with pytest.raises(ValueError, match="no decode attention 'cudnn'; there are: reference, "):
+        ops.decode_attention(q, k, v, positions, lengths, scale=1.0, implementation="cudnn")
