@@ -15,6 +15,7 @@ from flax import struct
 from step_jax.core import spec as specs_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.spec import ParamSpec
+from step_jax.models import pipeline
 from step_jax.models.attention import AttentionKind
 from step_jax.models.context import Context
 from step_jax.models.initialisation import FanIn, Initialisation
@@ -224,6 +225,7 @@ class Decoder:
           (x_BTD before the final norm, the cache with these tokens stored or None, stats: per group
           and block the ExpertStats of its layers, stacked, or None for one without experts).
         """
+        pipeline.check([(g.repeat * len(g.blocks), g.repeat) for g in self.layers], ctx.sharding)
         x_BTD = self.embed(p, tokens_BT, ctx)
         if cache is not None:
             ctx = ctx.replace(lengths_B=cache.lengths_B)
@@ -244,7 +246,7 @@ class Decoder:
         """(x_BTD, (caches, stats)), the last two a tuple with an entry for every block."""
         specs = tuple(b.specs(self.width, self.norm, self.init) for b in group.blocks)
 
-        def turn(x_BTD, inputs):
+        def turn(x_BTD, inputs, ctx, _):
             out = []
             for block, block_specs, p, cache, chosen in zip(
                 group.blocks, specs, *inputs, strict=True
@@ -254,7 +256,8 @@ class Decoder:
                 out.append(rest)
             return x_BTD, tuple(zip(*out, strict=True))
 
-        return run_layers(turn, x_BTD, inputs, group.repeat, ctx)
+        of_rows = ctx.record_routing or jax.tree.leaves(inputs[1:])
+        return run_layers(turn, x_BTD, inputs, group.repeat, ctx, pipelined=not of_rows)
 
     def normed(self, p: DecoderParams, x_BTD):
         """What the output head multiplies."""
