@@ -8,10 +8,11 @@ lives. Model code stays single-device code: the only words about parallelism in 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -167,7 +168,8 @@ class Sharding:
     ``ring`` chooses how attention with several key/value heads crosses the context axis: keys and
     values travel around it (True) or are gathered (False; the better choice for the single shared
     head of MFA and MQA, and the only one there). ``rounds`` and ``microbatches`` are the
-    ``pipeline_`` settings of :class:`MeshConfig`.
+    ``pipeline_`` settings of :class:`MeshConfig`;
+    ``one_stage`` says that this is the layout inside a stage.
     """
 
     mesh: Mesh
@@ -175,6 +177,7 @@ class Sharding:
     ring: bool = False
     rounds: int = 1
     microbatches: int = 0
+    one_stage: bool = False
 
     @classmethod
     def build(cls, config: MeshConfig, devices: Sequence | None = None) -> Sharding:
@@ -199,7 +202,7 @@ class Sharding:
     def of_one_stage(self) -> Sharding:
         """The layout inside one stage of the pipeline: that of a mesh without the axis."""
         rules = tuple((n, tuple(a for a in axes if a != "pipeline")) for n, axes in self.rules)
-        return replace(self, rules=rules)
+        return replace(self, rules=rules, one_stage=True)
 
     def spec(self, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
         """The PartitionSpec of an array with these logical axes.
@@ -236,6 +239,39 @@ class Sharding:
         if self.mesh.size == 1:
             return x
         return jax.lax.with_sharding_constraint(x, self.named(axes, x.shape))
+
+    def shard_map(self, f: Callable, in_specs: tuple, out_specs) -> Callable:
+        """``jax.shard_map`` over this mesh, for use inside a pipeline's stages as well.
+
+        Those are computed under ``vmap`` with one stage per device. ``f`` is not batched but called
+        with that stage's arrays: it need not know (and jax 0.12 mistypes what loops give when
+        ``vmap`` goes through a ``shard_map``).
+
+        Args:
+          f: (arrays) -> arrays, all of one device.
+          in_specs, out_specs: PartitionSpecs, a tree of them for each argument and the result.
+        """
+        mapped = jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+        if not self.one_stage:
+            return mapped
+        mapped = jax.custom_batching.custom_vmap(mapped)
+
+        @mapped.def_vmap
+        def all_stages(stages, batched, *arrays):
+            def stacked(a, batched):
+                return a if batched else jnp.broadcast_to(a, (stages, *a.shape))
+
+            def local(*arrays):
+                out = f(*jax.tree.map(lambda a: a[0], arrays))
+                return jax.tree.map(lambda a: a[None], out)
+
+            specs = jax.tree.map(lambda s: PartitionSpec("pipeline", *s), (in_specs, out_specs))
+            out = jax.shard_map(local, mesh=self.mesh, in_specs=specs[0], out_specs=specs[1])(
+                *jax.tree.map(stacked, arrays, tuple(batched))
+            )
+            return out, jax.tree.map(lambda _: True, out)
+
+        return mapped
 
     def partition_specs(self, specs):
         """A tree of PartitionSpec for a tree of ParamSpec."""

@@ -92,8 +92,8 @@ def _sorted(key, kinds: int):
     order_M = jnp.argsort(flat_M, stable=True).astype(jnp.int32)
     index_M = jnp.arange(flat_M.size, dtype=jnp.int32)
     inverse_M = jnp.zeros_like(order_M).at[order_M].set(index_M, unique_indices=True)
-    # comparisons, not searchsorted: under the pipeline's vmap jax takes its results to vary over the
-    # pipeline axis too (jax 0.12)
+    # comparisons, not searchsorted: in a pipeline's stage jax (0.12) takes its result to vary over
+    # the pipeline axis as well
     sizes = jnp.sum(flat_M == jnp.arange(kinds)[:, None], axis=1, dtype=jnp.int32)
     return order_M, inverse_M.reshape(key.shape), sizes
 

@@ -214,9 +214,8 @@ class MoE:
             def local(*arguments):
                 return self._on_device(*arguments, ctx, shards)
 
-            y_BTD, square_e, dropped = jax.shard_map(
+            y_BTD, square_e, dropped = sharding.shard_map(
                 local,
-                mesh=sharding.mesh,
                 in_specs=(weights, tokens, tokens, tokens),
                 out_specs=(tokens, PartitionSpec("expert"), PartitionSpec()),
             )(*arguments)

@@ -34,11 +34,13 @@ microbatches of a device), B batch, b rows of a microbatch, T tokens, D model wi
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from step_jax.core.errors import ConfigError
@@ -151,7 +153,9 @@ def run(stage: Callable, x_BTD, inputs: Any, repeat: int, ctx: Context, rows: An
     )
     (x_PSbTD, *_), _ = _exchange(sets_PS, held_P, count, P * V)
     x_BTD = jnp.moveaxis(x_PSbTD[:, 1:], 1, 2).reshape(x_BTD.shape)
-    return ctx.constrain(x_BTD, "batch", "sequence", None), jax.tree.map(_by_layer, sums_PVn)
+    return ctx.constrain(x_BTD, "batch", "sequence", None), jax.tree.map(
+        functools.partial(_by_layer, sharding), sums_PVn
+    )
 
 
 def _work(stage, P: int, V: int, M: int, n: int, inputs_Vn, place, held, t):
@@ -225,17 +229,40 @@ def _in_sets(held, sets: int):
 
 
 def _by_stage(sharding: Sharding, a):
-    """(layers, ...) as (P, V, n, ...). With several rounds the layers change place here."""
+    """(layers, ...) as (P, V, n, ...). With several rounds the layers change place here.
+
+    Of V P pieces in order, device s holds ``s V + u`` (u < V) in the parameters' own layout, and
+    works on ``v P + s`` (v < V). The pieces move in V permutations of the devices: number r takes,
+    with g = gcd(P, V), what each device has at ``u = r - r % g + (r + s // (P / g)) % g``.
+    """
     P, V = sharding.size(AXIS), sharding.rounds
-    a = a.reshape(V, P, a.shape[0] // (P * V), *a.shape[1:])
-    a = _constrain(sharding, a, None, AXIS, None)
-    return _constrain(sharding, jnp.swapaxes(a, 0, 1), AXIS, None, None)
+    a_PVn = a.reshape(P, V, a.shape[0] // (P * V), *a.shape[1:])
+    a_PVn = _constrain(sharding, a_PVn, AXIS, None, None)
+    if V == 1:
+        return a_PVn
+    g, s_P = math.gcd(P, V), np.arange(P)
+
+    def local(a_1Vn):
+        out_Vn = jnp.zeros_like(a_1Vn[0])
+        here = jax.lax.axis_index(AXIS)
+        for r in range(V):
+            u_P = r - r % g + (r + s_P // (P // g)) % g
+            v_P, to_P = np.divmod(s_P * V + u_P, P)
+            piece_n = jax.lax.dynamic_index_in_dim(a_1Vn[0], jnp.asarray(u_P)[here], 0, False)
+            piece_n = jax.lax.ppermute(piece_n, AXIS, list(zip(s_P, to_P, strict=True)))
+            arrived = jnp.asarray(v_P[np.argsort(to_P)])[here]
+            out_Vn = jax.lax.dynamic_update_index_in_dim(out_Vn, piece_n, arrived, 0)
+        return out_Vn[None]
+
+    specs = {"in_specs": PartitionSpec(AXIS), "out_specs": PartitionSpec(AXIS)}
+    return jax.shard_map(local, mesh=sharding.mesh, axis_names={AXIS}, **specs)(a_PVn)
 
 
-def _by_layer(a):
-    """The inverse of :func:`_by_stage`."""
-    P, V, n = a.shape[:3]
-    return jnp.swapaxes(a, 0, 1).reshape(P * V * n, *a.shape[3:])
+def _by_layer(sharding: Sharding, a_PVn):
+    """The outputs of all stages in the order of the layers, the same on all devices."""
+    a_PVn = _constrain(sharding, a_PVn, None, None, None)
+    P, V, n = a_PVn.shape[:3]
+    return jnp.swapaxes(a_PVn, 0, 1).reshape(P * V * n, *a_PVn.shape[3:])
 
 
 def _constrain(sharding: Sharding, a, *leading):
