@@ -61,6 +61,13 @@ def bubble_fraction(stages: int, rounds: int, microbatches: int) -> float:
     return (stages - 1) / steps(stages, rounds, microbatches)
 
 
+def work_at(t, place, stages: int, rounds: int, microbatches: int):
+    """(busy, microbatch, round) of the device at ``place`` in step ``t``; integers or arrays."""
+    k, period = t - place, stages * rounds
+    busy = (k >= 0) & (k < microbatches * rounds)
+    return busy, k // period * stages + k % stages, k % period // stages
+
+
 def microbatches(rows: int, sharding: Sharding) -> int:
     """Into how many microbatches a batch of ``rows`` rows is cut.
 
@@ -133,7 +140,7 @@ def run(stage: Callable, x_BTD, inputs: Any, repeat: int, ctx: Context, rows: An
         in_axes=(0, 0, 0, None),
         spmd_axis_name=AXIS,
     )
-    inputs_PVn = jax.tree.map(functools.partial(_by_stage, sharding), inputs)
+    inputs_PVn = jax.tree.map(functools.partial(by_stage, sharding), inputs)
     place_P = jnp.arange(P)
     sets_PS = _in_sets((x_BTD, ctx.replace(sharding=sharding.of_one_stage()), rows), M // P)
 
@@ -164,8 +171,7 @@ def _work(stage, P: int, V: int, M: int, n: int, inputs_Vn, place, held, t):
     Kept for the backward pass, if anything is rematerialised: what the device was handed. The stage
     is run again when its turn comes, and only then is kept what the policy says.
     """
-    k = t - place
-    busy, turn = (k >= 0) & (k < M * V), k % (P * V) // P
+    busy, _, turn = work_at(t, place, P, V, M)
 
     def compute(inputs_Vn, held):
         inputs_n = jax.tree.map(
@@ -183,6 +189,8 @@ def _work(stage, P: int, V: int, M: int, n: int, inputs_Vn, place, held, t):
     return (x_bTD, *held[1:]), out_Vn
 
 
+# Checkpointed: all it needs backwards is the step, but jax would keep masks as large as the states.
+@functools.partial(jax.checkpoint, static_argnums=3, prevent_cse=False)
 def _exchange(sets_PS, held_P, t, period: int):
     """Lets a microbatch on and the finished one off if a set enters in step ``t``, and turns it."""
 
@@ -228,7 +236,7 @@ def _in_sets(held, sets: int):
     return jax.tree.map(leaf, held, padding)
 
 
-def _by_stage(sharding: Sharding, a):
+def by_stage(sharding: Sharding, a):
     """(layers, ...) as (P, V, n, ...). With several rounds the layers change place here.
 
     Of V P pieces in order, device s holds ``s V + u`` (u < V) in the parameters' own layout, and
@@ -240,19 +248,18 @@ def _by_stage(sharding: Sharding, a):
     a_PVn = _constrain(sharding, a_PVn, AXIS, None, None)
     if V == 1:
         return a_PVn
-    g, s_P = math.gcd(P, V), np.arange(P)
+    g, s_P1, r_V = math.gcd(P, V), np.arange(P)[:, None], np.arange(V)
+    u_PV = r_V - r_V % g + (r_V + s_P1 // (P // g)) % g
+    v_PV, to_PV = np.divmod(s_P1 * V + u_PV, P)
+    from_VP = np.argsort(to_PV, axis=0).T
+    arrives_PV = np.argsort(v_PV[from_VP, r_V[:, None]].T, axis=1)  # in which permutation
 
     def local(a_1Vn):
-        out_Vn = jnp.zeros_like(a_1Vn[0])
         here = jax.lax.axis_index(AXIS)
-        for r in range(V):
-            u_P = r - r % g + (r + s_P // (P // g)) % g
-            v_P, to_P = np.divmod(s_P * V + u_P, P)
-            piece_n = jax.lax.dynamic_index_in_dim(a_1Vn[0], jnp.asarray(u_P)[here], 0, False)
-            piece_n = jax.lax.ppermute(piece_n, AXIS, list(zip(s_P, to_P, strict=True)))
-            arrived = jnp.asarray(v_P[np.argsort(to_P)])[here]
-            out_Vn = jax.lax.dynamic_update_index_in_dim(out_Vn, piece_n, arrived, 0)
-        return out_Vn[None]
+        leaving_Vn = a_1Vn[0][jnp.asarray(u_PV)[here]]
+        routes = [list(enumerate(to_P)) for to_P in to_PV.T.tolist()]
+        moved = [jax.lax.ppermute(leaving_Vn[r], AXIS, route) for r, route in enumerate(routes)]
+        return jnp.stack(moved)[jnp.asarray(arrives_PV)[here]][None]
 
     specs = {"in_specs": PartitionSpec(AXIS), "out_specs": PartitionSpec(AXIS)}
     return jax.shard_map(local, mesh=sharding.mesh, axis_names={AXIS}, **specs)(a_PVn)
