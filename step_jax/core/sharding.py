@@ -8,10 +8,11 @@ lives. Model code stays single-device code: the only words about parallelism in 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -21,13 +22,19 @@ from step_jax.core.spec import map_specs
 
 MeshAxes = tuple[str, ...]
 
-AXES = ("data", "fsdp", "expert", "context", "tensor")
+AXES = ("pipeline", "data", "fsdp", "expert", "context", "tensor")
 
 
 @dataclass(frozen=True)
 class MeshConfig:
     """How many ways each kind of parallelism splits the devices; one of them may be -1 (the rest).
 
+    pipeline: stages, each with a part of the layers (``models.pipeline``); outside them, rows of
+      the batch. Leftmost, so that it is what crosses the slowest links.
+    pipeline_rounds: times that a microbatch visits every stage; more rounds idle less, but the
+      layers' parameters change place once a step.
+    pipeline_microbatches: pieces of the batch, a multiple of the stages; 0 for the most, up to four
+      per stage, that the rows allow.
     data: replicas of the parameters, each with its own rows of the batch.
     fsdp: rows of the batch too, but parameters and optimizer state are split and gathered at use.
     expert: experts of a mixture (rows of the batch elsewhere).
@@ -37,6 +44,9 @@ class MeshConfig:
     multihost: join the other processes of a cluster job (see ``core.distributed``).
     """
 
+    pipeline: int = 1
+    pipeline_rounds: int = 1
+    pipeline_microbatches: int = 0
     data: int = 1
     fsdp: int = 1
     expert: int = 1
@@ -54,6 +64,18 @@ class MeshConfig:
             )
         if sum(v == -1 for v in sizes.values()) > 1:
             raise ConfigError("only one mesh axis can be -1 (the rest of the devices)")
+        if self.pipeline_rounds < 1 or self.pipeline_microbatches < 0:
+            raise ConfigError(
+                f"pipeline_rounds is {self.pipeline_rounds} (at least 1) and pipeline_microbatches "
+                f"{self.pipeline_microbatches} (at least 0)"
+            )
+        if self.pipeline == 1 and (self.pipeline_rounds, self.pipeline_microbatches) != (1, 0):
+            raise ConfigError("pipeline_rounds and pipeline_microbatches need parallel.pipeline")
+        if self.pipeline > 0 and self.pipeline_microbatches % self.pipeline:
+            raise ConfigError(
+                f"pipeline_microbatches {self.pipeline_microbatches} is no multiple of the "
+                f"{self.pipeline} stages of parallel.pipeline"
+            )
 
     def sizes(self) -> dict[str, int]:
         return {axis: getattr(self, axis) for axis in AXES}
@@ -72,7 +94,7 @@ class MeshConfig:
                 f"the mesh {shape} does not match the {devices} devices; set one axis of "
                 "`parallel` to -1 to let it take the rest"
             )
-        return MeshConfig(**sizes, ring=self.ring, multihost=self.multihost)
+        return replace(self, **sizes)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh:
@@ -116,7 +138,7 @@ def _arrange(shape: tuple[int, ...], devices: Sequence) -> np.ndarray:
 #: that do not divide; without one, a size that does not divide is an error.
 DEFAULT_RULES: tuple[tuple[str, MeshAxes], ...] = (
     # activations
-    ("batch", ("data", "fsdp", "expert")),
+    ("batch", ("pipeline", "data", "fsdp", "expert")),
     ("sequence", ("context",)),
     # parameters: FSDP splits the model width, and the rank of a weight that has no width
     ("embed", ("fsdp",)),
@@ -129,6 +151,8 @@ DEFAULT_RULES: tuple[tuple[str, MeshAxes], ...] = (
     ("mlp", ("tensor",)),
     ("vocab", ("tensor",)),
     ("experts", ("expert",)),
+    # stages, if the layers divide; else they are whole on every one (models.pipeline)
+    ("layers", ("pipeline",)),
     ("layers", ()),
 )
 
@@ -143,23 +167,42 @@ class Sharding:
 
     ``ring`` chooses how attention with several key/value heads crosses the context axis: keys and
     values travel around it (True) or are gathered (False; the better choice for the single shared
-    head of MFA and MQA, and the only one there).
+    head of MFA and MQA, and the only one there). ``rounds`` and ``microbatches`` are the
+    ``pipeline_`` settings of :class:`MeshConfig`;
+    ``one_stage`` says that this is the layout inside a stage.
     """
 
     mesh: Mesh
     rules: tuple[tuple[str, MeshAxes], ...] = DEFAULT_RULES
     ring: bool = False
+    rounds: int = 1
+    microbatches: int = 0
+    one_stage: bool = False
 
     @classmethod
     def build(cls, config: MeshConfig, devices: Sequence | None = None) -> Sharding:
-        return cls(make_mesh(config, devices), ring=config.ring)
+        return cls(
+            make_mesh(config, devices),
+            ring=config.ring,
+            rounds=config.pipeline_rounds,
+            microbatches=config.pipeline_microbatches,
+        )
 
     def size(self, *axes: str) -> int:
         return math.prod(self.mesh.shape[a] for a in axes)
 
+    def mesh_axes(self, name: str) -> MeshAxes:
+        """The mesh axes on which a logical axis (of a size that divides) lies."""
+        return next(mesh_axes for rule, mesh_axes in self.rules if rule == name)
+
     def ways(self, name: str) -> int:
         """Into how many pieces the rules cut a logical axis (of a size that divides)."""
-        return self.size(*next(mesh_axes for rule, mesh_axes in self.rules if rule == name))
+        return self.size(*self.mesh_axes(name))
+
+    def of_one_stage(self) -> Sharding:
+        """The layout inside one stage of the pipeline: that of a mesh without the axis."""
+        rules = tuple((n, tuple(a for a in axes if a != "pipeline")) for n, axes in self.rules)
+        return replace(self, rules=rules, one_stage=True)
 
     def spec(self, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
         """The PartitionSpec of an array with these logical axes.
@@ -196,6 +239,39 @@ class Sharding:
         if self.mesh.size == 1:
             return x
         return jax.lax.with_sharding_constraint(x, self.named(axes, x.shape))
+
+    def shard_map(self, f: Callable, in_specs: tuple, out_specs) -> Callable:
+        """``jax.shard_map`` over this mesh, for use inside a pipeline's stages as well.
+
+        Those are computed under ``vmap`` with one stage per device. ``f`` is not batched but called
+        with that stage's arrays: it need not know (and jax 0.12 mistypes what loops give when
+        ``vmap`` goes through a ``shard_map``).
+
+        Args:
+          f: (arrays) -> arrays, all of one device.
+          in_specs, out_specs: PartitionSpecs, a tree of them for each argument and the result.
+        """
+        mapped = jax.shard_map(f, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs)
+        if not self.one_stage:
+            return mapped
+        mapped = jax.custom_batching.custom_vmap(mapped)
+
+        @mapped.def_vmap
+        def all_stages(stages, batched, *arrays):
+            def stacked(a, batched):
+                return a if batched else jnp.broadcast_to(a, (stages, *a.shape))
+
+            def local(*arrays):
+                out = f(*jax.tree.map(lambda a: a[0], arrays))
+                return jax.tree.map(lambda a: a[None], out)
+
+            specs = jax.tree.map(lambda s: PartitionSpec("pipeline", *s), (in_specs, out_specs))
+            out = jax.shard_map(local, mesh=self.mesh, in_specs=specs[0], out_specs=specs[1])(
+                *jax.tree.map(stacked, arrays, tuple(batched))
+            )
+            return out, jax.tree.map(lambda _: True, out)
+
+        return mapped
 
     def partition_specs(self, specs):
         """A tree of PartitionSpec for a tree of ParamSpec."""

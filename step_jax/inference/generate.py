@@ -166,7 +166,7 @@ class _Engine:
 
         def layout(a):
             heads = ("kv_heads", None) if a.ndim == 5 else (None,) * (a.ndim - 3)
-            return self.sharding.constrain(a, "layers", "batch", None, *heads)
+            return self.sharding.constrain(a, None, "batch", None, *heads)
 
         return cache.replace(layers=jax.tree.map(layout, cache.layers))
 
@@ -367,7 +367,7 @@ def _padded(texts, limits, requests, max_length: int, sharding: Sharding | None)
     """((prompts_BT, lengths_B, limit_B, requests_B) on the device, cache slots)."""
     B, T = 1 << (len(texts) - 1).bit_length(), bucket(max(map(len, texts)))
     if sharding is not None:
-        ways = sharding.size("data", "fsdp", "expert")
+        ways = sharding.ways("batch")
         B = -(-B // ways) * ways
     prompts_BT = np.zeros((B, T), np.int32)
     columns = np.zeros((3, B), np.int32)  # rows beyond the prompts have length 0 and limit 0

@@ -15,6 +15,7 @@ from flax import struct
 from step_jax.core import spec as specs_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.spec import ParamSpec
+from step_jax.models import pipeline
 from step_jax.models.attention import AttentionKind
 from step_jax.models.context import Context
 from step_jax.models.initialisation import FanIn, Initialisation
@@ -224,6 +225,7 @@ class Decoder:
           (x_BTD before the final norm, the cache with these tokens stored or None, stats: per group
           and block the ExpertStats of its layers, stacked, or None for one without experts).
         """
+        pipeline.check([(g.repeat * len(g.blocks), g.repeat) for g in self.layers], ctx.sharding)
         x_BTD = self.embed(p, tokens_BT, ctx)
         if cache is not None:
             ctx = ctx.replace(lengths_B=cache.lengths_B)
@@ -247,22 +249,42 @@ class Decoder:
         """
         specs = tuple(b.specs(self.width, self.norm, self.init) for b in group.blocks)
 
-        def turn(carry, inputs):
-            x_BTD, caches = carry
-            params, chosen, layer = inputs
-            here, out = ctx.replace(layer=layer), []
+        def layers(x_BTD, params, caches, chosen, ctx):
+            out = []
             for block, block_specs, p, cache, choice in zip(
                 group.blocks, specs, params, caches, chosen, strict=True
             ):
                 p = gather(block_specs, p, ctx)
-                x_BTD, *rest = block.apply(p, self.norm, x_BTD, here, cache, choice)
+                x_BTD, *rest = block.apply(p, self.norm, x_BTD, ctx, cache, choice)
                 out.append(rest)
-            caches, stats = zip(*out, strict=True)
-            return (x_BTD, caches), stats
+            return x_BTD, *zip(*out, strict=True)
 
-        layer_L = jnp.arange(group.repeat) if jax.tree.leaves(caches) else None
-        inputs = (params, chosen, layer_L)
-        (x_BTD, caches), stats = run_layers(turn, (x_BTD, caches), inputs, group.repeat, ctx)
+        if jax.tree.leaves(caches):
+
+            def cached_turn(carry, inputs, ctx, _):
+                x_BTD, caches = carry
+                params, chosen, layer = inputs
+                x_BTD, caches, stats = layers(
+                    x_BTD, params, caches, chosen, ctx.replace(layer=layer)
+                )
+                return (x_BTD, caches), stats
+
+            inputs = (params, chosen, jnp.arange(group.repeat))
+            carry = (x_BTD, caches)
+            (x_BTD, caches), stats = run_layers(
+                cached_turn, carry, inputs, group.repeat, ctx, pipelined=False
+            )
+            return x_BTD, caches, stats
+
+        def turn(x_BTD, inputs, ctx, _):
+            params, chosen = inputs
+            x_BTD, _, stats = layers(x_BTD, params, caches, chosen, ctx)
+            return x_BTD, stats
+
+        of_rows = ctx.record_routing or jax.tree.leaves(chosen)
+        x_BTD, stats = run_layers(
+            turn, x_BTD, (params, chosen), group.repeat, ctx, pipelined=not of_rows
+        )
         return x_BTD, caches, stats
 
     def normed(self, p: DecoderParams, x_BTD):

@@ -21,9 +21,17 @@ def layers(stats) -> list[ExpertStats]:
     return [s for s in found if isinstance(s, ExpertStats)]
 
 
-def routing_loss(stats):
+def mixtures(c: Decoder) -> list[MoE]:
+    """The mixture of every stack of layers that has one, in the order of :func:`layers`."""
+    blocks = [block for group in c.layers for block in group.blocks]
+    blocks += [c.mtp.block] * c.mtp.heads if c.mtp else []
+    return [block.mlp for block in blocks if isinstance(block.mlp, MoE)]
+
+
+def routing_loss(c: Decoder, stats: list[ExpertStats]):
     """Sum over layers of the routers' losses, to be added to the mean loss; 0 without experts."""
-    return sum((jnp.sum(s.loss) for s in layers(stats)), jnp.float32(0.0))
+    losses = (jnp.sum(m.router.loss(s)) for m, s in zip(mixtures(c), stats, strict=True))
+    return sum(losses, jnp.float32(0.0))
 
 
 def expert_weights(c: Decoder, p: DecoderParams) -> list[tuple[ExpertParams, ...]]:

@@ -92,8 +92,10 @@ def _sorted(key, kinds: int):
     order_M = jnp.argsort(flat_M, stable=True).astype(jnp.int32)
     index_M = jnp.arange(flat_M.size, dtype=jnp.int32)
     inverse_M = jnp.zeros_like(order_M).at[order_M].set(index_M, unique_indices=True)
-    bounds = jnp.searchsorted(flat_M[order_M], jnp.arange(kinds + 1)).astype(jnp.int32)
-    return order_M, inverse_M.reshape(key.shape), jnp.diff(bounds)
+    # comparisons, not searchsorted: in a pipeline's stage jax (0.12) takes its result to vary over
+    # the pipeline axis as well
+    sizes = jnp.sum(flat_M == jnp.arange(kinds)[:, None], axis=1, dtype=jnp.int32)
+    return order_M, inverse_M.reshape(key.shape), sizes
 
 
 def _first(sizes, rows):
@@ -174,7 +176,7 @@ class _Ragged:
         self.rows, self.emulate, self.axis = rows, emulate, axis
         # received: source after source, each sorted by expert
         bounds = jnp.cumsum(kept_Pe.reshape(-1))
-        run_M = jnp.searchsorted(bounds, jnp.arange(rows), side="right")
+        run_M = jnp.sum(jnp.arange(rows)[:, None] >= bounds, axis=1)
         expert_M = jnp.where(run_M < bounds.size, run_M % shard_experts, shard_experts)
         self.by_expert, self.by_source, self.sizes_e = _sorted(expert_M[:, None], shard_experts)
 

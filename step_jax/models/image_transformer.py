@@ -17,6 +17,7 @@ from step_jax.core import spec as specs_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import Sharding
 from step_jax.core.spec import ZEROS, ParamSpec
+from step_jax.models import pipeline
 from step_jax.models.attention import AttentionKind
 from step_jax.models.context import Context, Execution
 from step_jax.models.initialisation import FanIn, Initialisation
@@ -120,6 +121,7 @@ class ImageTransformer:
           time_B: float32 in [0, 1].
           class_B: int32 below ``classes``.
         """
+        pipeline.check([(self.depth, self.depth)], sharding)
         B, T = x_BHWC.shape[0], self.patches
         positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
         ctx = Context(positions_BT, causal=False, sharding=sharding, execution=execution)
@@ -131,10 +133,10 @@ class ImageTransformer:
         x_BTD = ctx.constrain(x_BTD, "batch", "sequence", None)
         block_specs = self._block_specs()
 
-        def turn(x_BTD, block):
+        def turn(x_BTD, block, ctx, condition_BD):
             return self._block(gather(block_specs, block, ctx), x_BTD, condition_BD, ctx), None
 
-        x_BTD, _ = run_layers(turn, x_BTD, blocks, self.depth, ctx)
+        x_BTD, _ = run_layers(turn, x_BTD, blocks, self.depth, ctx, rows=condition_BD)
         shift_B1D, scale_B1D = _modulations(p.modulation_DMD, condition_BD)
         x_BTD = rms_norm(x_BTD, None, EPS) * (1 + scale_B1D) + shift_B1D
         return self._image(einsum("BTD,DP->BTP", x_BTD, p.head_DP).astype(jnp.float32))

@@ -77,7 +77,7 @@ def language_model_loss(
         metrics[f"nll_mtp{k}"] = (nll_k, jnp.sum(weights_k_BT))
     experts = expert_health.layers(stats)
     if experts:
-        loss = expert_health.routing_loss(experts)
+        loss = expert_health.routing_loss(c, experts)
         total += loss * weight  # it is a mean, and the total is divided by the weight
         metrics["routing_loss"] = (jax.lax.stop_gradient(loss) * weight, weight)
     return total, weight, metrics, experts

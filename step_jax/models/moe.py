@@ -59,16 +59,16 @@ class ExpertStats:
     """What one layer's experts did with one batch; sums, so that microbatches add up.
 
     Attributes:
-      loss: the router's losses, to be added to the mean loss.
-      tokens, load_E, entropy, confidence: see ``routing.Routing``.
+      tokens, load_E, probability_E, squared, entropy, confidence: see ``routing.Routing``.
       square_E: sum over an expert's rows of the mean square of its hidden activations.
       dropped: assignments that found no room.
       chosen_BTK: the decisions, if ``ctx.record_routing``, else None.
     """
 
-    loss: jax.Array
     tokens: jax.Array
     load_E: jax.Array
+    probability_E: jax.Array
+    squared: jax.Array
     entropy: jax.Array
     confidence: jax.Array
     square_E: jax.Array
@@ -161,9 +161,10 @@ class MoE:
         if self.shared:
             y_BTD += self._shared.apply(p.shared, x_BTD, ctx)[0]
         return y_BTD, ExpertStats(
-            loss=routing.loss,
             tokens=routing.tokens,
             load_E=routing.load_E,
+            probability_E=routing.probability_E,
+            squared=routing.squared,
             entropy=routing.entropy,
             confidence=routing.confidence,
             square_E=jax.lax.stop_gradient(square_E),
@@ -214,9 +215,8 @@ class MoE:
             def local(*arguments):
                 return self._on_device(*arguments, ctx, shards)
 
-            y_BTD, square_e, dropped = jax.shard_map(
+            y_BTD, square_e, dropped = sharding.shard_map(
                 local,
-                mesh=sharding.mesh,
                 in_specs=(weights, tokens, tokens, tokens),
                 out_specs=(tokens, PartitionSpec("expert"), PartitionSpec()),
             )(*arguments)
@@ -249,8 +249,10 @@ class MoE:
         (square_e,) = squares
         if not mesh:
             return y_ND.reshape(shape), square_e, dropped
-        square_e = _total(jax.lax.stop_gradient(square_e), "data", "fsdp", "context", "tensor")
-        dropped = _total(dropped, "data", "fsdp", "context", "expert")
+        tokens = (*ctx.sharding.mesh_axes("batch"), *ctx.sharding.mesh_axes("sequence"))
+        elsewhere = (a for a in tokens if a != "expert")
+        square_e = _total(jax.lax.stop_gradient(square_e), *elsewhere, "tensor")
+        dropped = _total(dropped, *tokens)
         return _total(y_ND, "tensor").reshape(shape), square_e, dropped
 
     def _experts(self, experts, rows_MD, sizes_e, ctx: Context):
@@ -272,7 +274,9 @@ class MoE:
         """(rows_MD, square_e): experts of one width; rows past the sizes come out zero."""
 
         def product(x_MI, w_EIO):
-            return grouped_matmul(x_MI, w_EIO.astype(x_MI.dtype), sizes_e, platform=ctx.device.platform)
+            return grouped_matmul(
+                x_MI, w_EIO.astype(x_MI.dtype), sizes_e, platform=ctx.device.platform
+            )
 
         hidden_MF = gated_unit(product(rows_MD, p.gate_EDF), product(rows_MD, p.up_EDF), self.clamp)
         square_M = jnp.sum(jnp.square(jax.lax.stop_gradient(hidden_MF).astype(jnp.float32)), -1)

@@ -117,11 +117,12 @@ class Router:
         return Routing(
             chosen_BTK=chosen_BTK,
             weight_BTK=weight_BTK,
-            loss=self._loss(logits_BTE, probability_BTE, counted_BT, load_E, tokens),
             load_E=load_E,
             tokens=tokens,
-            entropy=_sum(jax.scipy.special.entr(probability_BTE).sum(-1), counted_BT),
-            confidence=_sum(mass_BT / total_BT, counted_BT),
+            probability_E=jnp.sum(jnp.where(counted_BT[..., None], probability_BTE, 0.0), (0, 1)),
+            squared=_sum(jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1)), counted_BT),
+            entropy=_reported(jax.scipy.special.entr(probability_BTE).sum(-1), counted_BT),
+            confidence=_reported(mass_BT / total_BT, counted_BT),
         )
 
     def _choose(self, score_BTE, bias_E):
@@ -138,20 +139,24 @@ class Router:
             )
         return jax.lax.top_k(choice_BTE, self.top_k)[1]
 
-    def _loss(self, logits_BTE, probability_BTE, counted_BT, load_E, tokens):
-        """What balances and bounds the scores, a mean over the counted tokens; float32 scalar."""
+    def loss(self, sums):
+        """What balances and bounds the scores, to be added to the mean loss; float32.
+
+        Of sums, not of means: so it is that of a whole batch which came in several pieces.
+
+        Args:
+          sums: a Routing, or what carries its ``load_E``, ``tokens``, ``probability_E`` and
+            ``squared``; leading axes (layers) are kept.
+        """
+        load_E, tokens = sums.load_E, jnp.maximum(sums.tokens, 1.0)
         if self.frozen:
-            return jnp.float32(0.0)
-        E, loss, tokens = load_E.shape[0], jnp.float32(0.0), jnp.maximum(tokens, 1.0)
-        share_E = load_E / (tokens * self.top_k)
-        mean_E = jnp.sum(jnp.where(counted_BT[..., None], probability_BTE, 0.0), (0, 1)) / tokens
+            return jnp.zeros_like(tokens)
+        E, loss = load_E.shape[-1], self.z_loss * sums.squared / tokens
+        share_E = load_E / (tokens[..., None] * self.top_k)
+        mean_E = sums.probability_E / tokens[..., None]
         for coefficient, G in ((self.balance_loss, E), (self.group_loss, self.loss_groups)):
-            if coefficient:
-                f_G, p_G = (a.reshape(G, -1).sum(1) for a in (share_E, mean_E))
-                loss += coefficient * G * jnp.sum(f_G * p_G)
-        if self.z_loss:
-            squared_BT = jnp.square(jax.nn.logsumexp(logits_BTE, axis=-1))
-            loss += self.z_loss * _sum(squared_BT, counted_BT) / tokens
+            f_G, p_G = (a.reshape(*a.shape[:-1], G, -1).sum(-1) for a in (share_E, mean_E))
+            loss += coefficient * G * jnp.sum(f_G * p_G, -1)
         return loss
 
 
@@ -162,24 +167,30 @@ class Routing:
     Attributes:
       chosen_BTK: int32 experts of every token.
       weight_BTK: float32 what each expert's output is multiplied by; 0 for padding.
-      loss: what to add to the mean loss.
       load_E: float32 assignments of every expert.
       tokens: float32 number of tokens routed.
+      probability_E, squared: sums over tokens of the probabilities and of the squared
+        log-partition, from which :meth:`Router.loss` takes its gradient.
       entropy, confidence: sums over tokens of the probabilities' entropy (nats) and of the chosen
         experts' probability.
     """
 
     chosen_BTK: jax.Array
     weight_BTK: jax.Array
-    loss: jax.Array
     load_E: jax.Array
     tokens: jax.Array
+    probability_E: jax.Array
+    squared: jax.Array
     entropy: jax.Array
     confidence: jax.Array
 
 
 def _sum(values_BT, counted_BT):
-    return jax.lax.stop_gradient(jnp.sum(jnp.where(counted_BT, values_BT, 0.0)))
+    return jnp.sum(jnp.where(counted_BT, values_BT, 0.0))
+
+
+def _reported(values_BT, counted_BT):
+    return jax.lax.stop_gradient(_sum(values_BT, counted_BT))
 
 
 def _load(chosen_BTK, counted_BT, experts: int):

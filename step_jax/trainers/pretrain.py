@@ -173,7 +173,7 @@ def with_vocabulary(model: Decoder, vocab_size: int) -> Decoder:
 def prepare_data(config: PretrainConfig, sharding: Sharding, report) -> TextDataset:
     """The dataset of this process's rows; processes that share rows read the same ones."""
     T = config.data.sequence_length
-    rows = config.training.rows(T, sharding.size("data", "fsdp", "expert"))
+    rows = config.training.rows(T, sharding.ways("batch"))
     if config.data.tokenizer == TRAIN_TOKENIZER:  # a mesh that does not divide is known already
         sharding.params(with_vocabulary(config.model, config.data.vocab_size).specs())
     if T % sharding.size("context"):

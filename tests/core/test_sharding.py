@@ -26,8 +26,9 @@ def decoder(heads=8, width=32, vocab=64, hidden=48, kv_heads=None):
 
 def test_mesh_axes_and_the_rest():
     mesh = make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "expert": 1, "context": 1, "tensor": 2}
-    assert [d.id for d in mesh.devices[0, 0, 0, 0]] == [0, 1]  # tensor: the nearest devices
+    assert mesh.axis_names == ("pipeline", "data", "fsdp", "expert", "context", "tensor")
+    assert mesh.devices.shape == (1, 2, 2, 1, 1, 2)
+    assert [d.id for d in mesh.devices[0, 0, 0, 0, 0]] == [0, 1]  # tensor: the nearest devices
     assert make_mesh(MeshConfig(), jax.devices()[:1]).size == 1
 
 

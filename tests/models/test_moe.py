@@ -135,14 +135,24 @@ def test_balance_losses_of_an_even_and_a_skewed_load():
     c = Router(1, balance_loss=1.0, normalise=False)
     even_BTD, everyone = 50.0 * jnp.eye(4)[None], jnp.ones((1, 4), bool)
     routing = c.apply(jnp.eye(4), None, even_BTD, everyone)
-    assert float(routing.loss) == pytest.approx(1.0)  # E * E * (1/E * 1/E)
+    assert float(c.loss(routing)) == pytest.approx(1.0)  # E * E * (1/E * 1/E)
     skewed = c.apply(jnp.eye(4), None, even_BTD.at[:].set(even_BTD[:, :1]), everyone)
-    assert float(skewed.loss) == pytest.approx(4.0)  # E * 1 * 1
+    assert float(c.loss(skewed)) == pytest.approx(4.0)  # E * 1 * 1
     groups = replace(c, balance_loss=0.0, group_loss=1.0, loss_groups=2)
     in_group = groups.apply(jnp.eye(4), None, even_BTD[:, jnp.array([0, 1, 0, 1])], everyone)
-    assert float(in_group.loss) == pytest.approx(2.0)  # one of two groups takes all
-    large = replace(c, balance_loss=0.0, z_loss=1.0).apply(jnp.eye(4), None, even_BTD, everyone)
-    assert float(large.loss) == pytest.approx(2500.0, rel=1e-3)  # log-partition 50, squared
+    assert float(groups.loss(in_group)) == pytest.approx(2.0)  # one of two groups takes all
+
+
+def test_z_loss_is_the_squared_log_partition_and_has_its_gradient():
+    c = Router(1, z_loss=1.0, normalise=False)
+
+    def loss(size):
+        routing = c.apply(size * jnp.eye(4), None, jnp.eye(4)[None], jnp.ones((1, 4), bool))
+        return c.loss(routing)
+
+    value, slope = jax.value_and_grad(loss)(50.0)
+    assert float(value) == pytest.approx(2500.0, rel=1e-3)  # log-partition 50, squared
+    assert float(slope) == pytest.approx(100.0, rel=1e-3)
 
 
 def test_frozen_router_learns_nothing():

@@ -202,6 +202,6 @@ def _ring(q_BTNH, k_BSKH, v_BSKV, mask, ctx: Context, scale, bias):
     def local(q_BTNH, k_BSKH, v_BSKV, mask):
         return ops_attention.ring(q_BTNH, k_BSKH, v_BSKV, mask, scale, bias, "context")
 
-    return jax.shard_map(
-        local, mesh=sharding.mesh, in_specs=(heads, heads, heads, masks), out_specs=heads
-    )(q_BTNH, k_BSKH, v_BSKV, mask)
+    return sharding.shard_map(local, (heads, heads, heads, masks), heads)(
+        q_BTNH, k_BSKH, v_BSKV, mask
+    )
