@@ -8,6 +8,7 @@ import pytest
 
 from step_jax import equal_parameter_heads
 from step_jax.cli import main as cli
+from step_jax.core.command_line import load_config
 from step_jax.core.config import load_file
 from step_jax.core.errors import ConfigError
 from step_jax.core.spec import count
@@ -21,7 +22,7 @@ from step_jax.trainers.ablation import (
     load_variants,
     run_ablation,
 )
-from step_jax.trainers.pretrain import PretrainConfig
+from step_jax.trainers.pretrain import PretrainConfig, with_vocabulary
 from step_jax.training.metrics_log import read_metrics
 from step_jax.training.plots import plot_groups
 
@@ -250,3 +251,13 @@ def test_bad_input(argv, message, recipes, tmp_path, capsys):
     places = {"{empty}": str(tmp_path / "empty"), "{recipes}": str(recipes)}
     assert cli.main(["ablate", *(places.get(a, a) for a in argv)]) == 78
     assert message in capsys.readouterr().err
+
+
+def test_the_mixture_uses_no_more_parameters_for_a_token_than_the_dense_model():
+    def model(name: str):
+        config = load_config(PretrainConfig, [f"configs/ablations/moe/{name}.yaml"]).config
+        return with_vocabulary(config.model, config.data.vocab_size).specs()
+
+    dense, mixture = model("dense"), model("moe")
+    active = count(mixture, active=True)
+    assert count(dense) - 2000 < active <= count(dense) < 0.5 * count(mixture)
