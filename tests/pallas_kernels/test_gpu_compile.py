@@ -1,0 +1,22 @@
+"""The Hopper kernels compiled for sm_90a without a GPU: no spills, no serialised wgmma."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.aot
+def test_attention_of_width_256_keeps_the_rules_of_the_assembler():
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        pytest.skip("needs jax-cuda13-plugin, jax-cuda13-pjrt and nvidia-cuda-nvcc")
+    command = [sys.executable, "benchmarks/gpu_compile.py", "d256"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("d256") == 9
