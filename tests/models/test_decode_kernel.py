@@ -107,7 +107,10 @@ def test_what_a_named_kernel_lacks_is_an_error(kind, implementation, message):
 @pytest.mark.parametrize("value", ["projected", "gated_key"])
 @pytest.mark.parametrize("attention, kernels", [("auto", 1), ("xla", 0)])
 def test_a_step_copies_no_cache(value, attention, kernels, monkeypatch):
-    """One token on a v6e: the caches of all layers stay where they are, and the kernel is used."""
+    """One token on a v6e: the caches of all layers stay where they are, and the kernel is used.
+
+    Plain XLA keeps the rotated keys of the layer at work, so up to a layer's part of the cache.
+    """
     from jax.experimental import topologies
 
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
@@ -134,5 +137,6 @@ def test_a_step_copies_no_cache(value, attention, kernels, monkeypatch):
         lowered = jax.jit(step, donate_argnums=3).lower(*placed((p, ints, ints, cache)))
     compiled = lowered.compile()
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    assert temporary < sum(a.size * 2 for a in jax.tree.leaves(cache.layers)) / 50
+    cached = sum(a.size * 2 for a in jax.tree.leaves(cache.layers))
+    assert temporary < (cached / 50 if kernels else cached / 4)
     assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == kernels
