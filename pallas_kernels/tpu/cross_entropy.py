@@ -105,7 +105,11 @@ def _tokens_kernel(
     d_Tv = _dlogits(x_TD, w_Dv, target_T1, lse_T1, p_T1, hot_T1, logits_Tv, j, vocabulary)
 
     def add(k):
-        sum_TD[:, k] += _dot(d_Tv, w_Dv[k], 1, 1)
+        w = w_Dv[k]
+        if vocabulary % w.shape[1]:  # what is read past the vocabulary may be NaN
+            word_1v = j * w.shape[1] + jax.lax.broadcasted_iota(jnp.int32, (1, w.shape[1]), 1)
+            w = jnp.where(word_1v < vocabulary, w, jnp.zeros_like(w))
+        sum_TD[:, k] += _dot(d_Tv, w, 1, 1)
 
     _chunks(x_TD.shape[1], add)
 
@@ -151,7 +155,7 @@ def _call(
     """
     (N, D), V, (T, v) = x_ND.shape, w_DV.shape[1], blocks
     whole, cut = {"N": N, "V": V, "D": D, 1: 1}, {"N": T, "V": v, "D": D, 1: 1}
-    grid = (V // v, N // T) if matrix_first else (N // T, V // v)
+    grid = (pl.cdiv(V, v), N // T) if matrix_first else (N // T, pl.cdiv(V, v))
 
     def spec(*dimensions):
         def index(*place):
@@ -196,21 +200,20 @@ def _blocks(N: int, D: int, V: int, need):
       ValueError: no blocks fit.
     """
     for T, v in ((512, 512), (512, 256), (256, 256), (256, 128), (128, 128)):
-        T, v = min(T, pl.cdiv(N, 16) * 16), min(v, pl.cdiv(V, 128) * 128)
+        T, v = min(T, pl.cdiv(N, 16) * 16), min(v, V)
         if need(T, v) + 4 * T * v <= VMEM_BYTES:
             return T, v
     raise ValueError(f"cross-entropy kernel: rows of width {D} do not fit the on-chip memory")
 
 
-def _padded(x_ND, w_DV, columns, T: int, v: int):
-    """Whole blocks. Added tokens have weight 0, added words are masked by the kernels."""
-    rows, words = -x_ND.shape[0] % T, -w_DV.shape[1] % v
+def _padded(x_ND, columns, T: int):
+    """Whole blocks of tokens; those added have weight 0."""
+    rows = -x_ND.shape[0] % T
 
-    def pad(a, *amounts):
-        return jnp.pad(a, [(0, n) for n in amounts]) if any(amounts) else a
+    def pad(a):
+        return jnp.pad(a, [(0, rows), (0, 0)]) if rows else a
 
-    columns = [pad(c[:, None], rows, 0) for c in columns]
-    return pad(x_ND, rows, 0), pad(w_DV, 0, words), columns
+    return pad(x_ND), [pad(c[:, None]) for c in columns]
 
 
 def log_likelihood(x_ND, w_DV, target_N, *, interpret: bool = False):
@@ -226,7 +229,7 @@ def log_likelihood(x_ND, w_DV, target_N, *, interpret: bool = False):
     """
     (N, D), V, size = x_ND.shape, w_DV.shape[1], x_ND.dtype.itemsize
     blocks = _blocks(N, D, V, lambda T, v: 2 * size * D * (T + v))
-    x_ND, w_DV, columns = _padded(x_ND, w_DV, [target_N], *blocks)
+    x_ND, columns = _padded(x_ND, [target_N], blocks[0])
     column = (("N", 1), jnp.float32)
     lse_N1, nll_N1 = _call(
         _forward_kernel, x_ND, w_DV, columns, [column, column], vocabulary=V, blocks=blocks,
@@ -250,10 +253,10 @@ def gradients(x_ND, w_DV, target_N, lse_N, p_N, hot_N, *, interpret: bool = Fals
 
     def call(kernel, output, scratch, need, **order):
         blocks = _blocks(N, D, V, need)
-        padded = _padded(x_ND, w_DV, columns, *blocks)
+        whole_ND, whole_columns = _padded(x_ND, columns, blocks[0])
         return _call(
-            kernel, *padded, [output], vocabulary=V, scratch=[("N", "V"), *scratch],
-            blocks=blocks, interpret=interpret, **order,
+            kernel, whole_ND, w_DV, whole_columns, [output], vocabulary=V,
+            scratch=[("N", "V"), *scratch], blocks=blocks, interpret=interpret, **order,
         )[0]  # fmt: skip
 
     dx_ND = call(
@@ -264,7 +267,7 @@ def gradients(x_ND, w_DV, target_N, lse_N, p_N, hot_N, *, interpret: bool = Fals
         _matrix_kernel, (("D", "V"), jnp.float32), [],
         lambda T, v: D * (2 * size * (T + v) + 8 * v), matrix_first=True,
     )  # fmt: skip
-    return dx_ND[:N], dw_DV[:, :V]
+    return dx_ND[:N], dw_DV
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

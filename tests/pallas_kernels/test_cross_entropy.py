@@ -34,7 +34,7 @@ def interpreted(monkeypatch):
 @pytest.mark.parametrize(
     "B,T,D,V",
     [
-        (3, 16, 12, 41),  # one block, tokens and words padded
+        (3, 16, 12, 41),  # one block, of a size that no tile divides
         (2, 300, 16, 700),  # two blocks of either, both cut
         (1, 16, 1280, 256),  # the width in chunks of 640
     ],
@@ -129,7 +129,7 @@ def test_compiles_on_a_mesh(monkeypatch):
 
 @pytest.mark.aot
 @pytest.mark.parametrize("chip", TOPOLOGIES)
-@pytest.mark.parametrize("N,D,V", [(16384, 4096, 131072), (8192, 7168, 128815)])
+@pytest.mark.parametrize("N,D,V", [(16384, 4096, 131072), (8192, 7168, 151936)])
 def test_compiles_for(chip, N, D, V, monkeypatch):
     """Temporaries beside the head's copy in bfloat16: at most 1/50 of the float32 logits."""
     shapes = ((N, D), jnp.bfloat16), ((D, V), jnp.float32), ((N,), jnp.int32), ((N,), jnp.float32)
@@ -142,11 +142,7 @@ def test_compiles_for(chip, N, D, V, monkeypatch):
         (P(),) * 4,
         monkeypatch,
     )
-    copies = 2 * D * V * (1 if V % 512 == 0 else 2)  # of the head, padded to whole blocks
-    if V % 512:
-        copies += 4 * D * V  # and of its gradient, before the padding is cut off
     temporary = done.memory_analysis().temp_size_in_bytes
     print(f"{chip}: {temporary / 1e9:.2f} GB, float32 logits {4e-9 * N * V:.2f} GB")
-    assert temporary <= copies + 4 * N * V / 50
-    assert temporary <= 4 * N * V
+    assert temporary <= 2 * D * V + 4 * N * V / 50
     assert done.cost_analysis()["flops"] == pytest.approx(10 * N * D * V, rel=1e-2)
