@@ -105,7 +105,13 @@ def make_plan(config: PretrainConfig, topology: Topology, recipe: str = "") -> P
       ConfigError: a recipe that does not fit the topology's number of devices, or the mesh.
     """
     config = resolved(config, topology)
-    program = compile_program(config, topology)
+    return take_stock(config, topology, compile_program(config, topology), recipe)
+
+
+def take_stock(
+    config: PretrainConfig, topology: Topology, program: Program, recipe: str = ""
+) -> Plan:
+    """The plan of a compiled program; ``config`` as ``resolved``."""
     module = parsed(program)
     executions, endless = hlo.executions(module)
     mesh = program.sharding.mesh
