@@ -4,8 +4,8 @@
 
 PYTHON is an interpreter of an environment with MaxText. Both compile the same model, batch,
 sequence and remat policy for the same topology with whatever libtpu is set (TPU_LIBRARY_PATH makes
-it one and the same for both). Collectives of both are counted by ``step_jax.planning``; CPU
-seconds are those of the whole command, imports included, and of our compilation alone.
+it one and the same for both). Collectives are counted in both programs by ``step_jax.planning``.
+CPU seconds are those of the whole command, imports included, and of our compilation alone.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from typing import Any
 
 from step_jax.core.errors import StepError
 from step_jax.core.spec import count
+from step_jax.models import pipeline
 from step_jax.models.flops import train_flops_per_token
 from step_jax.planning import collectives, estimate, hlo, memory, operations, roofline
 from step_jax.planning.program import Program, compile_program, parsed, resolved
@@ -46,6 +47,7 @@ class Plan:
       compute_s, memory_s, network_s: see ``roofline.Bound``.
       step_s, serial_s, bound_by: the same.
       mfu_bound: the model's operations at ``step_s`` over the peak.
+      bubble: share of a pipeline's steps that a device computes on padding; it is in ``flops``.
       steps, tokens, tokens_per_day, days, chip_hours: of the recipe's whole run at ``step_s``.
       compile_cpu_s: CPU seconds of the compilation.
       notes: what to know about the figures.
@@ -81,6 +83,7 @@ class Plan:
     serial_s: float
     bound_by: str
     mfu_bound: float
+    bubble: float
     steps: int
     tokens: float
     tokens_per_day: float
@@ -105,7 +108,13 @@ def make_plan(config: PretrainConfig, topology: Topology, recipe: str = "") -> P
       ConfigError: a recipe that does not fit the topology's number of devices, or the mesh.
     """
     config = resolved(config, topology)
-    program = compile_program(config, topology)
+    return take_stock(config, topology, compile_program(config, topology), recipe)
+
+
+def take_stock(
+    config: PretrainConfig, topology: Topology, program: Program, recipe: str = ""
+) -> Plan:
+    """The plan of a compiled program; ``config`` as ``resolved``."""
     module = parsed(program)
     executions, endless = hlo.executions(module)
     mesh = program.sharding.mesh
@@ -145,6 +154,7 @@ def make_plan(config: PretrainConfig, topology: Topology, recipe: str = "") -> P
         step_s=bound.step,
         serial_s=bound.serial,
         bound_by=bound.by,
+        bubble=_bubble(config, program),
         compile_cpu_s=program.compile_seconds,
         notes=_notes(program, ops, endless),
         **_run(config, topology, program.rows, bound.step),
@@ -172,6 +182,15 @@ def _run(config: PretrainConfig, topology: Topology, rows: int, step_s: float) -
         days=days,
         chip_hours=days * 24 * topology.chips,
     )
+
+
+def _bubble(config: PretrainConfig, program: Program) -> float:
+    sharding = program.sharding
+    stages = sharding.size(pipeline.AXIS)
+    if stages == 1:
+        return 0.0
+    pieces = pipeline.microbatches(program.rows // config.training.accumulation, sharding)
+    return pipeline.bubble_fraction(stages, sharding.rounds, pieces)
 
 
 def _notes(program: Program, ops, endless: list[str]) -> list[str]:

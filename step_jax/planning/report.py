@@ -88,6 +88,8 @@ def _time(plan: Plan) -> dict[str, str]:
     for axes, seconds in plan.network_s.items():
         if seconds >= 1e-3 * plan.step_s:
             rows[f"network: {axes}"] = duration(seconds)
+    if plan.bubble:
+        rows["pipeline bubble"] = f"{plan.bubble:.1%} of a device's steps"
     rows |= {
         "step": f"{duration(plan.step_s)} with perfect overlap, bound by {plan.bound_by}; "
         f"{duration(plan.serial_s)} with none for communication",

@@ -11,6 +11,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import Sharding
+from step_jax.models.flops import train_flops_per_token
 from step_jax.planning import estimate, roofline
 from step_jax.planning.plan import Plan, make_plan
 from step_jax.planning.program import resolved, rows_of
@@ -159,15 +160,10 @@ def show(proposals: list[Proposal], topology: Topology, console: Console) -> Non
 
 
 def _mfu(p: Proposal, topology: Topology) -> float:
-    cost = estimate.REMAT_COST[p.config.execution.remat]
-    return p_compute(p, topology) / cost / p.step_s
-
-
-def p_compute(p: Proposal, topology: Topology) -> float:
-    """Seconds of a proposal's operations at the peak."""
-    config = p.config
-    T = config.data.sequence_length
-    rows = config.training.rows(T, 1)
-    flops = rows * T * estimate.train_flops_per_token(config.model, T) / topology.count
-    flops *= estimate.REMAT_COST[config.execution.remat]
-    return flops / roofline.peak(topology, config.execution.dtype)
+    """The model's operations at the estimated time over the peak."""
+    T, rows = (
+        p.config.data.sequence_length,
+        p.config.training.rows(p.config.data.sequence_length, 1),
+    )
+    flops = rows * T * train_flops_per_token(p.config.model, T) / topology.count
+    return flops / (p.step_s * roofline.peak(topology, p.config.execution.dtype))

@@ -32,10 +32,12 @@ def make(recipe: str, topology: str, flags: list[str]) -> dict[str, Any]:
 
     config = load_config(PretrainConfig, [str(ROOT / recipe), *flags]).config
     plan = make_plan(config, topology_lib.parse(topology), Path(recipe).stem)
+    return {"recipe": recipe, "topology": topology, "flags": flags} | figures(plan)
+
+
+def figures(plan) -> dict[str, Any]:
+    """What a table keeps of a plan."""
     return {
-        "recipe": recipe,
-        "topology": topology,
-        "flags": flags,
         "versions": {p: importlib.metadata.version(p) for p in ("jax", "libtpu")},
         "mesh": plan.mesh,
         "memory": plan.memory,

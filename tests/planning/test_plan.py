@@ -189,4 +189,14 @@ def test_mesh_of_several_slices_needs_an_axis_that_they_divide(config):
 
     devices = [Chip((i, 0, 0), slice_index=i % 3) for i in range(6)]
     with pytest.raises(ConfigError, match="into 3 slices"):
-        sharding._arrange((1, 2, 1, 1, 1), devices)
+        sharding._arrange((1,) * (len(sharding.AXES) - 1) + (2,), devices)
+
+
+def test_pipeline_has_a_bubble(config):
+    from step_jax.core.sharding import Sharding
+    from step_jax.planning.plan import _bubble
+
+    parallel = replace(config.parallel, pipeline=2, fsdp=4, tensor=1)
+    sharding = Sharding.build(parallel, topology.parse("cpu:8").devices)
+    on_stages = SimpleNamespace(sharding=sharding, rows=16)
+    assert _bubble(config, on_stages) == pytest.approx(1 / 5)  # one step beside 4 microbatches
