@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-NAMES = (
+DENSE = (
     "llama_gqa",
     "qwen3",
     "qwen3_tied_window",
     "deepseek_v3",
     "deepseek_v3_no_q_lora_half_split",
+)
+NAMES = (
+    *DENSE,
     "qwen3_moe",
     "qwen3_moe_raw_window",
     "deepseek_v3_moe",

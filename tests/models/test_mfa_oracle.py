@@ -156,12 +156,14 @@ def test_mfa_decoding_one_token_at_a_time(value):
     class Decoding:
         def apply(self, p, x_BTD, ctx):
             B, T, _ = x_BTD.shape
-            cache = tuple(jnp.zeros((B, T, *entry)) for entry in attention.cache_entries())
+            cache = tuple(jnp.zeros((1, B, T, *entry)) for entry in attention.cache_entries())
 
             def step(cache, inputs):
                 x_BD, t = inputs
                 ctx_t = ctx.replace(
-                    positions_BT=jnp.full((B, 1), t), lengths_B=jnp.full((B,), t, jnp.int32)
+                    positions_BT=jnp.full((B, 1), t),
+                    lengths_B=jnp.full((B,), t, jnp.int32),
+                    layer=jnp.int32(0),
                 )
                 y_B1D, cache = attention.apply(p, x_BD[:, None], ctx_t, cache)
                 return cache, y_B1D[:, 0]
