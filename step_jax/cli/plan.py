@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     picture = report.draw(plan, args.output / f"{name}.png")
     console.line(f"saved: {picture.with_suffix('.json')}, {picture}")
     console.close()
-    if not plan.fits and not args.force:
+    if plan.memory_limit is not None and not plan.fits and not args.force:
         raise DoesNotFit(
             f"{recipe} needs {report.gigabytes(plan.memory_compiler)} of the "
             f"{report.gigabytes(plan.memory_limit)} of a device of {topology.name} "

@@ -94,7 +94,7 @@ class MeshConfig:
                 f"the mesh {shape} does not match the {devices} devices; set one axis of "
                 "`parallel` to -1 to let it take the rest"
             )
-        return replace(self, **sizes)
+        return replace(self, **sizes)  # type: ignore[arg-type]  # the sizes are no flags
 
 
 def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh:

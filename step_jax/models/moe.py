@@ -206,14 +206,14 @@ class MoE:
         place_BTK = jnp.where(counted_BT1, jnp.asarray(places_E)[routing.chosen_BTK], self.total)
         arguments = (p.experts, x_BTD, place_BTK, routing.weight_BTK)
         if sharding is None or sharding.mesh.size == 1:
-            y_BTD, square_e, dropped = self._on_device(*arguments, ctx, shards=1)
+            y_BTD, square_e, dropped = self._on_device(*arguments, ctx=ctx, shards=1)
         else:
             tokens = sharding.spec(("batch", "sequence"), x_BTD.shape[:2])
             specs = self.specs(x_BTD.shape[-1], FanIn()).experts
             weights = sharding.partition_specs(specs)
 
             def local(*arguments):
-                return self._on_device(*arguments, ctx, shards)
+                return self._on_device(*arguments, ctx=ctx, shards=shards)
 
             y_BTD, square_e, dropped = sharding.shard_map(
                 local,
@@ -222,7 +222,7 @@ class MoE:
             )(*arguments)
         return y_BTD, square_e[places_E], dropped
 
-    def _on_device(self, experts, x_BTD, place_BTK, weight_BTK, ctx: Context, shards: int):
+    def _on_device(self, experts, x_BTD, place_BTK, weight_BTK, *, ctx: Context, shards: int):
         """The same on one device, with its tokens and its experts' weights."""
         mesh = ctx.sharding is not None and ctx.sharding.mesh.size > 1
         if mesh:

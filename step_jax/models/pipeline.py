@@ -261,8 +261,10 @@ def by_stage(sharding: Sharding, a):
         moved = [jax.lax.ppermute(leaving_Vn[r], AXIS, route) for r, route in enumerate(routes)]
         return jnp.stack(moved)[jnp.asarray(arrives_PV)[here]][None]
 
-    specs = {"in_specs": PartitionSpec(AXIS), "out_specs": PartitionSpec(AXIS)}
-    return jax.shard_map(local, mesh=sharding.mesh, axis_names={AXIS}, **specs)(a_PVn)
+    spec = PartitionSpec(AXIS)
+    return jax.shard_map(
+        local, mesh=sharding.mesh, axis_names={AXIS}, in_specs=spec, out_specs=spec
+    )(a_PVn)
 
 
 def _by_layer(sharding: Sharding, a_PVn):

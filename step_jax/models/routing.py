@@ -71,7 +71,9 @@ class Router:
         if self.bias_rate and not self.bias:
             raise ConfigError("bias_rate needs bias: true")
 
-    def specs(self, width: int, experts: int, init: Initialisation) -> tuple[ParamSpec, ParamSpec]:
+    def specs(
+        self, width: int, experts: int, init: Initialisation
+    ) -> tuple[ParamSpec, ParamSpec | None]:
         """(weight, selection bias or None)."""
         learned = {"trainable": not self.frozen}
         weight = ParamSpec(

@@ -165,7 +165,7 @@ def parse(text: str) -> Module:
             if header := _HEADER.match(line):
                 current = computations.setdefault(header[2], Computation(header[2]))
                 entry = header[2] if header[1] else entry
-        elif line == "}":
+        elif line.startswith("}"):  # what follows names the thread of another core
             current = None
         elif found := _LINE.match(line):
             instruction = _instruction(found[2], found[3], bool(found[1]))
@@ -291,7 +291,7 @@ def _compare(module: Module, condition: Computation):
     direction = re.search(r"direction=(\w+)", root.attributes)
     if root.opcode != "compare" or not direction:
         return None
-    sides = []
+    sides: list[int | _Element] = []
     for name in root.operands:
         i = _plain(where, where.instructions[name])
         i = _plain(condition, outer[i.name]) if i.name in outer else i

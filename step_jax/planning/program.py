@@ -108,8 +108,8 @@ def compile_program(config: PretrainConfig, topology: Topology) -> Program:
                 raise
             overflow = str(error)
         seconds = time.process_time() - start
-        texts = [_read(folder, name) for name in _FILES]
-    return Program(sharding, rows, state_like, *texts, code_bytes, seconds, overflow)
+        hlo, assignment, live = (_read(folder, name) for name in _FILES)
+    return Program(sharding, rows, state_like, hlo, assignment, live, code_bytes, seconds, overflow)
 
 
 _FILES = ("after_optimizations.txt", "-buffer-assignment.txt", "-live-range.txt")

@@ -10,7 +10,7 @@ from step_jax.planning.collectives import BETWEEN_SLICES, Traffic
 from step_jax.planning.operations import Operations
 from step_jax.planning.topology import Topology
 
-PRECISION = {"bfloat16": "bf16", "float32": "fp32"}
+PRECISION: dict[str, hardware.Precision] = {"bfloat16": "bf16", "float32": "fp32"}
 
 
 @dataclass(frozen=True)

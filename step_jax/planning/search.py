@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from jax.sharding import AbstractMesh, AxisType
 
@@ -25,7 +26,7 @@ SHOWN = 8
 MARGIN = 0.9
 _TENSOR = (1, 2, 4, 8)
 _ACCUMULATION = (1, 2, 4, 8, 16)
-_REMAT = ("none", "dots", "full")
+_REMAT: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def _sharding(config: PretrainConfig, topology: Topology) -> Sharding:
     mesh = AbstractMesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
     )
-    return Sharding(mesh, ring=config.parallel.ring)
+    # arithmetic alone: nothing is placed on the mesh
+    return Sharding(mesh, ring=config.parallel.ring)  # type: ignore[arg-type]
 
 
 def _estimated(config: PretrainConfig, topology: Topology, sharding: Sharding) -> Proposal | None:
@@ -137,7 +139,10 @@ def search(config: PretrainConfig, topology: Topology, compiled: bool = True) ->
     best = found[:SHOWN]
     if compiled and topology.devices is not None:
         best[:COMPILED] = [replace(p, plan=make_plan(p.config, topology)) for p in best[:COMPILED]]
-        best[:COMPILED] = sorted(best[:COMPILED], key=lambda p: (not p.plan.fits, p.plan.serial_s))
+        best[:COMPILED] = sorted(
+            best[:COMPILED],
+            key=lambda p: (True, 0.0) if p.plan is None else (not p.plan.fits, p.plan.serial_s),
+        )
     return best
 
 

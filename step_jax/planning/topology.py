@@ -174,6 +174,7 @@ def bandwidth(topology: Topology, mesh: Any, axes: Sequence[str], between: bool 
     if topology.platform == "cpu":
         return float("inf")  # simulated devices share one memory
     chip = topology.chip
+    assert chip is not None, "only simulated devices have no chip"
     if topology.platform == "gpu":
         return chip.interconnect if topology.count <= NVLINK_ISLAND else _GPU_NETWORK
     if between:

@@ -153,9 +153,9 @@ class Ablation:
         known = sorted((r.name for r in done if r.name in self.published), key=self.published.get)
         if known:
             theirs = known[0]
-            for better, worse in zip(known, known[1:], strict=False):
-                equal = self.published[better] == self.published[worse]
-                theirs += f" {'=' if equal else '<'} {worse}"
+            for lower, higher in zip(known, known[1:], strict=False):
+                equal = self.published[lower] == self.published[higher]
+                theirs += f" {'=' if equal else '<'} {higher}"
             agree, against, open_pairs = self._agreement(done)
             lines.append(f"- published: {theirs} ({self.source})")
             lines.append(

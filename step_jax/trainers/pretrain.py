@@ -324,8 +324,10 @@ def attention_implementations(config: PretrainConfig, sharding: Sharding) -> lis
     T = config.data.sequence_length
     names = []
     for kind in (block.attention for g in config.model.layers for block in g.blocks):
+        width, value_width = kind.score_and_value_widths()
         problem = attention.Problem(
-            *kind.score_and_value_widths(),
+            width,
+            value_width,
             queries=T,
             keys=T,
             dtype=config.execution.dtype,

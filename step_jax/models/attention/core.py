@@ -11,6 +11,7 @@ one entry per token; ``through_cache`` does all there is to do with it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -108,7 +109,7 @@ def _decoder(q_BTNH, k_LBSKH, v_LBSKH, ctx: Context, position: Position | None):
     )
     if name is None:
         return None
-    call = functools.partial(
+    call: Callable = functools.partial(
         ops_decode.decode_attention, implementation=name, device=device, frequency_F=frequency_F
     )
     args = (q_BTNH, k_LBSKH, v_LBSKH, ctx.positions_BT, ctx.lengths_after_B(), ctx.layer)
@@ -122,7 +123,7 @@ def _decoder(q_BTNH, k_LBSKH, v_LBSKH, ctx: Context, position: Position | None):
 
     def run(**kwargs):
         def local(q_BTNH, *args):
-            *args, layer = args
+            *args, layer = args  # type: ignore[assignment]
             first_head = jax.lax.axis_index(heads[2]) * q_BTNH.shape[2] if slices_heads_only else 0
             part = {"first_head": first_head, "heads_per_key": heads_per_key}
             return call(q_BTNH, *args, layer=layer, **part, **kwargs)
