@@ -339,11 +339,15 @@ def attention_implementations(config: PretrainConfig, sharding: Sharding) -> lis
 
 
 def cache_bytes_per_token(model: Decoder, bytes_per_number: int = 2) -> int:
-    """Bytes that decoding keeps for one token of a full-attention layer stack, at 16 bits."""
+    """Bytes that decoding adds for every token; windowed layers, which stay at one window, add none.
+
+    ``bytes_per_number`` is 2 for a cache of 16 bits.
+    """
     entries = (
         (group.repeat, entry)
         for group in model.layers
         for block in group.blocks
+        if block.attention.window is None
         for entry in block.attention.cache_entries()
     )
     return bytes_per_number * sum(repeat * math.prod(entry) for repeat, entry in entries)
