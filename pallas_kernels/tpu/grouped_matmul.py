@@ -199,13 +199,16 @@ def _shape(shape, dtype, *like):
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like[0]).manual_axis_type)
 
 
-def rows_by_matrices(x_MD, w_EDF, sizes_E, *, transposed: bool = False, interpret: bool = False):
+def rows_by_matrices(
+    x_MD, w_EDF, sizes_E, *, load: int | None = None, transposed=False, interpret=False
+):
     """Each row times its group's matrix, or, ``transposed``, the matrix (E, F, D) transposed.
 
     Args:
       x_MD: rows sorted by group, bfloat16 or float32.
       w_EDF: of the rows' dtype; (E, F, D) if ``transposed``.
       sizes_E: int32 rows of each group.
+      load: rows in groups that the declared cost counts on, M by default.
 
     Returns:
       (M, F) in the rows' dtype, accumulated in float32; zeros past the groups.
@@ -229,7 +232,7 @@ def rows_by_matrices(x_MD, w_EDF, sizes_E, *, transposed: bool = False, interpre
         out_shape=_shape((M, F), x_MD.dtype, x_MD),
         visits=visits,
         arrays=(x_MD, w_EDF),
-        flops=2 * M * D * F,
+        flops=2 * (load or M) * D * F,
         semantics=("parallel", "arbitrary"),
         interpret=interpret,
         grid=(F // f, visits[0]),
@@ -242,12 +245,13 @@ def rows_by_matrices(x_MD, w_EDF, sizes_E, *, transposed: bool = False, interpre
     )
 
 
-def matrices_of_rows(x_MD, dy_MF, sizes_E, *, interpret: bool = False):
+def matrices_of_rows(x_MD, dy_MF, sizes_E, *, load: int | None = None, interpret=False):
     """For every group the sum of outer products of its rows: (E, D, F) in the rows' dtype.
 
     Args:
       x_MD, dy_MF: rows sorted by group, of one dtype, bfloat16 or float32.
       sizes_E: int32 rows of each group; one without rows gets zeros.
+      load: see :func:`rows_by_matrices`.
 
     Raises:
       ValueError: widths whose blocks do not fit the on-chip memory.
@@ -269,7 +273,7 @@ def matrices_of_rows(x_MD, dy_MF, sizes_E, *, interpret: bool = False):
         out_shape=_shape((E, D, F), x_MD.dtype, x_MD),
         visits=visits,
         arrays=(x_MD, dy_MF),
-        flops=2 * M * D * F,
+        flops=2 * (load or M) * D * F,
         semantics=("parallel", "parallel", "arbitrary"),
         interpret=interpret,
         grid=(D // d, F // f, visits[0]),
@@ -284,20 +288,21 @@ def matrices_of_rows(x_MD, dy_MF, sizes_E, *, interpret: bool = False):
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_matmul(x_MD, w_EDF, sizes_E, interpret: bool = False):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def grouped_matmul(x_MD, w_EDF, sizes_E, load: int | None = None, interpret: bool = False):
     """:func:`rows_by_matrices` with gradients for the rows and the matrices."""
-    return rows_by_matrices(x_MD, w_EDF, sizes_E, interpret=interpret)
+    return rows_by_matrices(x_MD, w_EDF, sizes_E, load=load, interpret=interpret)
 
 
-def _forward(x_MD, w_EDF, sizes_E, interpret):
-    return grouped_matmul(x_MD, w_EDF, sizes_E, interpret), (x_MD, w_EDF, sizes_E)
+def _forward(x_MD, w_EDF, sizes_E, load, interpret):
+    return grouped_matmul(x_MD, w_EDF, sizes_E, load, interpret), (x_MD, w_EDF, sizes_E)
 
 
-def _backward(interpret, residuals, dy_MF):
+def _backward(load, interpret, residuals, dy_MF):
     x_MD, w_EDF, sizes_E = residuals
-    dx_MD = rows_by_matrices(dy_MF, w_EDF, sizes_E, transposed=True, interpret=interpret)
-    return dx_MD, matrices_of_rows(x_MD, dy_MF, sizes_E, interpret=interpret), None
+    options = {"load": load, "interpret": interpret}
+    dx_MD = rows_by_matrices(dy_MF, w_EDF, sizes_E, transposed=True, **options)
+    return dx_MD, matrices_of_rows(x_MD, dy_MF, sizes_E, **options), None
 
 
 grouped_matmul.defvjp(_forward, _backward)

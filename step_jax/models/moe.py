@@ -231,7 +231,8 @@ class MoE:
         ragged, squares = has_ragged_all_to_all(ctx.device), []
 
         def compute(rows_MD, sizes_e):
-            y_MD, square_e = self._experts(experts, rows_MD, sizes_e, ctx)
+            # an even load; buffers are larger
+            y_MD, square_e = self._experts(experts, rows_MD, sizes_e, place_BTK.size, ctx)
             squares.append(square_e)
             return y_MD
 
@@ -255,28 +256,28 @@ class MoE:
         dropped = _total(dropped, *tokens)
         return _total(y_ND, "tensor").reshape(shape), square_e, dropped
 
-    def _experts(self, experts, rows_MD, sizes_e, ctx: Context):
-        """(rows_MD, square_e) of rows sorted by expert."""
+    def _experts(self, experts, rows_MD, sizes_e, load: int, ctx: Context):
+        """(rows_MD, square_e) of rows sorted by expert; ``load`` of them are expected."""
         if len(experts) == 1:
-            return self._one_width(experts[0], rows_MD, sizes_e, self.experts[0].hidden, ctx)
+            return self._one_width(experts[0], rows_MD, sizes_e, self.experts[0].hidden, load, ctx)
         y_MD, squares, first = jnp.zeros_like(rows_MD), [], 0
         for c, p in zip(self.experts, experts, strict=True):
             count = p.gate_EDF.shape[0]
             start, sizes_c = jnp.sum(sizes_e[:first]), sizes_e[first : first + count]
             mine_MD = jnp.roll(rows_MD, -start, axis=0)
-            out_MD, square_c = self._one_width(p, mine_MD, sizes_c, c.hidden, ctx)
+            part = load * c.count // self.total
+            out_MD, square_c = self._one_width(p, mine_MD, sizes_c, c.hidden, part, ctx)
             y_MD += jnp.roll(out_MD, start, axis=0)
             squares.append(square_c)
             first += count
         return y_MD, jnp.concatenate(squares)
 
-    def _one_width(self, p: ExpertParams, rows_MD, sizes_e, hidden: int, ctx: Context):
+    def _one_width(self, p: ExpertParams, rows_MD, sizes_e, hidden: int, load: int, ctx: Context):
         """(rows_MD, square_e): experts of one width; rows past the sizes come out zero."""
 
         def product(x_MI, w_EIO):
-            return grouped_matmul(
-                x_MI, w_EIO.astype(x_MI.dtype), sizes_e, platform=ctx.device.platform
-            )
+            w_EIO = w_EIO.astype(x_MI.dtype)
+            return grouped_matmul(x_MI, w_EIO, sizes_e, platform=ctx.device.platform, load=load)
 
         hidden_MF = gated_unit(product(rows_MD, p.gate_EDF), product(rows_MD, p.up_EDF), self.clamp)
         square_M = jnp.sum(jnp.square(jax.lax.stop_gradient(hidden_MF).astype(jnp.float32)), -1)

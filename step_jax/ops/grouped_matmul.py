@@ -143,11 +143,11 @@ def tiles(x_MD, w_EDF, sizes_E):
     return _tiles(*vary_alike(x_MD, w_EDF, sizes_E))
 
 
-def pallas_tpu(x_MD, w_EDF, sizes_E):
-    """The kernel of this project for TPUs."""
+def pallas_tpu(x_MD, w_EDF, sizes_E, load: int | None = None):
+    """The kernel of this project for TPUs; it alone tells the compiler a cost, that of ``load``."""
     from pallas_kernels.tpu import grouped_matmul as kernel  # not paid for elsewhere
 
-    return kernel.grouped_matmul(*vary_alike(x_MD, w_EDF, sizes_E))
+    return kernel.grouped_matmul(*vary_alike(x_MD, w_EDF, sizes_E), load)
 
 
 def ragged_dot(x_MD, w_EDF, sizes_E):
@@ -189,7 +189,13 @@ def resolve(implementation: str, platform: str | None = None) -> str:
 
 
 def grouped_matmul(
-    x_MD, w_EDF, sizes_E, *, implementation: str = "auto", platform: str | None = None
+    x_MD,
+    w_EDF,
+    sizes_E,
+    *,
+    implementation: str = "auto",
+    platform: str | None = None,
+    load: int | None = None,
 ):
     """The product of each row with the matrix of its group.
 
@@ -199,6 +205,8 @@ def grouped_matmul(
       sizes_E: int32 rows of each group, in order; zero is allowed. Rows past their sum give zeros.
       implementation: a key of ``IMPLEMENTATIONS`` or ``auto``.
       platform: of the devices compiled for, for ``auto``; None is the default backend's.
+      load: how many rows are expected to be in groups, M by default. Only the cost that a kernel
+        declares depends on it: the work follows ``sizes_E``.
 
     Returns:
       (M, F) in ``x_MD.dtype``, accumulated in float32; differentiable in ``x_MD`` and ``w_EDF``.
@@ -217,5 +225,6 @@ def grouped_matmul(
         )
     if sizes_E.dtype != jnp.int32:
         raise ValueError(f"sizes are int32, not {sizes_E.dtype}")
-    compute = IMPLEMENTATIONS[resolve(implementation, platform)]
-    return compute(x_MD, w_EDF, sizes_E).astype(x_MD.dtype)
+    name = resolve(implementation, platform)
+    options = {"load": load} if name == "pallas_tpu" else {}
+    return IMPLEMENTATIONS[name](x_MD, w_EDF, sizes_E, **options).astype(x_MD.dtype)

@@ -339,7 +339,7 @@ def attention_implementations(config: PretrainConfig, sharding: Sharding) -> lis
 
 
 def cache_bytes_per_token(model: Decoder, bytes_per_number: int = 2) -> int:
-    """Bytes that decoding adds for every token; windowed layers, which stay at one window, add none.
+    """Bytes that decoding adds for every token; windowed layers stay at one window and add none.
 
     ``bytes_per_number`` is 2 for a cache of 16 bits.
     """
