@@ -94,10 +94,7 @@ def trained(c: Decoder, steps: int, explode_at: int | None):
         batch |= {"tokens": tokens, "targets": (tokens + 1) % 8}
         if explode_at is not None and i >= explode_at:
             experts = state.params.groups[0][0].mlp.experts[0]
-            experts = experts.replace(
-                up_EDF=experts.up_EDF.at[1, 3].multiply(1.15),
-                gate_EDF=experts.gate_EDF.at[1, 3].multiply(1.15),
-            )
+            experts = jax.tree.map(lambda w_LEIO: w_LEIO.at[1, 3].multiply(1.15), experts)
             mlp = state.params.groups[0][0].mlp.replace(experts=(experts,))
             block = state.params.groups[0][0].replace(mlp=mlp)
             state = state.replace(params=state.params.replace(groups=((block,),)))
@@ -107,7 +104,7 @@ def trained(c: Decoder, steps: int, explode_at: int | None):
 
 
 def test_an_exploding_expert_raises_the_alarm_before_the_loss_shows_it():
-    c, explode_at, steps = decoder(), 40, 75
+    c, explode_at, steps = decoder(), 40, 60
     healthy, sick = trained(c, steps, None), trained(c, steps, explode_at)
     calm = ExpertAlarm(ExpertHealth())
     assert not [text for i, m in enumerate(healthy) for text in calm.check(i, m)]
@@ -123,7 +120,8 @@ def test_an_exploding_expert_raises_the_alarm_before_the_loss_shows_it():
         for i, (a, b) in enumerate(zip(healthy, sick, strict=True))
         if b["loss"] - a["loss"] > band
     ]
-    assert not apart or first < apart[0]
+    assert apart, "the loss never shows it: nothing was early"
+    assert first < apart[0]
 
 
 def test_loads_move_the_selection_bias():
