@@ -165,7 +165,7 @@ def parse(text: str) -> Module:
             if header := _HEADER.match(line):
                 current = computations.setdefault(header[2], Computation(header[2]))
                 entry = header[2] if header[1] else entry
-        elif line.startswith("}"):  # what follows names the thread of another core
+        elif line == "}" or line.startswith("}, execution_thread="):  # that of another core
             current = None
         elif found := _LINE.match(line):
             instruction = _instruction(found[2], found[3], bool(found[1]))
