@@ -116,7 +116,11 @@ def _tpu_devices(kind: str, shape: str, torus: tuple[int, ...], slices: int) -> 
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{kind}-8")
     from jax.experimental import topologies
 
-    options: dict[str, Any] = {} if slices == 1 else {"num_slices": slices}
+    # unless told, libtpu compiles for a grid without the links that close its rings
+    rings = [_is_ring(torus, size) for size in torus]
+    options: dict[str, Any] = {"wrap": rings + [False] * (3 - len(rings))}
+    if slices > 1:
+        options["num_slices"] = slices
     if int(np.prod(torus)) == 1:
         options["chips_per_host_bounds"] = [1, 1, 1]
     try:
@@ -186,14 +190,14 @@ def bandwidth(topology: Topology, mesh: Any, axes: Sequence[str], between: bool 
     links = 0
     for dimension, size in enumerate(topology.torus):
         span = len({d.coords[dimension] for d in group})
-        links += 0 if span == 1 else 2 if span == size and _is_ring(topology, size) else 1
+        links += 0 if span == 1 else 2 if span == size and _is_ring(topology.torus, size) else 1
     if not links:  # two cores of one chip
         return chip.interconnect
     return links * chip.link_bandwidth
 
 
-def _is_ring(topology: Topology, size: int) -> bool:
+def _is_ring(torus: tuple[int, ...], size: int) -> bool:
     """Whether a dimension's ends are joined: cubes of 4 in three dimensions, full pods in two."""
-    if len(topology.torus) == 3:
-        return size % 4 == 0 and min(topology.torus) >= 4
+    if len(torus) == 3:
+        return size % 4 == 0 and min(torus) >= 4
     return size == 16
