@@ -140,8 +140,11 @@ DEFAULT_RULES: tuple[tuple[str, MeshAxes], ...] = (
     # activations
     ("batch", ("pipeline", "data", "fsdp", "expert")),
     ("sequence", ("context",)),
-    # parameters: FSDP splits the model width, and the rank of a weight that has no width
+    # parameters: FSDP splits the model width, and the rank of a weight that has no width. Also over
+    # the context axis: its devices would all keep the same weights, and add up whole gradients
+    ("embed", ("fsdp", "context")),
     ("embed", ("fsdp",)),
+    ("rank", ("fsdp", "context")),
     ("rank", ("fsdp",)),
     ("rank", ()),
     # both

@@ -298,8 +298,7 @@ def _whole_width(p: ExpertParams) -> ExpertParams:
     """FSDP undone on this device: weights are all-gathered, their gradients reduce-scattered."""
 
     def gathered(w, axis: int):
-        if "fsdp" not in varying_axes(w):  # one piece
-            return w
-        return jax.lax.all_gather(w, "fsdp", axis=axis, tiled=True)
+        cut = tuple(a for a in ("fsdp", "context") if a in varying_axes(w))
+        return jax.lax.all_gather(w, cut, axis=axis, tiled=True) if cut else w
 
     return ExpertParams(gathered(p.gate_EDF, 1), gathered(p.up_EDF, 1), gathered(p.down_EFD, 2))

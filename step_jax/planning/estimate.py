@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from step_jax.core import spec as spec_lib
-from step_jax.core.sharding import Sharding
+from step_jax.core.sharding import GATHERED_AXES, Sharding
 from step_jax.models.flops import train_flops_per_token
 from step_jax.planning import roofline
 from step_jax.planning import topology as topology_lib
@@ -55,9 +55,9 @@ def _layers(config: PretrainConfig, sharding: Sharding) -> list[tuple[int, _Laye
             for s in leaves:
                 if s.role != "matrix":
                     continue
-                local = math.prod(sharding.named(s.axes, s.shape).shard_shape(s.shape))
-                gathered = sharding.size("fsdp") if {"embed", "rank"} & set(s.axes) else 1
-                weights += local * gathered * itemsize
+                gathered = [None if a in GATHERED_AXES else a for a in s.axes]
+                whole = sharding.named(gathered, s.shape).shard_shape(s.shape)
+                weights += math.prod(whole) * itemsize
                 outputs += s.active * s.matrix_shape[2] * itemsize / sharding.size("tensor")
             found.append((group.repeat, _Layer(weights, outputs)))
     return found
