@@ -99,7 +99,28 @@ def attention() -> Iterator[Case]:
             yield case(f"dk_dv {tail}", backward.dk_dv, *gradient, groups=groups, **static)
 
 
-SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {"attention": attention}
+def grouped_matmul() -> Iterator[Case]:
+    """Rows by matrices, by transposed matrices, and the gradient of the matrices.
+
+    The widths reach tiles of 256 and 128 columns, clusters of two blocks and of one.
+    """
+    from pallas_kernels.gpu import grouped_matmul as kernels
+
+    M, E = 16384, 16
+    for D, F in ((7168, 5120), (4096, 1536), (768, 1280), (384, 128)):
+        rows, results = ((M, D), "bfloat16"), ((M, F), "bfloat16")
+        matrices, sizes = ((E, D, F), "bfloat16"), ((E,), "int32")
+        transposed = functools.partial(kernels.rows_by_matrices, transposed=True)
+        tail = f"{D}x{F}"
+        yield Case(f"rows {tail}", kernels.rows_by_matrices, (rows, matrices, sizes))
+        yield Case(f"rows transposed {tail}", transposed, (results, matrices, sizes))
+        yield Case(f"matrices {tail}", kernels.matrices_of_rows, (rows, results, sizes))
+
+
+SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {
+    "attention": attention,
+    "grouped_matmul": grouped_matmul,
+}
 
 
 @functools.cache

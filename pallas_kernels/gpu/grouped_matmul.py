@@ -1,0 +1,430 @@
+"""Grouped matmul for Hopper (sm_90a): rows sorted by group, each group with its own matrix.
+
+Both kernels make tiles of 128 rows and up to 256 columns of a result, 64 rows in each of two
+warpgroups, while a third warpgroup brings in the operands by TMA, 64 of the summed dimension at a
+time. A block goes on to its next tile without a pause (persistent), so the operands of that one
+arrive while the results of the last are written. Two blocks, neighbouring columns of the same rows,
+form a cluster and multicast the left operand: without that the L2 cache is the limit.
+
+``rows_by_matrices``: tiles of rows lie on a fixed raster, and a tile that holds a border between
+groups is multiplied once for each of its groups; the results are chosen row by row when they are
+written. So no two blocks write the same row, and whatever other rows hold reaches none.
+
+``matrices_of_rows``: a tile is summed over the rows of its group; in the last step the rows past
+the group are cleared in shared memory.
+
+No atomics and a fixed order of the sums: the same bits in every run.
+
+Shape suffixes: M rows, E groups, D width of a row, F width of a result; I tiles of rows, C = E + 1
+borders of groups; within a kernel r the 64 rows of a warpgroup, f the columns of a tile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.gpu import attention_tiles as tiles
+from pallas_kernels.gpu.attention_tiles import PAIR, ROWS, Ring
+
+TILE = 2 * ROWS
+STEP = 64  # of the summed dimension in one slot: a swizzled row of bfloat16
+BLOCKS = 132  # multiprocessors of an H100 or H200 SXM; others only balance less well
+RING_BYTES = 144 * 2**10  # of 227 KiB; the tile that is written takes 64
+
+
+def _visits(sizes_E, rows: int):
+    """Which groups have rows in which tile, int32.
+
+    Returns:
+      group_E: the groups that have rows, in order, then the empty ones.
+      border_C: first row of each of them; the last is the number of rows in use.
+      first_I, stop_I: each tile's groups as a range of ``group_E``.
+    """
+    group_E = jnp.argsort(sizes_E == 0, stable=True).astype(jnp.int32)
+    stop_E = jnp.cumsum(sizes_E[group_E], dtype=jnp.int32)
+    border_C = jnp.append(jnp.int32(0), stop_E)
+    base_I = jnp.arange(pl.cdiv(rows, TILE), dtype=jnp.int32)[:, None] * TILE
+    first_I = jnp.sum(stop_E <= base_I, axis=1, dtype=jnp.int32)
+    starts_E = border_C[:-1]
+    begun_IE = (starts_E < base_I + TILE) & (starts_E < stop_E)
+    return group_E, border_C, first_I, jnp.sum(begun_IE, axis=1, dtype=jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How a result is cut up.
+
+    Attributes:
+      f: columns of a tile.
+      pair: blocks in a cluster.
+      columns: tiles of columns of a cluster.
+      tiles: tiles of a cluster in the whole result; columns change fastest.
+    """
+
+    f: int
+    pair: int
+    columns: int
+    tiles: int
+
+    @classmethod
+    def of(cls, tiles_of_rows: int, F: int) -> _Plan:
+        f = 256 if F % 256 == 0 else 128
+        pair = 2 if F // f % 2 == 0 else 1
+        columns = F // f // pair
+        return cls(f, pair, columns, tiles_of_rows * columns)
+
+    @property
+    def slots(self) -> int:
+        return RING_BYTES // (2 * STEP * (TILE + self.f))
+
+    def walk(self, body, step):
+        """Folds ``step = body(tile of rows, first column, step)`` over the tiles of this block."""
+        blocks = self.blocks
+        mine, pair = lax.axis_index("block"), lax.axis_index(PAIR)
+        count = lax.div(self.tiles - 1 - mine, jnp.int32(blocks)) + 1
+
+        def tile(n, step):
+            t = mine + n * blocks
+            i, j = lax.div(t, jnp.int32(self.columns)), lax.rem(t, jnp.int32(self.columns))
+            return body(i, (j * self.pair + pair) * self.f, step)
+
+        return lax.fori_loop(0, count, tile, step)
+
+    @property
+    def blocks(self) -> int:
+        return min(self.tiles, BLOCKS // self.pair)
+
+    def kernel(self, body, out_type, a_slot, b_slot, name: str, interpret, *, scratch=()):
+        """``body(*inputs, out, out_smem, a_ring, b_ring, *scratch)`` in every block."""
+        wide, slots = tiles.smem, self.slots
+
+        def block(*refs):
+            *refs, a_smem, b_smem, a_ready, b_ready, a_free, b_free = refs
+            ring_a = Ring([a_smem], a_ready, a_free, slots, self.pair)
+            ring_b = Ring([b_smem], b_ready, b_free, slots, 1)
+            body(*refs, ring_a, ring_b)
+
+        return plgpu.kernel(
+            block,
+            out_type=out_type,
+            scratch_types=[
+                wide(2, ROWS, self.f),
+                *scratch,
+                wide(slots, *a_slot),
+                wide(slots, *b_slot),
+                plgpu.Barrier(num_barriers=slots),
+                plgpu.Barrier(num_barriers=slots),
+                tiles.freed(slots, 2, self.pair),
+                tiles.freed(slots, 2, 1),
+            ],
+            grid=(self.blocks,),
+            grid_names=("block",),
+            cluster=(self.pair,),
+            cluster_names=(PAIR,),
+            num_threads=3,
+            thread_name="wg",
+            kernel_name=name,
+            compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
+            interpret=interpret,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Operands:
+    """The two rings that feed a product.
+
+    Attributes:
+      a, b: rings of left and right operands, of the same number of slots.
+    """
+
+    a: Ring
+    b: Ring
+
+    def fill(self, step, a, b) -> None:
+        self.a.fill(step, [a])
+        self.b.fill(step, [b])
+
+    def drain(self, steps) -> None:
+        self.a.drain(steps)
+        self.b.drain(steps)
+
+    def wait(self, step):
+        self.a.wait(step)
+        return self.b.wait(step)
+
+    def release(self, step) -> None:
+        slot = lax.rem(step, jnp.int32(self.a.slots))
+        self.a.release(slot)
+        self.b.release(slot)
+
+    def skip(self, step, count) -> None:
+        """Lets ``count`` steps pass that this warpgroup does not need."""
+
+        @pl.loop(0, count)
+        def _(k):
+            self.wait(step + k)
+            self.release(step + k)
+
+    def add_products(self, acc_ref, step, count, left, right) -> None:
+        """``acc_ref += left(slot) @ right(slot)`` over ``count`` steps.
+
+        A product runs while the next is issued, so its slot is released one step later.
+        """
+
+        @pl.loop(0, count)
+        def _(k):
+            slot = self.wait(step + k)
+            plgpu.wgmma(acc_ref, left(slot), right(slot))
+            plgpu.wgmma_wait(1)
+            pl.when(k > 0)(lambda: self.release(step + k - 1))
+
+        plgpu.wgmma_wait(0)
+        pl.when(count > 0)(lambda: self.release(step + count - 1))
+
+
+def _row_rf(shape):
+    return tiles.iota(shape, 0)
+
+
+def rows_by_matrices(x_MD, w_EDF, sizes_E, *, transposed: bool = False, interpret=None):
+    """Each row times its group's matrix, or, ``transposed``, the matrix (E, F, D) transposed.
+
+    A tile that holds many small groups is multiplied by one block, group after group.
+
+    Args:
+      x_MD: rows sorted by group, bfloat16; D and F multiples of 128.
+      w_EDF: bfloat16; (E, F, D) if ``transposed``.
+      sizes_E: int32 rows of each group.
+      interpret: ``plgpu.InterpretGPUParams()`` to run on a CPU.
+
+    Returns:
+      (M, F) bfloat16, accumulated in float32; zeros past the groups.
+    """
+    (M, D), F = x_MD.shape, w_EDF.shape[1 if transposed else 2]
+    plan = _Plan.of(pl.cdiv(M, TILE), F)
+    w_slot = (plan.f, STEP) if transposed else (STEP, plan.f)
+    return plan.kernel(
+        functools.partial(_rows_block, plan=plan, transposed=transposed),
+        _like((M, F), x_MD),
+        (TILE, STEP),
+        w_slot,
+        "grouped_matmul_rows",
+        interpret,
+    )(x_MD, w_EDF, *_visits(sizes_E, M))
+
+
+def _rows_block(
+    x_ref, w_ref, group_ref, border_ref, first_ref, stop_ref, y_ref, y_smem, ring_x, ring_w,
+    *, plan: _Plan, transposed: bool,
+):  # fmt: skip
+    operands = _Operands(ring_x, ring_w)
+    [x_smem], [w_smem] = ring_x.buffers, ring_w.buffers
+    steps = x_ref.shape[1] // STEP
+
+    def produce():
+        def tile(i, column, step):
+            rows, columns = pl.ds(i * TILE, TILE), pl.ds(column, plan.f)
+
+            def visit(c, step):
+                matrix = w_ref.at[group_ref[c]]
+
+                @pl.loop(0, steps)
+                def _(k):
+                    part = pl.ds(k * STEP, STEP)
+                    w = matrix.at[columns, part] if transposed else matrix.at[part, columns]
+                    operands.fill(step + k, x_ref.at[rows, part], w)
+
+                return step + steps
+
+            return lax.fori_loop(first_ref[i], stop_ref[i], visit, step)
+
+        operands.drain(plan.walk(tile, jnp.int32(0)))
+
+    def multiply():
+        wg = lax.axis_index("wg")
+        rows_of = pl.ds(wg * ROWS, ROWS)
+
+        def left(slot):
+            return x_smem.at[slot, rows_of]
+
+        def right(slot):
+            return w_smem.at[slot].transpose((1, 0)) if transposed else w_smem.at[slot]
+
+        def tile(i, column, step):
+            base = i * TILE + wg * ROWS
+
+            def visit(c, step):
+                start, stop = border_ref[c] - base, border_ref[c + 1] - base
+                mine = (start < ROWS) & (stop > 0)
+
+                @pl.when(mine)
+                def _():
+                    def product(acc_ref):
+                        operands.add_products(acc_ref, step, steps, left, right)
+                        return acc_ref[...].astype(y_smem.dtype)
+
+                    y_rf = pl.run_scoped(product, plgpu.ACC((ROWS, plan.f), jnp.float32))
+                    _write_own_rows(y_smem.at[wg], y_rf, start, stop)
+
+                pl.when(~mine)(lambda: operands.skip(step, steps))
+                return step + steps
+
+            step = lax.fori_loop(first_ref[i], stop_ref[i], visit, step)
+            used = border_ref[border_ref.shape[0] - 1] - base
+
+            @pl.when(used < ROWS)
+            def _():
+                zeros_rf = tiles.zeros(ROWS, plan.f).astype(y_smem.dtype)
+                _write_own_rows(y_smem.at[wg], zeros_rf, used, ROWS)
+
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(y_smem.at[wg], y_ref.at[pl.ds(base, ROWS), pl.ds(column, plan.f)])
+            return step
+
+        plan.walk(tile, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+    tiles.split_registers(produce, multiply)
+
+
+def _write_own_rows(out_smem, y_rf, start, stop) -> None:
+    """``out_smem[start:stop] = y_rf[start:stop]``, once what was there before has been copied."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    whole = (start <= 0) & (stop >= ROWS)
+
+    @pl.when(whole)
+    def _():
+        out_smem[...] = y_rf
+
+    @pl.when(~whole)
+    def _():
+        row_rf = _row_rf(y_rf.shape)
+        old_rf = plgpu.load(out_smem, layout=plgpu.Layout.WGMMA)
+        out_smem[...] = jnp.where((row_rf >= start) & (row_rf < stop), y_rf, old_rf)
+
+
+def matrices_of_rows(x_MD, dy_MF, sizes_E, *, interpret=None):
+    """For every group the sum of outer products of its rows: (E, D, F) bfloat16.
+
+    Args:
+      x_MD, dy_MF: rows sorted by group, bfloat16; D and F multiples of 128.
+      sizes_E: int32 rows of each group; one without rows gets zeros.
+      interpret: ``plgpu.InterpretGPUParams()`` to run on a CPU.
+    """
+    D, F, E = x_MD.shape[1], dy_MF.shape[1], len(sizes_E)
+    plan = _Plan.of(E * (D // TILE), F)
+    border_C = jnp.append(jnp.int32(0), jnp.cumsum(sizes_E, dtype=jnp.int32))
+    return plan.kernel(
+        functools.partial(_matrices_block, plan=plan),
+        _like((E, D, F), x_MD),
+        (STEP, TILE),
+        (STEP, plan.f),
+        "grouped_matmul_matrices",
+        interpret,
+        scratch=[plgpu.Barrier(num_arrivals=2)],
+    )(x_MD, dy_MF, border_C)
+
+
+def _matrices_block(
+    x_ref, dy_ref, border_ref, dw_ref, dw_smem, cleared, ring_x, ring_dy, *, plan: _Plan
+):
+    operands = _Operands(ring_x, ring_dy)
+    [x_smem], [dy_smem] = ring_x.buffers, ring_dy.buffers
+    cut = dw_ref.shape[1] // TILE  # tiles of a group along D
+
+    def place(i):
+        """Group, first of the 128 rows of its matrix, first and number of its rows."""
+        e, d = lax.div(i, jnp.int32(cut)), lax.rem(i, jnp.int32(cut)) * TILE
+        return e, d, border_ref[e], border_ref[e + 1] - border_ref[e]
+
+    def produce():
+        def tile(i, column, step):
+            _, d, start, size = place(i)
+            steps = pl.cdiv(size, jnp.int32(STEP))
+
+            @pl.loop(0, steps)
+            def _(k):
+                rows = pl.ds(start + k * STEP, STEP)
+                x, dy = x_ref.at[rows, pl.ds(d, TILE)], dy_ref.at[rows, pl.ds(column, plan.f)]
+                operands.fill(step + k, x, dy)
+
+            return step + steps
+
+        operands.drain(plan.walk(tile, jnp.int32(0)))
+
+    def multiply():
+        wg = lax.axis_index("wg")
+        half = pl.ds(wg * ROWS, ROWS)
+
+        def left(slot):
+            return x_smem.at[slot, :, half].transpose((1, 0))
+
+        def tile(i, column, step):
+            e, d, _, size = place(i)
+            full, rest = lax.div(size, jnp.int32(STEP)), lax.rem(size, jnp.int32(STEP))
+
+            def product(acc_ref):
+                operands.add_products(acc_ref, step, full, left, lambda slot: dy_smem.at[slot])
+
+                @pl.loop(0, jnp.minimum(rest, 1))  # a condition cannot hold an accumulator
+                def _(_k):
+                    slot = operands.wait(step + full)
+                    _clear(x_smem.at[slot, :, half], rest)
+                    _clear(dy_smem.at[slot, :, pl.ds(wg * (plan.f // 2), plan.f // 2)], rest)
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(cleared)
+                    plgpu.barrier_wait(cleared)
+                    plgpu.wgmma(acc_ref, left(slot), dy_smem.at[slot])
+                    plgpu.wgmma_wait(0)
+                    operands.release(step + full)
+
+                return acc_ref[...].astype(dw_smem.dtype)
+
+            dw_rf = pl.run_scoped(product, plgpu.ACC((ROWS, plan.f), jnp.float32))
+            _write_own_rows(dw_smem.at[wg], dw_rf, 0, ROWS)
+            plgpu.commit_smem()
+            rows = pl.ds(d + wg * ROWS, ROWS)
+            plgpu.copy_smem_to_gmem(dw_smem.at[wg], dw_ref.at[e, rows, pl.ds(column, plan.f)])
+            return step + full + jnp.minimum(rest, 1)
+
+        plan.walk(tile, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+    tiles.split_registers(produce, multiply)
+
+
+def _clear(ref, rows) -> None:
+    """Zeros past the first ``rows`` rows: what they hold may be NaN."""
+    a_rf = plgpu.load(ref, layout=plgpu.Layout.WGMMA)
+    ref[...] = jnp.where(_row_rf(a_rf.shape) < rows, a_rf, jnp.zeros_like(a_rf))
+
+
+def _like(shape, x):
+    """An output that varies over the axes of an enclosing shard_map as its input does."""
+    return jax.ShapeDtypeStruct(shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _grouped_matmul(x_MD, w_EDF, sizes_E, interpret):
+    return rows_by_matrices(x_MD, w_EDF, sizes_E, interpret=interpret)
+
+
+def _forward(x_MD, w_EDF, sizes_E, interpret):
+    return _grouped_matmul(x_MD, w_EDF, sizes_E, interpret), (x_MD, w_EDF, sizes_E)
+
+
+def _backward(interpret, residuals, dy_MF):
+    x_MD, w_EDF, sizes_E = residuals
+    dx_MD = rows_by_matrices(dy_MF, w_EDF, sizes_E, transposed=True, interpret=interpret)
+    return dx_MD, matrices_of_rows(x_MD, dy_MF, sizes_E, interpret=interpret), None
+
+
+_grouped_matmul.defvjp(_forward, _backward)
