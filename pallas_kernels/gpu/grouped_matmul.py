@@ -10,8 +10,8 @@ form a cluster and multicast the left operand: without that the L2 cache is the 
 groups is multiplied once for each of its groups; the results are chosen row by row when they are
 written. So no two blocks write the same row, and whatever other rows hold reaches none.
 
-``matrices_of_rows``: a tile is summed over the rows of its group; in the last step the rows past
-the group are cleared in shared memory.
+``matrices_of_rows``: a tile is summed over the rows of its group; where a step holds rows of other
+groups, they are cleared in shared memory.
 
 No atomics and a fixed order of the sums: the same bits in every run.
 
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -35,6 +35,7 @@ from pallas_kernels.gpu import attention_tiles as tiles
 from pallas_kernels.gpu.attention_tiles import PAIR, ROWS, Ring
 
 TILE = 2 * ROWS
+ALIGNED = 8  # rows of a swizzled tile
 STEP = 64  # of the summed dimension in one slot: a swizzled row of bfloat16
 BLOCKS = 132  # multiprocessors of an H100 or H200 SXM; others only balance less well
 RING_BYTES = 144 * 2**10  # of 227 KiB; the tile that is written takes 64
@@ -103,14 +104,18 @@ class _Plan:
         return min(self.tiles, BLOCKS // self.pair)
 
     def kernel(self, body, out_type, a_slot, b_slot, name: str, interpret, *, scratch=()):
-        """``body(*inputs, out, out_smem, a_ring, b_ring, *scratch)`` in every block."""
+        """``body(*inputs, out, out_smem, *scratch, a_smem, b_smem, operands)`` in every block.
+
+        ``a_smem`` holds (warpgroup, slot, *a_slot), ``b_smem`` (slot, *b_slot).
+        """
         wide, slots = tiles.smem, self.slots
 
         def block(*refs):
             *refs, a_smem, b_smem, a_ready, b_ready, a_free, b_free = refs
-            ring_a = Ring([a_smem], a_ready, a_free, slots, self.pair)
+            halves = [a_smem.at[0], a_smem.at[1]]  # one a warpgroup
+            ring_a = Ring(halves, a_ready, a_free, slots, self.pair)
             ring_b = Ring([b_smem], b_ready, b_free, slots, 1)
-            body(*refs, ring_a, ring_b)
+            body(*refs, a_smem, b_smem, _Operands(ring_a, ring_b))
 
         return plgpu.kernel(
             block,
@@ -118,9 +123,9 @@ class _Plan:
             scratch_types=[
                 wide(2, ROWS, self.f),
                 *scratch,
-                wide(slots, *a_slot),
+                wide(2, slots, *a_slot),
                 wide(slots, *b_slot),
-                plgpu.Barrier(num_barriers=slots),
+                plgpu.Barrier(num_arrivals=2, num_barriers=slots),
                 plgpu.Barrier(num_barriers=slots),
                 tiles.freed(slots, 2, self.pair),
                 tiles.freed(slots, 2, 1),
@@ -142,14 +147,15 @@ class _Operands:
     """The two rings that feed a product.
 
     Attributes:
-      a, b: rings of left and right operands, of the same number of slots.
+      a, b: rings of left and right operands, of the same number of slots; the left ones are the
+        halves of the two warpgroups.
     """
 
     a: Ring
     b: Ring
 
-    def fill(self, step, a, b) -> None:
-        self.a.fill(step, [a])
+    def fill(self, step, a_halves, b) -> None:
+        self.a.fill(step, a_halves)
         self.b.fill(step, [b])
 
     def drain(self, steps) -> None:
@@ -190,6 +196,11 @@ class _Operands:
         pl.when(count > 0)(lambda: self.release(step + count - 1))
 
 
+def _halves(first):
+    """First rows or columns of the two warpgroups' shares of a tile."""
+    return first, first + ROWS
+
+
 def _row_rf(shape):
     return tiles.iota(shape, 0)
 
@@ -214,7 +225,7 @@ def rows_by_matrices(x_MD, w_EDF, sizes_E, *, transposed: bool = False, interpre
     return plan.kernel(
         functools.partial(_rows_block, plan=plan, transposed=transposed),
         _like((M, F), x_MD),
-        (TILE, STEP),
+        (ROWS, STEP),
         w_slot,
         "grouped_matmul_rows",
         interpret,
@@ -222,16 +233,14 @@ def rows_by_matrices(x_MD, w_EDF, sizes_E, *, transposed: bool = False, interpre
 
 
 def _rows_block(
-    x_ref, w_ref, group_ref, border_ref, first_ref, stop_ref, y_ref, y_smem, ring_x, ring_w,
+    x_ref, w_ref, group_ref, border_ref, first_ref, stop_ref, y_ref, y_smem, x_smem, w_smem, operands,
     *, plan: _Plan, transposed: bool,
 ):  # fmt: skip
-    operands = _Operands(ring_x, ring_w)
-    [x_smem], [w_smem] = ring_x.buffers, ring_w.buffers
     steps = x_ref.shape[1] // STEP
 
     def produce():
         def tile(i, column, step):
-            rows, columns = pl.ds(i * TILE, TILE), pl.ds(column, plan.f)
+            columns = pl.ds(column, plan.f)
 
             def visit(c, step):
                 matrix = w_ref.at[group_ref[c]]
@@ -240,7 +249,8 @@ def _rows_block(
                 def _(k):
                     part = pl.ds(k * STEP, STEP)
                     w = matrix.at[columns, part] if transposed else matrix.at[part, columns]
-                    operands.fill(step + k, x_ref.at[rows, part], w)
+                    x = [x_ref.at[pl.ds(row, ROWS), part] for row in _halves(i * TILE)]
+                    operands.fill(step + k, x, w)
 
                 return step + steps
 
@@ -250,10 +260,9 @@ def _rows_block(
 
     def multiply():
         wg = lax.axis_index("wg")
-        rows_of = pl.ds(wg * ROWS, ROWS)
 
         def left(slot):
-            return x_smem.at[slot, rows_of]
+            return x_smem.at[wg, slot]
 
         def right(slot):
             return w_smem.at[slot].transpose((1, 0)) if transposed else w_smem.at[slot]
@@ -325,7 +334,7 @@ def matrices_of_rows(x_MD, dy_MF, sizes_E, *, interpret=None):
     return plan.kernel(
         functools.partial(_matrices_block, plan=plan),
         _like((E, D, F), x_MD),
-        (STEP, TILE),
+        (STEP, ROWS),
         (STEP, plan.f),
         "grouped_matmul_matrices",
         interpret,
@@ -334,58 +343,56 @@ def matrices_of_rows(x_MD, dy_MF, sizes_E, *, interpret=None):
 
 
 def _matrices_block(
-    x_ref, dy_ref, border_ref, dw_ref, dw_smem, cleared, ring_x, ring_dy, *, plan: _Plan
+    x_ref, dy_ref, border_ref, dw_ref, dw_smem, cleared, x_smem, dy_smem, operands, *, plan: _Plan
 ):
-    operands = _Operands(ring_x, ring_dy)
-    [x_smem], [dy_smem] = ring_x.buffers, ring_dy.buffers
     cut = dw_ref.shape[1] // TILE  # tiles of a group along D
 
     def place(i):
-        """Group, first of the 128 rows of its matrix, first and number of its rows."""
+        """Group, first of the 128 rows of its matrix, and the steps of the group."""
         e, d = lax.div(i, jnp.int32(cut)), lax.rem(i, jnp.int32(cut)) * TILE
-        return e, d, border_ref[e], border_ref[e + 1] - border_ref[e]
+        return e, d, _Steps.of(border_ref[e], border_ref[e + 1])
 
     def produce():
         def tile(i, column, step):
-            _, d, start, size = place(i)
-            steps = pl.cdiv(size, jnp.int32(STEP))
+            _, d, steps = place(i)
 
-            @pl.loop(0, steps)
+            @pl.loop(0, steps.count)
             def _(k):
-                rows = pl.ds(start + k * STEP, STEP)
-                x, dy = x_ref.at[rows, pl.ds(d, TILE)], dy_ref.at[rows, pl.ds(column, plan.f)]
-                operands.fill(step + k, x, dy)
+                rows = pl.ds(pl.multiple_of(steps.row(k), ALIGNED), STEP)
+                x = [x_ref.at[rows, pl.ds(half, ROWS)] for half in _halves(d)]
+                operands.fill(step + k, x, dy_ref.at[rows, pl.ds(column, plan.f)])
 
-            return step + steps
+            return step + steps.count
 
         operands.drain(plan.walk(tile, jnp.int32(0)))
 
     def multiply():
         wg = lax.axis_index("wg")
-        half = pl.ds(wg * ROWS, ROWS)
+        half_of_f = pl.ds(pl.multiple_of(wg * (plan.f // 2), plan.f // 2), plan.f // 2)
 
         def left(slot):
-            return x_smem.at[slot, :, half].transpose((1, 0))
+            return x_smem.at[wg, slot].transpose((1, 0))
 
         def tile(i, column, step):
-            e, d, _, size = place(i)
-            full, rest = lax.div(size, jnp.int32(STEP)), lax.rem(size, jnp.int32(STEP))
+            e, d, steps = place(i)
 
             def product(acc_ref):
-                operands.add_products(acc_ref, step, full, left, lambda slot: dy_smem.at[slot])
-
-                @pl.loop(0, jnp.minimum(rest, 1))  # a condition cannot hold an accumulator
-                def _(_k):
-                    slot = operands.wait(step + full)
-                    _clear(x_smem.at[slot, :, half], rest)
-                    _clear(dy_smem.at[slot, :, pl.ds(wg * (plan.f // 2), plan.f // 2)], rest)
+                @pl.loop(0, steps.edges)
+                def _(k):
+                    slot = operands.wait(step + k)
+                    _clear(x_smem.at[wg, slot], *steps.own(k))
+                    _clear(dy_smem.at[slot, :, half_of_f], *steps.own(k))
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(cleared)
                     plgpu.barrier_wait(cleared)
                     plgpu.wgmma(acc_ref, left(slot), dy_smem.at[slot])
                     plgpu.wgmma_wait(0)
-                    operands.release(step + full)
+                    operands.release(step + k)
 
+                inner = steps.count - steps.edges
+                operands.add_products(
+                    acc_ref, step + steps.edges, inner, left, lambda slot: dy_smem.at[slot]
+                )
                 return acc_ref[...].astype(dw_smem.dtype)
 
             dw_rf = pl.run_scoped(product, plgpu.ACC((ROWS, plan.f), jnp.float32))
@@ -393,7 +400,7 @@ def _matrices_block(
             plgpu.commit_smem()
             rows = pl.ds(d + wg * ROWS, ROWS)
             plgpu.copy_smem_to_gmem(dw_smem.at[wg], dw_ref.at[e, rows, pl.ds(column, plan.f)])
-            return step + full + jnp.minimum(rest, 1)
+            return step + steps.count
 
         plan.walk(tile, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
@@ -401,10 +408,45 @@ def _matrices_block(
     tiles.split_registers(produce, multiply)
 
 
-def _clear(ref, rows) -> None:
-    """Zeros past the first ``rows`` rows: what they hold may be NaN."""
+class _Steps(NamedTuple):
+    """The rows of a group in steps of 64; those that hold rows of other groups come first.
+
+    Attributes:
+      start, stop: rows of the group.
+      begin: first row of all; TMA fills tiles of 8 rows from multiples of 8.
+      count: steps.
+      edges: how many of them hold other rows.
+    """
+
+    start: jax.Array
+    stop: jax.Array
+    begin: jax.Array
+    count: jax.Array
+    edges: jax.Array
+
+    @classmethod
+    def of(cls, start, stop) -> _Steps:
+        begin = lax.div(start, jnp.int32(ALIGNED)) * ALIGNED
+        count = jnp.where(stop > start, lax.div(stop - begin + STEP - 1, jnp.int32(STEP)), 0)
+        tail = jnp.where(lax.rem(stop - begin, jnp.int32(STEP)) > 0, 1, 0)
+        edges = jnp.minimum(jnp.where(start > begin, 2, tail), count)
+        return cls(start, stop, begin, count, edges)
+
+    def row(self, k):
+        """First row of step ``k``: the last rows, then the others from the first on."""
+        return self.begin + jnp.where(k == 0, self.count - 1, k - 1) * STEP
+
+    def own(self, k):
+        """The group's rows within step ``k``: the first, and the one after the last."""
+        return self.start - self.row(k), self.stop - self.row(k)
+
+
+def _clear(ref, start, stop) -> None:
+    """Zeros in the rows outside: what they hold may be NaN."""
     a_rf = plgpu.load(ref, layout=plgpu.Layout.WGMMA)
-    ref[...] = jnp.where(_row_rf(a_rf.shape) < rows, a_rf, jnp.zeros_like(a_rf))
+    row_rf = _row_rf(a_rf.shape)
+    own_rf = (row_rf >= start) & (row_rf < stop)
+    ref[...] = jnp.where(own_rf, a_rf, jnp.zeros_like(a_rf))
 
 
 def _like(shape, x):
