@@ -33,6 +33,7 @@ from jax import lax
 
 from pallas_kernels.gpu import attention_tiles as tiles
 from pallas_kernels.gpu.attention_tiles import PAIR, ROWS, Ring
+from pallas_kernels.gpu.common import check_hopper, vary_as
 
 TILE = 2 * ROWS
 ALIGNED = 8  # rows of a swizzled tile
@@ -47,7 +48,7 @@ def _visits(sizes_E, rows: int):
     Returns:
       group_E: the groups that have rows, in order, then the empty ones.
       border_C: first row of each of them; the last is the number of rows in use.
-      first_I, stop_I: each tile's groups as a range of ``group_E``.
+      first_I, count_I: each tile's groups, as a place in ``group_E`` and a number from there on.
     """
     group_E = jnp.argsort(sizes_E == 0, stable=True).astype(jnp.int32)
     stop_E = jnp.cumsum(sizes_E[group_E], dtype=jnp.int32)
@@ -56,7 +57,7 @@ def _visits(sizes_E, rows: int):
     first_I = jnp.sum(stop_E <= base_I, axis=1, dtype=jnp.int32)
     starts_E = border_C[:-1]
     begun_IE = (starts_E < base_I + TILE) & (starts_E < stop_E)
-    return group_E, border_C, first_I, jnp.sum(begun_IE, axis=1, dtype=jnp.int32)
+    return group_E, border_C, first_I, jnp.sum(begun_IE, axis=1, dtype=jnp.int32) - first_I
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,22 +220,23 @@ def rows_by_matrices(x_MD, w_EDF, sizes_E, *, transposed: bool = False, interpre
     Returns:
       (M, F) bfloat16, accumulated in float32; zeros past the groups.
     """
-    (M, D), F = x_MD.shape, w_EDF.shape[1 if transposed else 2]
+    M, F = x_MD.shape[0], w_EDF.shape[1 if transposed else 2]
     plan = _Plan.of(pl.cdiv(M, TILE), F)
     w_slot = (plan.f, STEP) if transposed else (STEP, plan.f)
-    return plan.kernel(
+    y_MF = plan.kernel(
         functools.partial(_rows_block, plan=plan, transposed=transposed),
-        _like((M, F), x_MD),
+        jax.ShapeDtypeStruct((M, F), x_MD.dtype),
         (ROWS, STEP),
         w_slot,
         "grouped_matmul_rows",
         interpret,
     )(x_MD, w_EDF, *_visits(sizes_E, M))
+    return vary_as(y_MF, x_MD)
 
 
 def _rows_block(
-    x_ref, w_ref, group_ref, border_ref, first_ref, stop_ref, y_ref, y_smem, x_smem, w_smem, operands,
-    *, plan: _Plan, transposed: bool,
+    x_ref, w_ref, group_ref, border_ref, first_ref, count_ref, y_ref, y_smem,
+    x_smem, w_smem, operands, *, plan: _Plan, transposed: bool,
 ):  # fmt: skip
     steps = x_ref.shape[1] // STEP
 
@@ -242,8 +244,8 @@ def _rows_block(
         def tile(i, column, step):
             columns = pl.ds(column, plan.f)
 
-            def visit(c, step):
-                matrix = w_ref.at[group_ref[c]]
+            def visit(n, step):
+                matrix = w_ref.at[group_ref[first_ref[i] + n]]
 
                 @pl.loop(0, steps)
                 def _(k):
@@ -254,7 +256,7 @@ def _rows_block(
 
                 return step + steps
 
-            return lax.fori_loop(first_ref[i], stop_ref[i], visit, step)
+            return lax.fori_loop(0, count_ref[i], visit, step)
 
         operands.drain(plan.walk(tile, jnp.int32(0)))
 
@@ -270,7 +272,8 @@ def _rows_block(
         def tile(i, column, step):
             base = i * TILE + wg * ROWS
 
-            def visit(c, step):
+            def visit(n, step):
+                c = first_ref[i] + n
                 start, stop = border_ref[c] - base, border_ref[c + 1] - base
                 mine = (start < ROWS) & (stop > 0)
 
@@ -286,7 +289,7 @@ def _rows_block(
                 pl.when(~mine)(lambda: operands.skip(step, steps))
                 return step + steps
 
-            step = lax.fori_loop(first_ref[i], stop_ref[i], visit, step)
+            step = lax.fori_loop(0, count_ref[i], visit, step)
             used = border_ref[border_ref.shape[0] - 1] - base
 
             @pl.when(used < ROWS)
@@ -295,7 +298,9 @@ def _rows_block(
                 _write_own_rows(y_smem.at[wg], zeros_rf, used, ROWS)
 
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y_smem.at[wg], y_ref.at[pl.ds(base, ROWS), pl.ds(column, plan.f)])
+            plgpu.copy_smem_to_gmem(
+                y_smem.at[wg], y_ref.at[pl.ds(base, ROWS), pl.ds(column, plan.f)]
+            )
             return step
 
         plan.walk(tile, jnp.int32(0))
@@ -331,15 +336,16 @@ def matrices_of_rows(x_MD, dy_MF, sizes_E, *, interpret=None):
     D, F, E = x_MD.shape[1], dy_MF.shape[1], len(sizes_E)
     plan = _Plan.of(E * (D // TILE), F)
     border_C = jnp.append(jnp.int32(0), jnp.cumsum(sizes_E, dtype=jnp.int32))
-    return plan.kernel(
+    dw_EDF = plan.kernel(
         functools.partial(_matrices_block, plan=plan),
-        _like((E, D, F), x_MD),
+        jax.ShapeDtypeStruct((E, D, F), x_MD.dtype),
         (STEP, ROWS),
         (STEP, plan.f),
         "grouped_matmul_matrices",
         interpret,
         scratch=[plgpu.Barrier(num_arrivals=2)],
     )(x_MD, dy_MF, border_C)
+    return vary_as(dw_EDF, x_MD)
 
 
 def _matrices_block(
@@ -449,9 +455,43 @@ def _clear(ref, start, stop) -> None:
     ref[...] = jnp.where(own_rf, a_rf, jnp.zeros_like(a_rf))
 
 
-def _like(shape, x):
-    """An output that varies over the axes of an enclosing shard_map as its input does."""
-    return jax.ShapeDtypeStruct(shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+def grouped_matmul(x_MD, w_EDF, sizes_E, *, interpret=None):
+    """:func:`rows_by_matrices` with gradients for the rows and the matrices.
+
+    Args:
+      x_MD: rows sorted by group, bfloat16.
+      w_EDF: one bfloat16 matrix per group; D and F multiples of 128.
+      sizes_E: int32 rows of each group, in order; zero is allowed. Rows past their sum give zeros.
+      interpret: ``plgpu.InterpretGPUParams()`` to run on a CPU.
+
+    Returns:
+      (M, F) bfloat16.
+
+    Raises:
+      ValueError: a shape, dtype or platform that the kernels do not support.
+    """
+    _check(x_MD, w_EDF, sizes_E)
+    if interpret is None:
+        check_hopper()
+    return _grouped_matmul(x_MD, w_EDF, sizes_E, interpret)
+
+
+def _check(x_MD, w_EDF, sizes_E) -> None:
+    """Refuses what the kernels do not support."""
+    if x_MD.ndim != 2 or w_EDF.ndim != 3 or sizes_E.shape != w_EDF.shape[:1]:
+        raise ValueError(
+            "expected rows (M, D), matrices (E, D, F) and sizes (E,), got "
+            f"{x_MD.shape}, {w_EDF.shape} and {sizes_E.shape}"
+        )
+    M, (E, D, F) = x_MD.shape[0], w_EDF.shape
+    if x_MD.shape[1] != D or not M or not E:
+        raise ValueError(f"rows {x_MD.shape} do not fit matrices {w_EDF.shape}, or there are none")
+    if D % TILE or F % TILE:
+        raise ValueError(f"widths must be multiples of {TILE}, got {D} and {F}")
+    if {x_MD.dtype, w_EDF.dtype} != {jnp.dtype(jnp.bfloat16)}:
+        raise ValueError(f"only bfloat16 is supported, got {x_MD.dtype} and {w_EDF.dtype}")
+    if sizes_E.dtype != jnp.int32:
+        raise ValueError(f"sizes must be int32, got {sizes_E.dtype}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
