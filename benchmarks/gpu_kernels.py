@@ -212,9 +212,148 @@ def exact_attention(q_BTNH, k_BSH, v_BSH, *, scale, causal=True, window=None, se
     return jnp.einsum("bnts,bsh->btnh", p_BNTS, v_BSH)
 
 
+# --- grouped matmul ------------------------------------------------------------------------------
+# M rows, E groups, D width of a row, F width of a result.
+
+
+def grouped_matmul(budget: Budget) -> None:
+    """Forward, gradient of the rows and of the matrices; groups of equal and of ragged sizes.
+
+    ``dense`` is one matrix for all rows: the roof of what the libraries of XLA reach at that shape.
+    """
+    check_grouped_matmul()
+    print("grouped matmul, TFLOP/s: forward, gradient of rows, of matrices")
+    for M, D, F, E in ((131072, 4096, 1536, 128), (32768, 7168, 5120, 16), (16384, 2048, 1024, 64)):
+        flops = 2 * M * D * F
+        for label, sizes_E in (("equal", equal_sizes(M, E)), ("ragged", ragged_sizes(M, E))):
+            inputs = grouped_inputs(M, D, F, sizes_E)
+            for name, products in grouped_contenders(M, D, E):
+                what = f"{M}x{D}x{F}, {E} {label}, {name}"
+                if budget.spent(what):
+                    continue
+                try:
+                    times = [measure(jax.jit(product), *inputs) for product in products]
+                except Exception as error:  # one contender must not stop the others
+                    print(f"  {what}: {type(error).__name__}: {str(error)[:300]}")
+                    continue
+                print(f"  {what:44}", "  ".join(t.rate(flops, 1e12) for t in times), flush=True)
+
+
+def equal_sizes(M: int, E: int):
+    return np.full(E, M // E, np.int32)
+
+
+def ragged_sizes(M: int, E: int, seed: int = 0):
+    """One group with a quarter of the rows, an eighth of the groups empty, the rest at random."""
+    rng = np.random.default_rng(seed)
+    share_E = rng.dirichlet(np.ones(E))
+    share_E[: E // 8] = 0.0
+    share_E[-1] = share_E[:-1].sum() / 3
+    sizes_E = np.floor(share_E / share_E.sum() * M).astype(np.int32)
+    sizes_E[-1] += M - sizes_E.sum()
+    return sizes_E
+
+
+def grouped_inputs(M: int, D: int, F: int, sizes_E, seed: int = 0):
+    """Random bfloat16 x_MD, w_EDF and dy_MF, and the sizes."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = [(M, D), (len(sizes_E), D, F), (M, F)]
+    arrays = [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True)]
+    return *arrays, jnp.asarray(sizes_E)
+
+
+def grouped_contenders(M: int, D: int, E: int) -> Iterator[tuple[str, tuple[Callable, ...]]]:
+    """Name and the three products, each a function of x_MD, w_EDF, dy_MF and sizes_E."""
+    from pallas_kernels.gpu import grouped_matmul as kernel
+
+    yield (
+        "ours",
+        (
+            lambda x, w, dy, s: kernel.rows_by_matrices(x, w, s),
+            lambda x, w, dy, s: kernel.rows_by_matrices(dy, w, s, transposed=True),
+            lambda x, w, dy, s: kernel.matrices_of_rows(x, dy, s),
+        ),
+    )
+    yield (
+        "dense",
+        (
+            lambda x, w, dy, s: x @ w[0],
+            lambda x, w, dy, s: dy @ w[0].T,
+            lambda x, w, dy, s: x.T @ dy,
+        ),
+    )
+    if 2 * M * D * E < 16 * 2**30:  # XLA makes a copy of the rows for every group
+        yield "ragged_dot", gradients_of(jax.lax.ragged_dot)
+    try:
+        import tokamax
+    except ImportError:
+        print("  tokamax is not installed")
+    else:
+        yield "tokamax", gradients_of(tokamax.ragged_dot)
+
+
+def gradients_of(ragged_dot: Callable) -> tuple[Callable, ...]:
+    """The product and its two gradients, each alone."""
+
+    def rows(x, w, dy, s):
+        return jax.vjp(lambda x: ragged_dot(x, w, s), x)[1](dy)
+
+    def matrices(x, w, dy, s):
+        return jax.vjp(lambda w: ragged_dot(x, w, s), w)[1](dy)
+
+    return lambda x, w, dy, s: ragged_dot(x, w, s), rows, matrices
+
+
+def check_grouped_matmul() -> None:
+    """The three products against float32, group by group, twice with the same bits.
+
+    Raises:
+      AssertionError: an error above two bfloat16 roundings, or two runs that differ in a bit.
+    """
+    from pallas_kernels.gpu.grouped_matmul import grouped_matmul
+
+    def run(x, w, dy, s):
+        y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, s), x, w)
+        return y, *pull(dy)
+
+    cases = [
+        (4096, 512, 768, ragged_sizes(4096, 16)),
+        (4096, 512, 1024, np.array([0, 4000, 0, 1, 7, 0], np.int32)),  # rows left over
+        (1000, 256, 384, np.array([333, 0, 8, 659], np.int32)),
+        (128, 128, 128, np.zeros(3, np.int32)),
+    ]
+    for M, D, F, sizes_E in cases:
+        inputs = grouped_inputs(M, D, F, sizes_E)
+        got, again = jax.jit(run)(*inputs), jax.jit(run)(*inputs)
+        same = all(bool((a == b).all()) for a, b in zip(got, again, strict=True))
+        errors = [
+            relative_error(a, b) if np.any(b) else float(np.abs(np.asarray(a, np.float32)).max())
+            for a, b in zip(got, exact_grouped_matmul(*inputs), strict=True)
+        ]
+        print(f"  {(M, D, F, len(sizes_E))} error of y, dx, dw:", *(f"{e:.1e}" for e in errors))
+        assert max(errors) < 2 * 2**-9, f"{(M, D, F)}: {errors}"
+        assert same, f"{(M, D, F)}: two runs differ"
+
+
+def exact_grouped_matmul(*arrays):
+    """Float32 on the host, group by group."""
+    x, w, dy = (np.asarray(a, np.float32) for a in arrays[:3])
+    y, dx, dw = np.zeros_like(dy), np.zeros_like(x), np.zeros_like(w)
+    start = 0
+    for e, size in enumerate(np.asarray(arrays[3])):
+        rows = slice(start, start + size)
+        y[rows], dx[rows] = x[rows] @ w[e], dy[rows] @ w[e].T
+        dw[e] = x[rows].T @ dy[rows]
+        start += size
+    return y, dx, dw
+
+
 # -------------------------------------------------------------------------------------------------
 
-SECTIONS: dict[str, Callable[[Budget], None]] = {"attention": attention}
+SECTIONS: dict[str, Callable[[Budget], None]] = {
+    "attention": attention,
+    "grouped_matmul": grouped_matmul,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
