@@ -1,10 +1,6 @@
 """Grouped matmul for Hopper (sm_90a): rows sorted by group, each group with its own matrix.
 
-Both kernels make tiles of 128 rows and up to 256 columns of a result, 64 rows in each of two
-warpgroups, while a third warpgroup brings in the operands by TMA, 64 of the summed dimension at a
-time. A block goes on to its next tile without a pause (persistent), so the operands of that one
-arrive while the results of the last are written. Two blocks, neighbouring columns of the same rows,
-form a cluster and multicast the left operand: without that the L2 cache is the limit.
+Both kernels are products in tiles (``tile_matmul``).
 
 ``rows_by_matrices``: tiles of rows lie on a fixed raster, and a tile that holds a border between
 groups is multiplied once for each of its groups; the results are chosen row by row when they are
@@ -21,7 +17,6 @@ borders of groups; within a kernel r the 64 rows of a warpgroup, f the columns o
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -32,14 +27,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.gpu import attention_tiles as tiles
-from pallas_kernels.gpu.attention_tiles import PAIR, ROWS, Ring
+from pallas_kernels.gpu.attention_tiles import ROWS
 from pallas_kernels.gpu.common import check_hopper, vary_as
+from pallas_kernels.gpu.tile_matmul import STEP, TILE, Plan, halves, row_rf
 
-TILE = 2 * ROWS
 ALIGNED = 8  # rows of a swizzled tile
-STEP = 64  # of the summed dimension in one slot: a swizzled row of bfloat16
-BLOCKS = 132  # multiprocessors of an H100 or H200 SXM; others only balance less well
-RING_BYTES = 144 * 2**10  # of 227 KiB; the tile that is written takes 64
 
 
 def _visits(sizes_E, rows: int):
@@ -60,152 +52,6 @@ def _visits(sizes_E, rows: int):
     return group_E, border_C, first_I, jnp.sum(begun_IE, axis=1, dtype=jnp.int32) - first_I
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """How a result is cut up.
-
-    Attributes:
-      f: columns of a tile.
-      pair: blocks in a cluster.
-      columns: tiles of columns of a cluster.
-      tiles: tiles of a cluster in the whole result; columns change fastest.
-    """
-
-    f: int
-    pair: int
-    columns: int
-    tiles: int
-
-    @classmethod
-    def of(cls, tiles_of_rows: int, F: int) -> _Plan:
-        f = 256 if F % 256 == 0 else 128
-        pair = 2 if F // f % 2 == 0 else 1
-        columns = F // f // pair
-        return cls(f, pair, columns, tiles_of_rows * columns)
-
-    @property
-    def slots(self) -> int:
-        return RING_BYTES // (2 * STEP * (TILE + self.f))
-
-    def walk(self, body, step):
-        """Folds ``step = body(tile of rows, first column, step)`` over the tiles of this block."""
-        blocks = self.blocks
-        mine, pair = lax.axis_index("block"), lax.axis_index(PAIR)
-        count = lax.div(self.tiles - 1 - mine, jnp.int32(blocks)) + 1
-
-        def tile(n, step):
-            t = mine + n * blocks
-            i, j = lax.div(t, jnp.int32(self.columns)), lax.rem(t, jnp.int32(self.columns))
-            return body(i, (j * self.pair + pair) * self.f, step)
-
-        return lax.fori_loop(0, count, tile, step)
-
-    @property
-    def blocks(self) -> int:
-        return min(self.tiles, BLOCKS // self.pair)
-
-    def kernel(self, body, out_type, a_slot, b_slot, name: str, interpret, *, scratch=()):
-        """``body(*inputs, out, out_smem, *scratch, a_smem, b_smem, operands)`` in every block.
-
-        ``a_smem`` holds (warpgroup, slot, *a_slot), ``b_smem`` (slot, *b_slot).
-        """
-        wide, slots = tiles.smem, self.slots
-
-        def block(*refs):
-            *refs, a_smem, b_smem, a_ready, b_ready, a_free, b_free = refs
-            halves = [a_smem.at[0], a_smem.at[1]]  # one a warpgroup
-            ring_a = Ring(halves, a_ready, a_free, slots, self.pair)
-            ring_b = Ring([b_smem], b_ready, b_free, slots, 1)
-            body(*refs, a_smem, b_smem, _Operands(ring_a, ring_b))
-
-        return plgpu.kernel(
-            block,
-            out_type=out_type,
-            scratch_types=[
-                wide(2, ROWS, self.f),
-                *scratch,
-                wide(2, slots, *a_slot),
-                wide(slots, *b_slot),
-                plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-                plgpu.Barrier(num_barriers=slots),
-                tiles.freed(slots, 2, self.pair),
-                tiles.freed(slots, 2, 1),
-            ],
-            grid=(self.blocks,),
-            grid_names=("block",),
-            cluster=(self.pair,),
-            cluster_names=(PAIR,),
-            num_threads=3,
-            thread_name="wg",
-            kernel_name=name,
-            compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
-            interpret=interpret,
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Operands:
-    """The two rings that feed a product.
-
-    Attributes:
-      a, b: rings of left and right operands, of the same number of slots; the left ones are the
-        halves of the two warpgroups.
-    """
-
-    a: Ring
-    b: Ring
-
-    def fill(self, step, a_halves, b) -> None:
-        self.a.fill(step, a_halves)
-        self.b.fill(step, [b])
-
-    def drain(self, steps) -> None:
-        self.a.drain(steps)
-        self.b.drain(steps)
-
-    def wait(self, step):
-        self.a.wait(step)
-        return self.b.wait(step)
-
-    def release(self, step) -> None:
-        slot = lax.rem(step, jnp.int32(self.a.slots))
-        self.a.release(slot)
-        self.b.release(slot)
-
-    def skip(self, step, count) -> None:
-        """Lets ``count`` steps pass that this warpgroup does not need."""
-
-        @pl.loop(0, count)
-        def _(k):
-            self.wait(step + k)
-            self.release(step + k)
-
-    def add_products(self, acc_ref, step, count, left, right) -> None:
-        """``acc_ref += left(slot) @ right(slot)`` over ``count`` steps.
-
-        A product runs while the next is issued, so its slot is released one step later.
-        """
-
-        @pl.loop(0, count)
-        def _(k):
-            slot = self.wait(step + k)
-            plgpu.wgmma(acc_ref, left(slot), right(slot))
-            plgpu.wgmma_wait(1)
-            pl.when(k > 0)(lambda: self.release(step + k - 1))
-
-        plgpu.wgmma_wait(0)
-        pl.when(count > 0)(lambda: self.release(step + count - 1))
-
-
-def _halves(first):
-    """First rows or columns of the two warpgroups' shares of a tile."""
-    return first, first + ROWS
-
-
-def _row_rf(shape):
-    return tiles.iota(shape, 0)
-
-
 def rows_by_matrices(x_MD, w_EDF, sizes_E, *, transposed: bool = False, interpret=None):
     """Each row times its group's matrix, or, ``transposed``, the matrix (E, F, D) transposed.
 
@@ -221,7 +67,7 @@ def rows_by_matrices(x_MD, w_EDF, sizes_E, *, transposed: bool = False, interpre
       (M, F) bfloat16, accumulated in float32; zeros past the groups.
     """
     M, F = x_MD.shape[0], w_EDF.shape[1 if transposed else 2]
-    plan = _Plan.of(pl.cdiv(M, TILE), F)
+    plan = Plan.of(pl.cdiv(M, TILE), F)
     w_slot = (plan.f, STEP) if transposed else (STEP, plan.f)
     y_MF = plan.kernel(
         functools.partial(_rows_block, plan=plan, transposed=transposed),
@@ -236,7 +82,7 @@ def rows_by_matrices(x_MD, w_EDF, sizes_E, *, transposed: bool = False, interpre
 
 def _rows_block(
     x_ref, w_ref, group_ref, border_ref, first_ref, count_ref, y_ref, y_smem,
-    x_smem, w_smem, operands, *, plan: _Plan, transposed: bool,
+    x_smem, w_smem, operands, *, plan: Plan, transposed: bool,
 ):  # fmt: skip
     steps = x_ref.shape[1] // STEP
 
@@ -251,7 +97,7 @@ def _rows_block(
                 def _(k):
                     part = pl.ds(k * STEP, STEP)
                     w = matrix.at[columns, part] if transposed else matrix.at[part, columns]
-                    x = [x_ref.at[pl.ds(row, ROWS), part] for row in _halves(i * TILE)]
+                    x = [x_ref.at[pl.ds(row, ROWS), part] for row in halves(i * TILE)]
                     operands.fill(step + k, x, w)
 
                 return step + steps
@@ -320,9 +166,9 @@ def _write_own_rows(out_smem, y_rf, start, stop) -> None:
 
     @pl.when(~whole)
     def _():
-        row_rf = _row_rf(y_rf.shape)
+        index_rf = row_rf(y_rf.shape)
         old_rf = plgpu.load(out_smem, layout=plgpu.Layout.WGMMA)
-        out_smem[...] = jnp.where((row_rf >= start) & (row_rf < stop), y_rf, old_rf)
+        out_smem[...] = jnp.where((index_rf >= start) & (index_rf < stop), y_rf, old_rf)
 
 
 def matrices_of_rows(x_MD, dy_MF, sizes_E, *, interpret=None):
@@ -334,7 +180,7 @@ def matrices_of_rows(x_MD, dy_MF, sizes_E, *, interpret=None):
       interpret: ``plgpu.InterpretGPUParams()`` to run on a CPU.
     """
     D, F, E = x_MD.shape[1], dy_MF.shape[1], len(sizes_E)
-    plan = _Plan.of(E * (D // TILE), F)
+    plan = Plan.of(E * (D // TILE), F)
     border_C = jnp.append(jnp.int32(0), jnp.cumsum(sizes_E, dtype=jnp.int32))
     dw_EDF = plan.kernel(
         functools.partial(_matrices_block, plan=plan),
@@ -349,7 +195,7 @@ def matrices_of_rows(x_MD, dy_MF, sizes_E, *, interpret=None):
 
 
 def _matrices_block(
-    x_ref, dy_ref, border_ref, dw_ref, dw_smem, cleared, x_smem, dy_smem, operands, *, plan: _Plan
+    x_ref, dy_ref, border_ref, dw_ref, dw_smem, cleared, x_smem, dy_smem, operands, *, plan: Plan
 ):
     cut = dw_ref.shape[1] // TILE  # tiles of a group along D
 
@@ -365,7 +211,7 @@ def _matrices_block(
             @pl.loop(0, steps.count)
             def _(k):
                 rows = pl.ds(pl.multiple_of(steps.row(k), ALIGNED), STEP)
-                x = [x_ref.at[rows, pl.ds(half, ROWS)] for half in _halves(d)]
+                x = [x_ref.at[rows, pl.ds(half, ROWS)] for half in halves(d)]
                 operands.fill(step + k, x, dy_ref.at[rows, pl.ds(column, plan.f)])
 
             return step + steps.count
@@ -450,8 +296,8 @@ class _Steps(NamedTuple):
 def _clear(ref, start, stop) -> None:
     """Zeros in the rows outside: what they hold may be NaN."""
     a_rf = plgpu.load(ref, layout=plgpu.Layout.WGMMA)
-    row_rf = _row_rf(a_rf.shape)
-    own_rf = (row_rf >= start) & (row_rf < stop)
+    index_rf = row_rf(a_rf.shape)
+    own_rf = (index_rf >= start) & (index_rf < stop)
     ref[...] = jnp.where(own_rf, a_rf, jnp.zeros_like(a_rf))
 
 

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.gpu import grouped_matmul as kernel
+from pallas_kernels.gpu import tile_matmul
 from step_jax.ops import grouped_matmul as ops
 from tests.ops.test_grouped_matmul import assert_near, definition, inputs, value_and_gradients
 from tests.pallas_kernels.test_gpu_attention import interpreted
@@ -57,7 +58,7 @@ def test_all_rows_in_one_group_or_none(sizes):
 @pytest.mark.parametrize("blocks", [2, 4])
 def test_few_blocks_walk_many_tiles_in_pairs(blocks, monkeypatch):
     """Clusters of two blocks, slots that come round, results that follow each other."""
-    monkeypatch.setattr(kernel, "BLOCKS", blocks)
+    monkeypatch.setattr(tile_matmul, "BLOCKS", blocks)
     function.cache_clear()
     check([300, 0, 5, 90, 61], 500, D=256, F=512, fill=np.inf)
 
