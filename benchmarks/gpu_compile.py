@@ -117,9 +117,24 @@ def grouped_matmul() -> Iterator[Case]:
         yield Case(f"matrices {tail}", kernels.matrices_of_rows, (rows, results, sizes))
 
 
+def cross_entropy() -> Iterator[Case]:
+    """What the forward leaves of tiles of logits, and the gradient of the logits."""
+    from pallas_kernels.gpu import cross_entropy as kernels
+
+    N = 16384
+    for D, V in ((7168, 129280), (4096, 131072), (1024, 384)):
+        x, w = ((N, D), "bfloat16"), ((D, V), "bfloat16")
+        target, column = ((N,), "int32"), ((N,), "float32")
+        tail = f"{D}x{V}"
+        yield Case(f"log likelihood {tail}", kernels.log_likelihood, (x, w, target))
+        columns = (target, column, column, column)
+        yield Case(f"gradients {tail}", kernels.gradients, (x, w, *columns))
+
+
 SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {
     "attention": attention,
     "grouped_matmul": grouped_matmul,
+    "cross_entropy": cross_entropy,
 }
 
 

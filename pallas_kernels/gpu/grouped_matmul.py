@@ -72,6 +72,7 @@ def rows_by_matrices(x_MD, w_EDF, sizes_E, *, transposed: bool = False, interpre
     y_MF = plan.kernel(
         functools.partial(_rows_block, plan=plan, transposed=transposed),
         jax.ShapeDtypeStruct((M, F), x_MD.dtype),
+        tiles.smem(2, ROWS, plan.f),
         (ROWS, STEP),
         w_slot,
         "grouped_matmul_rows",
@@ -185,11 +186,12 @@ def matrices_of_rows(x_MD, dy_MF, sizes_E, *, interpret=None):
     dw_EDF = plan.kernel(
         functools.partial(_matrices_block, plan=plan),
         jax.ShapeDtypeStruct((E, D, F), x_MD.dtype),
+        tiles.smem(2, ROWS, plan.f),
         (STEP, ROWS),
         (STEP, plan.f),
         "grouped_matmul_matrices",
         interpret,
-        scratch=[plgpu.Barrier(num_arrivals=2)],
+        plgpu.Barrier(num_arrivals=2),
     )(x_MD, dy_MF, border_C)
     return vary_as(dw_EDF, x_MD)
 

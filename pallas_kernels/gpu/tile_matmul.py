@@ -73,7 +73,7 @@ class Plan:
     def blocks(self) -> int:
         return min(self.tiles, BLOCKS // self.pair)
 
-    def kernel(self, body, out_type, a_slot, b_slot, name: str, interpret, *, scratch=()):
+    def kernel(self, body, out_type, out_smem, a_slot, b_slot, name: str, interpret, *scratch):
         """``body(*inputs, out, out_smem, *scratch, a_smem, b_smem, operands)`` in every block.
 
         ``a_smem`` holds (warpgroup, slot, *a_slot), ``b_smem`` (slot, *b_slot).
@@ -91,7 +91,7 @@ class Plan:
             block,
             out_type=out_type,
             scratch_types=[
-                wide(2, ROWS, self.f),
+                out_smem,
                 *scratch,
                 wide(2, slots, *a_slot),
                 wide(slots, *b_slot),
@@ -107,7 +107,7 @@ class Plan:
             num_threads=3,
             thread_name="wg",
             kernel_name=name,
-            compiler_params=plgpu.CompilerParams(reduction_scratch_bytes=0),
+            compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
             interpret=interpret,
         )
 
