@@ -7,11 +7,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh
-from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.gpu import cross_entropy as kernel
 from pallas_kernels.gpu import tile_matmul
+from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
+from step_jax.ops import cross_entropy as ops
 from tests.pallas_kernels.test_gpu_attention import interpreted
 
 Z = 0.01
@@ -44,7 +44,7 @@ def gradients(loss, x, w, target, weight):
 
 
 def definition(x, w, target, weight):
-    """Float64: (total, nll, dx, dw, dweight), and the part of dx and dw that is the target's."""
+    """Float64: (total, nll, dx, dw, dweight)."""
     x, w, weight = (np.asarray(a, np.float64) for a in (x, w, weight))
     logits = x @ w
     top = logits.max(1)
@@ -94,27 +94,19 @@ def test_same_bits_in_every_run():
         assert np.array_equal(np.asarray(a), np.asarray(b))
 
 
-def test_traces_inside_a_shard_map(monkeypatch):
+def test_traces_on_a_mesh(monkeypatch):
+    """With the check of what varies over the mesh."""
     monkeypatch.setattr(kernel, "check_hopper", lambda: None)
-    mesh = Mesh(np.array(jax.devices()[:2]), ("x",), axis_types=(AxisType.Auto,))
-
-    def piece(x, w, target, weight):
-        w = jax.lax.pcast(w, "x", to="varying")
-        value, nll, dx, dw, dweight = gradients(
-            functools.partial(kernel.cross_entropy, z_loss=Z), x, w, target, weight
-        )
-        return jax.lax.psum(value, "x"), nll, dx, jax.lax.psum(dw, "x"), dweight
-
-    tokens = P("x")
-    f = jax.shard_map(
-        piece,
-        mesh=mesh,
-        in_specs=(tokens, P(), tokens, tokens),
-        out_specs=(P(), tokens, tokens, P(), tokens),
+    monkeypatch.setattr(ops, "resolve", lambda name, platform: name)
+    sharding = Sharding(make_mesh(MeshConfig(data=2, context=2), jax.devices()[:4]))
+    x, w, target, weight = problem(512, 64, 256)
+    arrays = x.reshape(2, 256, 64), w, target.reshape(2, 256), weight.reshape(2, 256)
+    loss = functools.partial(
+        ops.cross_entropy, z_loss=Z, implementation="pallas_gpu", sharding=sharding
     )
-    arrays = problem(256, 64, 256)
-    shapes = [a.shape for a in jax.eval_shape(f, *arrays)]
-    assert shapes == [(), (256,), (256, 64), (64, 256), (256,)]
+    got = jax.eval_shape(functools.partial(gradients, loss), *arrays)
+    shapes = [a.shape for a in got]
+    assert shapes == [(), (2, 256), (2, 256, 64), (64, 256), (2, 256)]
 
 
 @pytest.mark.parametrize(
