@@ -348,11 +348,87 @@ def exact_grouped_matmul(*arrays):
     return y, dx, dw
 
 
+# --- cross-entropy -------------------------------------------------------------------------------
+# N tokens, D width, V vocabulary.
+
+Z_LOSS = 1e-4
+
+
+def cross_entropy(budget: Budget) -> None:
+    """Loss alone, and loss with gradients, beside whole logits; rates are of 2 and 6 N D V."""
+    check_cross_entropy()
+    print("cross-entropy, TFLOP/s of 2 N D V: loss; of 6 N D V: loss and gradients")
+    for N, D, V in ((16384, 4096, 131072), (16384, 7168, 129280), (4096, 4096, 131072)):
+        inputs = loss_inputs(N, D, V)
+        for name, loss in loss_contenders():
+            what = f"{N}x{D}x{V}, {name}"
+            if budget.spent(what):
+                continue
+            try:
+                forward = measure(jax.jit(loss), *inputs)
+                both = measure(jax.jit(loss_and_gradients(loss)), *inputs)
+            except Exception as error:  # whole logits may not fit
+                print(f"  {what}: {type(error).__name__}: {str(error)[:300]}")
+                continue
+            flops = 2 * N * D * V
+            rates = forward.rate(flops, 1e12), both.rate(3 * flops, 1e12)
+            print(f"  {what:34}", "  ".join(rates), flush=True)
+
+
+def loss_inputs(N: int, D: int, V: int, seed: int = 0):
+    """Random bfloat16 x_ND and w_DV, targets, and float32 weights of both signs."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    x_ND = jax.random.normal(keys[0], (N, D), jnp.bfloat16)
+    w_DV = jax.random.normal(keys[1], (D, V), jnp.bfloat16) * D**-0.5
+    target_N = jax.random.randint(keys[2], (N,), 0, V, jnp.int32)
+    return x_ND, w_DV, target_N, jax.random.normal(keys[3], (N,))
+
+
+def loss_contenders() -> Iterator[tuple[str, Callable]]:
+    from pallas_kernels.gpu import cross_entropy as kernel
+
+    yield "ours", lambda x, w, t, weight: kernel.cross_entropy(x, w, t, weight, Z_LOSS)[0]
+    yield "whole logits", whole_logits
+
+
+def whole_logits(x_ND, w_DV, target_N, weight_N):
+    logits_NV = jnp.dot(x_ND, w_DV, preferred_element_type=jnp.float32)
+    lse_N = jax.nn.logsumexp(logits_NV, axis=-1)
+    hit_N = jnp.take_along_axis(logits_NV, target_N[:, None], -1)[:, 0]
+    return jnp.sum(weight_N * (lse_N - hit_N + Z_LOSS * lse_N**2))
+
+
+def loss_and_gradients(loss: Callable) -> Callable:
+    return jax.value_and_grad(loss, argnums=(0, 1, 3))
+
+
+def check_cross_entropy() -> None:
+    """Loss and gradients against float32 products, twice with the same bits.
+
+    Raises:
+      AssertionError: an error above two bfloat16 roundings, or two runs that differ in a bit.
+    """
+    loss = dict(loss_contenders())["ours"]
+    for shape in ((1024, 512, 32768), (1000, 256, 1408), (70, 128, 128)):
+        x, w, *others = loss_inputs(*shape)
+        exact = x.astype(jnp.float32), w.astype(jnp.float32), *others
+        with jax.default_matmul_precision("highest"):
+            want = jax.jit(loss_and_gradients(whole_logits))(*exact)
+        got, again = (jax.jit(loss_and_gradients(loss))(x, w, *others) for _ in range(2))
+        got, again, want = (jax.tree.leaves(a) for a in (got, again, want))
+        errors = [relative_error(a, b) for a, b in zip(got, want, strict=True)]
+        print(f"  {shape} error of loss, dx, dw, dweight:", *(f"{e:.1e}" for e in errors))
+        assert max(errors) < 2 * 2**-9, f"{shape}: {errors}"
+        same = all(bool((a == b).all()) for a, b in zip(got, again, strict=True))
+        assert same, f"{shape}: two runs differ"
+
+
 # -------------------------------------------------------------------------------------------------
 
 SECTIONS: dict[str, Callable[[Budget], None]] = {
     "attention": attention,
     "grouped_matmul": grouped_matmul,
+    "cross_entropy": cross_entropy,
 }
 
 
