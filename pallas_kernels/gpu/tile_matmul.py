@@ -142,11 +142,16 @@ class Operands:
         self.b.release(slot)
 
     def skip(self, step, count) -> None:
-        """Lets ``count`` steps pass that this warpgroup does not need."""
+        """Lets ``count`` steps pass that this warpgroup does not need.
+
+        In a cluster one thread releases for its warpgroup. Where a product does not hold the four
+        warps together, a barrier must: one that fell behind would miss the slot's next phase.
+        """
 
         @pl.loop(0, count)
         def _(k):
             self.wait(step + k)
+            plgpu.commit_smem()  # nothing was written; it is the barrier of a warpgroup
             self.release(step + k)
 
     def add_products(self, acc_ref, step, count, left, right) -> None:
