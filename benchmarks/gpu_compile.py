@@ -99,7 +99,43 @@ def attention() -> Iterator[Case]:
             yield case(f"dk_dv {tail}", backward.dk_dv, *gradient, groups=groups, **static)
 
 
-SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {"attention": attention}
+def grouped_matmul() -> Iterator[Case]:
+    """Rows by matrices, by transposed matrices, and the gradient of the matrices.
+
+    The widths reach tiles of 256 and 128 columns, clusters of two blocks and of one.
+    """
+    from pallas_kernels.gpu import grouped_matmul as kernels
+
+    M, E = 16384, 16
+    for D, F in ((7168, 5120), (4096, 1536), (768, 1280), (384, 128)):
+        rows, results = ((M, D), "bfloat16"), ((M, F), "bfloat16")
+        matrices, sizes = ((E, D, F), "bfloat16"), ((E,), "int32")
+        transposed = functools.partial(kernels.rows_by_matrices, transposed=True)
+        tail = f"{D}x{F}"
+        yield Case(f"rows {tail}", kernels.rows_by_matrices, (rows, matrices, sizes))
+        yield Case(f"rows transposed {tail}", transposed, (results, matrices, sizes))
+        yield Case(f"matrices {tail}", kernels.matrices_of_rows, (rows, results, sizes))
+
+
+def cross_entropy() -> Iterator[Case]:
+    """What the forward leaves of tiles of logits, and the gradient of the logits."""
+    from pallas_kernels.gpu import cross_entropy as kernels
+
+    N = 16384
+    for D, V in ((7168, 129280), (4096, 131072), (1024, 384)):
+        x, w = ((N, D), "bfloat16"), ((D, V), "bfloat16")
+        target, column = ((N,), "int32"), ((N,), "float32")
+        tail = f"{D}x{V}"
+        yield Case(f"log likelihood {tail}", kernels.log_likelihood, (x, w, target))
+        columns = (target, column, column, column)
+        yield Case(f"gradients {tail}", kernels.gradients, (x, w, *columns))
+
+
+SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {
+    "attention": attention,
+    "grouped_matmul": grouped_matmul,
+    "cross_entropy": cross_entropy,
+}
 
 
 @functools.cache

@@ -212,9 +212,224 @@ def exact_attention(q_BTNH, k_BSH, v_BSH, *, scale, causal=True, window=None, se
     return jnp.einsum("bnts,bsh->btnh", p_BNTS, v_BSH)
 
 
+# --- grouped matmul ------------------------------------------------------------------------------
+# M rows, E groups, D width of a row, F width of a result.
+
+
+def grouped_matmul(budget: Budget) -> None:
+    """Forward, gradient of the rows and of the matrices; groups of equal and of ragged sizes.
+
+    ``dense`` is one matrix for all rows: the roof of what the libraries of XLA reach at that shape.
+    """
+    check_grouped_matmul()
+    print("grouped matmul, TFLOP/s: forward, gradient of rows, of matrices")
+    for M, D, F, E in ((131072, 4096, 1536, 128), (32768, 7168, 5120, 16), (16384, 2048, 1024, 64)):
+        flops = 2 * M * D * F
+        for label, sizes_E in (("equal", equal_sizes(M, E)), ("ragged", ragged_sizes(M, E))):
+            inputs = grouped_inputs(M, D, F, sizes_E)
+            for name, products in grouped_contenders(M, D, E):
+                what = f"{M}x{D}x{F}, {E} {label}, {name}"
+                if budget.spent(what):
+                    continue
+                try:
+                    times = [measure(jax.jit(product), *inputs) for product in products]
+                except Exception as error:  # one contender must not stop the others
+                    print(f"  {what}: {type(error).__name__}: {str(error)[:300]}")
+                    continue
+                print(f"  {what:44}", "  ".join(t.rate(flops, 1e12) for t in times), flush=True)
+
+
+def equal_sizes(M: int, E: int):
+    return np.full(E, M // E, np.int32)
+
+
+def ragged_sizes(M: int, E: int, seed: int = 0):
+    """One group with a quarter of the rows, an eighth of the groups empty, the rest at random."""
+    rng = np.random.default_rng(seed)
+    share_E = rng.dirichlet(np.ones(E))
+    share_E[: E // 8] = 0.0
+    share_E[-1] = share_E[:-1].sum() / 3
+    sizes_E = np.floor(share_E / share_E.sum() * M).astype(np.int32)
+    sizes_E[-1] += M - sizes_E.sum()
+    return sizes_E
+
+
+def grouped_inputs(M: int, D: int, F: int, sizes_E, seed: int = 0):
+    """Random bfloat16 x_MD, w_EDF and dy_MF, and the sizes."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = [(M, D), (len(sizes_E), D, F), (M, F)]
+    arrays = [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True)]
+    return *arrays, jnp.asarray(sizes_E)
+
+
+def grouped_contenders(M: int, D: int, E: int) -> Iterator[tuple[str, tuple[Callable, ...]]]:
+    """Name and the three products, each a function of x_MD, w_EDF, dy_MF and sizes_E."""
+    from pallas_kernels.gpu import grouped_matmul as kernel
+
+    yield (
+        "ours",
+        (
+            lambda x, w, dy, s: kernel.rows_by_matrices(x, w, s),
+            lambda x, w, dy, s: kernel.rows_by_matrices(dy, w, s, transposed=True),
+            lambda x, w, dy, s: kernel.matrices_of_rows(x, dy, s),
+        ),
+    )
+    yield (
+        "dense",
+        (
+            lambda x, w, dy, s: x @ w[0],
+            lambda x, w, dy, s: dy @ w[0].T,
+            lambda x, w, dy, s: x.T @ dy,
+        ),
+    )
+    if 2 * M * D * E < 16 * 2**30:  # XLA makes a copy of the rows for every group
+        yield "ragged_dot", gradients_of(jax.lax.ragged_dot)
+    try:
+        import tokamax
+    except ImportError:
+        print("  tokamax is not installed")
+    else:
+        yield "tokamax", gradients_of(tokamax.ragged_dot)
+
+
+def gradients_of(ragged_dot: Callable) -> tuple[Callable, ...]:
+    """The product and its two gradients, each alone."""
+
+    def rows(x, w, dy, s):
+        return jax.vjp(lambda x: ragged_dot(x, w, s), x)[1](dy)
+
+    def matrices(x, w, dy, s):
+        return jax.vjp(lambda w: ragged_dot(x, w, s), w)[1](dy)
+
+    return lambda x, w, dy, s: ragged_dot(x, w, s), rows, matrices
+
+
+def check_grouped_matmul() -> None:
+    """The three products against float32, group by group, twice with the same bits.
+
+    Raises:
+      AssertionError: an error above two bfloat16 roundings, or two runs that differ in a bit.
+    """
+    from pallas_kernels.gpu.grouped_matmul import grouped_matmul
+
+    def run(x, w, dy, s):
+        y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, s), x, w)
+        return y, *pull(dy)
+
+    cases = [
+        (4096, 512, 768, ragged_sizes(4096, 16)),
+        (4096, 512, 1024, np.array([0, 4000, 0, 1, 7, 0], np.int32)),  # rows left over
+        (1000, 256, 384, np.array([333, 0, 8, 659], np.int32)),
+        (128, 128, 128, np.zeros(3, np.int32)),
+    ]
+    for M, D, F, sizes_E in cases:
+        inputs = grouped_inputs(M, D, F, sizes_E)
+        got, again = jax.jit(run)(*inputs), jax.jit(run)(*inputs)
+        same = all(bool((a == b).all()) for a, b in zip(got, again, strict=True))
+        errors = [
+            relative_error(a, b) if np.any(b) else float(np.abs(np.asarray(a, np.float32)).max())
+            for a, b in zip(got, exact_grouped_matmul(*inputs), strict=True)
+        ]
+        print(f"  {(M, D, F, len(sizes_E))} error of y, dx, dw:", *(f"{e:.1e}" for e in errors))
+        assert max(errors) < 2 * 2**-9, f"{(M, D, F)}: {errors}"
+        assert same, f"{(M, D, F)}: two runs differ"
+
+
+def exact_grouped_matmul(*arrays):
+    """Float32 on the host, group by group."""
+    x, w, dy = (np.asarray(a, np.float32) for a in arrays[:3])
+    y, dx, dw = np.zeros_like(dy), np.zeros_like(x), np.zeros_like(w)
+    start = 0
+    for e, size in enumerate(np.asarray(arrays[3])):
+        rows = slice(start, start + size)
+        y[rows], dx[rows] = x[rows] @ w[e], dy[rows] @ w[e].T
+        dw[e] = x[rows].T @ dy[rows]
+        start += size
+    return y, dx, dw
+
+
+# --- cross-entropy -------------------------------------------------------------------------------
+# N tokens, D width, V vocabulary.
+
+Z_LOSS = 1e-4
+
+
+def cross_entropy(budget: Budget) -> None:
+    """Loss alone, and loss with gradients, beside whole logits; rates are of 2 and 6 N D V."""
+    check_cross_entropy()
+    print("cross-entropy, TFLOP/s of 2 N D V: loss; of 6 N D V: loss and gradients")
+    for N, D, V in ((16384, 4096, 131072), (16384, 7168, 129280), (4096, 4096, 131072)):
+        inputs = loss_inputs(N, D, V)
+        for name, loss in loss_contenders():
+            what = f"{N}x{D}x{V}, {name}"
+            if budget.spent(what):
+                continue
+            try:
+                forward = measure(jax.jit(loss), *inputs)
+                both = measure(jax.jit(loss_and_gradients(loss)), *inputs)
+            except Exception as error:  # whole logits may not fit
+                print(f"  {what}: {type(error).__name__}: {str(error)[:300]}")
+                continue
+            flops = 2 * N * D * V
+            rates = forward.rate(flops, 1e12), both.rate(3 * flops, 1e12)
+            print(f"  {what:34}", "  ".join(rates), flush=True)
+
+
+def loss_inputs(N: int, D: int, V: int, seed: int = 0):
+    """Random bfloat16 x_ND and w_DV, targets, and float32 weights of both signs."""
+    keys = jax.random.split(jax.random.key(seed), 4)
+    x_ND = jax.random.normal(keys[0], (N, D), jnp.bfloat16)
+    w_DV = jax.random.normal(keys[1], (D, V), jnp.bfloat16) * D**-0.5
+    target_N = jax.random.randint(keys[2], (N,), 0, V, jnp.int32)
+    return x_ND, w_DV, target_N, jax.random.normal(keys[3], (N,))
+
+
+def loss_contenders() -> Iterator[tuple[str, Callable]]:
+    from pallas_kernels.gpu import cross_entropy as kernel
+
+    yield "ours", lambda x, w, t, weight: kernel.cross_entropy(x, w, t, weight, Z_LOSS)[0]
+    yield "whole logits", whole_logits
+
+
+def whole_logits(x_ND, w_DV, target_N, weight_N):
+    logits_NV = jnp.dot(x_ND, w_DV, preferred_element_type=jnp.float32)
+    lse_N = jax.nn.logsumexp(logits_NV, axis=-1)
+    hit_N = jnp.take_along_axis(logits_NV, target_N[:, None], -1)[:, 0]
+    return jnp.sum(weight_N * (lse_N - hit_N + Z_LOSS * lse_N**2))
+
+
+def loss_and_gradients(loss: Callable) -> Callable:
+    return jax.value_and_grad(loss, argnums=(0, 1, 3))
+
+
+def check_cross_entropy() -> None:
+    """Loss and gradients against float32 products, twice with the same bits.
+
+    Raises:
+      AssertionError: an error above two bfloat16 roundings, or two runs that differ in a bit.
+    """
+    loss = dict(loss_contenders())["ours"]
+    for shape in ((1024, 512, 32768), (1000, 256, 1408), (70, 128, 128)):
+        x, w, *others = loss_inputs(*shape)
+        exact = x.astype(jnp.float32), w.astype(jnp.float32), *others
+        with jax.default_matmul_precision("highest"):
+            want = jax.jit(loss_and_gradients(whole_logits))(*exact)
+        got, again = (jax.jit(loss_and_gradients(loss))(x, w, *others) for _ in range(2))
+        got, again, want = (jax.tree.leaves(a) for a in (got, again, want))
+        errors = [relative_error(a, b) for a, b in zip(got, want, strict=True)]
+        print(f"  {shape} error of loss, dx, dw, dweight:", *(f"{e:.1e}" for e in errors))
+        assert max(errors) < 2 * 2**-9, f"{shape}: {errors}"
+        same = all(bool((a == b).all()) for a, b in zip(got, again, strict=True))
+        assert same, f"{shape}: two runs differ"
+
+
 # -------------------------------------------------------------------------------------------------
 
-SECTIONS: dict[str, Callable[[Budget], None]] = {"attention": attention}
+SECTIONS: dict[str, Callable[[Budget], None]] = {
+    "attention": attention,
+    "grouped_matmul": grouped_matmul,
+    "cross_entropy": cross_entropy,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,6 +17,7 @@ from jax import lax
 from pallas_kernels.gpu import attention_backward as backward
 from pallas_kernels.gpu.attention_forward import forward
 from pallas_kernels.gpu.attention_tiles import ROWS, Mask
+from pallas_kernels.gpu.common import check_hopper
 
 TILE = 2 * ROWS
 WIDTHS = (64, 128, 192, 256)
@@ -58,7 +59,7 @@ def mfa_attention(
     """
     _check(q_BTNH, k_BSH, v_BSH, causal, window, segments_BT)
     if interpret is None:
-        _check_platform()
+        check_hopper()
     mask = Mask(causal=causal, bounded=window is not None or segments_BT is not None)
     first_BT, last_BS = (
         bounds(q_BTNH.shape[:2], window, segments_BT) if mask.bounded else (None,) * 2
@@ -148,15 +149,3 @@ def _check(q_BTNH, k_BSH, v_BSH, causal, window, segments_BT) -> None:
         raise ValueError(f"window must be at least 1, got {window}")
     if segments_BT is not None and segments_BT.shape != (B, T):
         raise ValueError(f"segments must be ({B}, {T}), got {segments_BT.shape}")
-
-
-def _check_platform() -> None:
-    """Refuses a default device that is not a Hopper GPU."""
-    device = jax.devices()[0]
-    capability = str(getattr(device, "compute_capability", ""))
-    if device.platform != "gpu" or not capability.startswith("9."):
-        raise ValueError(
-            "the kernels need a Hopper GPU (compute capability 9.0), not"
-            f" {device.device_kind} ({device.platform} {capability}); pass"
-            " interpret=plgpu.InterpretGPUParams() to run them on a CPU"
-        )

@@ -36,7 +36,7 @@ class Execution:
     attention: Implementation = "auto"
     scan: bool = True
     remat: RematPolicy = "none"
-    loss: Literal["auto", "chunked", "pallas_tpu"] = "auto"
+    loss: Literal["auto", "chunked", "pallas_tpu", "pallas_gpu"] = "auto"
     loss_chunks: int = 8
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 

@@ -149,13 +149,32 @@ def _backward(z_loss, sharding, residuals, cotangents):
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def pallas_tpu(x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunks, sharding: Sharding | None):
+def pallas_tpu(*arguments):
     """The kernel of this project for TPUs: not even a chunk's logits exist in HBM.
 
     Its gradients make the logits again, for 10 N D V operations instead of 6, so it is for memory
     and for losses without gradients. ``chunks`` has no meaning here.
     """
     from pallas_kernels.tpu import cross_entropy as kernel  # not paid for elsewhere
+
+    return _on_every_piece("pallas_tpu", kernel, *arguments)
+
+
+def pallas_gpu(*arguments):
+    """The kernel of this project for Hopper GPUs: bfloat16 hidden states, V a multiple of 128.
+
+    The forward pass has no logits in HBM, the backward pass makes the gradient of those of a part
+    of the vocabulary at a time, for 8 N D V operations in all. ``chunks`` has no meaning here.
+    """
+    from pallas_kernels.gpu import cross_entropy as kernel  # not paid for elsewhere
+
+    return _on_every_piece("pallas_gpu", kernel, *arguments)
+
+
+def _on_every_piece(
+    name: str, kernel, x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunks, sharding
+):
+    """``kernel.cross_entropy`` on every device's tokens and the whole head."""
 
     def local(x_BTD, w_DV, targets_BT, weights_BT):
         x_BTD, w_DV, targets_BT, weights_BT = vary_alike(x_BTD, w_DV, targets_BT, weights_BT)
@@ -167,7 +186,7 @@ def pallas_tpu(x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunks, sharding: Sh
     if sharding is None or sharding.mesh.size == 1:
         return local(x_BTD, w_DV, targets_BT, weights_BT)
     if sharding.ways("vocab") > 1:
-        raise ValueError("cross-entropy 'pallas_tpu' has no vocabulary cut over the tensor axis")
+        raise ValueError(f"cross-entropy {name!r} has no vocabulary cut over the tensor axis")
     tokens = sharding.spec(("batch", "sequence"), targets_BT.shape)
     axes = tuple(jax.tree.leaves(tuple(tokens)))  # an entry is a name, several, or None
 
@@ -184,7 +203,12 @@ def pallas_tpu(x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunks, sharding: Sh
     return f(x_BTD, w_DV, targets_BT, weights_BT)
 
 
-IMPLEMENTATIONS: dict[str, Callable] = {"chunked": chunked, "pallas_tpu": pallas_tpu}
+IMPLEMENTATIONS: dict[str, Callable] = {
+    "chunked": chunked,
+    "pallas_tpu": pallas_tpu,
+    "pallas_gpu": pallas_gpu,
+}
+KERNEL_PLATFORMS = {"pallas_tpu": ("tpu", "TPUs"), "pallas_gpu": ("gpu", "Hopper GPUs")}
 
 
 def resolve(implementation: str, platform: str | None = None) -> str:
@@ -200,6 +224,7 @@ def resolve(implementation: str, platform: str | None = None) -> str:
             f"no cross-entropy {implementation!r}; there are: auto, " + ", ".join(IMPLEMENTATIONS)
         )
     platform = platform or jax.default_backend()
-    if implementation == "pallas_tpu" and platform != "tpu":
-        raise ValueError(f"cross-entropy 'pallas_tpu' is for TPUs, not for {platform!r}")
+    only, devices = KERNEL_PLATFORMS.get(implementation, (platform, ""))
+    if platform != only:
+        raise ValueError(f"cross-entropy {implementation!r} is for {devices}, not for {platform!r}")
     return implementation

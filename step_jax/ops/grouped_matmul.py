@@ -150,6 +150,13 @@ def pallas_tpu(x_MD, w_EDF, sizes_E, load: int | None = None):
     return kernel.grouped_matmul(*vary_alike(x_MD, w_EDF, sizes_E), load)
 
 
+def pallas_gpu(x_MD, w_EDF, sizes_E):
+    """The kernel of this project for Hopper GPUs: bfloat16, widths that are multiples of 128."""
+    from pallas_kernels.gpu import grouped_matmul as kernel  # not paid for elsewhere
+
+    return kernel.grouped_matmul(*vary_alike(x_MD, w_EDF, sizes_E))
+
+
 def ragged_dot(x_MD, w_EDF, sizes_E):
     """The operation of XLA; as fast as the compiler's lowering on a platform is."""
     used_M1 = jnp.arange(len(x_MD), dtype=jnp.int32)[:, None] < jnp.sum(sizes_E)
@@ -164,7 +171,9 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "tiles": tiles,
     "ragged_dot": ragged_dot,
     "pallas_tpu": pallas_tpu,
+    "pallas_gpu": pallas_gpu,
 }
+KERNEL_PLATFORMS = {"pallas_tpu": ("tpu", "TPUs"), "pallas_gpu": ("gpu", "Hopper GPUs")}
 
 
 def resolve(implementation: str, platform: str | None = None) -> str:
@@ -177,14 +186,18 @@ def resolve(implementation: str, platform: str | None = None) -> str:
     """
     platform = platform or jax.default_backend()
     if implementation == "auto":
-        # outside TPUs XLA makes of ragged_dot masked products of all rows with all matrices
+        # outside TPUs XLA makes of ragged_dot masked products of all rows with all matrices;
+        # pallas_gpu is asked for by name until it has been measured on a GPU
         return "pallas_tpu" if platform == "tpu" else "tiles"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"no grouped matmul {implementation!r}; there are: auto, " + ", ".join(IMPLEMENTATIONS)
         )
-    if implementation == "pallas_tpu" and platform != "tpu":
-        raise ValueError(f"grouped matmul 'pallas_tpu' is for TPUs, not for {platform!r}")
+    only, devices = KERNEL_PLATFORMS.get(implementation, (platform, ""))
+    if platform != only:
+        raise ValueError(
+            f"grouped matmul {implementation!r} is for {devices}, not for {platform!r}"
+        )
     return implementation
 
 

@@ -18,7 +18,7 @@ from step_jax.ops import grouped_matmul as ops
 D, F = 8, 12
 
 
-ANYWHERE = [name for name in ops.IMPLEMENTATIONS if name != "pallas_tpu"]
+ANYWHERE = [name for name in ops.IMPLEMENTATIONS if name not in ops.KERNEL_PLATFORMS]
 
 
 def definition(x, w, sizes, cotangent):
@@ -153,11 +153,15 @@ def test_auto_follows_the_platform_compiled_for():
 def test_what_does_not_fit_is_refused():
     x, w, sizes, _ = inputs([2, 3], 8)
     with pytest.raises(
-        ValueError, match="there are: auto, reference, tiles, ragged_dot, pallas_tpu"
+        ValueError, match="there are: auto, reference, tiles, ragged_dot, pallas_tpu, pallas_gpu"
     ):
         ops.grouped_matmul(x, w, sizes, implementation="dense")
     with pytest.raises(ValueError, match="for TPUs, not for 'cpu'"):
         ops.grouped_matmul(x, w, sizes, implementation="pallas_tpu")
+    with pytest.raises(ValueError, match="for Hopper GPUs, not for 'cpu'"):
+        ops.grouped_matmul(x, w, sizes, implementation="pallas_gpu")
+    with pytest.raises(ValueError, match="multiples of 128"):
+        ops.grouped_matmul(x, w, sizes, implementation="pallas_gpu", platform="gpu")
     with pytest.raises(ValueError, match=r"sizes \(E,\)"):
         ops.grouped_matmul(x, w, sizes[:1])
     with pytest.raises(ValueError, match="do not fit"):

@@ -86,7 +86,9 @@ def test_what_is_not_supported_is_refused(interpreted, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ValueError, match="for TPUs, not for 'cpu'"):
         ops.cross_entropy(*args, implementation="pallas_tpu")
-    with pytest.raises(ValueError, match="there are: auto, chunked, pallas_tpu"):
+    with pytest.raises(ValueError, match="for Hopper GPUs, not for 'cpu'"):
+        ops.cross_entropy(*args, implementation="pallas_gpu")
+    with pytest.raises(ValueError, match="there are: auto, chunked, pallas_tpu, pallas_gpu"):
         ops.cross_entropy(*args, implementation="full")
 
 
