@@ -99,7 +99,41 @@ def attention() -> Iterator[Case]:
             yield case(f"dk_dv {tail}", backward.dk_dv, *gradient, groups=groups, **static)
 
 
-SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {"attention": attention}
+def decode() -> Iterator[Case]:
+    """Decoding over a stack of caches: what is cached, bfloat16 and float8, of MFA and GQA."""
+    from pallas_kernels.gpu.decode import decode as attend
+
+    layers, B, S = 3, 16, 32768
+    for label, N, K, H in (("mfa d256", 64, 1, 256), ("gqa d128", 64, 8, 128)):
+        for dtype in ("bfloat16", "float8_e4m3fn"):
+            for kind, page in (("", None), ("reuse", None), ("rotated", None), ("paged", 16)):
+                values, rotates = kind != "reuse", kind in ("reuse", "rotated")
+                shape = (layers, B * S // page, page, K, H) if page else (layers, B, S, K, H)
+                shapes = [
+                    ((B, 1, N, H), "bfloat16"),
+                    ((B, 1), "int32"),
+                    ((B,), "int32"),
+                    ((), "int32"),
+                    ((B, S // page), "int32") if page else ((0,), "int32"),
+                    ((H // 2,), "float32"),
+                    *[(shape, dtype)] * (2 if values else 1),
+                ]
+
+                def call(
+                    q, positions, lengths, layer, table, frequency, k, v=None,
+                    page=page, rotates=rotates,
+                ):  # fmt: skip
+                    return attend(
+                        q, k, v, positions, lengths, scale=1.0, layer=layer, window=1024,
+                        frequency_F=frequency if rotates else None,
+                        page_table_BM=table if page else None,
+                    )  # fmt: skip
+
+                name = "bf16" if dtype == "bfloat16" else "fp8"
+                yield Case(f"decode {label} {name} {kind}".strip(), call, tuple(shapes))
+
+
+SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {"attention": attention, "decode": decode}
 
 
 @functools.cache
