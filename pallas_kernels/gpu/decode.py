@@ -320,6 +320,11 @@ class _Call(NamedTuple):
         return self.converts and (self.own_values or self.rotates)
 
     @property
+    def piece(self) -> int:
+        """Columns that are in registers at once; 64 spill beside the tables of the rotation."""
+        return 32 if self.rotates else 64
+
+    @property
     def turn_size(self) -> int:
         return 2 * self.H if self.rotates else 0
 
@@ -367,12 +372,12 @@ def _partial_results(call: _Call, inputs, caches, interpret):
     raw_slots, prepared_slots = call.ring_slots()
     buffers = 2 if call.own_values else 1
     partials, Q = call.splits + call.B - 1, -(-call.R // ROWS) * ROWS
-    prepared = [tiles.smem(prepared_slots, TILE, call.H)] * (
+    prepared = [_smem(call, prepared_slots, TILE)] * (
         (2 if call.own_prepared_values else 1) if call.prepares else 0
     )
     scratch = {
-        "q": tiles.smem(ROWS, call.H),
-        "raw": [_raw_smem(call, raw_slots)] * buffers,
+        "q": _smem(call, ROWS),
+        "raw": [_smem(call, raw_slots, TILE, dtype=jnp.dtype(call.dtype))] * buffers,
         "prepared": prepared,
         "turn": [plgpu.SMEM((2, call.H), jnp.float32)] if call.rotates else [],
         "q_ready": plgpu.Barrier(),
@@ -401,14 +406,15 @@ def _partial_results(call: _Call, inputs, caches, interpret):
     )(*inputs, *caches)
 
 
-def _raw_smem(call: _Call, slots: int):
-    """Shared memory for tiles as they are cached: what the TMA and, of bfloat16, wgmma take."""
-    if not call.converts:
-        return tiles.smem(slots, TILE, call.H)
+def _smem(call: _Call, *shape: int, dtype=jnp.dtype(jnp.bfloat16)):
+    """Shared memory for matrices that TMA and wgmma take, and warpgroups in pieces of columns."""
     return plgpu.SMEM(
-        (slots, TILE, call.H),
-        jnp.dtype(call.dtype),
-        transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(64)),
+        (*shape, call.H),
+        dtype,
+        transforms=(
+            plgpu.TilingTransform((8, call.piece)),
+            plgpu.SwizzleTransform(call.piece * dtype.itemsize),
+        ),
     )
 
 
@@ -522,37 +528,38 @@ class _Block:
         self.rows(of_row)
 
     def convert(self, source, target) -> None:
-        for column in range(0, self.call.H, 64):
-            columns = pl.ds(column, 64)
-            target[:, columns] = _load(source.at[:, columns]).astype(jnp.bfloat16)
+        for column in range(0, self.call.H, self.call.piece):
+            columns = pl.ds(column, self.call.piece)
+            target[:, columns] = _load(source.at[:, columns]).astype(target.dtype)
 
     def load_tables(self):
         """What stays in registers: the frequencies, one in each half of a vector; cosine and sine of
-        the offsets for 64 frequencies at a time."""
+        the offsets piece by piece."""
         frequency_ref, cos_ref, sin_ref = self.rotation
+        piece = self.call.piece
         strided = plgpu.Layout.WG_STRIDED((self.call.H,), self.call.H // 128)
         return plgpu.load(frequency_ref, layout=strided), [
             tuple(
                 plgpu.load(
-                    ref.at[:, pl.ds(column, 64)], layout=plgpu.Layout.WGMMA, optimized=False
+                    ref.at[:, pl.ds(column, piece)], layout=plgpu.Layout.WGMMA, optimized=False
                 )
                 for ref in (cos_ref, sin_ref)
             )
-            for column in range(0, self.call.H // 2, 64)
+            for column in range(0, self.call.H // 2, piece)
         ]
 
     def rotate(self, slot, to, tables) -> None:
-        call = self.call
+        call, piece = self.call, self.call.piece
         source, target = self.raw.buffers[0].at[slot], self.prepared.buffers[0].at[to]
         values = (
             self.prepared.buffers[1].at[to] if call.converts and not call.own_values else None
         )
-        for column, (cos_CF, sin_CF) in zip(range(0, call.H // 2, 64), tables, strict=True):
-            halves = pl.ds(column, 64), pl.ds(column + call.H // 2, 64)
+        for column, (cos_CF, sin_CF) in zip(range(0, call.H // 2, piece), tables, strict=True):
+            halves = pl.ds(column, piece), pl.ds(column + call.H // 2, piece)
             base_cos, base_sin = (
                 tiles.along(
                     plgpu.load(
-                        self.turn_smem.at[i, pl.ds(column, 64)],
+                        self.turn_smem.at[i, pl.ds(column, piece)],
                         layout=plgpu.Layout.WGMMA.reduce(0),
                         optimized=False,
                     ),
@@ -563,7 +570,7 @@ class _Block:
             )
             turned_cos = base_cos * cos_CF - base_sin * sin_CF
             turned_sin = base_sin * cos_CF + base_cos * sin_CF
-            a, b = (_load(source.at[:, half]).astype(jnp.float32) for half in halves)
+            a, b = (_load(source.at[:, half]) for half in halves)
             target[:, halves[0]] = (a * turned_cos - b * turned_sin).astype(jnp.bfloat16)
             target[:, halves[1]] = (b * turned_cos + a * turned_sin).astype(jnp.bfloat16)
             if values is not None:
@@ -642,8 +649,9 @@ class _Block:
 
 
 def _load(ref):
-    """A (64, 64) tile from shared memory."""
-    return plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
+    """Some columns of a tile from shared memory, float32."""
+    x = plgpu.load(ref, layout=plgpu.Layout.WGMMA, optimized=False)
+    return x.astype(jnp.float32)
 
 
 def _store(ref, x) -> None:
