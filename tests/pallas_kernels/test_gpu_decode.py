@@ -50,6 +50,36 @@ def run(case: Case, page: int | None = None, float8: bool = False, **kwargs):
     return np.asarray(got, np.float64), expected
 
 
-def test_quick():
-    got, expected = run(Case((130, 0, 1), 140))
+CASES = {
+    "mfa": (Case((130, 0, 1), 140), {}),
+    "mfa, width 256": (Case((130, 65), 192, width=256), {}),
+    "gqa": (Case((100, 7, 0), 133, heads=8, kv_heads=2), {}),
+    "key reuse": (Case((130, 0, 64), 192, reuse=True), {}),
+    "key reuse, width 256": (Case((200, 1), 200, width=256, reuse=True), {"splits": 3}),
+    "ring": (Case((170, 1000, 64), 150), {}),
+    "ring of reused keys": (Case((270, 1000), 140, reuse=True), {}),
+    "window of a long cache": (Case((250, 60), 256), {"window": 70}),
+    "window as ring": (Case((500, 30), 96, heads=4, kv_heads=2), {"window": 96}),
+    "four tokens, window": (Case((200, 2), 210, tokens=4, kv_heads=2), {"window": 30}),
+    "more rows than a tile": (Case((70,), 80, tokens=3, heads=24), {}),
+    "more blocks than work": (Case((3, 0), 64), {"splits": 4}),
+    "nothing at all": (Case((0, 0), 64), {}),
+    "small pages": (Case((150, 0, 31), 160), {"page": 16}),
+    "small pages of reused keys": (Case((150, 31), 160, reuse=True), {"page": 8}),
+    "large pages": (Case((250, 31), 256, heads=4, kv_heads=2), {"page": 128, "window": 100}),
+    "float8": (Case((130, 3), 140, kv_heads=2), {"float8": True}),
+    "float8 reused": (Case((130, 3), 140, reuse=True), {"float8": True}),
+    "float8 reused, width 256": (Case((70,), 140, width=256, reuse=True), {"float8": True}),
+}
+QUICK = ("mfa", "key reuse", "small pages")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+)
+def test_equals_the_oracle(name):
+    case, kwargs = CASES[name]
+    got, expected = run(case, **kwargs)
     np.testing.assert_allclose(got, expected, atol=BFLOAT16)
+    empty = np.asarray(case.lengths) == 0
+    assert not got[empty].any()
