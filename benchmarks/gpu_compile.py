@@ -175,7 +175,7 @@ def compile_case(case: Case) -> list[dict]:
 
 
 def numbered(paths: set[Path], suffix: str) -> dict[str, list[Path]]:
-    """The dumped files ``<kernel>_<number><suffix>`` of each kernel, in the order of the numbers."""
+    """The files ``<kernel>_<number><suffix>`` of each kernel, in the order of the numbers."""
     found: dict[str, list[tuple[int, Path]]] = {}
     for path in paths:
         if path.name.endswith(suffix):
@@ -196,7 +196,9 @@ def assemble(ptx: Path, mlir: Path) -> dict:
         "spill_stores": int(spills[1]),
         "spill_loads": int(spills[2]),
         "serialised": len(re.findall(r"\(C751\d\)", report)),
-        "shared_memory": int(re.search(r"dynamic_shared_memory_size %c(\d+)_i32", mlir.read_text())[1]),
+        "shared_memory": int(
+            re.search(r"dynamic_shared_memory_size %c(\d+)_i32", mlir.read_text())[1]
+        ),
     }
 
 
