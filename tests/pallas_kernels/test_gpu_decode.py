@@ -34,8 +34,7 @@ def run(case: Case, page: int | None = None, float8: bool = False, **kwargs):
         kernel.decode,
         scale=case.width**-0.5,
         frequency_F=None if theta is None else jnp.asarray(frequency_F(theta, case.width)),
-        interpret=plgpu.InterpretGPUParams(),
-        **({"splits": 2} | kwargs),
+        **({"splits": 2, "interpret": plgpu.InterpretGPUParams()} | kwargs),
     )
 
     def decode(q, k, positions, lengths, *rest):
@@ -83,6 +82,17 @@ def test_equals_the_oracle(name):
     np.testing.assert_allclose(got, expected, atol=BFLOAT16)
     empty = np.asarray(case.lengths) == 0
     assert not got[empty].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reuse", [False, True])
+@pytest.mark.parametrize("float8", [False, True])
+def test_no_races_and_no_reads_of_what_was_never_written(reuse, float8):
+    """Every ring is filled anew, and the queries' matrix by a second row."""
+    case = Case((330, 64), 330, reuse=reuse)
+    interpret = plgpu.InterpretGPUParams(detect_races=True)  # raises
+    got, expected = run(case, float8=float8, splits=1, interpret=interpret)
+    np.testing.assert_allclose(got, expected, atol=BFLOAT16)
 
 
 @pytest.mark.slow
