@@ -142,7 +142,7 @@ def partial_results(call: Call, inputs, caches, interpret):
         (2 if call.own_prepared_values else 1) if call.prepares else 0
     )
     scratch = {
-        "q": _smem(call, ROWS),
+        "q": _smem(call, 1, ROWS),
         "raw": [_smem(call, raw_slots, TILE, dtype=jnp.dtype(call.dtype))] * buffers,
         "prepared": prepared,
         "turn": [plgpu.SMEM((2, call.H), jnp.float32)] if call.rotates else [],
@@ -320,7 +320,14 @@ class _Block:
         values = self.prepared.buffers[1].at[to] if call.converts and not call.own_values else None
         for column, (cos_CF, sin_CF) in zip(range(0, call.H // 2, piece), tables, strict=True):
             halves = pl.ds(column, piece), pl.ds(column + call.H // 2, piece)
-            base_cos, base_sin = (
+            a, b = (_load(source.at[:, half]) for half in halves)
+            if values is not None:
+                values[:, halves[0]] = a.astype(jnp.bfloat16)
+                values[:, halves[1]] = b.astype(jnp.bfloat16)
+            # by the offset and then by the tile's first position: fewer registers than one turn by
+            # the sum of the angles, for as many products
+            a, b = a * cos_CF - b * sin_CF, b * cos_CF + a * sin_CF
+            cos, sin = (
                 tiles.along(
                     plgpu.load(
                         self.turn_smem.at[i, pl.ds(column, piece)],
@@ -332,14 +339,8 @@ class _Block:
                 )
                 for i in (0, 1)
             )
-            turned_cos = base_cos * cos_CF - base_sin * sin_CF
-            turned_sin = base_sin * cos_CF + base_cos * sin_CF
-            a, b = (_load(source.at[:, half]) for half in halves)
-            target[:, halves[0]] = (a * turned_cos - b * turned_sin).astype(jnp.bfloat16)
-            target[:, halves[1]] = (b * turned_cos + a * turned_sin).astype(jnp.bfloat16)
-            if values is not None:
-                values[:, halves[0]] = a.astype(jnp.bfloat16)
-                values[:, halves[1]] = b.astype(jnp.bfloat16)
+            target[:, halves[0]] = (a * cos - b * sin).astype(jnp.bfloat16)
+            target[:, halves[1]] = (b * cos + a * sin).astype(jnp.bfloat16)
 
     # --- the third: attention ---------------------------------------------------------------------
 
@@ -348,7 +349,9 @@ class _Block:
         scale = self.scale_ref[self.base_ref[1] + self.head]
 
         def of_row(b, item, end):
-            plgpu.copy_gmem_to_smem(self.q_ref.at[b, self.head, rows], self.q_smem, self.q_ready)
+            plgpu.copy_gmem_to_smem(
+                self.q_ref.at[b, self.head, rows], self.q_smem.at[0], self.q_ready
+            )
             first_Q = tiles.per_row(self.first_ref.at[b, rows])
             last_Q = tiles.per_row(self.last_ref.at[b, rows])
             plgpu.barrier_wait(self.q_ready)
@@ -380,7 +383,8 @@ class _Block:
             k_slot, k_smem = self.prepared.wait(i - self.begin), self.prepared.buffers[0]
         if call.converts:
             ring, slot, v_smem = self.prepared, k_slot, self.prepared.buffers[-1]
-        s_QC = tiles.product(self.q_smem, k_smem.at[k_slot].transpose((1, 0)))
+        q_smem = self.q_smem.at[tiles.not_hoisted(jnp.int32(0))]
+        s_QC = tiles.product(q_smem, k_smem.at[k_slot].transpose((1, 0)))
         if call.prepares and not call.converts:
             self.prepared.release(k_slot)
         s_QC = self.hide(s_QC * scale, b, i, first_Q, last_Q)
