@@ -31,6 +31,7 @@ from pallas_kernels.gpu.attention_tiles import MASKED, ROWS, Ring
 TILE = ROWS  # slots
 SHARED_BYTES = 224 << 10  # of one block's matrices; at most 227 KiB with barriers and reductions
 LARGEST_RING = 4  # tiles
+PIECE = 64  # columns that are prepared at once
 READ_AHEAD = 8  # partial results that are under way at once
 
 
@@ -70,11 +71,6 @@ class Call(NamedTuple):
     def own_prepared_values(self) -> bool:
         """Whether the values are prepared too, and are another matrix than the keys."""
         return self.converts and (self.own_values or self.rotates)
-
-    @property
-    def piece(self) -> int:
-        """Columns that are in registers at once; 64 spill beside the tables of the rotation."""
-        return 32 if self.rotates else 64
 
     @property
     def turn_size(self) -> int:
@@ -138,12 +134,12 @@ def partial_results(call: Call, inputs, caches, interpret):
     raw_slots, prepared_slots = call.ring_slots()
     buffers = 2 if call.own_values else 1
     partials, Q = call.splits + call.B - 1, -(-call.R // ROWS) * ROWS
-    prepared = [_smem(call, prepared_slots, TILE)] * (
+    prepared = [tiles.smem(prepared_slots, TILE, call.H)] * (
         (2 if call.own_prepared_values else 1) if call.prepares else 0
     )
     scratch = {
-        "q": _smem(call, 1, ROWS),
-        "raw": [_smem(call, raw_slots, TILE, dtype=jnp.dtype(call.dtype))] * buffers,
+        "q": tiles.smem(1, ROWS, call.H),
+        "raw": [_raw_smem(call, raw_slots)] * buffers,
         "prepared": prepared,
         "turn": [plgpu.SMEM((2, call.H), jnp.float32)] if call.rotates else [],
         "q_ready": plgpu.Barrier(),
@@ -172,15 +168,14 @@ def partial_results(call: Call, inputs, caches, interpret):
     )(*inputs, *caches)
 
 
-def _smem(call: Call, *shape: int, dtype=jnp.bfloat16):
-    """Shared memory for matrices that TMA and wgmma take, and warpgroups in pieces of columns."""
+def _raw_smem(call: Call, slots: int):
+    """Shared memory for tiles as they are cached, of which float8 ones are read in pieces."""
+    if not call.converts:
+        return tiles.smem(slots, TILE, call.H)
     return plgpu.SMEM(
-        (*shape, call.H),
-        dtype,
-        transforms=(
-            plgpu.TilingTransform((8, call.piece)),
-            plgpu.SwizzleTransform(call.piece * jnp.dtype(dtype).itemsize),
-        ),
+        (slots, TILE, call.H),
+        jnp.dtype(call.dtype),
+        transforms=(plgpu.TilingTransform((8, PIECE)), plgpu.SwizzleTransform(PIECE)),
     )
 
 
@@ -280,12 +275,12 @@ class _Block:
                 to = lax.rem(step, jnp.int32(prepared.slots))
                 prepared.wait_free(step, to)
                 if call.rotates:
+                    if call.converts and call.own_values:
+                        self.convert(raw.buffers[1].at[slot], prepared.buffers[1].at[to])
                     self.rotate(slot, to, tables)
                 else:
                     for source, target in zip(raw.buffers, prepared.buffers, strict=True):
                         self.convert(source.at[slot], target.at[to])
-                if call.rotates and call.converts and call.own_values:
-                    self.convert(raw.buffers[1].at[slot], prepared.buffers[1].at[to])
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(prepared.ready.at[to])
                 if call.converts:
@@ -294,32 +289,31 @@ class _Block:
         self.rows(of_row)
 
     def convert(self, source, target) -> None:
-        for column in range(0, self.call.H, self.call.piece):
-            columns = pl.ds(column, self.call.piece)
+        for column in range(0, self.call.H, PIECE):
+            columns = pl.ds(column, PIECE)
             target[:, columns] = _load(source.at[:, columns]).astype(target.dtype)
 
     def load_tables(self):
         """What stays in registers: the frequencies, once in each half of a vector, and cosines and
         sines of the offsets piece by piece."""
         frequency_ref, cos_ref, sin_ref = self.rotation
-        piece = self.call.piece
         strided = plgpu.Layout.WG_STRIDED((self.call.H,), self.call.H // 128)
         return plgpu.load(frequency_ref, layout=strided), [
             tuple(
                 plgpu.load(
-                    ref.at[:, pl.ds(column, piece)], layout=plgpu.Layout.WGMMA, optimized=False
+                    ref.at[:, pl.ds(column, PIECE)], layout=plgpu.Layout.WGMMA, optimized=False
                 )
                 for ref in (cos_ref, sin_ref)
             )
-            for column in range(0, self.call.H // 2, piece)
+            for column in range(0, self.call.H // 2, PIECE)
         ]
 
     def rotate(self, slot, to, tables) -> None:
-        call, piece = self.call, self.call.piece
+        call = self.call
         source, target = self.raw.buffers[0].at[slot], self.prepared.buffers[0].at[to]
         values = self.prepared.buffers[1].at[to] if call.converts and not call.own_values else None
-        for column, (cos_CF, sin_CF) in zip(range(0, call.H // 2, piece), tables, strict=True):
-            halves = pl.ds(column, piece), pl.ds(column + call.H // 2, piece)
+        for column, (cos_CF, sin_CF) in zip(range(0, call.H // 2, PIECE), tables, strict=True):
+            halves = pl.ds(column, PIECE), pl.ds(column + call.H // 2, PIECE)
             a, b = (_load(source.at[:, half]) for half in halves)
             if values is not None:
                 values[:, halves[0]] = a.astype(jnp.bfloat16)
@@ -330,7 +324,7 @@ class _Block:
             cos, sin = (
                 tiles.along(
                     plgpu.load(
-                        self.turn_smem.at[i, pl.ds(column, piece)],
+                        self.turn_smem.at[i, pl.ds(column, PIECE)],
                         layout=plgpu.Layout.WGMMA.reduce(0),
                         optimized=False,
                     ),
