@@ -203,6 +203,7 @@ class _Block:
         self.head, self.tile = lax.axis_index("head"), lax.axis_index("rows")
         self.split = lax.axis_index("split")
         self.begin = self.split_ref[self.split, 0]
+        self.items = self.split_ref[self.split, 1] - self.begin
 
     def run(self) -> None:
         prepare = self.prepare if self.call.prepares else lambda: None
@@ -246,6 +247,7 @@ class _Block:
                         )
 
         self.rows(of_row)
+        self.raw.drain(self.items)
 
     def page_of(self, b, slot):
         """(page, slot within it) of a row's slot."""
@@ -287,6 +289,7 @@ class _Block:
                     raw.release(slot)
 
         self.rows(of_row)
+        self.prepared.drain(self.items)
 
     def convert(self, source, target) -> None:
         for column in range(0, self.call.H, PIECE):
