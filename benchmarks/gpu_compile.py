@@ -131,10 +131,45 @@ def cross_entropy() -> Iterator[Case]:
         yield Case(f"gradients {tail}", kernels.gradients, (x, w, *columns))
 
 
+def decode() -> Iterator[Case]:
+    """Decoding over a stack of caches: what is cached, bfloat16 and float8, of MFA and GQA."""
+    from pallas_kernels.gpu.decode import decode as attend
+
+    layers, B, S = 3, 16, 32768
+    for label, N, K, H in (("mfa d256", 64, 1, 256), ("gqa d128", 64, 8, 128)):
+        for dtype in ("bfloat16", "float8_e4m3fn"):
+            for kind, page in (("", None), ("reuse", None), ("rotated", None), ("paged", 16)):
+                values, rotates = kind != "reuse", kind in ("reuse", "rotated")
+                shape = (layers, B * S // page, page, K, H) if page else (layers, B, S, K, H)
+                shapes = [
+                    ((B, 1, N, H), "bfloat16"),
+                    ((B, 1), "int32"),
+                    ((B,), "int32"),
+                    ((), "int32"),
+                    ((B, S // page), "int32") if page else ((0,), "int32"),
+                    ((H // 2,), "float32"),
+                    *[(shape, dtype)] * (2 if values else 1),
+                ]
+
+                def call(
+                    q, positions, lengths, layer, table, frequency, k, v=None,
+                    page=page, rotates=rotates,
+                ):  # fmt: skip
+                    return attend(
+                        q, k, v, positions, lengths, scale=1.0, layer=layer, window=1024,
+                        frequency_F=frequency if rotates else None,
+                        page_table_BM=table if page else None,
+                    )  # fmt: skip
+
+                name = "bf16" if dtype == "bfloat16" else "fp8"
+                yield Case(f"decode {label} {name} {kind}".strip(), call, tuple(shapes))
+
+
 SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {
     "attention": attention,
     "grouped_matmul": grouped_matmul,
     "cross_entropy": cross_entropy,
+    "decode": decode,
 }
 
 
@@ -162,27 +197,45 @@ def compile_case(case: Case) -> list[dict]:
     folder = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
     before = set(folder.iterdir())
     jax.jit(case.function).lower(*arguments).compile()
-    new = sorted(set(folder.iterdir()) - before)
-    rows = [assemble(path) for path in new if path.suffix == ".ptx"]
-    if not rows:
+    new = set(folder.iterdir()) - before
+    ptx, modules = numbered(new, ".ptx"), numbered(new, ".before_layout_inference.txt")
+    if not ptx:
         raise RuntimeError("no PTX was dumped: not a Mosaic GPU kernel, or compiled before")
+    # The two kinds of files are counted apart, and a kernel that was compiled before in this
+    # process has a module and no PTX. So they are paired in order, by the kernel's name.
+    rows = []
+    for name in ptx:
+        if len(ptx[name]) != len(modules[name]):
+            raise RuntimeError(f"{len(ptx[name])} of {len(modules[name])} {name} were compiled")
+        rows += [assemble(*pair) for pair in zip(ptx[name], modules[name], strict=True)]
     return rows
 
 
-def assemble(ptx: Path) -> dict:
-    """What ``ptxas -v`` reports of one kernel, and its shared memory."""
+def numbered(paths: set[Path], suffix: str) -> dict[str, list[Path]]:
+    """The files ``<kernel>_<number><suffix>`` of each kernel, in the order of the numbers."""
+    found: dict[str, list[tuple[int, Path]]] = {}
+    for path in paths:
+        if path.name.endswith(suffix):
+            name, number = path.name.removesuffix(suffix).rsplit("_", 1)
+            found.setdefault(name, []).append((int(number), path))
+    return {name: [path for _, path in sorted(found[name])] for name in sorted(found)}
+
+
+def assemble(ptx: Path, mlir: Path) -> dict:
+    """What ``ptxas -v`` reports of one kernel, and the shared memory that its module asks for."""
     command = [ptxas(), "-arch=sm_90a", "-v", "-o", os.devnull, str(ptx)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     report = done.stdout + done.stderr
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    module = ptx.with_name(ptx.stem + ".before_layout_inference.txt").read_text()
     return {
         "kernel": ptx.stem,
         "registers": int(re.search(r"Used (\d+) registers", report)[1]),
         "spill_stores": int(spills[1]),
         "spill_loads": int(spills[2]),
         "serialised": len(re.findall(r"\(C751\d\)", report)),
-        "shared_memory": int(re.search(r"dynamic_shared_memory_size %c(\d+)_i32", module)[1]),
+        "shared_memory": int(
+            re.search(r"dynamic_shared_memory_size %c(\d+)_i32", mlir.read_text())[1]
+        ),
     }
 
 

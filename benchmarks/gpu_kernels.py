@@ -423,12 +423,134 @@ def check_cross_entropy() -> None:
         assert same, f"{shape}: two runs differ"
 
 
+# --- decode --------------------------------------------------------------------------------------
+# B rows, N query heads, K key/value heads, S slots of a row, H head width.
+
+DECODE_STACK_BYTES = 256e6  # several times the L2 cache: no layer is still in it when it is read
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """One token of every row over caches of bfloat16 or float8.
+
+    reuse: keys are cached before rotation and are their own values (MFA-KR).
+    """
+
+    N: int
+    K: int
+    H: int
+    reuse: bool = False
+    dtype: str = "bfloat16"
+
+    def inputs(self, layers: int, B: int, S: int, lengths_B):
+        """q_BTNH, stacks of caches (values None if reused), positions_BT, lengths_B."""
+        keys = jax.random.split(jax.random.key(0), 3)
+        shape = (layers, B, S, self.K, self.H)
+        q_BTNH = jax.random.normal(keys[0], (B, 1, self.N, self.H), jnp.bfloat16)
+        k, v = (jax.random.normal(key, shape, jnp.bfloat16).astype(self.dtype) for key in keys[1:])
+        lengths_B = jnp.asarray(lengths_B, jnp.int32)
+        return q_BTNH, k, None if self.reuse else v, lengths_B[:, None] - 1, lengths_B
+
+    def function(self, decode: Callable) -> Callable:
+        """``decode`` over one layer with the arguments of :meth:`inputs` and the layer."""
+        frequency_F = 1e4 ** (-jnp.arange(self.H // 2) / (self.H // 2)) if self.reuse else None
+
+        def call(q, k, v, positions, lengths, layer):
+            options = {"scale": self.H**-0.5, "frequency_F": frequency_F, "layer": layer}
+            return decode(q, k, v, positions, lengths, **options)
+
+        return call
+
+    def bytes(self, tokens: int) -> int:
+        """Of the cached numbers of ``tokens`` tokens of one layer."""
+        arrays = 1 if self.reuse else 2
+        return tokens * self.K * self.H * arrays * jnp.dtype(self.dtype).itemsize
+
+
+DECODES = {
+    "MFA": Decode(64, 1, 256),
+    "MFA-KR": Decode(64, 1, 256, reuse=True),
+    "MFA fp8": Decode(64, 1, 256, dtype="float8_e4m3fn"),
+    "MFA-KR fp8": Decode(64, 1, 256, reuse=True, dtype="float8_e4m3fn"),
+    "GQA": Decode(64, 8, 128),
+    "GQA fp8": Decode(64, 8, 128, dtype="float8_e4m3fn"),
+}
+
+
+def decode(budget: Budget) -> None:
+    """Decode attention: share of the memory's bandwidth; tokens/s of MFA-KR against MFA."""
+    from pallas_kernels.gpu.decode import decode as attend
+    from step_jax.core import hardware
+
+    check_decode(attend)
+    chip = hardware.detect(jax.devices()[0])
+    roof = None if chip is None else chip.hbm_bandwidth
+    print("decode, one token a row and layer; cached bytes/s, share of the roof, tokens/s")
+    for B, S, unequal in (
+        (16, 32768, False),
+        (16, 32768, True),
+        (64, 8192, False),
+        (1, 32768, False),
+    ):
+        steps = np.linspace(0.05, 1, B) if unequal else np.ones(B)
+        lengths_B = np.maximum(1, (S * steps).astype(int))
+        tokens_per_s = {}
+        for name, case in DECODES.items():
+            label = f"B={B} S={S} {'5 to 100 % full' if unequal else 'full'} {name}"
+            if budget.spent(label):
+                continue
+            timing = decode_timing(case, attend, B, S, lengths_B)
+            amount = case.bytes(int(lengths_B.sum()))
+            tokens_per_s[name] = B / timing.median
+            share = "" if roof is None else f"  {amount / timing.median / roof:5.1%}"
+            rates = timing.rate(amount, 1e9), timing.rate(B, 1e3)
+            print(f"  {label:44} {rates[0]} GB/s{share}  {rates[1]} thousand tokens/s", flush=True)
+        for dtype in ("", " fp8"):
+            if {f"MFA{dtype}", f"MFA-KR{dtype}"} <= set(tokens_per_s):
+                times = tokens_per_s[f"MFA-KR{dtype}"] / tokens_per_s[f"MFA{dtype}"]
+                print(f"  MFA-KR{dtype} against MFA{dtype} at equal length: {times:.2f} times")
+
+
+def decode_timing(case: Decode, attend: Callable, B: int, S: int, lengths_B) -> Timing:
+    """Seconds of one layer; a call walks over the layers of the stack."""
+    layers = int(np.clip(DECODE_STACK_BYTES / case.bytes(int(lengths_B.sum())), 2, 16))
+    layer = case.function(attend)
+
+    def walk(*inputs):
+        return [layer(*inputs, jnp.int32(i)) for i in range(layers)]
+
+    timing = measure(jax.jit(walk), *case.inputs(layers, B, S, lengths_B))
+    return Timing(*(seconds / layers for seconds in dataclasses.astuple(timing)))
+
+
+def check_decode(attend: Callable) -> None:
+    """Every kind of cache against float32 attention; the same bits twice.
+
+    Raises:
+      AssertionError: an error above four bfloat16 roundings, or two runs that differ in a bit.
+    """
+    from step_jax.ops.decode_attention import reference
+
+    lengths_B = [1500, 1, 0, 3000, 700]  # the fourth has filled its ring twice
+    for name, case in DECODES.items():
+        inputs = (*case.inputs(2, 5, 1500, lengths_B), jnp.int32(1))
+        run = jax.jit(case.function(attend))
+        got, again = run(*inputs), run(*inputs)
+        with jax.default_matmul_precision("highest"):
+            want = jax.jit(case.function(reference))(*inputs)
+        error = relative_error(got, want)
+        print(f"  {name:12} error {error:.1e}")
+        assert error < 4 * 2**-9, f"{name}: {error}"
+        assert bool((got == again).all()), f"{name}: two runs differ"
+
+
 # -------------------------------------------------------------------------------------------------
 
 SECTIONS: dict[str, Callable[[Budget], None]] = {
     "attention": attention,
     "grouped_matmul": grouped_matmul,
     "cross_entropy": cross_entropy,
+    "decode": decode,
 }
 
 

@@ -96,10 +96,13 @@ def add_product(acc, a, b_ref, *, interpret: bool):
     """``acc + a @ b`` in the registers of ``acc``; ``a`` is in registers, ``b`` in shared memory.
 
     The interpreter knows neither ``pl.run_state`` on an accumulator nor operands in registers, so
-    there it is a plain product.
+    there it is a plain product. Its read of ``b`` is fenced, as that of a wgmma needs not be: the
+    race detector would otherwise see the next copy into ``b`` overtake it.
     """
     if interpret:
-        return acc + jnp.dot(a, b_ref[...], preferred_element_type=jnp.float32)
+        b = b_ref[...]
+        plgpu.commit_smem()
+        return acc + jnp.dot(a, b, preferred_element_type=jnp.float32)
     return pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, a, b_ref))(plgpu.ACC.init(acc))
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gpu import decode as gpu_decode
 from pallas_kernels.tpu import decode as tpu_decode
 from step_jax.core import hardware
 from step_jax.ops import attention as ops_attention
@@ -81,8 +82,13 @@ def _pallas_tpu_interpret(*args, **kwargs):
     return _pallas_tpu(*args, interpret=True, **kwargs)
 
 
+def _pallas_gpu(*args, device, **kwargs):
+    return gpu_decode.decode(*args, **kwargs)
+
+
 IMPLEMENTATIONS: dict[str, Callable] = {
     "reference": reference,
+    "pallas_gpu": _pallas_gpu,
     "pallas_tpu": _pallas_tpu,
     "pallas_tpu_interpret": _pallas_tpu_interpret,
 }
@@ -98,21 +104,25 @@ def kernel(implementation: str, device: jax.Device, q_BTNH, k_cache, v_cache, fr
       ValueError: what the named kernel lacks, and what it supports.
     """
     if implementation == "auto":
-        if device.platform != "tpu":
+        own = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(device.platform)
+        if own is None:
             return None
         try:
-            return kernel("pallas_tpu", device, q_BTNH, k_cache, v_cache, frequency_F, alibi)
+            return kernel(own, device, q_BTNH, k_cache, v_cache, frequency_F, alibi)
         except ValueError:
             return None
-    if implementation not in ("pallas_tpu", "pallas_tpu_interpret"):
+    if implementation not in ("pallas_tpu", "pallas_tpu_interpret", "pallas_gpu"):
         return None
     if implementation == "pallas_tpu" and device.platform != "tpu":
         raise ValueError(
             f"pallas_tpu runs on platform tpu and this device is {device.platform}; use auto"
         )
+    if implementation == "pallas_gpu":
+        gpu_decode.check_device(device)
     if alibi is not None:
-        raise ValueError("the TPU decode kernel has no ALiBi; use auto or xla")
-    tpu_decode.check(q_BTNH, k_cache, v_cache, frequency_F)
+        raise ValueError("the decode kernels have no ALiBi; use auto or xla")
+    check = gpu_decode.check if implementation == "pallas_gpu" else tpu_decode.check
+    check(q_BTNH, k_cache, v_cache, frequency_F)
     return implementation
 
 

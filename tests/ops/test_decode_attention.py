@@ -61,10 +61,11 @@ def test_reference_scales_and_slices():
 
 def test_auto_is_the_kernel_where_it_can_be():
     cpu, tpu = (SimpleNamespace(platform=p) for p in ("cpu", "tpu"))
+    hopper, ampere = (SimpleNamespace(platform="gpu", compute_capability=c) for c in ("9.0", "8.0"))
 
-    def choose(implementation, device, width=128, alibi=None):
+    def choose(implementation, device, width=128, alibi=None, slots=64):
         q = jnp.zeros((1, 1, 4, width), jnp.bfloat16)
-        cache = jnp.zeros((1, 8, 1, width), jnp.bfloat16)
+        cache = jnp.zeros((1, slots, 1, width), jnp.bfloat16)
         return ops.kernel(implementation, device, q, cache, cache, None, alibi)
 
     assert choose("auto", cpu) is None
@@ -73,6 +74,15 @@ def test_auto_is_the_kernel_where_it_can_be():
     assert choose("auto", tpu, alibi="linear") is None
     assert choose("xla", tpu) is None
     assert choose("pallas_tpu", tpu) == "pallas_tpu"
+    assert choose("auto", hopper) == choose("pallas_gpu", hopper) == "pallas_gpu"
+    assert choose("auto", hopper, slots=32) is None
+    assert choose("auto", ampere) is None
+    with pytest.raises(ValueError, match="compute capability 9.0 .* is gpu 8.0"):
+        choose("pallas_gpu", ampere)
+    with pytest.raises(ValueError, match="this device is cpu"):
+        choose("pallas_gpu", cpu)
+    with pytest.raises(ValueError, match="no ALiBi"):
+        choose("pallas_gpu", hopper, alibi="linear")
 
 
 def test_unknown_name():

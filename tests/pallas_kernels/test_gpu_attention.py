@@ -52,13 +52,12 @@ def random(B=1, T=128, S=None, N=2, H=64, seed=0):
     return [jax.random.normal(k, s, jnp.bfloat16) for k, s in zip(keys, shapes, strict=True)]
 
 
-def check(shape, gradients=True, **options):
+def check(shape, gradients=True, detect_races=False, **options):
     """Output and gradients within bfloat16 rounding of the reference."""
     q_BTNH, k_BSH, v_BSH, do_BTNH = random(**shape)
     scale = q_BTNH.shape[-1] ** -0.5
-    kernel = functools.partial(
-        mfa_attention, scale=scale, interpret=plgpu.InterpretGPUParams(), **options
-    )
+    interpret = plgpu.InterpretGPUParams(detect_races=detect_races)
+    kernel = functools.partial(mfa_attention, scale=scale, interpret=interpret, **options)
     exact = functools.partial(reference, scale=scale, **options)
 
     def both(attend, q_BTNH, k_BSH, v_BSH, do_BTNH):
@@ -123,6 +122,14 @@ def test_packed_documents(window):
 def test_groups_of_heads_add_up_to_the_same_gradient(monkeypatch):
     monkeypatch.setattr(attention, "head_groups", lambda heads, blocks: 2)
     check({"T": 128, "N": 4})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("N", [1, 2])  # without and with a cluster over heads
+@pytest.mark.parametrize("options", [{}, {"window": 100}])
+def test_no_races_and_no_reads_of_what_was_never_written(N, options):
+    """The interpreter fills memory with NaN and raises where no barrier orders two accesses."""
+    check({"T": 256, "N": N}, detect_races=True, **options)
 
 
 @pytest.mark.slow
