@@ -45,8 +45,21 @@ def _dot(a, b, a_axis: int, b_axis: int):
     )
 
 
-def _logits(x_TD, w_Dv, target_T1, logits_Tv, block, vocabulary: int):
-    """Fills ``logits_Tv``, minus infinity past the vocabulary; returns where the targets are."""
+def _each_block(block, width: int, vocabulary: int, body):
+    """``body(vocabulary)`` where the block reaches past the vocabulary, else ``body(None)``.
+
+    Only the last block can, and it alone pays for the masks.
+    """
+    last = vocabulary // width
+    if vocabulary % width == 0:
+        body(None)
+    else:
+        pl.when(block != last)(lambda: body(None))
+        pl.when(block == last)(lambda: body(vocabulary))
+
+
+def _logits(x_TD, w_Dv, target_T1, logits_Tv, block, end: int | None):
+    """Fills ``logits_Tv``, minus infinity from word ``end`` on; returns where the targets are."""
     logits_Tv[...] = jnp.zeros_like(logits_Tv)
 
     def add(k):
@@ -55,8 +68,8 @@ def _logits(x_TD, w_Dv, target_T1, logits_Tv, block, vocabulary: int):
     _chunks(x_TD.shape[1], add)
     width = logits_Tv.shape[1]
     column_Tv = block * width + jax.lax.broadcasted_iota(jnp.int32, logits_Tv.shape, 1)
-    if vocabulary % width:
-        logits_Tv[...] = jnp.where(column_Tv < vocabulary, logits_Tv[...], -jnp.inf)
+    if end is not None:
+        logits_Tv[...] = jnp.where(column_Tv < end, logits_Tv[...], -jnp.inf)
     return column_Tv == target_T1[...]
 
 
@@ -71,14 +84,17 @@ def _forward_kernel(
         sum_T1[...] = jnp.zeros_like(sum_T1)
         hit_T1[...] = jnp.zeros_like(hit_T1)
 
-    hot_Tv = _logits(x_TD, w_Dv, target_T1, logits_Tv, j, vocabulary)
-    logits = logits_Tv[...]
-    old = max_T1[...]
-    new = jnp.maximum(old, jnp.max(logits, axis=1, keepdims=True))
-    part = jnp.sum(jnp.exp(logits - new), axis=1, keepdims=True)
-    sum_T1[...] = sum_T1[...] * jnp.exp(old - new) + part
-    hit_T1[...] += jnp.sum(jnp.where(hot_Tv, logits, 0.0), axis=1, keepdims=True)
-    max_T1[...] = new
+    def add(end):
+        hot_Tv = _logits(x_TD, w_Dv, target_T1, logits_Tv, j, end)
+        logits = logits_Tv[...]
+        old = max_T1[...]
+        new = jnp.maximum(old, jnp.max(logits, axis=1, keepdims=True))
+        part = jnp.sum(jnp.exp(logits - new), axis=1, keepdims=True)
+        sum_T1[...] = sum_T1[...] * jnp.exp(old - new) + part
+        hit_T1[...] += jnp.sum(jnp.where(hot_Tv, logits, 0.0), axis=1, keepdims=True)
+        max_T1[...] = new
+
+    _each_block(j, w_Dv.shape[1], vocabulary, add)
 
     @pl.when(j == pl.num_programs(1) - 1)
     def _():
@@ -86,9 +102,9 @@ def _forward_kernel(
         nll_T1[...] = lse_T1[...] - hit_T1[...]
 
 
-def _dlogits(x_TD, w_Dv, target_T1, lse_T1, p_T1, hot_T1, logits_Tv, block, vocabulary):
+def _dlogits(x_TD, w_Dv, target_T1, lse_T1, p_T1, hot_T1, logits_Tv, block, end):
     """The gradient of the logits, ``p_T1 * softmax - hot_T1 * (this is the target)``."""
-    hot_Tv = _logits(x_TD, w_Dv, target_T1, logits_Tv, block, vocabulary)
+    hot_Tv = _logits(x_TD, w_Dv, target_T1, logits_Tv, block, end)
     d_Tv = p_T1[...] * jnp.exp(logits_Tv[...] - lse_T1[...])
     return (d_Tv - jnp.where(hot_Tv, hot_T1[...], 0.0)).astype(x_TD.dtype)
 
@@ -102,16 +118,19 @@ def _tokens_kernel(
     def _():
         sum_TD[...] = jnp.zeros_like(sum_TD)
 
-    d_Tv = _dlogits(x_TD, w_Dv, target_T1, lse_T1, p_T1, hot_T1, logits_Tv, j, vocabulary)
+    def add(end):
+        d_Tv = _dlogits(x_TD, w_Dv, target_T1, lse_T1, p_T1, hot_T1, logits_Tv, j, end)
+        word_1v = j * w_Dv.shape[1] + jax.lax.broadcasted_iota(jnp.int32, (1, w_Dv.shape[1]), 1)
 
-    def add(k):
-        w = w_Dv[k]
-        if vocabulary % w.shape[1]:  # what is read past the vocabulary may be NaN
-            word_1v = j * w.shape[1] + jax.lax.broadcasted_iota(jnp.int32, (1, w.shape[1]), 1)
-            w = jnp.where(word_1v < vocabulary, w, jnp.zeros_like(w))
-        sum_TD[:, k] += _dot(d_Tv, w, 1, 1)
+        def chunk(k):
+            w = w_Dv[k]
+            if end is not None:  # what is read past the vocabulary may be NaN
+                w = jnp.where(word_1v < end, w, jnp.zeros_like(w))
+            sum_TD[:, k] += _dot(d_Tv, w, 1, 1)
 
-    _chunks(x_TD.shape[1], add)
+        _chunks(x_TD.shape[1], chunk)
+
+    _each_block(j, w_Dv.shape[1], vocabulary, add)
 
     @pl.when(j == pl.num_programs(1) - 1)
     def _():
@@ -125,18 +144,22 @@ def _matrix_kernel(
     def _():
         dw_Dv[...] = jnp.zeros_like(dw_Dv)
 
-    d_Tv = _dlogits(
-        x_TD, w_Dv, target_T1, lse_T1, p_T1, hot_T1, logits_Tv, pl.program_id(0), vocabulary
-    )
+    j = pl.program_id(0)
 
-    def add(k):
-        dw_Dv[k] += _dot(x_TD[:, k], d_Tv, 0, 0)
+    def add(end):
+        d_Tv = _dlogits(x_TD, w_Dv, target_T1, lse_T1, p_T1, hot_T1, logits_Tv, j, end)
 
-    _chunks(x_TD.shape[1], add)
+        def chunk(k):
+            dw_Dv[k] += _dot(x_TD[:, k], d_Tv, 0, 0)
+
+        _chunks(x_TD.shape[1], chunk)
+
+    _each_block(j, w_Dv.shape[1], vocabulary, add)
 
 
 def _call(
     kernel,
+    name,
     x_ND,
     w_DV,
     columns,
@@ -190,6 +213,7 @@ def _call(
             + sum(4 * math.prod(whole[d] for d in dimensions) for dimensions, _ in outputs),
         ),
         interpret=interpret,
+        name=name,
     )(x_ND, w_DV, *columns)
 
 
@@ -232,8 +256,8 @@ def log_likelihood(x_ND, w_DV, target_N, *, interpret: bool = False):
     x_ND, columns = _padded(x_ND, [target_N], blocks[0])
     column = (("N", 1), jnp.float32)
     lse_N1, nll_N1 = _call(
-        _forward_kernel, x_ND, w_DV, columns, [column, column], vocabulary=V, blocks=blocks,
-        scratch=[("N", "V"), ("N", 1), ("N", 1), ("N", 1)], interpret=interpret,
+        _forward_kernel, "cross_entropy", x_ND, w_DV, columns, [column, column], vocabulary=V,
+        blocks=blocks, scratch=[("N", "V"), ("N", 1), ("N", 1), ("N", 1)], interpret=interpret,
     )  # fmt: skip
     return lse_N1[:N, 0], nll_N1[:N, 0]
 
@@ -251,20 +275,20 @@ def gradients(x_ND, w_DV, target_N, lse_N, p_N, hot_N, *, interpret: bool = Fals
     (N, D), V, size = x_ND.shape, w_DV.shape[1], x_ND.dtype.itemsize
     columns = [target_N, lse_N, p_N, hot_N]
 
-    def call(kernel, output, scratch, need, **order):
+    def call(kernel, name, output, scratch, need, **order):
         blocks = _blocks(N, D, V, need)
         whole_ND, whole_columns = _padded(x_ND, columns, blocks[0])
         return _call(
-            kernel, whole_ND, w_DV, whole_columns, [output], vocabulary=V,
+            kernel, name, whole_ND, w_DV, whole_columns, [output], vocabulary=V,
             scratch=[("N", "V"), *scratch], blocks=blocks, interpret=interpret, **order,
         )[0]  # fmt: skip
 
     dx_ND = call(
-        _tokens_kernel, (("N", "D"), x_ND.dtype), [("N", "D")],
+        _tokens_kernel, "cross_entropy_tokens", (("N", "D"), x_ND.dtype), [("N", "D")],
         lambda T, v: D * (2 * size * (2 * T + v) + 4 * T),
     )  # fmt: skip
     dw_DV = call(
-        _matrix_kernel, (("D", "V"), jnp.float32), [],
+        _matrix_kernel, "cross_entropy_matrix", (("D", "V"), jnp.float32), [],
         lambda T, v: D * (2 * size * (T + v) + 8 * v), matrix_first=True,
     )  # fmt: skip
     return dx_ND[:N], dw_DV

@@ -177,7 +177,7 @@ def _blocks_of_rows(rows: int, D: int, F: int, bytes_each: int):
     )
 
 
-def _call(kernel, *, out_shape, visits, arrays, flops, semantics, interpret, **grid):
+def _call(kernel, name, *, out_shape, visits, arrays, flops, semantics, interpret, **grid):
     """One kernel whose last grid dimension counts visits."""
     count, tables = visits
     spec = pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=len(tables), **grid)
@@ -191,6 +191,7 @@ def _call(kernel, *, out_shape, visits, arrays, flops, semantics, interpret, **g
         ),
         cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0),
         interpret=interpret,
+        name=name,
     )(*tables, *arrays)
 
 
@@ -226,6 +227,7 @@ def rows_by_matrices(x_MD, w_EDF, sizes_E, *, transposed: bool = False, interpre
 
     return _call(
         functools.partial(_rows_kernel, transposed=transposed),
+        "grouped_matmul_transposed" if transposed else "grouped_matmul",
         out_shape=_shape((M, F), x_MD.dtype, x_MD),
         visits=visits,
         arrays=(x_MD, w_EDF),
@@ -266,6 +268,7 @@ def matrices_of_rows(x_MD, dy_MF, sizes_E, *, interpret: bool = False):
     visits = _visits(sizes_E, M, R, every_group=True)
     return _call(
         _matrices_kernel,
+        "grouped_matmul_matrices",
         out_shape=_shape((E, D, F), x_MD.dtype, x_MD),
         visits=visits,
         arrays=(x_MD, dy_MF),

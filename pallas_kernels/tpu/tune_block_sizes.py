@@ -16,7 +16,8 @@ import json
 import sys
 
 from pallas_kernels.tpu import block_sizes
-from pallas_kernels.tpu.schedule import TOPOLOGIES, measure
+from pallas_kernels.tpu.aot import TOPOLOGIES
+from pallas_kernels.tpu.schedule import measure
 from pallas_kernels.tpu.visits import Pattern, candidates
 
 SHAPE = {"heads": 64, "tokens": 8192, "width": 256}
@@ -41,7 +42,8 @@ def best(chip: str, direction: str, options: list[dict], other: dict) -> dict:
     for entry in options:
         try:
             sizes = other | {direction: entry}
-            found = measure(chip, SHAPE, sizes, backward=direction == "backward")
+            backward = direction == "backward"
+            found = measure(chip, "attention", SHAPE, sizes=sizes, backward=backward)
         except RuntimeError as error:
             print(f"{chip} {direction} {entry}: {str(error).strip().splitlines()[-1][:100]}")
             continue
