@@ -113,7 +113,7 @@ def compile_grouped_matmul(chip, rows, width, result, groups):
 
 
 def compile_cross_entropy(chip, tokens, width, vocabulary):
-    """The compiled (x, w, target, weight) -> loss and gradients, in bfloat16."""
+    """The compiled (x, w, target, weight) -> loss and gradients; x in bfloat16, w in float32."""
 
     def step(x_ND, w_DV, target_N, weight_N):
         def loss(x_ND, w_DV):
@@ -126,7 +126,7 @@ def compile_cross_entropy(chip, tokens, width, vocabulary):
             jax.jit(step)
             .lower(
                 array("bfloat16", tokens, width),
-                array("bfloat16", width, vocabulary),
+                array("float32", width, vocabulary),
                 array("int32", tokens),
                 array("float32", tokens),
             )
