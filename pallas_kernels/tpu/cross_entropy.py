@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
-CHUNK = 2048  # of the width: what is compiled is a product of one chunk
+CHUNK = 4096  # of the width: what is compiled is a product of one chunk
 VMEM_BYTES = 56 * 2**20  # for blocks, of the 64 MiB of v5p and tpu7x (v5e and v6e: 128)
 VMEM_LIMIT = 62 * 2**20
 
