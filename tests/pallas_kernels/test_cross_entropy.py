@@ -129,8 +129,10 @@ def test_compiles_on_a_mesh(monkeypatch):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("chip", TOPOLOGIES)
-@pytest.mark.parametrize("N,D,V", [(16384, 4096, 131072), (16384, 7168, 128815)])
+@pytest.mark.parametrize(
+    "chip,N,D,V",
+    [*((chip, 16384, 7168, 128815) for chip in TOPOLOGIES), ("v6e", 16384, 4096, 131072)],
+)
 def test_compiles_for(chip, N, D, V, monkeypatch):
     """Temporaries beside the head's copy in bfloat16: at most 1/50 of the float32 logits."""
     shapes = ((N, D), jnp.bfloat16), ((D, V), jnp.float32), ((N,), jnp.int32), ((N,), jnp.float32)
