@@ -37,7 +37,8 @@ def interpreted(monkeypatch):
         (3, 16, 12, 41),  # one block, of a size that no tile divides
         (2, 300, 16, 700),  # two blocks of either, both cut
         (1, 40, 16, 640),  # whole lanes, so the matrix is read as (D, V); the second block is cut
-        (1, 16, 1280, 256),  # the width in chunks of 640
+        (1, 16, 8192, 256),  # the width in two chunks
+        (1, 16, 8192, 200),  # the same, and the matrix read as (V, D)
     ],
 )
 def test_equals_full_logits(interpreted, B, T, D, V):
