@@ -35,8 +35,9 @@ CASES = (
     ("cross_entropy", {"tokens": 16384, "width": 7168, "vocabulary": 128_815}),
 )
 _USE = "final_hlo-static-per-bundle-utilization.txt"
-_BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +([A-Z]{2})?: *(>*) *\{(.*)")
-_TRIPS = re.compile(r"scmp\.ge\.s32\.totalorder %\w+, (\d+) /\* loop exit test \*/")
+_BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +([A-Z]{2})?: *>* *\{(.*)")
+_EXIT = re.compile(r"(%\w+) = scmp\.ge\.s32\.totalorder %\w+, (\S+) /\* loop exit test")
+_BACK = re.compile(r"sbr\.rel \(!(%\w+)\)")
 _ALLOCATION = re.compile(r"(#allocation\d+) \[.*space=vmem, size = (0x[0-9a-f]+)")
 
 
@@ -64,28 +65,23 @@ def executed(bundles: str, products_N) -> np.ndarray:
     products: kernels have what needs no mask before what does, each under a condition of its own.
 
     Args:
-      bundles: the schedule as libtpu writes it: ``>`` for the depth of loops, ``LB`` where one
-        begins, ``PF`` where a conditional region has ended.
+      bundles: the schedule as libtpu writes it: ``LB`` where a loop begins, ``PF`` where a
+        conditional region has ended.
       products_N: matrix products of each bundle.
     """
     lines = [m.groups() for m in map(_BUNDLE.match, bundles.splitlines()) if m]
-    mark = [line[0] for line in lines]
-    depth = [0]
-    for _, nested, words in lines:  # an empty bundle does not say how deep it lies
-        depth.append(len(nested) if words.strip(" }") else depth[-1])
-    depth = depth[1:]
-    times_N = np.ones(len(lines), int)
-    for i, (m, d) in enumerate(zip(mark, depth, strict=True)):
-        if m == "LB" and d > 1:
-            after = range(i + 1, len(lines))
-            stop = next(j for j in after if depth[j] < d or (mark[j], depth[j]) == ("LB", d))
-            inside = (lines[j][2] for j in range(i, stop) if depth[j] == d)
-            trips = next((m for m in map(_TRIPS.search, inside) if m), None)
-            times_N[i:stop] *= int(trips[1]) if trips else 1
-    region_N = np.cumsum(
-        [d == 1 and (m is not None or "sbr.rel" in w) for m, d, (_, _, w) in
-         zip(mark, depth, lines, strict=True)]
-    )  # fmt: skip
+    trips = {p: int(n) if n.isdigit() else 1 for _, w in lines for p, n in _EXIT.findall(w)}
+    times_N, region_N, starts = np.ones(len(lines), int), np.zeros(len(lines), int), []
+    for i, (mark, words) in enumerate(lines):
+        if mark == "LB":
+            starts.append(i)
+        # a loop ends with a branch on its exit test: what follows the loop is mixed into its tail
+        ends = [p for p in _BACK.findall(words) if p in trips]
+        region_N[i] = len(starts) == 1 and not ends and (mark is not None or "sbr.rel" in words)
+        if ends and starts:
+            start = starts.pop()
+            times_N[start : i + 1] *= trips[ends[0]] if starts else 1
+    region_N = np.cumsum(region_N)
     return times_N * (region_N == region_N[np.argmax(np.asarray(products_N) > 0)])
 
 

@@ -101,6 +101,7 @@ BUNDLES = [
     (" 0x3   :  {} /* End region 26 */", SCALAR),
     (" 0x4 LB: >> { %v1 = vmatmul }", PRODUCT),
     (" 0x5   : >> { %p2 = scmp.ge.s32.totalorder %s3_1, 4 /* loop exit test */ }", SPILL),
+    (" 0x51  : >> { %23 = sbr.rel (!%p2) target = $region30 }", SCALAR),
     (" 0x6   : > { %v2 = vmatmul }", PRODUCT),
     (" 0x7 PF: > { %4 = vmatmul }", PRODUCT),
     (" 0x8   : > { %40 = sbr.rel (!%p37) target = $region181 }", SCALAR),
@@ -117,10 +118,10 @@ def test_a_schedule_counts_the_loops_of_the_visit_without_a_mask():
         "  #allocation4 [shape = 'f32[8,256]', space=vmem, size = 0x2000, scoped, tag = 'c']",
     ]
     s = schedule.read(table, "\n".join(text), "\n".join(memory))
-    # the branch and its empty bundle, four times two bundles, and one
-    assert s.bundles == 2 + 4 * 2 + 1 and s.moves == 4 * 2
-    assert s.matrix == (4 * 3 + 2) / (11 * 2) and s.vector == (4 * 4 + 1) / (11 * 4)
-    assert s.power == 5 / 11 and s.vmem == 0x3000
+    # the branch and its empty bundle, four times three bundles, and one
+    assert s.bundles == 2 + 4 * 3 + 1 and s.moves == 4 * 2
+    assert s.matrix == (4 * 3 + 2) / (15 * 2) and s.vector == (4 * 4 + 1) / (15 * 4)
+    assert s.power == 5 / 15 and s.vmem == 0x3000
 
 
 def over_queries(compiled, heads: int, tokens: int, width: int) -> float:
