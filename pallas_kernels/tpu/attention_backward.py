@@ -20,17 +20,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.tpu.attention_forward import (
-    HIDDEN,
-    across,
-    column,
-    key_block,
-    product,
-    query_block,
-    token_specs,
-)
+from pallas_kernels.tpu.attention_call import HIDDEN, Call, across, column, product, this_visit
 from pallas_kernels.tpu.visits import COMPUTE, FIRST, LAST, MASKED, Pattern
 
 
@@ -60,11 +51,10 @@ def _kernel(
 ):
     """One visit. ``dk_ref``, ``dv_ref`` (1, 1, 1, chunk, width) float32 stay for all visits of a
     key head; scratch: dQ of this query block, float32 (G, T, H), not yet scaled."""
-    step = pl.program_id(3)
-    visit = visits_ref[pl.program_id(0) * row_visits + step]
+    visit = this_visit(visits_ref, row_visits)
     heads, keys = q_ref.shape[2], k_ref.shape[2]
 
-    @pl.when((step == 0) & (pl.program_id(2) == 0))
+    @pl.when((pl.program_id(3) == 0) & (pl.program_id(2) == 0))
     def _():
         dk_ref[...] = jnp.zeros_like(dk_ref)
         dv_ref[...] = jnp.zeros_like(dv_ref)
@@ -138,92 +128,35 @@ def backward_of_chunk(
     Returns:
       (dq_BKGTH, dk_BKXSH, dv_BKXSV) with S the chunk; dk is not yet scaled. float32 but for dq.
     """
-    visits_BW, steps = visits
-    W = visits_BW.shape[1]
-    B, K, G, T, H = q_BKGTH.shape
-    V = v_BKSV.shape[-1]
-    heads, tokens, keys = sizes.heads, sizes.q_block, sizes.kv_block
-    chunk = len(blocks) * keys
-    groups = G // heads // parts  # blocks of heads in a part
-
-    def divide(kx):
-        return jax.lax.div(kx, parts), jax.lax.rem(kx, parts)
-
-    def of_part(index_map):
-        """The grid is (B, K * parts, groups, steps): index maps see the whole (B, K, G, W)."""
-
-        def index(b, kx, g, w, visits):
-            k, part = divide(kx)
-            return index_map(b, k, part * groups + g, w, visits)
-
-        return index
-
-    def query_spec(shape, *axes):
-        return pl.BlockSpec(shape, of_part(query_block(W, *axes)))
-
-    def chunk_spec(width):
-        return pl.BlockSpec(
-            (1, 1, 1, chunk, width), lambda b, kx, g, w, visits: (b, *divide(kx), 0, 0)
-        )
-
-    q_spec = query_spec((1, 1, heads, tokens, H), "b", "k", "g", "q", "0")
-    o_spec = query_spec((1, 1, heads, tokens, V), "b", "k", "g", "q", "0")
-    row_spec = query_spec((1, 1, heads, 1, tokens), "b", "k", "g", "0", "q")
-    tokens_in = [
-        pl.BlockSpec(s.block_shape, of_part(s.index_map)) for s in token_specs(W, tokens, keys)
-    ]
-    pairs = B * K * G * W * tokens * keys
-    return pl.pallas_call(
+    B, K, _, _, H = q_BKGTH.shape
+    V, chunk = v_BKSV.shape[-1], len(blocks) * sizes.kv_block
+    call = Call(visits, q_BKGTH, v_BKSV, sizes, parts)
+    q_spec, number_spec = call.queries(H), call.numbers()
+    arrays = (q_BKGTH, k_BKSH, v_BKSV, do_BKGTV, lse_BKG1T, mean_BKG1T, dq_BKGTH)
+    specs = (q_spec, call.keys(H), call.keys(V), call.queries(V), number_spec, number_spec, q_spec)
+    return call.run(
         functools.partial(
             _kernel,
-            row_visits=W,
+            row_visits=call.row_visits,
             first_block=blocks.start,
             scale=scale,
             exponent=exponent,
             pattern=pattern,
         ),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(B, K * parts, groups, steps),
-            in_specs=[
-                *tokens_in,
-                q_spec,
-                pl.BlockSpec((1, 1, keys, H), of_part(key_block(W, "b", "k", "s", "0"))),
-                pl.BlockSpec((1, 1, keys, V), of_part(key_block(W, "b", "k", "s", "0"))),
-                o_spec,
-                row_spec,
-                row_spec,
-                q_spec,
-            ],
-            out_specs=[q_spec, chunk_spec(H), chunk_spec(V)],
-            scratch_shapes=[pltpu.VMEM((heads, tokens, H), jnp.float32)],
-        ),
+        "attention_backward",
+        (*token_arrays, *arrays),
+        in_specs=[*call.tokens(), *specs],
+        out_specs=[q_spec, call.gradients(chunk, H), call.gradients(chunk, V)],
         out_shape=[
             jax.ShapeDtypeStruct(dq_BKGTH.shape, dq_BKGTH.dtype),
             jax.ShapeDtypeStruct((B, K, parts, chunk, H), jnp.float32),
             jax.ShapeDtypeStruct((B, K, parts, chunk, V), jnp.float32),
         ],
-        input_output_aliases={11: 0},
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=vmem,
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * pairs * (3 * H + 2 * V),
-            transcendentals=pairs,
-            bytes_accessed=B * K * G * T * ((H + V) * q_BKGTH.dtype.itemsize + 8 * H)
-            + B * K * (G // heads) * W * keys * (H + V) * k_BKSH.dtype.itemsize,
-        ),
+        scratch=[(sizes.heads, sizes.q_block, H)],
+        heads_in_order=True,
+        macs=3 * H + 2 * V,
+        row_bytes=(H + V) * q_BKGTH.dtype.itemsize + 8 * H,
+        vmem=vmem,
         interpret=interpret,
-        name="attention_backward",
-    )(
-        visits_BW.reshape(-1),
-        *token_arrays,
-        q_BKGTH,
-        k_BKSH,
-        v_BKSV,
-        do_BKGTV,
-        lse_BKG1T,
-        mean_BKG1T,
-        dq_BKGTH,
+        aliases={1 + len(token_arrays) + len(arrays) - 1: 0},  # dQ, after the visits
     )

@@ -16,32 +16,18 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.tpu.attention_call import (
+    HIDDEN,
+    LANES,
+    LOWEST,
+    Call,
+    across,
+    column,
+    product,
+    this_visit,
+)
 from pallas_kernels.tpu.visits import COMPUTE, FIRST, LAST, MASKED, Pattern
-
-LANES = 128
-HIDDEN = -1e30  # a score nobody may see; finite: exp2(HIDDEN - LOWEST) is 0, never NaN
-LOWEST = 0.5 * HIDDEN  # where row maxima start
-
-
-def product(a, b, contract: tuple[int, int]):
-    """Matrix product over the named axes, accumulated in float32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(
-        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
-    )
-
-
-def column(row_1T):
-    """(1, T) -> (T, L) with every lane the same."""
-    return jnp.broadcast_to(row_1T, (LANES, row_1T.shape[1])).T
-
-
-def across(x_TL, width: int):
-    """(T, L) of equal lanes -> (T, width)."""
-    return jnp.concatenate([x_TL] * -(-width // LANES), axis=1)[:, :width]
 
 
 def _kernel(
@@ -65,7 +51,7 @@ def _kernel(
     inner: int,
 ):
     """One visit. Scratch: row maxima and sums (G, T, L), unnormalised output (G, T, V), float32."""
-    visit = visits_ref[pl.program_id(0) * row_visits + pl.program_id(3)]
+    visit = this_visit(visits_ref, row_visits)
     heads, tokens = acc_ref.shape[:2]
 
     @pl.when(visit & FIRST != 0)
@@ -112,33 +98,6 @@ def _kernel(
             lse_ref[0, 0, g] = (max_ref[g] * exponent + jnp.log2(sum_TL)).T[:1]
 
 
-def query_block(row_visits: int, *axes: str):
-    """Index map of a block that follows the visits' queries; axes named b, k, g, q or 0."""
-
-    def index(b, k, g, w, visits):
-        q = visits[b * row_visits + w] >> 16
-        return tuple({"b": b, "k": k, "g": g, "q": q, "0": 0}[a] for a in axes)
-
-    return index
-
-
-def key_block(row_visits: int, *axes: str):
-    """Index map of a block that follows the visits' keys; axes named b, k, s or 0."""
-
-    def index(b, k, g, w, visits):
-        s = (visits[b * row_visits + w] >> 4) & 0xFFF
-        return tuple({"b": b, "k": k, "s": s, "0": 0}[a] for a in axes)
-
-    return index
-
-
-def token_specs(row_visits: int, tokens: int, keys: int):
-    """Block specs of (q positions, q segments, kv positions, kv segments), each (B, 1, tokens)."""
-    q = pl.BlockSpec((1, 1, tokens), query_block(row_visits, "b", "0", "q"))
-    kv = pl.BlockSpec((1, 1, keys), key_block(row_visits, "b", "0", "s"))
-    return [q, q, kv, kv]
-
-
 def forward(
     visits, token_arrays, q_BKGTH, k_BKSH, v_BKSV, *, exponent, pattern, sizes, vmem, interpret
 ):
@@ -150,49 +109,30 @@ def forward(
       exponent: the scores' scale times log2(e).
       sizes: ForwardSizes that divide the shapes.
     """
-    visits_BW, steps = visits
-    W = visits_BW.shape[1]
     B, K, G, T, H = q_BKGTH.shape
-    V = v_BKSV.shape[-1]
-    heads, tokens, keys = sizes.heads, sizes.q_block, sizes.kv_block
-    q_spec = pl.BlockSpec((1, 1, heads, tokens, H), query_block(W, "b", "k", "g", "q", "0"))
-    o_spec = pl.BlockSpec((1, 1, heads, tokens, V), query_block(W, "b", "k", "g", "q", "0"))
-    row_spec = pl.BlockSpec((1, 1, heads, 1, tokens), query_block(W, "b", "k", "g", "0", "q"))
-    pairs = B * K * G * W * tokens * keys
-    return pl.pallas_call(
+    V, dtype = v_BKSV.shape[-1], q_BKGTH.dtype
+    call = Call(visits, q_BKGTH, v_BKSV, sizes)
+    rows = (sizes.heads, sizes.q_block)
+    return call.run(
         functools.partial(
-            _kernel, row_visits=W, exponent=exponent, pattern=pattern, inner=sizes.kv_inner
+            _kernel,
+            row_visits=call.row_visits,
+            exponent=exponent,
+            pattern=pattern,
+            inner=sizes.kv_inner,
         ),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(B, K, G // heads, steps),
-            in_specs=[
-                *token_specs(W, tokens, keys),
-                q_spec,
-                pl.BlockSpec((1, 1, keys, H), key_block(W, "b", "k", "s", "0")),
-                pl.BlockSpec((1, 1, keys, V), key_block(W, "b", "k", "s", "0")),
-            ],
-            out_specs=[o_spec, row_spec],
-            scratch_shapes=[
-                pltpu.VMEM((heads, tokens, LANES), jnp.float32),
-                pltpu.VMEM((heads, tokens, LANES), jnp.float32),
-                pltpu.VMEM((heads, tokens, V), jnp.float32),
-            ],
-        ),
+        "attention_forward",
+        (*token_arrays, q_BKGTH, k_BKSH, v_BKSV),
+        in_specs=[*call.tokens(), call.queries(H), call.keys(H), call.keys(V)],
+        out_specs=[call.queries(V), call.numbers()],
         out_shape=[
-            jax.ShapeDtypeStruct((B, K, G, T, V), q_BKGTH.dtype),
+            jax.ShapeDtypeStruct((B, K, G, T, V), dtype),
             jax.ShapeDtypeStruct((B, K, G, 1, T), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-            vmem_limit_bytes=vmem,
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * pairs * (H + V),
-            transcendentals=pairs,
-            bytes_accessed=B * K * G * T * (H + V) * q_BKGTH.dtype.itemsize
-            + B * K * (G // heads) * W * keys * (H + V) * k_BKSH.dtype.itemsize,
-        ),
+        scratch=[(*rows, LANES), (*rows, LANES), (*rows, V)],
+        heads_in_order=False,
+        macs=H + V,
+        row_bytes=(H + V) * dtype.itemsize,
+        vmem=vmem,
         interpret=interpret,
-        name="attention_forward",
-    )(visits_BW.reshape(-1), *token_arrays, q_BKGTH, k_BKSH, v_BKSV)
+    )

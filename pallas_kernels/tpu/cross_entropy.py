@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-CHUNK = 1024  # of the width: what is compiled is a product of one chunk
+LANES = 128
+CHUNK = 4096  # of the width: what is compiled is a product of one chunk
 VMEM_BYTES = 56 * 2**20  # for blocks, of the 64 MiB of v5p and tpu7x (v5e and v6e: 128)
 VMEM_LIMIT = 62 * 2**20
 
@@ -45,24 +46,44 @@ def _dot(a, b, a_axis: int, b_axis: int):
     )
 
 
-def _logits(x_TD, w_Dv, target_T1, logits_Tv, block, vocabulary: int):
-    """Fills ``logits_Tv``, minus infinity past the vocabulary; returns where the targets are."""
+def _each_block(block, width: int, vocabulary: int, body):
+    """``body(vocabulary)`` where the block reaches past the vocabulary, else ``body(None)``.
+
+    Only the last block can, and it alone pays for the masks.
+    """
+    last = vocabulary // width
+    if vocabulary % width == 0:
+        body(None)
+    else:
+        pl.when(block != last)(lambda: body(None))
+        pl.when(block == last)(lambda: body(vocabulary))
+
+
+def _of_width(w_Dv, k, by_words: bool):
+    """A chunk of the matrix, which is (v, D) if ``by_words``."""
+    return w_Dv[:, k] if by_words else w_Dv[k]
+
+
+def _logits(x_TD, w_Dv, target_T1, logits_Tv, block, end: int | None, by_words: bool):
+    """Fills ``logits_Tv``, minus infinity from word ``end`` on; returns where the targets are."""
     logits_Tv[...] = jnp.zeros_like(logits_Tv)
 
     def add(k):
-        logits_Tv[...] += _dot(x_TD[:, k], w_Dv[k], 1, 0)
+        w = _of_width(w_Dv, k, by_words)
+        logits_Tv[...] += _dot(x_TD[:, k], w, 1, 1 if by_words else 0)
 
     _chunks(x_TD.shape[1], add)
     width = logits_Tv.shape[1]
     column_Tv = block * width + jax.lax.broadcasted_iota(jnp.int32, logits_Tv.shape, 1)
-    if vocabulary % width:
-        logits_Tv[...] = jnp.where(column_Tv < vocabulary, logits_Tv[...], -jnp.inf)
+    if end is not None:
+        logits_Tv[...] = jnp.where(column_Tv < end, logits_Tv[...], -jnp.inf)
     return column_Tv == target_T1[...]
 
 
 def _forward_kernel(
-    x_TD, w_Dv, target_T1, lse_T1, nll_T1, logits_Tv, max_T1, sum_T1, hit_T1, *, vocabulary: int
-):
+    x_TD, w_Dv, target_T1, lse_T1, nll_T1, logits_Tv, max_T1, sum_T1, hit_T1,
+    *, vocabulary: int, by_words: bool,
+):  # fmt: skip
     j = pl.program_id(1)
 
     @pl.when(j == 0)
@@ -71,14 +92,17 @@ def _forward_kernel(
         sum_T1[...] = jnp.zeros_like(sum_T1)
         hit_T1[...] = jnp.zeros_like(hit_T1)
 
-    hot_Tv = _logits(x_TD, w_Dv, target_T1, logits_Tv, j, vocabulary)
-    logits = logits_Tv[...]
-    old = max_T1[...]
-    new = jnp.maximum(old, jnp.max(logits, axis=1, keepdims=True))
-    part = jnp.sum(jnp.exp(logits - new), axis=1, keepdims=True)
-    sum_T1[...] = sum_T1[...] * jnp.exp(old - new) + part
-    hit_T1[...] += jnp.sum(jnp.where(hot_Tv, logits, 0.0), axis=1, keepdims=True)
-    max_T1[...] = new
+    def add(end):
+        hot_Tv = _logits(x_TD, w_Dv, target_T1, logits_Tv, j, end, by_words)
+        logits = logits_Tv[...]
+        old = max_T1[...]
+        new = jnp.maximum(old, jnp.max(logits, axis=1, keepdims=True))
+        part = jnp.sum(jnp.exp(logits - new), axis=1, keepdims=True)
+        sum_T1[...] = sum_T1[...] * jnp.exp(old - new) + part
+        hit_T1[...] += jnp.sum(jnp.where(hot_Tv, logits, 0.0), axis=1, keepdims=True)
+        max_T1[...] = new
+
+    _each_block(j, logits_Tv.shape[1], vocabulary, add)
 
     @pl.when(j == pl.num_programs(1) - 1)
     def _():
@@ -86,32 +110,38 @@ def _forward_kernel(
         nll_T1[...] = lse_T1[...] - hit_T1[...]
 
 
-def _dlogits(x_TD, w_Dv, target_T1, lse_T1, p_T1, hot_T1, logits_Tv, block, vocabulary):
+def _dlogits(x_TD, w_Dv, target_T1, lse_T1, p_T1, hot_T1, logits_Tv, block, end, by_words):
     """The gradient of the logits, ``p_T1 * softmax - hot_T1 * (this is the target)``."""
-    hot_Tv = _logits(x_TD, w_Dv, target_T1, logits_Tv, block, vocabulary)
+    hot_Tv = _logits(x_TD, w_Dv, target_T1, logits_Tv, block, end, by_words)
     d_Tv = p_T1[...] * jnp.exp(logits_Tv[...] - lse_T1[...])
     return (d_Tv - jnp.where(hot_Tv, hot_T1[...], 0.0)).astype(x_TD.dtype)
 
 
 def _tokens_kernel(
-    x_TD, w_Dv, target_T1, lse_T1, p_T1, hot_T1, dx_TD, logits_Tv, sum_TD, *, vocabulary: int
-):
+    x_TD, w_Dv, target_T1, lse_T1, p_T1, hot_T1, dx_TD, logits_Tv, sum_TD,
+    *, vocabulary: int, by_words: bool,
+):  # fmt: skip
     j = pl.program_id(1)
 
     @pl.when(j == 0)
     def _():
         sum_TD[...] = jnp.zeros_like(sum_TD)
 
-    d_Tv = _dlogits(x_TD, w_Dv, target_T1, lse_T1, p_T1, hot_T1, logits_Tv, j, vocabulary)
+    def add(end):
+        d_Tv = _dlogits(x_TD, w_Dv, target_T1, lse_T1, p_T1, hot_T1, logits_Tv, j, end, by_words)
+        axis, v = 0 if by_words else 1, d_Tv.shape[1]
+        shape = (v, 1) if by_words else (1, v)
+        word = j * v + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
-    def add(k):
-        w = w_Dv[k]
-        if vocabulary % w.shape[1]:  # what is read past the vocabulary may be NaN
-            word_1v = j * w.shape[1] + jax.lax.broadcasted_iota(jnp.int32, (1, w.shape[1]), 1)
-            w = jnp.where(word_1v < vocabulary, w, jnp.zeros_like(w))
-        sum_TD[:, k] += _dot(d_Tv, w, 1, 1)
+        def chunk(k):
+            w = _of_width(w_Dv, k, by_words)
+            if end is not None:  # what is read past the vocabulary may be NaN
+                w = jnp.where(word < end, w, jnp.zeros_like(w))
+            sum_TD[:, k] += _dot(d_Tv, w, 1, axis)
 
-    _chunks(x_TD.shape[1], add)
+        _chunks(x_TD.shape[1], chunk)
+
+    _each_block(j, logits_Tv.shape[1], vocabulary, add)
 
     @pl.when(j == pl.num_programs(1) - 1)
     def _():
@@ -119,26 +149,48 @@ def _tokens_kernel(
 
 
 def _matrix_kernel(
-    x_TD, w_Dv, target_T1, lse_T1, p_T1, hot_T1, dw_Dv, logits_Tv, *, vocabulary: int
-):
+    x_TD, w_Dv, target_T1, lse_T1, p_T1, hot_T1, dw_Dv, logits_Tv,
+    *, vocabulary: int, by_words: bool,
+):  # fmt: skip
     @pl.when(pl.program_id(1) == 0)
     def _():
         dw_Dv[...] = jnp.zeros_like(dw_Dv)
 
-    d_Tv = _dlogits(
-        x_TD, w_Dv, target_T1, lse_T1, p_T1, hot_T1, logits_Tv, pl.program_id(0), vocabulary
-    )
+    j = pl.program_id(0)
 
-    def add(k):
-        dw_Dv[k] += _dot(x_TD[:, k], d_Tv, 0, 0)
+    def add(end):
+        d_Tv = _dlogits(x_TD, w_Dv, target_T1, lse_T1, p_T1, hot_T1, logits_Tv, j, end, by_words)
 
-    _chunks(x_TD.shape[1], add)
+        def chunk(k):
+            if by_words:
+                dw_Dv[:, k] += _dot(d_Tv, x_TD[:, k], 0, 0)
+            else:
+                dw_Dv[k] += _dot(x_TD[:, k], d_Tv, 0, 0)
+
+        _chunks(x_TD.shape[1], chunk)
+
+    _each_block(j, logits_Tv.shape[1], vocabulary, add)
+
+
+def _by_words(V: int) -> bool:
+    """Whether the matrix is read and its gradient written as (V, D).
+
+    A width that is no whole number of lanes lies in memory like that: XLA, left to choose, makes
+    the other dimension the one of lanes, and an argument (D, V) would cost a copy of the matrix
+    and one of its gradient.
+    """
+    return V % LANES != 0
+
+
+def _matrix(V: int) -> tuple[str, str]:
+    return ("V", "D") if _by_words(V) else ("D", "V")
 
 
 def _call(
     kernel,
+    name,
     x_ND,
-    w_DV,
+    w,
     columns,
     outputs,
     *,
@@ -153,7 +205,8 @@ def _call(
     ``columns`` are arrays (N, 1); ``outputs`` are (shape, dtype) with the names of the dimensions
     in place of sizes; the grid's inner dimension is the one added up.
     """
-    (N, D), V, (T, v) = x_ND.shape, w_DV.shape[1], blocks
+    (N, D), V, (T, v) = x_ND.shape, vocabulary, blocks
+    by_words = _by_words(V)
     whole, cut = {"N": N, "V": V, "D": D, 1: 1}, {"N": T, "V": v, "D": D, 1: 1}
     grid = (pl.cdiv(V, v), N // T) if matrix_first else (N // T, pl.cdiv(V, v))
 
@@ -167,7 +220,7 @@ def _call(
     products = 1 if len(columns) == 1 else 2  # the logits, and a gradient made from them
     x_reads, w_reads = (grid[0], 1) if matrix_first else (1, grid[0])
     return pl.pallas_call(
-        functools.partial(kernel, vocabulary=vocabulary),
+        functools.partial(kernel, vocabulary=V, by_words=by_words),
         out_shape=[
             jax.ShapeDtypeStruct(
                 tuple(whole[d] for d in dimensions),
@@ -177,7 +230,7 @@ def _call(
             for dimensions, dtype in outputs
         ],
         grid=grid,
-        in_specs=[spec("N", "D"), spec("D", "V"), *(spec("N", 1) for _ in columns)],
+        in_specs=[spec("N", "D"), spec(*_matrix(V)), *(spec("N", 1) for _ in columns)],
         out_specs=[spec(*dimensions) for dimensions, _ in outputs],
         scratch_shapes=[pltpu.VMEM(tuple(cut[d] for d in s), jnp.float32) for s in scratch],
         compiler_params=pltpu.CompilerParams(
@@ -190,7 +243,8 @@ def _call(
             + sum(4 * math.prod(whole[d] for d in dimensions) for dimensions, _ in outputs),
         ),
         interpret=interpret,
-    )(x_ND, w_DV, *columns)
+        name=name,
+    )(x_ND, w, *columns)
 
 
 def _blocks(N: int, D: int, V: int, need):
@@ -230,10 +284,11 @@ def log_likelihood(x_ND, w_DV, target_N, *, interpret: bool = False):
     (N, D), V, size = x_ND.shape, w_DV.shape[1], x_ND.dtype.itemsize
     blocks = _blocks(N, D, V, lambda T, v: 2 * size * D * (T + v))
     x_ND, columns = _padded(x_ND, [target_N], blocks[0])
+    w = w_DV.T if _by_words(V) else w_DV
     column = (("N", 1), jnp.float32)
     lse_N1, nll_N1 = _call(
-        _forward_kernel, x_ND, w_DV, columns, [column, column], vocabulary=V, blocks=blocks,
-        scratch=[("N", "V"), ("N", 1), ("N", 1), ("N", 1)], interpret=interpret,
+        _forward_kernel, "cross_entropy", x_ND, w, columns, [column, column], vocabulary=V,
+        blocks=blocks, scratch=[("N", "V"), ("N", 1), ("N", 1), ("N", 1)], interpret=interpret,
     )  # fmt: skip
     return lse_N1[:N, 0], nll_N1[:N, 0]
 
@@ -250,24 +305,25 @@ def gradients(x_ND, w_DV, target_N, lse_N, p_N, hot_N, *, interpret: bool = Fals
     """
     (N, D), V, size = x_ND.shape, w_DV.shape[1], x_ND.dtype.itemsize
     columns = [target_N, lse_N, p_N, hot_N]
+    w = w_DV.T if _by_words(V) else w_DV
 
-    def call(kernel, output, scratch, need, **order):
+    def call(kernel, name, output, scratch, need, **order):
         blocks = _blocks(N, D, V, need)
         whole_ND, whole_columns = _padded(x_ND, columns, blocks[0])
         return _call(
-            kernel, whole_ND, w_DV, whole_columns, [output], vocabulary=V,
+            kernel, name, whole_ND, w, whole_columns, [output], vocabulary=V,
             scratch=[("N", "V"), *scratch], blocks=blocks, interpret=interpret, **order,
         )[0]  # fmt: skip
 
     dx_ND = call(
-        _tokens_kernel, (("N", "D"), x_ND.dtype), [("N", "D")],
+        _tokens_kernel, "cross_entropy_tokens", (("N", "D"), x_ND.dtype), [("N", "D")],
         lambda T, v: D * (2 * size * (2 * T + v) + 4 * T),
     )  # fmt: skip
-    dw_DV = call(
-        _matrix_kernel, (("D", "V"), jnp.float32), [],
+    dw = call(
+        _matrix_kernel, "cross_entropy_matrix", (_matrix(V), jnp.float32), [],
         lambda T, v: D * (2 * size * (T + v) + 8 * v), matrix_first=True,
     )  # fmt: skip
-    return dx_ND[:N], dw_DV
+    return dx_ND[:N], dw.T if _by_words(V) else dw
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

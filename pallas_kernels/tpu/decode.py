@@ -172,15 +172,7 @@ def decode(
     key_head_R1 = (first_head + jnp.arange(T * N, dtype=jnp.int32)[:, None] % N) // (
         N // K if heads_per_key is None else heads_per_key
     )
-    token_R1 = jnp.arange(T * N, dtype=jnp.int32)[:, None] // N
-    # base-2 exponentials: the logarithm's factor goes into the scale
-    scale_K = jnp.broadcast_to(scale * np.log2(np.e) * _or_one(k_scale), (K,))
-    constants = [
-        jnp.concatenate([token_R1, key_head_R1], axis=1),
-        scale_K[key_head_R1].astype(jnp.float32),
-    ]
-    if frequency_F is not None:
-        constants += _rotation_tables(frequency_F, cut.tile, K)
+    constants = call.constants(key_head_R1, scale, k_scale, frequency_F)
     per_split = -(-plan.start_B1[-1] // splits)
     first_part = jnp.int32(0) if layer is None else layer * parts
     scalars = [*plan, jnp.stack([per_split, first_part]), positions_BT.reshape(-1)]
@@ -194,13 +186,13 @@ def decode(
     else:
         o_BRH = combine(out[0], out[1][..., 0], touched)
     if v_scale is not None:
-        v_scale_K = jnp.broadcast_to(_or_one(v_scale), (K,))
-        o_BRH = o_BRH * v_scale_K[key_head_R1]
+        o_BRH = o_BRH * _of_heads(v_scale, K)[key_head_R1]
     return o_BRH.astype(q_BTNH.dtype).reshape(B, T, N, H)
 
 
-def _or_one(scale):
-    return jnp.float32(1.0) if scale is None else jnp.asarray(scale, jnp.float32)
+def _of_heads(scale, K: int):
+    """A scale for each key head, 1 for None."""
+    return jnp.broadcast_to(jnp.asarray(1.0 if scale is None else scale, jnp.float32), (K,))
 
 
 def _rotation_tables(frequency_F, tile: int, kv_heads: int):
@@ -236,6 +228,19 @@ class _Call(NamedTuple):
     @property
     def rows(self) -> int:
         return self.T * self.N
+
+    def constants(self, key_head_R1, scale: float, k_scale, frequency_F) -> list:
+        """What stays in VMEM: [token and key head of each row, its scale, rotation tables]."""
+        token_R1 = jnp.arange(self.rows, dtype=jnp.int32)[:, None] // self.N
+        # base-2 exponentials: the logarithm's factor goes into the scale
+        scale_K = scale * np.log2(np.e) * _of_heads(k_scale, self.K)
+        rows = [
+            jnp.concatenate([token_R1, key_head_R1], axis=1),
+            scale_K[key_head_R1].astype(jnp.float32),
+        ]
+        if not self.rotates:
+            return rows
+        return rows + _rotation_tables(frequency_F, self.cut.tile, self.K)
 
     @property
     def per_lap(self) -> int:

@@ -177,7 +177,7 @@ def _blocks_of_rows(rows: int, D: int, F: int, bytes_each: int):
     )
 
 
-def _call(kernel, *, out_shape, visits, arrays, flops, semantics, interpret, **grid):
+def _call(kernel, name, *, out_shape, visits, arrays, flops, semantics, interpret, **grid):
     """One kernel whose last grid dimension counts visits."""
     count, tables = visits
     spec = pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=len(tables), **grid)
@@ -191,6 +191,7 @@ def _call(kernel, *, out_shape, visits, arrays, flops, semantics, interpret, **g
         ),
         cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0),
         interpret=interpret,
+        name=name,
     )(*tables, *arrays)
 
 
@@ -229,6 +230,7 @@ def rows_by_matrices(
 
     return _call(
         functools.partial(_rows_kernel, transposed=transposed),
+        "grouped_matmul_transposed" if transposed else "grouped_matmul",
         out_shape=_shape((M, F), x_MD.dtype, x_MD),
         visits=visits,
         arrays=(x_MD, w_EDF),
@@ -270,6 +272,7 @@ def matrices_of_rows(x_MD, dy_MF, sizes_E, *, load: int | None = None, interpret
     visits = _visits(sizes_E, M, R, every_group=True)
     return _call(
         _matrices_kernel,
+        "grouped_matmul_matrices",
         out_shape=_shape((E, D, F), x_MD.dtype, x_MD),
         visits=visits,
         arrays=(x_MD, dy_MF),

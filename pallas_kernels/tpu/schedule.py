@@ -4,9 +4,10 @@ Shape suffixes: N bundles (instructions of a core's cycle), U units.
 
 libtpu writes, for every bundle of a compiled kernel, how many slots of each unit it uses. The share
 of matrix slots in the bundles that do the work is an upper bound of the share of the chip's peak:
-memory, the steps' own cost and blocks on a mask's edge are not in it.
+memory, the steps' own cost and blocks on a mask's or a group's edge are not in it.
 
-``python -m pallas_kernels.tpu.schedule v6e 64 4096 256`` prints it for the attention kernels.
+``python -m pallas_kernels.tpu.schedule [chip ...]`` prints the table of benchmarks/tpu_kernels.md;
+two minutes a chip on two cores.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -22,31 +24,30 @@ from pathlib import Path
 
 import numpy as np
 
-#: chip -> (smallest topology to compile for, its ``device_kind``)
-TOPOLOGIES = {
-    "v5e": ("v5e:2x2", "TPU v5 lite"),
-    "v5p": ("v5p:2x2x1", "TPU v5"),
-    "v6e": ("v6e:2x2", "TPU v6 lite"),
-    "tpu7x": ("tpu7x:2x2x1", "TPU7x"),
-}
-#: what libtpu wants to know where there is no TPU
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v6e-1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
-_TABLE = "final_hlo-static-per-bundle-utilization.txt"
+from pallas_kernels.tpu.aot import COMPILE, ENVIRONMENT, TOPOLOGIES, temporaries
+
+#: (family of kernels, shape) of the table
+CASES = (
+    ("attention", {"heads": 64, "tokens": 4096, "width": 256}),
+    ("grouped_matmul", {"rows": 131072, "width": 4096, "result": 1536, "groups": 128}),
+    ("grouped_matmul", {"rows": 49152, "width": 7168, "result": 5120, "groups": 48}),
+    ("cross_entropy", {"tokens": 16384, "width": 7168, "vocabulary": 128_000}),
+    ("cross_entropy", {"tokens": 16384, "width": 7168, "vocabulary": 128_815}),
+)
+_USE = "final_hlo-static-per-bundle-utilization.txt"
+_BUNDLE = re.compile(r"^ *(?:0x[0-9a-f]+|0) +([A-Z]{2})?: *>* *\{(.*)")
+_EXIT = re.compile(r"(%\w+) = scmp\.ge\.s32\.totalorder %\w+, (\S+) /\* loop exit test")
+_BACK = re.compile(r"sbr\.rel \(!(%\w+)\)")
+_ALLOCATION = re.compile(r"(#allocation\d+) \[.*space=vmem, size = (0x[0-9a-f]+)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Of one kernel's unmasked visit.
+    """Of one visit of a kernel that needs no mask.
 
     matrix, vector, power: shares of the slots of the matrix units, the vector arithmetic and the
-      transcendental unit. bundles: their number. moves: spills and fills of registers. total:
-      bundles of the whole kernel.
+      transcendental unit. bundles: executed, loops counted as often as they run. moves: spills and
+      fills of registers among them. vmem: bytes of vector memory of the whole kernel.
     """
 
     matrix: float
@@ -54,49 +55,71 @@ class Schedule:
     power: float
     bundles: int
     moves: int
-    total: int
+    vmem: int
 
 
-def read(text: str) -> Schedule:
-    """A utilisation table as libtpu writes it.
+def executed(bundles: str, products_N) -> np.ndarray:
+    """How often each bundle runs in one visit: int (N,).
 
-    A kernel has its work twice, without and then with a mask, each with the same products; the
-    first half of the matrix slots is the unmasked one.
+    The visit is a pass of the outermost loop (the grid) through its first region with matrix
+    products: kernels have what needs no mask before what does, each under a condition of its own.
+
+    Args:
+      bundles: the schedule as libtpu writes it: ``LB`` where a loop begins, ``PF`` where a
+        conditional region has ended.
+      products_N: matrix products of each bundle.
     """
-    lines = text.splitlines()
+    lines = [m.groups() for m in map(_BUNDLE.match, bundles.splitlines()) if m]
+    trips = {p: int(n) if n.isdigit() else 1 for _, w in lines for p, n in _EXIT.findall(w)}
+    times_N, region_N, starts = np.ones(len(lines), int), np.zeros(len(lines), int), []
+    for i, (mark, words) in enumerate(lines):
+        if mark == "LB":
+            starts.append(i)
+        # a loop ends with a branch on its exit test: what follows the loop is mixed into its tail
+        ends = [p for p in _BACK.findall(words) if p in trips]
+        region_N[i] = len(starts) == 1 and not ends and (mark is not None or "sbr.rel" in words)
+        if ends and starts:
+            start = starts.pop()
+            times_N[start : i + 1] *= trips[ends[0]] if starts else 1
+    region_N = np.cumsum(region_N)
+    return times_N * (region_N == region_N[np.argmax(np.asarray(products_N) > 0)])
+
+
+def read(table: str, bundles: str, allocations: str) -> Schedule:
+    """From what libtpu writes of a kernel: slots in use, its schedule, and its allocations.
+
+    See :func:`executed`.
+    """
+    lines = table.splitlines()
     names = [name.strip() for name in lines[1].split(",")]
     capacity = dict(zip(names, map(int, lines[2].split()), strict=True))
     rows = lines[lines.index("== UTILIZATION:") + 1 :]
     used_NU = np.array([[int(n) for n in row.split()] for row in rows if row.strip()])
-    products_N = used_NU[:, names.index("MATMUL")].cumsum()
-    start = int(np.argmax(products_N > 0))
-    stop = int(np.argmax(products_N >= products_N[-1] / 2)) + 1
-    total_U = used_NU[start:stop].sum(axis=0)
-    count = dict(zip(names, map(int, total_U), strict=True))
-    bundles = stop - start
-    share = {name: count[name] / (bundles * capacity[name]) for name in names}
+    times_N = executed(bundles, used_NU[:, names.index("MATMUL")])
+    count = dict(zip(names, map(int, times_N @ used_NU), strict=True))
+    total = int(times_N.sum())
+    share = {name: count[name] / (total * capacity[name]) for name in names}
     return Schedule(
         matrix=share["MATMUL"],
         vector=share["VALU"],
         power=share["EUP"],
-        bundles=bundles,
+        bundles=total,
         moves=count["VLOAD:FILL"] + count["VSTORE:SPILL"],
-        total=len(used_NU),
+        vmem=sum(int(size, 16) for size in dict(_ALLOCATION.findall(allocations)).values()),
     )
 
 
-def measure(chip: str, shape: dict, sizes: dict | None = None, backward: bool = True) -> dict:
-    """Compiles attention in a process of its own; kernel name -> Schedule, and ``temporaries``.
+def measure(chip: str, family: str, shape: dict, **options) -> dict:
+    """Compiles in a process of its own; kernel name -> Schedule, and ``temporaries`` in bytes.
 
     Args:
       chip: a key of ``TOPOLOGIES``.
-      shape: ``heads``, ``tokens``, ``width``.
-      sizes: entries of ``block_sizes.json`` to use instead of the table's.
+      family: a key of ``COMPILE``; ``shape`` and ``options`` are that function's arguments.
 
     Raises:
       RuntimeError: it does not compile; holds the compiler's words.
     """
-    request = json.dumps({"chip": chip, "sizes": sizes, "backward": backward} | shape)
+    request = json.dumps({"chip": chip, "family": family, "shape": shape | options})
     with tempfile.TemporaryDirectory() as folder:
         dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         done = subprocess.run(
@@ -108,84 +131,43 @@ def measure(chip: str, shape: dict, sizes: dict | None = None, backward: bool = 
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
         found = {}
-        for kernel in ("attention_forward", "attention_backward"):
-            for path in sorted(Path(folder).glob(f"*{kernel}*{_TABLE}"))[:1]:
-                found[kernel] = read(path.read_text())
-        return found | {"temporaries": float(done.stdout.split()[-1])}
+        named = re.compile(rf"({family}[a-z_]*?)_*(\.\d+)?-\d+-{_USE}")  # jvp_NAME_.1-70-...
+        for path in sorted(Path(folder).iterdir()):
+            if name := named.search(path.name):
+                kernel = path.name[: -len(_USE)].rsplit("-", 2)[0]
+                files = [_USE, "[0-9]-final_bundles.txt", "post-delay-converter.txt"]
+                texts = [next(Path(folder).glob(f"{kernel}-*{f}")).read_text() for f in files]
+                found[name[1]] = read(*texts)
+        return found | {"temporaries": int(done.stdout.split()[-1])}
 
 
-def compile_attention(chip, heads, tokens, width, sizes=None, backward=True, packed=False):
-    """The compiled (q, k, v, do, positions, segments) -> output and gradients, in bfloat16.
-
-    One row of ``heads`` query heads on one key head; causal and in order.
-    """
-    import jax
-    import jax.numpy as jnp
-    from jax.experimental import topologies
-    from jax.sharding import SingleDeviceSharding
-
-    from pallas_kernels.tpu import block_sizes
-    from pallas_kernels.tpu.attention import attention
-    from pallas_kernels.tpu.visits import Pattern
-
-    name, kind = TOPOLOGIES[chip]
-    device = topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
-    if sizes is not None:
-        block_sizes.table()[kind].update(sizes)
-
-    def step(q, k, v, do, positions, segments):
-        def forward(q, k, v):
-            documents = (segments, segments) if packed else (None, None)
-            return attention(
-                q,
-                k,
-                v,
-                positions,
-                positions,
-                *documents,
-                pattern=Pattern(in_order=True),
-                scale=width**-0.5,
-                chip=kind,
-            )[0]
-
-        if not backward:
-            return forward(q, k, v)
-        o, back = jax.vjp(forward, q, k, v)
-        return o, back(do)
-
-    place = SingleDeviceSharding(device)
-    q = jax.ShapeDtypeStruct((1, 1, heads, tokens, width), jnp.bfloat16, sharding=place)
-    k = jax.ShapeDtypeStruct((1, 1, tokens, width), jnp.bfloat16, sharding=place)
-    positions = jax.ShapeDtypeStruct((1, tokens), jnp.int32, sharding=place)
-    return jax.jit(step).lower(q, k, k, q, positions, positions).compile()
-
-
-def temporaries(compiled, heads: int, tokens: int, width: int) -> float:
-    """Bytes of the program's temporaries, in units of the queries'."""
-    return compiled.memory_analysis().temp_size_in_bytes / (2 * heads * tokens * width)
+def row(chip: str, family: str, shape: dict) -> list[str]:
+    """Lines of the table."""
+    found = measure(chip, family, shape)
+    kept = found.pop("temporaries") / 2**20
+    size = " x ".join(f"{n:,}" for n in shape.values())
+    return [
+        f"| {chip} | {kernel} | {size} | {s.matrix:.0%} | {s.vector:.0%} | {s.power:.0%} "
+        f"| {s.bundles:,} | {s.moves:,} | {s.vmem / 2**20:.1f} | {kept:,.1f} |"
+        for kernel, s in found.items()
+    ]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compile", help=argparse.SUPPRESS)
-    parser.add_argument("chip", nargs="?", choices=list(TOPOLOGIES))
-    parser.add_argument("heads", nargs="?", type=int)
-    parser.add_argument("tokens", nargs="?", type=int)
-    parser.add_argument("width", nargs="?", type=int)
+    parser.add_argument("chip", nargs="*", choices=[[], *TOPOLOGIES])
     args = parser.parse_args()
     if args.compile:
         request = json.loads(args.compile)
-        shape = {key: request[key] for key in ("heads", "tokens", "width")}
-        print(temporaries(compile_attention(**request), **shape))
+        print(temporaries(COMPILE[request["family"]](request["chip"], **request["shape"])))
         return
-    shape = {"heads": args.heads, "tokens": args.tokens, "width": args.width}
-    found = measure(args.chip, shape)
-    print(f"{args.chip}: temporaries {found.pop('temporaries'):.2f} x the queries")
-    for kernel, s in found.items():
-        print(
-            f"  {kernel}: matrix slots {s.matrix:.0%}, vector {s.vector:.0%}, powers {s.power:.0%}"
-            f" of {s.bundles:,} bundles; {s.moves:,} register spills and fills"
-        )
+    columns = "chip kernel shape matrix vector powers bundles moves VMEM_MiB temporaries_MiB"
+    print("| " + columns.replace(" ", " | ").replace("_", " ") + " |")
+    print("|" + "---|" * len(columns.split()))
+    for chip in args.chip or TOPOLOGIES:
+        for case in CASES:
+            print(*row(chip, *case), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

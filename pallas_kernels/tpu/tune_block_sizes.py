@@ -2,11 +2,14 @@
 
 Shape suffixes: none; there are no arrays here.
 
-``python -m pallas_kernels.tpu.tune_block_sizes [chip ...]``. A minute a candidate on two cores.
+``python -m pallas_kernels.tpu.tune_block_sizes [chip ...]``: twelve candidates a chip, a minute
+each on two cores.
 
 A candidate's score is its share of matrix slots, times the share of a causal row's computed scores
 that are not masked (larger blocks waste more on the diagonal), at the tokens and width of
-``SHAPE``. What does not compile, or does not fit by ``block_sizes.check``, is passed over.
+``SHAPE``. It ranks without a device and leaves out memory and the cost of a step of the grid, so
+only times on a device can confirm a choice. What does not compile, or does not fit by
+``block_sizes.check``, is passed over.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ import json
 import sys
 
 from pallas_kernels.tpu import block_sizes
-from pallas_kernels.tpu.schedule import TOPOLOGIES, measure
+from pallas_kernels.tpu.aot import TOPOLOGIES
+from pallas_kernels.tpu.schedule import measure
 from pallas_kernels.tpu.visits import Pattern, candidates
 
 SHAPE = {"heads": 64, "tokens": 8192, "width": 256}
@@ -36,21 +40,27 @@ def useful(q_block: int, kv_block: int) -> float:
 
 
 def best(chip: str, direction: str, options: list[dict], other: dict) -> dict:
-    """The option with the best score; ``other`` holds the other direction's entries."""
-    scores = []
+    """The option with the best score; ``other`` holds the other direction's entries.
+
+    Raises:
+      RuntimeError: none compiles.
+    """
+    scored = []
     for entry in options:
         try:
             sizes = other | {direction: entry}
-            found = measure(chip, SHAPE, sizes, backward=direction == "backward")
+            backward = direction == "backward"
+            found = measure(chip, "attention", SHAPE, sizes=sizes, backward=backward)
         except RuntimeError as error:
             print(f"{chip} {direction} {entry}: {str(error).strip().splitlines()[-1][:100]}")
             continue
         matrix = found[f"attention_{direction}"].matrix
-        scores.append(matrix * useful(entry["q_block"], entry["kv_block"]))
-        print(f"{chip} {direction} {entry}: matrix slots {matrix:.0%}, score {scores[-1]:.0%}")
-        if scores[-1] == max(scores):
-            chosen = entry
-    return chosen
+        score = matrix * useful(entry["q_block"], entry["kv_block"])
+        print(f"{chip} {direction} {entry}: matrix slots {matrix:.0%}, score {score:.0%}")
+        scored.append((score, entry))
+    if not scored:
+        raise RuntimeError(f"{chip}: none of the {direction} block sizes compiles")
+    return max(scored, key=lambda pair: pair[0])[1]
 
 
 def main():

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.tpu import cross_entropy as kernel
-from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
+from step_jax.core.sharding import AXES, MeshConfig, Sharding, make_mesh
 from step_jax.ops import cross_entropy as ops
 from tests.ops.test_cross_entropy import Z, assert_close, full_logits, gradients, problem
 
@@ -36,7 +36,9 @@ def interpreted(monkeypatch):
     [
         (3, 16, 12, 41),  # one block, of a size that no tile divides
         (2, 300, 16, 700),  # two blocks of either, both cut
-        (1, 16, 1280, 256),  # the width in chunks of 640
+        (1, 40, 16, 640),  # whole lanes, so the matrix is read as (D, V); the second block is cut
+        (1, 16, 8192, 256),  # the width in two chunks
+        (1, 16, 8192, 200),  # the same, and the matrix read as (V, D)
     ],
 )
 def test_equals_full_logits(interpreted, B, T, D, V):
@@ -117,8 +119,8 @@ def test_compiles_on_a_mesh(monkeypatch):
     tokens = P("data", "context")
     done = compile_on(
         "v5p",
-        (2, 1, 1, 2, 1),
-        ("data", "fsdp", "expert", "context", "tensor"),
+        (1, 2, 1, 1, 2, 1),
+        AXES,
         lambda mesh: gradients(
             lambda *a: ops.cross_entropy(*a, implementation="pallas_tpu", sharding=Sharding(mesh))
         ),
@@ -130,8 +132,10 @@ def test_compiles_on_a_mesh(monkeypatch):
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("chip", TOPOLOGIES)
-@pytest.mark.parametrize("N,D,V", [(16384, 4096, 131072), (8192, 7168, 151936)])
+@pytest.mark.parametrize(
+    "chip,N,D,V",
+    [*((chip, 16384, 7168, 128815) for chip in TOPOLOGIES), ("v6e", 16384, 4096, 131072)],
+)
 def test_compiles_for(chip, N, D, V, monkeypatch):
     """Temporaries beside the head's copy in bfloat16: at most 1/50 of the float32 logits."""
     shapes = ((N, D), jnp.bfloat16), ((D, V), jnp.float32), ((N,), jnp.int32), ((N,), jnp.float32)
