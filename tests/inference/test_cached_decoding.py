@@ -12,8 +12,11 @@ import pytest
 
 from step_jax.models.attention import MFA, MHA, MLA
 from step_jax.models.context import Context
-from step_jax.models.layers import RMSNorm
+from step_jax.models.decoder import Block, Decoder, Group
+from step_jax.models.layers import RMSNorm, SwiGLU
+from step_jax.models.moe import Experts, MoE
 from step_jax.models.positions import Alibi
+from step_jax.models.routing import Router
 from tests.models import small
 
 WINDOW = 5  # far shorter than the texts
@@ -44,15 +47,14 @@ def call_positions(before, new, width):
     return np.where(index_1T < new, before + index_1T, -1).astype(np.int32)
 
 
-def compare(kind, repeat=2):
-    c = small.decoder(kind, repeat=repeat)
+def compare(c: Decoder, sharding=None):
     tokens_BT = np.random.default_rng(0).integers(0, c.vocab, (4, LENGTH)).astype(np.int32)
     both = np.add(FIRST, SECOND)
     calls = [call_positions([0] * 4, FIRST, 9), call_positions(FIRST, SECOND, 6)]
     calls += [call_positions(both + i, [1] * 4, 1) for i in range(STEPS)]
 
     def logits(p, tokens_BT, positions_BT, cache=None, fresh=False):
-        ctx = Context(positions_BT, fresh=fresh, execution=small.execution())
+        ctx = Context(positions_BT, fresh=fresh, execution=small.execution(), sharding=sharding)
         x_BTD, cache, _ = c.hidden(p, tokens_BT, ctx, cache)
         return c.logits(p, x_BTD, ctx), cache
 
@@ -71,7 +73,10 @@ def compare(kind, repeat=2):
         cache, steps = jax.lax.scan(call, cache, np.stack(calls[2:]))
         return whole_BTV, (first, second, *steps), cache.lengths_B
 
-    whole_BTV, cached, lengths_B = small.run(whole_and_cached, small.params(c), tokens_BT)
+    p = small.params(c)
+    if sharding is not None:
+        p = jax.device_put(p, sharding.params(c.specs()))
+    whole_BTV, cached, lengths_B = small.run(whole_and_cached, p, tokens_BT)
     assert lengths_B.tolist() == (both + STEPS).tolist()
     for positions_BT, got_BTV in zip(calls, cached, strict=True):
         row, column = np.nonzero(positions_BT >= 0)
@@ -82,7 +87,20 @@ def compare(kind, repeat=2):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_cached_calls_equal_one_forward_pass(kind):
-    compare(KINDS[kind])
+    compare(small.decoder(KINDS[kind], repeat=2))
+
+
+@pytest.mark.parametrize("axes", [None, {"expert": 2, "data": 2, "tensor": 2}], ids=str)
+def test_cached_calls_of_a_mixture_equal_one_forward_pass(axes):
+    """Experts on one device and sharded, routed token by token as the whole text is."""
+    router = Router(2, score="sigmoid", scale=2.0, bias=True)
+    mixture = MoE((Experts(8, 16), Experts(4, 24)), router, shared=16, common=8)
+    layers = (
+        Group(1, (Block(KINDS["mfa"], SwiGLU(48)),)),
+        Group(2, (Block(KINDS["gqa_window"], mixture),)),
+    )
+    c = Decoder(small.WIDTH, layers, small.VOCAB)
+    compare(c, None if axes is None else small.on_mesh(**axes))
 
 
 def test_pattern_of_window_and_full_layers():

@@ -1,0 +1,60 @@
+"""The pretraining loop with a mixture of experts: resumed, moved to another mesh, refused."""
+
+# ruff: noqa: F401, F811 (the fixture `text`)
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from step_jax.cli.main import main
+from tests.trainers.test_pretrain import losses, recipe, text
+
+MLP = (
+    "mlp: {kind: moe, experts: [{count: 8, hidden: 32}], shared: 16, "
+    "router: {top_k: 2, score: sigmoid, bias: true, bias_rate: 1e-2, group_loss: 1e-3}}"
+)
+
+
+def with_experts(tmp: Path, text: Path, changes: str = MLP) -> str:
+    path = Path(recipe(tmp, text, "run"))
+    path.write_text(path.read_text().replace("mlp: {kind: swiglu, hidden: 64}", changes))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, text) -> Path:
+    tmp = tmp_path_factory.mktemp("experts")
+    assert main(["pretrain", with_experts(tmp, text)]) == 0
+    return tmp / "run"
+
+
+def test_stopped_and_resumed_bit_for_bit(straight, tmp_path, text):
+    path = with_experts(tmp_path, text)
+    assert main(["pretrain", path, "--training.steps", "4"]) == 0
+    assert main(["pretrain", path]) == 0
+    assert losses(tmp_path / "run") == losses(straight)
+
+
+def test_resumed_with_its_experts_on_other_devices(straight, tmp_path, text):
+    path = with_experts(tmp_path, text)
+    assert main(["pretrain", path, "--training.steps", "4"]) == 0
+    assert main(["pretrain", path, "--parallel.expert", "4"]) == 0
+    got, want = losses(tmp_path / "run"), losses(straight)
+    np.testing.assert_allclose([got[i] for i in want], [want[i] for i in want], rtol=1e-5)
+
+
+def test_a_checkpoint_of_another_number_of_experts_is_refused(
+    straight,
+    tmp_path,
+    text,
+    capsys,
+):
+    config = straight / "config.yaml"
+    other = tmp_path / "other.yaml"
+    other.write_text(config.read_text().replace("count: 8", "count: 16"))
+    assert other.read_text() != config.read_text()
+    assert main(["pretrain", str(other)]) != 0
+    message = capsys.readouterr().err
+    assert "gate_EDF" in message and "[2, 8, " in message and "[2, 16, " in message
