@@ -119,7 +119,11 @@ def test_loss_adds_up_over_devices_once_not_per_chunk():
 
 def test_context_parallelism_of_mfa_moves_keys_and_values_only():
     """No all-gather is as large as the queries or the hidden states of its tokens."""
-    compiled, _, _ = on_mesh("context8", "mfa", "kr")
+    compiled, (p, _), _ = on_mesh("context8", "mfa", "kr")
     rows, length = small.packed_batch()["tokens"].shape
-    gathered = list(collectives(compiled.as_text(), "all-gather"))
-    assert gathered and max(gathered) <= rows * length * 8  # (B, T, C) with C = 8
+    # weights are gathered over the axis as well, whole or one layer of them
+    weights = {math.prod(w.shape[i:]) for w in jax.tree.leaves(p) for i in (0, 1)}
+    hidden, keys = rows * length * small.WIDTH, rows * length * 8  # (B, T, C) with C = 8
+    gathered = set(collectives(compiled.as_text(), "all-gather"))
+    assert keys in gathered and hidden not in weights
+    assert max(gathered - weights | {keys}) == keys
