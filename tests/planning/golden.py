@@ -2,6 +2,7 @@
 
 python -m tests.planning.golden                      compile all again and rewrite them
 python -m tests.planning.golden llama2_7b            those whose name contains the word
+python -m tests.planning.golden table                the tables as one in Markdown
 python -m tests.planning.golden new configs/x.yaml v5p:4x4x4 [--parallel.fsdp 16 ...]
 """
 
@@ -63,10 +64,33 @@ def write(recipe: str, topology: str, flags: list[str]) -> Path:
     return path
 
 
+def overview() -> str:
+    """One line of Markdown for each table."""
+    lines = [
+        "| recipe | topology | mesh | HBM of a device | sum of classes by it | compiled by needed "
+        "operations | MFU bound, by | compile CPU-s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for path in tables():
+        t = json.loads(path.read_text(encoding="utf-8"))
+        mesh = ", ".join(f"{axis} {n}" for axis, n in t["mesh"].items())
+        lines.append(
+            f"| {Path(t['recipe']).stem} | {t['topology']} | {mesh} "
+            f"| {t['memory_compiler'] / 1e9:.1f} of {t['memory_limit'] / 1e9:.0f} GB "
+            f"| {t['memory_total'] / t['memory_compiler'] - 1:+.1%} "
+            f"| {t['flops'] / t['flops_model']:.2f} | {t['mfu_bound']:.0%}, {t['bound_by']} "
+            f"| {t['compile_cpu_s']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def main(argv: list[str]) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if argv and argv[0] == "new":
         print(write(argv[1], argv[2], argv[3:]))
+        return
+    if argv == ["table"]:
+        print(overview())
         return
     for path in tables():
         if not argv or any(word in path.name for word in argv):
