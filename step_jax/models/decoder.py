@@ -23,6 +23,7 @@ from step_jax.models.layers import RMSNorm, SwiGLU
 from step_jax.models.moe import ExpertStats, MoE
 from step_jax.models.stack import gather, run_layers
 from step_jax.ops.einsum import einsum
+from step_jax.ops.embedding import embed
 
 MLP = SwiGLU | MoE
 
@@ -206,8 +207,7 @@ class Decoder:
 
     def embed(self, p: DecoderParams, tokens_BT, ctx: Context):
         """Embeddings in the compute dtype: (B, T, D)."""
-        table_VD = ctx.constrain(p.embedding_VD.astype(ctx.execution.dtype), "vocab", None)
-        return ctx.constrain(table_VD[tokens_BT], "batch", "sequence", None)
+        return embed(p.embedding_VD.astype(ctx.execution.dtype), tokens_BT, ctx.sharding)
 
     def head(self, p: DecoderParams):
         """The output head (D, V)."""

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from step_jax.core.fsdp import add_up
 from step_jax.core.sharding import Sharding, vary_alike
 
 
@@ -134,7 +135,10 @@ def _forward(x_nRbCtD, w_stored_DV, targets_nRbCt, weights_nRbCt, z_loss, shardi
     R, C = x_nRbCtD.shape[1], x_nRbCtD.shape[3]
     start = layout(jnp.zeros((R, C, *w_DV.shape), jnp.float32))
     dw_RCDV, (nll, cost, dx) = jax.lax.scan(body, start, (x_nRbCtD, targets_nRbCt, weights_nRbCt))
-    dw_DV = _constrain(sharding, jnp.sum(dw_RCDV, (0, 1)), "embed", "vocab")
+    if sharding is None:
+        dw_DV = jnp.sum(dw_RCDV, (0, 1))
+    else:
+        dw_DV = add_up(dw_RCDV, ("embed", "vocab"), sharding)
     residuals = (dx, dw_DV, cost, targets_nRbCt, jnp.zeros((), w_stored_DV.dtype))
     return (jnp.sum(weights_nRbCt * cost), nll), residuals
 
