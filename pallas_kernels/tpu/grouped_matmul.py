@@ -304,8 +304,10 @@ def _forward(x_MD, w_EDF, sizes_E, load, interpret):
 def _backward(load, interpret, residuals, dy_MF):
     x_MD, w_EDF, sizes_E = residuals
     options = {"load": load, "interpret": interpret}
-    dx_MD = rows_by_matrices(dy_MF, w_EDF, sizes_E, transposed=True, **options)
-    return dx_MD, matrices_of_rows(x_MD, dy_MF, sizes_E, **options), None
+    dw_EDF = matrices_of_rows(x_MD, dy_MF, sizes_E, **options)
+    # the rows are done with before their gradient, as large, is made: the compiler would keep both
+    dy_MF, dw_EDF = jax.lax.optimization_barrier((dy_MF, dw_EDF))
+    return rows_by_matrices(dy_MF, w_EDF, sizes_E, transposed=True, **options), dw_EDF, None
 
 
 grouped_matmul.defvjp(_forward, _backward)

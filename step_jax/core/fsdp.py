@@ -3,9 +3,9 @@
 Shape suffixes: R pieces of the batch, C pieces of the sequence (one of each on a device).
 
 XLA for TPUs makes a reduce-scatter of a sum over a part of the mesh that lies in a plane of the
-torus. A sum over the whole mesh, or in three dimensions, it makes an all-reduce of which all but a
-slice is thrown away: twice the bytes. So an FSDP axis that lies like that is *folded*: the sum is
-asked for in two steps, first over the outer and then over the inner part of the axis.
+torus. Of one over the whole mesh, or in three dimensions, it makes an all-reduce and throws all but
+a slice away: twice the bytes. So sums are asked for axis by axis, and an FSDP axis that lies like
+that is *folded*: its outer part first, then its inner one.
 """
 
 from __future__ import annotations
@@ -41,11 +41,13 @@ def _forward(w, axes, sharding):
 def _backward(axes, sharding, _, g):
     if sharding is None or sharding.mesh.size == 1:
         return (g,)
-    spec = sharding.spec(axes, g.shape)
     mesh = _folded(sharding.mesh)
-    if mesh is not sharding.mesh and any("fsdp" in _names(entry) for entry in spec):
-        outer = (tuple(a for a in _on(mesh, entry) if a != INNER) or None for entry in spec)
-        g = jax.lax.with_sharding_constraint(g, NamedSharding(mesh, PartitionSpec(*outer)))
+    spec = sharding.spec(axes, g.shape)
+    stored = [_on(mesh, entry) for entry in spec]
+    cut = max(stored, key=len)
+    for n in range(1, len(cut)):
+        step = (entry[:n] if entry is cut else entry for entry in stored)
+        g = jax.lax.with_sharding_constraint(g, NamedSharding(mesh, PartitionSpec(*step)))
     return (jax.lax.with_sharding_constraint(g, NamedSharding(sharding.mesh, spec)),)
 
 
