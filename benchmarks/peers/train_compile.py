@@ -43,7 +43,7 @@ class Case:
 CASES = {
     "llama2_7b": Case("llama2_7b", "v5p:4x4x4", "llama2-7b", "v5p-128", 64),
     "mixtral_8x7b": Case("mixtral_8x7b", "v5p:4x4x4", "mixtral-8x7b", "v5p-128", 64),
-    "deepseek_v3": Case("deepseek_v3", "v5p:8x8x8", "deepseek3-671b", "v5p-1024", 512, 2),
+    "deepseek_v3": Case("deepseek_v3", "v5p:8x8x8", "deepseek3-671b", "v5p-1024", 512, 1),
 }
 MAXTEXT = (
     "run_name=train_compile",

@@ -4,8 +4,8 @@ Shape suffixes: R pieces of the batch, C pieces of the sequence (one of each on 
 
 XLA for TPUs makes a reduce-scatter of a sum over a part of the mesh that lies in a plane of the
 torus. Of one over the whole mesh, or in three dimensions, it makes an all-reduce and throws all but
-a slice away: twice the bytes. So sums are asked for axis by axis, and an FSDP axis that lies like
-that is *folded*: its outer part first, then its inner one.
+a slice away: twice the bytes. Some gathers go the same way. So both are asked for axis by axis, and
+for sums an FSDP axis that lies like that is *folded*: its outer part first, then its inner one.
 """
 
 from __future__ import annotations
@@ -22,20 +22,30 @@ from step_jax.core.sharding import GATHERED_AXES, MeshAxes, Sharding
 OUTER, INNER = "fsdp_outer", "fsdp_inner"
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gathered(w, axes: tuple[str | None, ...], sharding: Sharding | None):
+def whole(w, axes: tuple[str | None, ...], sharding: Sharding | None):
     """A parameter with these logical axes, whole along those that FSDP splits.
 
-    With a rule of its own for the gradient, which goes straight to the parameter's layout: the
-    transpose of a constraint is the same constraint, so a whole gradient on every device.
+    For use in functions with a gradient rule of their own; else see :func:`gathered`.
     """
-    if sharding is None:
+    if sharding is None or sharding.mesh.size == 1:
         return w
+    stored = [_on(sharding.mesh, entry) for entry in sharding.spec(axes, w.shape)]
+    for step in reversed(_steps(stored)):
+        w = jax.lax.with_sharding_constraint(w, NamedSharding(sharding.mesh, step))
     return sharding.constrain(w, *(None if a in GATHERED_AXES else a for a in axes))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered(w, axes: tuple[str | None, ...], sharding: Sharding | None):
+    """:func:`whole`, with a gradient that goes straight to the parameter's layout.
+
+    The transpose of a constraint is the same constraint: a whole gradient on every device.
+    """
+    return whole(w, axes, sharding)
+
+
 def _forward(w, axes, sharding):
-    return gathered(w, axes, sharding), None
+    return whole(w, axes, sharding), None
 
 
 def _backward(axes, sharding, _, g):
@@ -43,12 +53,18 @@ def _backward(axes, sharding, _, g):
         return (g,)
     mesh = _folded(sharding.mesh)
     spec = sharding.spec(axes, g.shape)
-    stored = [_on(mesh, entry) for entry in spec]
-    cut = max(stored, key=len)
-    for n in range(1, len(cut)):
-        step = (entry[:n] if entry is cut else entry for entry in stored)
-        g = jax.lax.with_sharding_constraint(g, NamedSharding(mesh, PartitionSpec(*step)))
+    for step in _steps([_on(mesh, entry) for entry in spec]):
+        g = jax.lax.with_sharding_constraint(g, NamedSharding(mesh, step))
     return (jax.lax.with_sharding_constraint(g, NamedSharding(sharding.mesh, spec)),)
+
+
+def _steps(stored: list[MeshAxes]) -> list[PartitionSpec]:
+    """Layouts on the way from a whole array to one with these mesh axes, one more axis in each."""
+    cut = max(stored, key=len)
+    return [
+        PartitionSpec(*(entry[:n] if entry is cut else entry for entry in stored))
+        for n in range(1, len(cut))
+    ]
 
 
 gathered.defvjp(_forward, _backward)

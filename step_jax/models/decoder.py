@@ -14,6 +14,7 @@ from flax import struct
 
 from step_jax.core import spec as specs_lib
 from step_jax.core.errors import ConfigError
+from step_jax.core.fsdp import gathered
 from step_jax.core.spec import ParamSpec
 from step_jax.models import pipeline
 from step_jax.models.attention import AttentionKind
@@ -293,7 +294,7 @@ class Decoder:
 
     def logits(self, p: DecoderParams, x_BTD, ctx: Context):
         """float32 (B, T, V) from hidden states; training uses the chunked loss instead."""
-        head_DV = ctx.constrain(self.head(p).astype(x_BTD.dtype), None, "vocab")
+        head_DV = gathered(self.head(p).astype(x_BTD.dtype), ("embed", "vocab"), ctx.sharding)
         return jnp.einsum(
             "BTD,DV->BTV", self.normed(p, x_BTD), head_DV, preferred_element_type=jnp.float32
         )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from step_jax.core.fsdp import add_up
+from step_jax.core.fsdp import add_up, whole
 from step_jax.core.sharding import Sharding, vary_alike
 
 
@@ -94,14 +94,9 @@ def _chunk(x_RbCtD, w_DV, targets_RbCt, z_loss):
     return nll_RbCt, nll_RbCt + z_loss * jnp.square(lse_RbCt), logits_RbCtV, lse_RbCt, hot_RbCtV
 
 
-def _whole_width(w_DV, dtype, sharding):
-    # inside the custom rule, so that the gradient is not constrained to the same layout
-    return _constrain(sharding, w_DV.astype(dtype), None, "vocab")
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _cross_entropy(x_nRbCtD, w_DV, targets_nRbCt, weights_nRbCt, z_loss, sharding):
-    w_DV = _whole_width(w_DV, x_nRbCtD.dtype, sharding)
+    w_DV = whole(w_DV.astype(x_nRbCtD.dtype), ("embed", "vocab"), sharding)
 
     def body(_, inputs):
         nll_RbCt, cost_RbCt, *_ = _chunk(inputs[0], w_DV, inputs[1], z_loss)
@@ -113,7 +108,7 @@ def _cross_entropy(x_nRbCtD, w_DV, targets_nRbCt, weights_nRbCt, z_loss, shardin
 
 def _forward(x_nRbCtD, w_stored_DV, targets_nRbCt, weights_nRbCt, z_loss, sharding):
     dtype = x_nRbCtD.dtype
-    w_DV = _whole_width(w_stored_DV, dtype, sharding)
+    w_DV = whole(w_stored_DV.astype(dtype), ("embed", "vocab"), sharding)
 
     def body(dw_RCDV, inputs):
         x_RbCtD, targets_RbCt, weights_RbCt = inputs

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from step_jax.core.fsdp import add_up
+from step_jax.core.fsdp import add_up, whole
 from step_jax.core.sharding import Sharding, vary_alike
 
 
@@ -30,7 +30,7 @@ def embed(table_VD, tokens_BT, sharding: Sharding | None):
     """
     if sharding is None:
         return table_VD[tokens_BT]
-    table_VD = sharding.constrain(table_VD, "vocab", None)
+    table_VD = whole(table_VD, ("vocab", "embed"), sharding)
     return sharding.constrain(table_VD[tokens_BT], "batch", "sequence", None)
 
 
