@@ -192,6 +192,31 @@ def _name_elements(computation: Computation) -> None:
                 )
 
 
+def continued(module: Module) -> set[tuple[str, str]]:
+    """(computation, instruction) of collectives that an earlier fusion has begun.
+
+    The TPU compiler spreads a collective over several fusions: one starts it, some compute beside
+    it, one waits for its end. Each of them repeats the instruction, on the same channel.
+    """
+    found: set[tuple[str, str]] = set()
+    for computation in module.computations.values():
+        begun: set[tuple[int, str]] = set()
+        for fusion in computation.instructions.values():
+            if fusion.opcode != "fusion":
+                continue
+            for name in fusion.calls("calls"):
+                for i in module.computations[name].instructions.values():
+                    channel = i.number("channel_id")
+                    if channel is None:
+                        continue
+                    chain = re.search(r'chain_id="(\d+)"', i.attributes)
+                    key = channel, chain[1] if chain else ""
+                    if key in begun:
+                        found.add((name, i.name))
+                    begun.add(key)
+    return found
+
+
 def _elements(shape: str) -> list[str]:
     """The texts of a tuple's elements."""
     parts, depth = [""], 0
