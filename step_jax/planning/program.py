@@ -54,7 +54,7 @@ class Program:
         return [p.sharding.shard_shape(p.shape) for p in jax.tree.leaves(self.state_like.params)]
 
 
-def resolved(config: PretrainConfig, topology: Topology) -> PretrainConfig:
+def resolved(config: PretrainConfig, devices: int) -> PretrainConfig:
     """The recipe with its vocabulary, and its mesh in numbers.
 
     Raises:
@@ -67,7 +67,7 @@ def resolved(config: PretrainConfig, topology: Topology) -> PretrainConfig:
                 "a plan does not open the tokenizer: set model.vocab to the size of its vocabulary"
             )
         model = with_vocabulary(model, config.data.vocab_size)
-    parallel = config.parallel.resolve(topology.count)
+    parallel = config.parallel.resolve(devices)
     return replace(config, model=model, parallel=parallel)
 
 

@@ -51,7 +51,7 @@ class Proposal:
 
 def variants(config: PretrainConfig, topology: Topology) -> Iterator[PretrainConfig]:
     """Every variant that is considered; context stays the recipe's."""
-    base = resolved(replace(config, parallel=_fitted(config, topology)), topology)
+    base = resolved(replace(config, parallel=_fitted(config, topology)), topology.count)
     experts = _experts(base)
     context = base.parallel.context
     for tensor in _TENSOR:
