@@ -209,8 +209,11 @@ def operations(config: PretrainConfig, sharding: Sharding, rows: int) -> float:
     return rows * T * per_token / sharding.mesh.size
 
 
-def sent(config: PretrainConfig, sharding: Sharding, rows: int) -> dict[Axes, float]:
+def sent(
+    config: PretrainConfig, topology: Topology, sharding: Sharding, rows: int
+) -> dict[Axes, float]:
     """Mesh axes -> bytes that a device sends along them in a step, as ``collectives.sent``."""
+    ragged = topology.devices is not None and has_ragged_all_to_all(topology.devices[0])
     bytes_by: dict[Axes, float] = defaultdict(float)
     itemsize = jnp.dtype(config.execution.dtype).itemsize
     local_BT = local_tokens(config, sharding, rows)
@@ -234,18 +237,19 @@ def sent(config: PretrainConfig, sharding: Sharding, rows: int) -> dict[Axes, fl
             stretch = 1 / (1 - idle)
             forwards += remat != "none"
         for w in b.weights:
-            send(w.gathered, turns * w.nbytes, forwards + 1)
+            send(w.gathered, turns * w.nbytes, forwards)
             if w.of_experts:  # scattered by hand, see models.moe
                 send(w.gathered, turns * w.nbytes, 1)
                 others = tuple(a for a in along if a not in ("expert", *w.gathered))
                 send(others, turns * w.nbytes / sharding.size(*w.gathered), 2)
-            else:
-                send(along, turns * w.nbytes, 2)
+            else:  # the compiler scatters a sum only if all that add up keep a part
+                keep_parts = all(a in w.gathered for a in along if sharding.size(a) > 1)
+                send(along, turns * w.nbytes, 1 if keep_parts else 2)
         x = b.repeat * local_BT * stretch
         send(("context",), x * b.keys * sharding.size("context"), forwards + 1)
-        send(("tensor",), x * D * itemsize, 2 * 2 * (forwards + 1))
+        send(("tensor",), x * D * itemsize, 2 * (3 + forwards))  # the last sum is not made again
         if b.experts is not None:
-            axes, nbytes = _exchanged(b.experts, x * D * itemsize, sharding, forwards)
+            axes, nbytes = _exchanged(b.experts, x * D * itemsize, sharding, forwards, ragged)
             bytes_by[axes] += nbytes
     for s in jax.tree.leaves(config.model.specs(), is_leaf=spec_lib.is_spec):
         if s.role in ("embedding", "head"):
@@ -259,12 +263,13 @@ def sent(config: PretrainConfig, sharding: Sharding, rows: int) -> dict[Axes, fl
     return {axes: nbytes for axes, nbytes in bytes_by.items() if axes and nbytes}
 
 
-def _exchanged(m: MoE, nbytes: float, sharding: Sharding, forwards: int) -> tuple[Axes, float]:
+def _exchanged(
+    m: MoE, nbytes: float, sharding: Sharding, forwards: int, ragged: bool
+) -> tuple[Axes, float]:
     """(axis, bytes) that a mixture's tokens of ``nbytes`` send to their experts and back."""
     shards = sharding.size("expert")
     if shards == 1:
         return ("expert",), 0.0
-    ragged = has_ragged_all_to_all(sharding.mesh.devices.flat[0])
     if (m.exchange or ("ragged" if ragged else "gather")) == "gather":
         return ("expert",), (forwards + 3) * nbytes * (shards - 1)
     K, many = m.router.top_k, 8192  # tokens enough for the rounding of buffers not to matter
@@ -278,7 +283,7 @@ def step_seconds(
     """(all overlapped, communication overlapped with nothing) seconds of a step, as expected."""
     compute = operations(config, sharding, rows) / roofline.peak(topology, config.execution.dtype)
     network = []
-    for axes, nbytes in sent(config, sharding, rows).items():
+    for axes, nbytes in sent(config, topology, sharding, rows).items():
         network.append(nbytes / topology_lib.bandwidth(topology, sharding.mesh, axes))
         if topology.slices > 1 and topology_lib.crosses_slices(sharding.mesh, axes):
             # first inside every slice, so that each device has its part to send to the next one
