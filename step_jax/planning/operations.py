@@ -30,21 +30,19 @@ class Operations:
 
     Attributes:
       flops: of matrix products and convolutions, and what kernels declare of themselves.
-      kernel_flops: the part that kernels (custom calls) declare.
       traffic: bytes between main memory and the chip, if every instruction reads its operands and
         writes its results once.
       silent_kernels: kernels without a declared cost; their operations are missing here.
     """
 
     flops: float
-    kernel_flops: float
     traffic: float
     silent_kernels: tuple[str, ...]
 
 
 def count(module: Module, executions: dict[str, float]) -> Operations:
     """Operations of a module whose computations run as often as ``hlo.executions`` says."""
-    flops = kernels = traffic = 0.0
+    flops = traffic = 0.0
     silent: set[str] = set()
     fused = {
         name
@@ -63,12 +61,12 @@ def count(module: Module, executions: dict[str, float]) -> Operations:
                 flops += times * convolution_flops(computation, i)
             elif i.opcode == "custom-call":
                 declared = kernel_flops(i)
-                kernels += times * (declared or 0.0)
+                flops += times * (declared or 0.0)
                 if declared is None and "tpu_custom_call" in i.attributes:
                     silent.add(i.name)
             if name not in fused:
                 traffic += times * moved(module, computation, i, repeated)
-    return Operations(flops + kernels, kernels, traffic, tuple(sorted(silent)))
+    return Operations(flops, traffic, tuple(sorted(silent)))
 
 
 def dot_flops(computation: Computation, i: Instruction) -> float:

@@ -294,7 +294,7 @@ def compile_step(
 def work(config: PretrainConfig, tokens: int, sharding: Sharding) -> Work:
     """Tokens and operations of a step, and the peak of all devices at the compute precision."""
     flops = tokens * train_flops_per_token(config.model, config.data.sequence_length)
-    precision = {"bfloat16": "bf16", "float32": "fp32"}[config.execution.dtype]
+    precision = hardware.PRECISION[config.execution.dtype]
     peak = hardware.peak_flops(sharding.mesh.devices.flat[0], precision)
     return Work(tokens, flops, None if peak is None else peak * sharding.mesh.size)
 
