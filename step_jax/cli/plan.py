@@ -16,9 +16,10 @@ def main(argv: list[str]) -> None:
     _before_jax(args.topology or "")
     from step_jax.planning import report, search
     from step_jax.planning import topology as topology_lib
-    from step_jax.planning.plan import DoesNotFit, make_plan
+    from step_jax.planning.plan import make_plan
     from step_jax.trainers.pretrain import PretrainConfig
     from step_jax.training.console import make_console
+    from step_jax.training.device_memory import DoesNotFit
 
     config = load_config(PretrainConfig, [*files, *overrides], prog="step-jax plan").config
     if args.topology is None:

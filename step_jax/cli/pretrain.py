@@ -1,4 +1,4 @@
-"""``step-jax pretrain FILE.yaml [--group.key VALUE ...]``."""
+"""``step-jax pretrain FILE.yaml [--force] [--group.key VALUE ...]``."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ from step_jax.core.command_line import load_config
 
 def main(argv: list[str]) -> None:
     from step_jax.trainers import pretrain
+    from step_jax.training.device_memory import DoesNotFit
 
     loaded = load_config(
         pretrain.PretrainConfig,
-        argv,
+        [word for word in argv if word != "--force"],
         prog="step-jax pretrain",
-        description="Train a language model from a folder of text.",
+        description="Train a language model from a folder of text. --force tries a step that needs "
+        "more memory than a device has.",
     )
-    pretrain.run(loaded.config)
+    try:
+        pretrain.run(loaded.config, force="--force" in argv)
+    except DoesNotFit as error:
+        from step_jax.planning import report
+
+        raise DoesNotFit(report.overflow(loaded.config, error)) from error

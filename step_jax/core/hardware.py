@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import jax
 
 Precision = Literal["bf16", "fp8", "int8", "fp32"]
+#: dtype of products -> the precision whose peak they have.
+PRECISION: dict[str, Precision] = {"bfloat16": "bf16", "float32": "fp32"}
 
 
 @dataclass(frozen=True)

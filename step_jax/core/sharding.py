@@ -90,10 +90,12 @@ class MeshConfig:
             sizes[rest[0]] = devices // known
         if math.prod(sizes.values()) != devices:
             shape = " x ".join(f"{k}={v}" for k, v in sizes.items() if v != 1) or "1"
-            raise ConfigError(
-                f"the mesh {shape} does not match the {devices} devices; set one axis of "
-                "`parallel` to -1 to let it take the rest"
+            hint = (
+                f"{known}, the product of the others, must divide {devices}"
+                if rest
+                else "set one axis of `parallel` to -1 to let it take the rest"
             )
+            raise ConfigError(f"the mesh {shape} does not match the {devices} devices; {hint}")
         return replace(self, **sizes)  # type: ignore[arg-type]  # the sizes are no flags
 
 
@@ -233,8 +235,11 @@ class Sharding:
             if size % self.size(*free) == 0:
                 return free
         ways = " x ".join(f"{a}={self.mesh.shape[a]}" for a in candidates[-1])
+        fits = [n for n in range(1, size + 1) if size % n == 0]
+        few = ", ".join(map(str, fits[:12])) + (", ..." if len(fits) > 12 else "")
         raise ConfigError(
-            f"the logical axis {name!r} has size {size}, which the mesh axes {ways} do not divide"
+            f"the logical axis {name!r} has size {size}, which the mesh axes {ways} do not divide: "
+            f"it can be cut into {few}"
         )
 
     def named(self, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:

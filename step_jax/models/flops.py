@@ -16,7 +16,8 @@ def mean_keys(length: int, window: int | None) -> float:
     return (window * (window + 1) / 2 + (length - window) * window) / length
 
 
-def _attention_core(block: Block, length: int) -> float:
+def attention_core_flops(block: Block, length: int) -> float:
+    """Operations of one token's scores and weighted values, forward, in rows of ``length``."""
     score, value = block.attention.score_and_value_widths()
     keys = mean_keys(length, block.attention.window)
     return 2.0 * block.attention.heads * (score + value) * keys
@@ -34,9 +35,9 @@ def forward_flops_per_token(c: Decoder, length: int) -> float:
     matrices = count(c.specs(), roles=("matrix", "router"), active=True)
     total = 2.0 * (matrices + head)
     for group in c.layers:
-        total += group.repeat * sum(_attention_core(b, length) for b in group.blocks)
+        total += group.repeat * sum(attention_core_flops(b, length) for b in group.blocks)
     if c.mtp is not None:
-        total += c.mtp.heads * (2.0 * head + _attention_core(c.mtp.block, length))
+        total += c.mtp.heads * (2.0 * head + attention_core_flops(c.mtp.block, length))
     return total
 
 

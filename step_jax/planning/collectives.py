@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from step_jax.planning.hlo import Computation, Instruction, Module
+from step_jax.planning.hlo import Computation, Instruction, Module, continued
 
 KINDS = (
     "all-gather",
@@ -61,6 +61,7 @@ def communication(
       slices: the mesh axis that crosses the slices and their number, if there are several.
     """
     totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    repeated = continued(module)
     for name, times in executions.items():
         computation = module.computations[name]
         for i in computation.instructions.values():
@@ -72,7 +73,7 @@ def communication(
                 held = computation.instructions[i.operands[0]].nbytes
                 entry[1] += times * sent(kind, held, slices[1])
                 continue
-            if kind not in KINDS:
+            if kind not in KINDS or (name, i.name) in repeated:
                 continue
             groups = replica_groups(i.attributes, math.prod(mesh_shape.values()))
             size = max(map(len, groups))

@@ -192,6 +192,26 @@ def _name_elements(computation: Computation) -> None:
                 )
 
 
+def continued(module: Module) -> set[tuple[str, str]]:
+    """(computation, instruction) of collectives that an earlier fusion has begun.
+
+    The TPU compiler spreads a collective over a chain of fusions: one starts it, some compute
+    beside it, one waits for its end. Each repeats the instruction with the number of the chain.
+    """
+    found: set[tuple[str, str]] = set()
+    for computation in module.computations.values():
+        begun: set[tuple[int | None, str]] = set()
+        fusions = (i for i in computation.instructions.values() if i.opcode == "fusion")
+        for name in (name for fusion in fusions for name in fusion.calls("calls")):
+            for i in module.computations[name].instructions.values():
+                if chain := re.search(r'\bchain_id="(\d+)"', i.attributes):
+                    key = i.number("channel_id"), chain[1]
+                    if key in begun:
+                        found.add((name, i.name))
+                    begun.add(key)
+    return found
+
+
 def _elements(shape: str) -> list[str]:
     """The texts of a tuple's elements."""
     parts, depth = [""], 0

@@ -284,6 +284,30 @@ class _Classifier:
 
 # --- Out of memory ------------------------------------------------------------------------------
 
+_NAMES = ("get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "async-done")
+
+
+def largest(module: Module, count: int = 8) -> list[Buffer]:
+    """The largest arrays of a program, whether or not they are in use at the same time."""
+    fused = {
+        name
+        for c in module.computations.values()
+        for i in c.instructions.values()
+        if i.opcode != "while"
+        for name in i.calls("calls", "to_apply")
+    }
+    found: dict[tuple[str, str], Buffer] = {}
+    for c in module.computations.values():
+        for i in c.instructions.values() if c.name not in fused else ():
+            given = i.opcode == "parameter"
+            if i.opcode in _NAMES or (given and c.name != module.entry):
+                continue
+            kind = _argument_class(i.op_name) if given else "intermediate result"
+            nbytes = sum(a.nbytes for a in i.outputs if a.space == 0)
+            found.setdefault((i.op_name, i.shape), Buffer(nbytes, i.shape, i.op_name, kind))
+    return sorted(found.values(), key=lambda b: -b.nbytes)[:count]
+
+
 _SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections.abc import Set
 from dataclasses import dataclass
 
 import numpy as np
 
-from step_jax.planning.hlo import Computation, Instruction, Module
+from step_jax.planning.hlo import Computation, Instruction, Module, continued
 
 #: Instructions that move nothing: names for what exists, and loops, whose bodies count themselves.
 _FREE = {
@@ -29,21 +30,19 @@ class Operations:
 
     Attributes:
       flops: of matrix products and convolutions, and what kernels declare of themselves.
-      kernel_flops: the part that kernels (custom calls) declare.
       traffic: bytes between main memory and the chip, if every instruction reads its operands and
         writes its results once.
       silent_kernels: kernels without a declared cost; their operations are missing here.
     """
 
     flops: float
-    kernel_flops: float
     traffic: float
     silent_kernels: tuple[str, ...]
 
 
 def count(module: Module, executions: dict[str, float]) -> Operations:
     """Operations of a module whose computations run as often as ``hlo.executions`` says."""
-    flops = kernels = traffic = 0.0
+    flops = traffic = 0.0
     silent: set[str] = set()
     fused = {
         name
@@ -52,6 +51,7 @@ def count(module: Module, executions: dict[str, float]) -> Operations:
         if i.opcode == "fusion"
         for name in i.calls("calls")
     }
+    repeated = continued(module)
     for name, times in executions.items():
         computation = module.computations[name]
         for i in computation.instructions.values():
@@ -61,12 +61,12 @@ def count(module: Module, executions: dict[str, float]) -> Operations:
                 flops += times * convolution_flops(computation, i)
             elif i.opcode == "custom-call":
                 declared = kernel_flops(i)
-                kernels += times * (declared or 0.0)
+                flops += times * (declared or 0.0)
                 if declared is None and "tpu_custom_call" in i.attributes:
                     silent.add(i.name)
             if name not in fused:
-                traffic += times * moved(module, computation, i)
-    return Operations(flops + kernels, kernels, traffic, tuple(sorted(silent)))
+                traffic += times * moved(module, computation, i, repeated)
+    return Operations(flops, traffic, tuple(sorted(silent)))
 
 
 def dot_flops(computation: Computation, i: Instruction) -> float:
@@ -142,19 +142,27 @@ def _main(instruction: Instruction) -> float:
     return sum(a.nbytes for a in instruction.outputs if a.space == 0)
 
 
-def moved(module: Module, computation: Computation, i: Instruction) -> float:
+def moved(
+    module: Module,
+    computation: Computation,
+    i: Instruction,
+    repeated: Set[tuple[str, str]] = frozenset(),
+) -> float:
     """Bytes that an instruction reads from and writes to main memory.
 
     Of an array that is only sliced the slice is read, and of one that is updated in place the
     update is written: loops over stacked layers would otherwise seem to move all layers each turn.
+    What a fusion only hands on is not moved, nor what a collective under way (one of ``repeated``,
+    see ``hlo.continued``) receives.
     """
     if i.opcode in _FREE or i.opcode.endswith("-done"):
         return 0.0
     operands = [computation.instructions[name] for name in i.operands]
     if i.opcode == "fusion":
         fused = module.computations[i.calls("calls")[0]]
-        reads = sum(_read(fused, n, o) for n, o in enumerate(operands))
-        return reads + _written(fused, i)
+        under_way = {name for where, name in repeated if where == fused.name}
+        reads = sum(_read(fused, n, o, under_way) for n, o in enumerate(operands))
+        return reads + _written(fused, i, under_way)
     if i.opcode == "dynamic-update-slice":
         return 2.0 * _main(operands[1])
     if i.opcode in _SLICES:
@@ -164,12 +172,12 @@ def moved(module: Module, computation: Computation, i: Instruction) -> float:
     return sum(map(_main, operands)) + _main(i)
 
 
-def _read(fused: Computation, number: int, operand: Instruction) -> float:
+def _read(fused: Computation, number: int, operand: Instruction, under_way: set[str]) -> float:
     parameter = fused.parameters.get(number)
     if parameter is None:
         return _main(operand)
-    users = _real_users(fused, parameter)
-    if users and all(_is_partial(fused, u, parameter) for u in users):
+    users = [u for u in _real_users(fused, parameter) if u.name not in under_way]
+    if all(_is_partial(fused, u, parameter) for u in users):
         parts = sum(u.nbytes for u in users if u.opcode in _SLICES)
         return min(parts, _main(operand))
     return _main(operand)
@@ -178,8 +186,16 @@ def _read(fused: Computation, number: int, operand: Instruction) -> float:
 def _real_users(fused: Computation, i: Instruction) -> list[Instruction]:
     found = []
     for user in fused.users.get(i.name, []):
-        found += _real_users(fused, user) if user.opcode == "bitcast" else [user]
+        if user.opcode == "bitcast":
+            found += _real_users(fused, user)
+        elif not (user.root and user.opcode == "tuple") and not _marks(user):
+            found.append(user)
     return found
+
+
+def _marks(i: Instruction) -> bool:
+    """The start or the end of a collective that several fusions share; computes nothing."""
+    return i.opcode == "custom-call" and '"AsyncCollective' in i.attributes
 
 
 def _is_partial(fused: Computation, user: Instruction, parameter: Instruction) -> bool:
@@ -191,8 +207,11 @@ def _is_partial(fused: Computation, user: Instruction, parameter: Instruction) -
     return first is parameter
 
 
-def _written(fused: Computation, fusion: Instruction) -> float:
+def _written(fused: Computation, fusion: Instruction, under_way: set[str]) -> float:
     root = fused.root
+    if _marks(root):
+        made = [fused.instructions[n] for n in root.operands if n not in under_way]
+        return sum(_main(i) for i in made if i.opcode != "parameter")
     parts = [fused.instructions[n] for n in root.operands] if root.opcode == "tuple" else [root]
     if len(parts) != len(fusion.outputs):
         return _main(fusion)
@@ -200,7 +219,7 @@ def _written(fused: Computation, fusion: Instruction) -> float:
     for part, array in zip(parts, fusion.outputs, strict=True):
         while part.opcode == "bitcast":
             part = fused.instructions[part.operands[0]]
-        if array.space:
+        if array.space or part.opcode == "parameter" or part.name in under_way:
             continue
         if part.opcode == "dynamic-update-slice":
             total += fused.instructions[part.operands[1]].nbytes

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from step_jax.core.errors import StepError
 from step_jax.core.spec import count
-from step_jax.models import pipeline
 from step_jax.models.flops import train_flops_per_token
 from step_jax.planning import collectives, estimate, hlo, memory, operations, roofline
 from step_jax.planning.program import Program, compile_program, parsed, resolved
@@ -18,10 +16,6 @@ from step_jax.planning.topology import Topology, crosses_slices
 from step_jax.trainers.pretrain import PretrainConfig
 
 SECONDS_PER_DAY = 86400.0
-
-
-class DoesNotFit(StepError):
-    """The step needs more memory than a device has."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,10 @@ class Plan:
       compute_s, memory_s, network_s: see ``roofline.Bound``.
       step_s, serial_s, bound_by: the same.
       mfu_bound: the model's operations at ``step_s`` over the peak.
-      bubble: share of a pipeline's steps that a device computes on padding; it is in ``flops``.
+      pipeline_microbatches, bubble: of a pipeline, and the share of its steps that a device spends
+        on padding. The padding is computed, so ``flops``, ``step_s`` and ``mfu_bound`` include it.
+      expert_bubble: share of a step that other devices would wait for a shard of experts whose
+        buffers are full, were ``compute_s`` the bound. The figures are those of an even load.
       steps, tokens, tokens_per_day, days, chip_hours: of the recipe's whole run at ``step_s``.
       compile_cpu_s: CPU seconds of the compilation.
       notes: what to know about the figures.
@@ -83,7 +80,9 @@ class Plan:
     serial_s: float
     bound_by: str
     mfu_bound: float
+    pipeline_microbatches: int
     bubble: float
+    expert_bubble: float
     steps: int
     tokens: float
     tokens_per_day: float
@@ -107,7 +106,7 @@ def make_plan(config: PretrainConfig, topology: Topology, recipe: str = "") -> P
     Raises:
       ConfigError: a recipe that does not fit the topology's number of devices, or the mesh.
     """
-    config = resolved(config, topology)
+    config = resolved(config, topology.count)
     return take_stock(config, topology, compile_program(config, topology), recipe)
 
 
@@ -130,6 +129,8 @@ def take_stock(
         program.code_bytes,
     )
     bound = roofline.bound(ops, sent, topology, mesh, config.execution.dtype)
+    pieces, bubble = estimate.bubble(config, program.sharding, program.rows)
+    excess = estimate.expert_excess(config, program.sharding, program.rows)
     return Plan(
         recipe=recipe,
         topology=topology.name,
@@ -154,7 +155,9 @@ def take_stock(
         step_s=bound.step,
         serial_s=bound.serial,
         bound_by=bound.by,
-        bubble=_bubble(config, program),
+        pipeline_microbatches=pieces,
+        bubble=bubble,
+        expert_bubble=excess / (ops.flops + excess),
         compile_cpu_s=program.compile_seconds,
         notes=_notes(program, ops, endless),
         **_run(config, topology, program.rows, bound.step),
@@ -184,15 +187,6 @@ def _run(config: PretrainConfig, topology: Topology, rows: int, step_s: float) -
     )
 
 
-def _bubble(config: PretrainConfig, program: Program) -> float:
-    sharding = program.sharding
-    stages = sharding.size(pipeline.AXIS)
-    if stages == 1:
-        return 0.0
-    pieces = pipeline.microbatches(program.rows // config.training.accumulation, sharding)
-    return pipeline.bubble_fraction(stages, sharding.rounds, pieces)
-
-
 def _notes(program: Program, ops, endless: list[str]) -> list[str]:
     notes = []
     if program.overflow:
@@ -207,10 +201,13 @@ def _notes(program: Program, ops, endless: list[str]) -> list[str]:
     return notes
 
 
-def advice(plan: Plan) -> list[str]:
-    """What would help a plan that needs too much memory, the strongest first."""
-    if plan.fits:
-        return []
+def advice(classes: dict[str, float], remat: str) -> list[str]:
+    """What would help a step that needs too much memory, the strongest first.
+
+    Args:
+      classes: bytes of each of ``memory.CLASSES``.
+      remat: policy of the step.
+    """
     help_for = {
         "activations": [
             "execution.remat: full keeps only each layer's input",
@@ -229,7 +226,7 @@ def advice(plan: Plan) -> list[str]:
         ],
         "gradients": ["parallel.fsdp: more pieces", "more chips"],
     }
-    largest = sorted(plan.memory, key=lambda k: -plan.memory[k])
+    largest = sorted(classes, key=lambda k: -classes[k])
     lines = [line for kind in largest[:2] for line in help_for.get(kind, [])]
-    done = {"full": "execution.remat: full keeps"}.get(plan.remat, "\0")
+    done = {"full": "execution.remat: full keeps"}.get(remat, "\0")
     return [line for line in lines if not line.startswith(done)]

@@ -54,12 +54,8 @@ class Program:
         return [p.sharding.shard_shape(p.shape) for p in jax.tree.leaves(self.state_like.params)]
 
 
-def resolved(config: PretrainConfig, topology: Topology) -> PretrainConfig:
-    """The recipe with its vocabulary, and its mesh in numbers.
-
-    Raises:
-      ConfigError: no vocabulary without the tokenizer, or a mesh of another number of devices.
-    """
+def with_known_vocabulary(config: PretrainConfig) -> PretrainConfig:
+    """The recipe with its vocabulary. Raises ConfigError if only the tokenizer knows it."""
     model = config.model
     if not model.vocab:
         if config.data.tokenizer != TRAIN_TOKENIZER:
@@ -67,8 +63,16 @@ def resolved(config: PretrainConfig, topology: Topology) -> PretrainConfig:
                 "a plan does not open the tokenizer: set model.vocab to the size of its vocabulary"
             )
         model = with_vocabulary(model, config.data.vocab_size)
-    parallel = config.parallel.resolve(topology.count)
-    return replace(config, model=model, parallel=parallel)
+    return replace(config, model=model)
+
+
+def resolved(config: PretrainConfig, devices: int) -> PretrainConfig:
+    """The recipe with its vocabulary, and its mesh in numbers.
+
+    Raises:
+      ConfigError: no vocabulary without the tokenizer, or a mesh of another number of devices.
+    """
+    return replace(with_known_vocabulary(config), parallel=config.parallel.resolve(devices))
 
 
 def rows_of(config: PretrainConfig, sharding: Sharding) -> int:

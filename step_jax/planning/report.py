@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from step_jax.planning.memory import CLASSES
+from step_jax.core.sharding import Sharding
+from step_jax.planning import estimate, hlo
+from step_jax.planning.memory import CLASSES, Buffer, largest, out_of_memory
 from step_jax.planning.plan import Plan, advice
+from step_jax.planning.program import resolved, rows_of
+from step_jax.trainers.pretrain import PretrainConfig
 from step_jax.training.console import Console, duration, si
+from step_jax.training.device_memory import DoesNotFit
 
 #: Okabe-Ito, which colour-blind readers can tell apart.
 _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#999999")
@@ -32,13 +37,30 @@ def show(plan: Plan, console: Console) -> None:
 
 def show_overflow(plan: Plan, console: Console) -> None:
     """Names the largest buffers of a plan that does not fit, and what would help."""
-    rows = {
-        f"{n}. {gigabytes(b['nbytes'])}": f"{b['kind']}: {b['shape'].split('{')[0]} {b['source']}"
-        for n, b in enumerate(plan.buffers[:8], 1)
-    }
-    console.table("the largest buffers", rows)
-    for line in advice(plan):
+    console.table("the largest buffers", _buffers([Buffer(**b) for b in plan.buffers[:8]]))
+    for line in advice(plan.memory, plan.remat):
         console.line(f"would help: {line}")
+
+
+def _buffers(buffers: list[Buffer]) -> dict[str, str]:
+    return {
+        f"{n}. {gigabytes(b.nbytes)}": f"{b.kind}: {b.shape.split('{')[0]} {b.source}"
+        for n, b in enumerate(buffers, 1)
+    }
+
+
+def overflow(config: PretrainConfig, error: DoesNotFit) -> str:
+    """The same for a step that was about to run on this process's devices, as text."""
+    sharding = Sharding.build(config.parallel)
+    config = resolved(config, sharding.mesh.size)
+    if error.program is None:
+        _, _, buffers = out_of_memory(str(error)) or (None, None, [])
+    else:
+        buffers = largest(hlo.parse(error.program.as_text() or ""))
+    lines = [str(error), *(f"  {n:<12} {text}" for n, text in _buffers(buffers).items())]
+    classes = estimate.memory(config, sharding, rows_of(config, sharding))
+    lines += [f"would help: {line}" for line in advice(classes, config.execution.remat)]
+    return "\n".join([*lines, "--force tries it all the same"])
 
 
 def _what(plan: Plan) -> dict[str, str]:
@@ -47,8 +69,8 @@ def _what(plan: Plan) -> dict[str, str]:
     return {
         "parameters": f"{si(plan.parameters)}{active}",
         "chips": f"{plan.chips:,} ({plan.devices:,} devices): {mesh}",
-        "a step": f"{plan.rows:,} rows of {plan.sequence:,} tokens in {plan.accumulation} "
-        f"microbatches, remat {plan.remat}",
+        "a step": f"{plan.rows:,} rows of {plan.sequence:,} tokens, accumulation "
+        f"{plan.accumulation}, remat {plan.remat}",
         "compiled in": f"{plan.compile_cpu_s:.0f} CPU-seconds",
     }
 
@@ -77,8 +99,9 @@ def _work(plan: Plan) -> dict[str, str]:
         f"model (ratio {plan.flops / plan.flops_model:.3f})",
         "memory traffic": f"{si(plan.traffic)}B",
     }
+    smallest = 1e-3 * max((c["nbytes"] for c in plan.collectives), default=0.0)
     for c in plan.collectives:
-        if c["nbytes"] >= 1e6:
+        if c["nbytes"] >= smallest:
             rows[f"{c['kind']} over {c['axes']}"] = f"{si(c['nbytes'])}B in {c['calls']:,.0f} calls"
     return rows
 
@@ -89,7 +112,15 @@ def _time(plan: Plan) -> dict[str, str]:
         if seconds >= 1e-3 * plan.step_s:
             rows[f"network: {axes}"] = duration(seconds)
     if plan.bubble:
-        rows["pipeline bubble"] = f"{plan.bubble:.1%} of a device's steps"
+        rows["pipeline bubble"] = (
+            f"{plan.bubble:.1%} of a device's steps ({plan.pipeline_microbatches} microbatches): "
+            "spent on padding, which all figures here include"
+        )
+    if plan.expert_bubble:
+        rows["expert bubble"] = (
+            f"none at an even load, as counted here; up to {plan.expert_bubble:.1%} of the compute "
+            "time if one shard's buffers are full"
+        )
     rows |= {
         "step": f"{duration(plan.step_s)} with perfect overlap, bound by {plan.bound_by}; "
         f"{duration(plan.serial_s)} with none for communication",

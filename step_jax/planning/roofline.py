@@ -10,8 +10,6 @@ from step_jax.planning.collectives import BETWEEN_SLICES, Traffic
 from step_jax.planning.operations import Operations
 from step_jax.planning.topology import Topology
 
-PRECISION: dict[str, hardware.Precision] = {"bfloat16": "bf16", "float32": "fp32"}
-
 
 @dataclass(frozen=True)
 class Bound:
@@ -49,7 +47,7 @@ def peak(topology: Topology, dtype: str) -> float:
     """FLOP/s of one device."""
     if topology.chip is None:
         return hardware.measured_cpu_peak() / topology.count
-    return topology.chip.peak(PRECISION[dtype])
+    return topology.chip.peak(hardware.PRECISION[dtype])
 
 
 def bound(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -11,11 +12,11 @@ from typing import Literal
 from jax.sharding import AbstractMesh, AxisType
 
 from step_jax.core.errors import ConfigError
-from step_jax.core.sharding import Sharding
+from step_jax.core.sharding import AXES, MeshConfig, Sharding
 from step_jax.models.flops import train_flops_per_token
 from step_jax.planning import estimate, roofline
 from step_jax.planning.plan import Plan, make_plan
-from step_jax.planning.program import resolved, rows_of
+from step_jax.planning.program import rows_of, with_known_vocabulary
 from step_jax.planning.topology import Topology
 from step_jax.trainers.pretrain import PretrainConfig
 from step_jax.training.console import Console, duration
@@ -25,58 +26,73 @@ SHOWN = 8
 #: Of the memory that the estimate may fill: it does not know every temporary.
 MARGIN = 0.9
 _TENSOR = (1, 2, 4, 8)
-_ACCUMULATION = (1, 2, 4, 8, 16)
+_CONTEXT = (1, 2, 4, 8, 16)
+_STAGES = (1, 2, 4, 8, 16)
+_ACCUMULATION = (1, 2, 4, 8, 16, 32)
 _REMAT: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
+#: Shorter pieces of a sequence are not worth the gathering of keys and values.
+_SHORTEST_PIECE = 2048
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A variant of the recipe, with its estimates and, for the best few, its plan."""
+    """A variant of the recipe, with its estimates and, for the best few, its plan.
+
+    Attributes:
+      flags: what to write after the recipe to get this variant, "" for the recipe itself.
+      nbytes, step_s, serial_s: of a device; see ``estimate``.
+    """
 
     config: PretrainConfig
+    flags: str
     nbytes: float
     step_s: float
     serial_s: float
     plan: Plan | None = None
 
-    @property
-    def flags(self) -> str:
-        """What to write after the recipe to get this variant."""
-        sizes = self.config.parallel.sizes()
-        words = [f"--parallel.{axis} {n}" for axis, n in sizes.items() if n > 1]
-        words.append(f"--execution.remat {self.config.execution.remat}")
-        words.append(f"--training.accumulation {self.config.training.accumulation}")
-        return " ".join(words)
-
 
 def variants(config: PretrainConfig, topology: Topology) -> Iterator[PretrainConfig]:
-    """Every variant that is considered; context stays the recipe's."""
-    base = resolved(replace(config, parallel=_fitted(config, topology)), topology)
-    experts = _experts(base)
-    context = base.parallel.context
-    for tensor in _TENSOR:
-        for expert in (e for e in _divisors(experts) if topology.count % (e * tensor) == 0):
-            rest, remainder = divmod(topology.count, tensor * expert * context)
-            if remainder:
-                continue
-            for data in {1, topology.slices}:
-                if rest % data:
-                    continue
-                parallel = replace(
-                    base.parallel, data=data, fsdp=rest // data, expert=expert, tensor=tensor
-                )
-                for remat, accumulation in itertools.product(_REMAT, _ACCUMULATION):
-                    yield replace(
-                        base,
-                        parallel=parallel,
-                        execution=replace(base.execution, remat=remat),
-                        training=replace(base.training, accumulation=accumulation),
-                    )
+    """Every variant that is considered, whether or not its sizes divide."""
+    for parallel in _meshes(config, topology):
+        for remat, accumulation in itertools.product(_REMAT, _ACCUMULATION):
+            yield replace(
+                config,
+                parallel=parallel,
+                execution=replace(config.execution, remat=remat),
+                training=replace(config.training, accumulation=accumulation),
+            )
 
 
-def _fitted(config: PretrainConfig, topology: Topology):
-    """The recipe's mesh, with fsdp taking the rest of whatever number of devices there is."""
-    return replace(config.parallel, data=1, fsdp=-1, expert=1, tensor=1)
+def _meshes(config: PretrainConfig, topology: Topology) -> Iterator[MeshConfig]:
+    """Meshes of all devices, with the axes that the model can use."""
+    recipe, T = config.parallel, config.data.sequence_length
+    contexts = {n for n in _CONTEXT if T % n == 0 and T // n >= _SHORTEST_PIECE}
+    depth = max((group.repeat * len(group.blocks), group.repeat) for group in config.model.layers)[
+        1
+    ]
+    sizes = itertools.product(
+        [n for n in _STAGES if depth % n == 0],
+        sorted({1, topology.slices}),
+        _divisors(_experts(config)),
+        sorted({1, recipe.context} | contexts),
+        _TENSOR,
+    )
+    for stages, data, expert, context, tensor in sizes:
+        fsdp, remainder = divmod(topology.count, stages * data * expert * context * tensor)
+        if remainder or not fsdp:
+            continue
+        same = stages == recipe.pipeline
+        yield replace(
+            recipe,
+            pipeline=stages,
+            pipeline_rounds=recipe.pipeline_rounds if same else 1,
+            pipeline_microbatches=recipe.pipeline_microbatches if same else 0,
+            data=data,
+            fsdp=fsdp,
+            expert=expert,
+            context=context,
+            tensor=tensor,
+        )
 
 
 def _experts(config: PretrainConfig) -> int:
@@ -94,56 +110,88 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _sharding(config: PretrainConfig, topology: Topology) -> Sharding:
-    if topology.devices is not None:
-        return Sharding.build(config.parallel, topology.devices)
-    sizes = config.parallel.sizes()
+def _flags(variant: PretrainConfig, recipe: PretrainConfig) -> str:
+    names = [*AXES, "pipeline_rounds", "pipeline_microbatches"]
+    pairs = [
+        (f"parallel.{name}", getattr(variant.parallel, name), getattr(recipe.parallel, name))
+        for name in names
+    ]
+    pairs.append(("execution.remat", variant.execution.remat, recipe.execution.remat))
+    pairs.append(
+        ("training.accumulation", variant.training.accumulation, recipe.training.accumulation)
+    )
+    return " ".join(f"--{name} {new}" for name, new, old in pairs if new != old)
+
+
+def _on_paper(parallel: MeshConfig) -> Sharding:
+    """A sharding for arithmetic alone: nothing can be placed on its mesh."""
+    sizes = parallel.sizes()
     mesh = AbstractMesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
     )
-    # arithmetic alone: nothing is placed on the mesh
-    return Sharding(mesh, ring=config.parallel.ring)  # type: ignore[arg-type]
+    return Sharding(
+        mesh,  # type: ignore[arg-type]
+        ring=parallel.ring,
+        rounds=parallel.pipeline_rounds,
+        microbatches=parallel.pipeline_microbatches,
+    )
 
 
-def _estimated(config: PretrainConfig, topology: Topology, sharding: Sharding) -> Proposal | None:
-    """The variant with its estimates, None if it cannot be laid out."""
-    try:
-        rows = rows_of(config, sharding)
-        sharding.params(config.model.specs())
-        nbytes = sum(estimate.memory(config, sharding, rows).values())
-        times = estimate.step_seconds(config, topology, sharding, rows)
-    except ConfigError:  # a size that does not divide
-        return None
-    return Proposal(config, nbytes, *times)
+class _Estimator:
+    """Estimates variants of one recipe; what depends on the mesh alone is made once for each."""
+
+    def __init__(self, config: PretrainConfig, topology: Topology):
+        self.recipe, self.topology = config, topology
+        self._paper = functools.cache(_on_paper)
+        self._real = functools.cache(lambda p: Sharding.build(p, topology.devices))
+
+    def __call__(self, variant: PretrainConfig) -> Proposal | None:
+        """The variant with its estimates, None if it cannot be laid out."""
+        try:
+            paper = self._paper(variant.parallel)
+            rows = rows_of(variant, paper)
+            nbytes = sum(estimate.memory(variant, paper, rows).values())
+            on_devices = self.topology.devices is not None
+            sharding = self._real(variant.parallel) if on_devices else paper
+            times = estimate.step_seconds(variant, self.topology, sharding, rows)
+        except ConfigError:  # a size that does not divide
+            return None
+        return Proposal(variant, _flags(variant, self.recipe), nbytes, *times)
 
 
 def search(config: PretrainConfig, topology: Topology, compiled: bool = True) -> list[Proposal]:
     """The best proposals, those that fit first, then by time; the first few compiled.
 
+    The recipe as it stands comes last if it can be laid out and is none of them.
+
     Raises:
       ConfigError: no variant at all can be laid out on the topology.
     """
-    found: list[Proposal] = []
-    meshes: dict[tuple[int, ...], Sharding] = {}
-    for variant in variants(config, topology):
-        key = tuple(variant.parallel.sizes().values())
-        if key not in meshes:
-            meshes[key] = _sharding(variant, topology)
-        proposal = _estimated(variant, topology, meshes[key])
-        if proposal is not None:
-            found.append(proposal)
+    config = with_known_vocabulary(config)
+    estimated = _Estimator(config, topology)
+    found = [p for p in map(estimated, variants(config, topology)) if p is not None]
     if not found:
         raise ConfigError(f"no mesh of {topology.name} divides this model and its batch")
     limit = math.inf if topology.chip is None else MARGIN * topology.chip.hbm_bytes
     found.sort(key=lambda p: (p.nbytes > limit, p.serial_s if p.nbytes <= limit else p.nbytes))
     best = found[:SHOWN]
     if compiled and topology.devices is not None:
-        best[:COMPILED] = [replace(p, plan=make_plan(p.config, topology)) for p in best[:COMPILED]]
-        best[:COMPILED] = sorted(
-            best[:COMPILED],
-            key=lambda p: (True, 0.0) if p.plan is None else (not p.plan.fits, p.plan.serial_s),
-        )
-    return best
+        plans = [(make_plan(p.config, topology), p) for p in best[:COMPILED]]
+        plans.sort(key=lambda pair: (not pair[0].fits, pair[0].serial_s))
+        best[:COMPILED] = [replace(p, plan=plan) for plan, p in plans]
+    return best + _as_it_stands(estimated, best)
+
+
+def _as_it_stands(estimated: _Estimator, best: list[Proposal]) -> list[Proposal]:
+    recipe = estimated.recipe
+    try:
+        parallel = recipe.parallel.resolve(estimated.topology.count)
+    except ConfigError:
+        return []
+    proposal = estimated(replace(recipe, parallel=parallel))
+    if proposal is None or any(p.config == proposal.config for p in best):
+        return []
+    return [replace(proposal, flags="")]
 
 
 def show(proposals: list[Proposal], topology: Topology, console: Console) -> None:
@@ -160,7 +208,7 @@ def show(proposals: list[Proposal], topology: Topology, console: Console) -> Non
             )
         elif topology.chip is not None:
             text += f", MFU at most {_mfu(p, topology):.1%}"
-        rows[f"{n}. {p.flags}"] = text
+        rows[f"{n}. {p.flags or 'as it stands'}"] = text
     console.table(f"proposals for {topology.name}", rows)
 
 

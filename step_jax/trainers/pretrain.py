@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import time
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -34,6 +33,7 @@ from step_jax.ops import attention
 from step_jax.training import plots
 from step_jax.training.batches import abstract_batch, process_rows, to_mesh
 from step_jax.training.compile import compile_initial_state, compile_train_step
+from step_jax.training.device_memory import available, fitting, needed
 from step_jax.training.expert_alarm import ExpertAlarm, ExpertHealth
 from step_jax.training.optimizers.build import make_optimizer
 from step_jax.training.optimizers.config import AdamW, OptimizerConfig, check_optimizer
@@ -191,11 +191,15 @@ def prepare_data(config: PretrainConfig, sharding: Sharding, report) -> TextData
     )
 
 
-def run(config: PretrainConfig) -> dict[str, float]:
+def run(config: PretrainConfig, force: bool = False) -> dict[str, float]:
     """Trains, evaluates and samples; returns the final held-out figures.
 
+    Args:
+      force: try a step that needs more memory than a device has.
+
     Raises:
-      StepError: with the exit code of ``core.errors``; ``RestartRequested`` after a SIGTERM.
+      StepError: with the exit code of ``core.errors``; ``RestartRequested`` after a SIGTERM,
+        ``DoesNotFit`` for a step that needs more memory than a device has.
     """
     with Session(config, config.run, config.parallel) as session:
         sharding, report = session.sharding, session.reporter
@@ -206,6 +210,11 @@ def run(config: PretrainConfig) -> dict[str, float]:
         total_steps = config.training.total_steps(tokens)
 
         optimizer, state_like = optimizer_and_state(config, sharding, rows)
+        train_step = fitting(  # before the state is made, which may be too much already
+            lambda: compile_step(config, optimizer, sharding, state_like, rows),
+            jax.local_devices()[0],
+            force,
+        )
         state, start = session.start(
             compile_initial_state(
                 lambda: model.initialise(rng.fold(config.run.seed, 0, "parameters")),
@@ -215,7 +224,6 @@ def run(config: PretrainConfig) -> dict[str, float]:
             state_like,
             check=lambda meta, step: dataset.check(meta["data"], step),
         )
-        train_step = compile_step(config, optimizer, sharding, state_like, rows)
         session.describe(
             config,
             total_steps,
@@ -286,7 +294,7 @@ def compile_step(
 def work(config: PretrainConfig, tokens: int, sharding: Sharding) -> Work:
     """Tokens and operations of a step, and the peak of all devices at the compute precision."""
     flops = tokens * train_flops_per_token(config.model, config.data.sequence_length)
-    precision = {"bfloat16": "bf16", "float32": "fp32"}[config.execution.dtype]
+    precision = hardware.PRECISION[config.execution.dtype]
     peak = hardware.peak_flops(sharding.mesh.devices.flat[0], precision)
     return Work(tokens, flops, None if peak is None else peak * sharding.mesh.size)
 
@@ -298,7 +306,7 @@ def header(
     model, T = config.model, config.data.sequence_length
     specs = model.specs()
     tokens = dataset.batch_size * T
-    memory = train_step.memory_analysis()
+    need, limit = needed(train_step), available(jax.local_devices()[0])
     values: dict[str, Any] = {
         "parameters": f"{spec_lib.count(specs):,}",
         "active for a token": f"{spec_lib.count(specs, active=True):,}",
@@ -311,9 +319,12 @@ def header(
         "peak learning rate": f"{optimizer.peak:.3g}",
         "cache per token": f"{cache_bytes_per_token(model):,} bytes",
     }
-    if memory is not None:
-        need = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        values["memory per device"] = memory_text(need, state_like)
+    if need is not None and limit is not None:
+        state = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state_like))
+        values["memory per device"] = (
+            f"{need / 1e9:.3g} GB predicted of {limit / 1e9:.3g} GB "
+            f"(whole state {state / 1e9:.3g} GB)"
+        )
     for i, note in enumerate(optimizer.notes, 1):
         values[f"note {i}"] = note
     return values
@@ -351,18 +362,6 @@ def cache_bytes_per_token(model: Decoder, bytes_per_number: int = 2) -> int:
         for entry in block.attention.cache_entries()
     )
     return bytes_per_number * sum(repeat * math.prod(entry) for repeat, entry in entries)
-
-
-def memory_text(need: int, state_like) -> str:
-    """Bytes a step needs on a device beside what the device has."""
-    device = jax.local_devices()[0]
-    chip = hardware.detect(device)
-    available = chip.hbm_bytes if chip else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    state = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state_like))
-    return (
-        f"{need / 1e9:.3g} GB predicted of {available / 1e9:.3g} GB "
-        f"(whole state {state / 1e9:.3g} GB)"
-    )
 
 
 def finish(session: Session, config: PretrainConfig, dataset, evaluate, params):

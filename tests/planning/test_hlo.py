@@ -242,6 +242,57 @@ frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
     assert found == [collectives.Traffic("all-reduce", "data between slices", 3.0, 3 * 256)]
 
 
+def test_collective_spread_over_fusions_counts_once():
+    gather = (
+        "f32[8,64]{1,0} all-gather(%a), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}, "
+        'frontend_attributes={chain_id="3"}'
+    )
+    text = f"""HloModule m, is_scheduled=true
+
+%begin (a: f32[2,64]) -> (f32[2,64], f32[8,64]) {{
+  %a = f32[2,64]{{1,0}} parameter(0)
+  %all-gather.1 = {gather}
+  ROOT %c = (f32[2,64]{{1,0}}, f32[8,64]{{1,0}}) custom-call(%all-gather.1), \
+custom_call_target="AsyncCollectiveStart"
+}}
+
+%beside (a: f32[2,64], b: f32[8,64], x: f32[4,4]) -> (f32[4,4], f32[2,64], f32[8,64]) {{
+  %a = f32[2,64]{{1,0}} parameter(0)
+  %b = f32[8,64]{{1,0}} parameter(1)
+  %x = f32[4,4]{{1,0}} parameter(2)
+  %dot = f32[4,4]{{1,0}} dot(%x, %x), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}
+  %all-gather.2 = {gather}
+  ROOT %t = (f32[4,4]{{1,0}}, f32[2,64]{{1,0}}, f32[8,64]{{1,0}}) tuple(%dot, %a, %all-gather.2)
+}}
+
+%end (a: f32[2,64], b: f32[8,64]) -> f32[8,64] {{
+  %a = f32[2,64]{{1,0}} parameter(0)
+  %b = f32[8,64]{{1,0}} parameter(1)
+  %all-gather.3 = {gather}
+  ROOT %d = f32[8,64]{{1,0}} custom-call(%a, %b, %all-gather.3), \
+custom_call_target="AsyncCollectiveDone"
+}}
+
+ENTRY %main (a: f32[2,64], x: f32[4,4]) -> f32[8,64] {{
+  %a = f32[2,64]{{1,0}} parameter(0)
+  %x = f32[4,4]{{1,0}} parameter(1)
+  %s = (f32[2,64]{{1,0}}, f32[8,64]{{1,0}}) fusion(%a), kind=kCustom, calls=%begin
+  %m = (f32[4,4]{{1,0}}, f32[2,64]{{1,0}}, f32[8,64]{{1,0}}) fusion(%s#0, %s#1, %x), kind=kOutput, \
+calls=%beside
+  ROOT %r = f32[8,64]{{1,0}} fusion(%m#1, %m#2), kind=kCustom, calls=%end
+}}
+"""
+    module = hlo.parse(text)
+    executions, _ = hlo.executions(module)
+    piece = 2 * 64 * 4
+    (found,) = collectives.communication(module, executions, SHAPE)
+    assert found == collectives.Traffic("all-gather", "tensor", 1.0, 3 * piece)
+    # the piece is read and the whole written, the product reads and writes 4 x 4
+    counts = operations.count(module, executions)
+    assert counts.traffic == piece + 4 * piece + 2 * 4 * 4 * 4
+    assert counts.flops == 2 * 4**3
+
+
 def test_unknown_notation_is_refused():
     with pytest.raises(ValueError, match="unknown notation"):
         collectives.replica_groups("replica_groups=@7", 8)

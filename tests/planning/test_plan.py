@@ -12,10 +12,14 @@ import pytest
 from step_jax.cli.main import main
 from step_jax.core.command_line import load_config
 from step_jax.core.errors import ConfigError, ExitCode
-from step_jax.planning import memory, topology
+from step_jax.core.sharding import Sharding
+from step_jax.models.moe import Experts, MoE
+from step_jax.models.routing import Router
+from step_jax.planning import estimate, memory, report, topology
 from step_jax.planning.plan import advice, make_plan
 from step_jax.planning.roofline import Bound
 from step_jax.trainers.pretrain import PretrainConfig
+from step_jax.training.console import make_console
 
 RECIPE = """
 run: {directory: unused}
@@ -124,8 +128,9 @@ def test_gpus_are_planned_on_paper(recipe, capsys):
 
 def test_plan_that_does_not_fit_says_what_would_help(plan):
     too_large = replace(plan, memory_limit=1e6, remat="none")
-    assert plan.fits and not too_large.fits and not advice(plan)
-    assert any("training.accumulation" in line for line in advice(too_large))
+    assert plan.fits and not too_large.fits
+    help_for = advice(too_large.memory, too_large.remat)
+    assert any("training.accumulation" in line for line in help_for)
 
 
 # --- Topologies ---------------------------------------------------------------------------------
@@ -192,11 +197,50 @@ def test_mesh_of_several_slices_needs_an_axis_that_they_divide(config):
         sharding._arrange((1,) * (len(sharding.AXES) - 1) + (2,), devices)
 
 
-def test_pipeline_has_a_bubble(config):
-    from step_jax.core.sharding import Sharding
-    from step_jax.planning.plan import _bubble
+# --- Bubbles ------------------------------------------------------------------------------------
 
-    parallel = replace(config.parallel, pipeline=2, fsdp=4, tensor=1)
-    sharding = Sharding.build(parallel, topology.parse("cpu:8").devices)
-    on_stages = SimpleNamespace(sharding=sharding, rows=16)
-    assert _bubble(config, on_stages) == pytest.approx(1 / 5)  # one step beside 4 microbatches
+
+def test_bubble_of_a_pipeline_is_in_the_bound(config, capsys):
+    config = replace(config, execution=replace(config.execution, remat="none"))
+    without, with_bubble = (
+        make_plan(
+            replace(config, parallel=replace(config.parallel, tensor=1, **sizes)),
+            topology.parse("cpu:8"),
+        )
+        for sizes in ({"data": 2}, {"pipeline": 2})
+    )
+    assert (without.bubble, without.pipeline_microbatches) == (0.0, 0)
+    assert (with_bubble.bubble, with_bubble.pipeline_microbatches) == (1 / 5, 4)
+    head = 3 * 2 * 16 * 128 * 512 * 128 / 8  # outside the pipeline
+    layers = without.flops - head
+    assert with_bubble.flops - head == pytest.approx(layers / (1 - 1 / 5), rel=0.01)
+    # simulated devices have neither memory nor network that bounds them
+    share = without.flops / with_bubble.flops
+    assert with_bubble.mfu_bound == pytest.approx(share * without.mfu_bound, rel=1e-6)
+    assert with_bubble.step_s == pytest.approx(without.step_s / share, rel=1e-6)
+    report.show(with_bubble, make_console(every=1))
+    assert "20.0% of a device's steps (4 microbatches)" in capsys.readouterr().out
+
+
+def test_expert_bubble_is_what_full_buffers_cost(config):
+    experts = (Experts(count=8, hidden=256),)
+    mlp = MoE(experts=experts, router=Router(top_k=2), capacity=2.0)
+    (group,) = config.model.layers
+    group = replace(group, blocks=(replace(group.blocks[0], mlp=mlp),))
+    mixture = replace(
+        config,
+        model=replace(config.model, layers=(group,)),
+        parallel=replace(config.parallel, fsdp=2, expert=4, tensor=1),
+    )
+
+    def excess(config):
+        sharding = Sharding.build(config.parallel, topology.parse("cpu:8").devices)
+        return estimate.expert_excess(config, sharding, 16)
+
+    once = 2 * (2 * 3 * 128 * 256) * 4 * 16 * 128 / 8  # top_k experts, 4 layers, tokens of a device
+    assert excess(mixture) == pytest.approx(4 * once)  # twice the load, remat full
+    unlimited = replace(mlp, capacity=None)  # a shard holds 2 of 8 experts: at most 4 times
+    blocks = (replace(group.blocks[0], mlp=unlimited),)
+    model = replace(config.model, layers=(replace(group, blocks=blocks),))
+    assert excess(replace(mixture, model=model)) == pytest.approx(3 * 4 * once)
+    assert excess(config) == 0.0

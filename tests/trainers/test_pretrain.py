@@ -15,6 +15,7 @@ import pytest
 
 from step_jax.cli.main import main
 from step_jax.core.errors import ExitCode
+from step_jax.training import device_memory
 
 ROOT = Path(__file__).parents[2]
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards boil some odd juice".split()
@@ -147,6 +148,19 @@ def test_a_run_that_does_not_continue_the_checkpoint_is_refused(straight, capsys
 def test_bad_input_is_refused_in_words(tmp_path, text, capsys, flags, message):
     assert main(["pretrain", recipe(tmp_path, text, "run"), *flags]) not in (0, ExitCode.RESTART)
     assert message in capsys.readouterr().err
+
+
+def test_step_that_does_not_fit_is_refused_with_what_would_help(
+    tmp_path, text, capsys, monkeypatch
+):
+    monkeypatch.setattr(device_memory, "available", lambda device: 1e5)
+    file = recipe(tmp_path, text, "large")
+    assert main(["pretrain", file, "--training.steps", "1"]) == ExitCode.FAILURE
+    message = capsys.readouterr().err
+    for words in ("GB of the 0.0001 GB of a device", "\n  1. ", "f32[300,32]", "would help: "):
+        assert words in message
+    assert not list((tmp_path / "large" / "checkpoints").glob("*"))
+    assert main(["pretrain", file, "--force", "--training.steps", "1"]) == ExitCode.OK
 
 
 def test_two_runs_do_not_share_a_directory(tmp_path, text, capsys):

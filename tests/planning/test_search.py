@@ -1,0 +1,104 @@
+"""Estimates beside compiled programs, and the variants that the search proposes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from step_jax.cli.main import main
+from step_jax.core.command_line import load_config
+from step_jax.planning import estimate, search, topology
+from step_jax.planning.plan import take_stock
+from step_jax.planning.program import compile_program, resolved
+from step_jax.trainers.pretrain import PretrainConfig
+
+RECIPE = """
+run: {directory: unused}
+model:
+  width: 256
+  vocab: 1024
+  layers:
+    - repeat: 8
+      blocks:
+        - attention: {kind: mfa, heads: 4, head_dim: 128}
+          mlp: {kind: moe, experts: [{count: 8, hidden: 256}], router: {top_k: 2}, capacity: 2.0}
+training: {tokens: 1e8, batch_size: 64}
+data: {path: unused, sequence_length: 512, vocab_size: 1024}
+optimizer: {kind: adamw, learning_rate: 1e-3, schedule: {kind: constant}}
+execution: {remat: full}
+parallel: {expert: 2, fsdp: -1}
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("search") / "mixture.yaml"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+def load(recipe: str, *flags: str) -> PretrainConfig:
+    return load_config(PretrainConfig, [recipe, *flags]).config
+
+
+def both(config: PretrainConfig, at: topology.Topology):
+    """(plan, estimated bytes by mesh axes, estimated seconds without overlap)."""
+    config = resolved(config, at.count)
+    program = compile_program(config, at)
+    where = at, program.sharding, program.rows
+    _, serial = estimate.step_seconds(config, *where)
+    return take_stock(config, at, program), estimate.sent(config, *where), serial
+
+
+def test_estimate_counts_gathers_over_fsdp_and_context(recipe):
+    flags = ["--execution.dtype", "float32", "--model.layers.0.repeat", "2"]
+    flags += ["--parallel.context", "2", "--parallel.expert", "2"]
+    plan, estimated, _ = both(load(recipe, *flags), topology.parse("cpu:8"))
+    gathers = {c["axes"]: c["nbytes"] for c in plan.collectives if c["kind"] == "all-gather"}
+    # beside gathers their gradients' way back
+    assert 1.0 < estimated["fsdp", "context"] / gathers["fsdp+context"] < 2.5
+
+
+def test_variants_use_the_axes_that_the_model_can(recipe):
+    config = load(recipe, "--data.sequence_length", "8192")
+    meshes = {v.parallel for v in search.variants(config, topology.parse("cpu:8"))}
+    assert {m.context for m in meshes} == {1, 2, 4}  # pieces of at least 2048 tokens
+    assert {m.pipeline for m in meshes} == {1, 2, 4, 8} == {m.expert for m in meshes}
+    (group,) = config.model.layers
+    odd = replace(config, model=replace(config.model, layers=(replace(group, repeat=7),)))
+    assert {v.parallel.pipeline for v in search.variants(odd, topology.parse("cpu:8"))} == {1}
+
+
+def test_flags_of_a_proposal_give_its_variant(recipe):
+    config = load(recipe)
+    at = topology.parse("cpu:8")
+    found = search.search(config, at, compiled=False)
+    assert len(found) == search.SHOWN + 1 and found[-1].flags == ""
+    assert found[-1].config == resolved(config, at.count)
+    for proposal in found[:-1]:
+        again = resolved(load(recipe, *proposal.flags.split()), at.count)
+        assert again == proposal.config
+    times = [p.serial_s for p in found[:-1]]
+    assert times == sorted(times)
+    assert found[-1].serial_s >= times[0]
+
+
+def test_recipe_that_fits_nowhere_is_an_error(recipe, capsys):
+    argv = ["plan", recipe, "--topology", "cpu:8", "--search", "--training.batch_size", "7"]
+    assert main(argv) != 0
+    assert "no mesh of cpu:8 divides" in capsys.readouterr().err
+
+
+@pytest.mark.aot
+def test_estimates_rank_meshes_as_compiled_programs_do(recipe):
+    meshes = ("expert 8", "expert 2 context 2", "expert 2 data 2")
+    by_program, by_estimate = {}, {}
+    for mesh in meshes:
+        words = mesh.split()
+        sizes = zip(words[::2], words[1::2], strict=True)
+        flags = [word for axis, n in sizes for word in (f"--parallel.{axis}", n)]
+        plan, _, by_estimate[mesh] = both(load(recipe, *flags), topology.parse("v5e:2x4"))
+        by_program[mesh] = plan.serial_s
+    assert sorted(meshes, key=by_program.__getitem__) == sorted(meshes, key=by_estimate.__getitem__)
+    assert by_estimate == pytest.approx(by_program, rel=0.25)
