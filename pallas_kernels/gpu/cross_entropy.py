@@ -28,7 +28,7 @@ from jax import lax
 
 from pallas_kernels.gpu import attention_tiles as tiles
 from pallas_kernels.gpu.attention_tiles import LOG2E, ROWS
-from pallas_kernels.gpu.common import check_hopper, vary_as
+from pallas_kernels.gpu.common import check_device, vary_as
 from pallas_kernels.gpu.tile_matmul import STEP, TILE, Plan, halves
 
 PART = 16384  # vocabulary whose gradient of the logits exists at a time
@@ -208,7 +208,7 @@ def _dot(a, b, a_axis: int, b_axis: int):
     return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-def cross_entropy(x_ND, w_DV, target_N, weight_N, z_loss: float, *, interpret=None):
+def cross_entropy(x_ND, w_DV, target_N, weight_N, z_loss: float, *, device=None, interpret=None):
     """Weighted sum of ``-log p(target) + z_loss * logsumexp^2``.
 
     Args:
@@ -216,6 +216,7 @@ def cross_entropy(x_ND, w_DV, target_N, weight_N, z_loss: float, *, interpret=No
       w_DV: the projection in any dtype, multiplied in bfloat16; V a multiple of 128.
       target_N: int32.
       weight_N: float32; may be negative and is differentiable.
+      device: one of those compiled for; None for the default.
       interpret: ``plgpu.InterpretGPUParams()`` to run on a CPU.
 
     Returns:
@@ -225,8 +226,7 @@ def cross_entropy(x_ND, w_DV, target_N, weight_N, z_loss: float, *, interpret=No
       ValueError: a shape, dtype or platform that the kernels do not support.
     """
     _check(x_ND, w_DV, target_N, weight_N)
-    if interpret is None:
-        check_hopper()
+    check_device("cross-entropy", device, interpret)
     return _cross_entropy(x_ND, w_DV, target_N, weight_N, z_loss, interpret)
 
 

@@ -28,7 +28,7 @@ from jax import lax
 
 from pallas_kernels.gpu import attention_tiles as tiles
 from pallas_kernels.gpu.attention_tiles import ROWS
-from pallas_kernels.gpu.common import check_hopper, vary_as
+from pallas_kernels.gpu.common import check_device, vary_as
 from pallas_kernels.gpu.tile_matmul import STEP, TILE, Plan, halves, row_rf
 
 ALIGNED = 8  # rows of a swizzled tile
@@ -303,13 +303,14 @@ def _clear(ref, start, stop) -> None:
     ref[...] = jnp.where(own_rf, a_rf, jnp.zeros_like(a_rf))
 
 
-def grouped_matmul(x_MD, w_EDF, sizes_E, *, interpret=None):
+def grouped_matmul(x_MD, w_EDF, sizes_E, *, device=None, interpret=None):
     """:func:`rows_by_matrices` with gradients for the rows and the matrices.
 
     Args:
       x_MD: rows sorted by group, bfloat16.
       w_EDF: one bfloat16 matrix per group; D and F multiples of 128.
       sizes_E: int32 rows of each group, in order; zero is allowed. Rows past their sum give zeros.
+      device: one of those compiled for; None for the default.
       interpret: ``plgpu.InterpretGPUParams()`` to run on a CPU.
 
     Returns:
@@ -319,8 +320,7 @@ def grouped_matmul(x_MD, w_EDF, sizes_E, *, interpret=None):
       ValueError: a shape, dtype or platform that the kernels do not support.
     """
     _check(x_MD, w_EDF, sizes_E)
-    if interpret is None:
-        check_hopper()
+    check_device("grouped matmul", device, interpret)
     return _grouped_matmul(x_MD, w_EDF, sizes_E, interpret)
 
 

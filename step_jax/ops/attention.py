@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from step_jax.ops import kernels
+
 NEGATIVE = -1e30  # finite, so that a fully masked row has no NaN on its way to zero
 
 
@@ -263,8 +265,9 @@ class Problem:
 
 
 def _pallas_tpu_unsupported(problem: Problem, device) -> str | None:
-    if device.platform != "tpu":
-        return f"it needs a TPU, and this is compiled for {device.platform}"
+    reason = kernels.unsupported("pallas_tpu", device)
+    if reason is not None:
+        return reason
     if problem.alibi:
         return "it adds no ALiBi bias"
     from pallas_kernels.tpu import block_sizes
@@ -316,7 +319,7 @@ def resolve(implementation: str, problem: Problem, device=None) -> str:
       device: one of those compiled for, which need not be this machine's; None for the default.
 
     Raises:
-      ValueError: no implementation has the name, or the one named cannot do this; says why.
+      ConfigError: no implementation has the name, or the one named cannot do this; says why.
     """
     device = jax.devices()[0] if device is None else device
     if implementation == "auto":
@@ -325,15 +328,11 @@ def resolve(implementation: str, problem: Problem, device=None) -> str:
             for name, entry in IMPLEMENTATIONS.items()
             if problem.queries >= entry.fewest_queries and not entry.unsupported(problem, device)
         )
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"no attention implementation {implementation!r}; there are: auto, "
-            + ", ".join(IMPLEMENTATIONS)
-        )
-    reason = IMPLEMENTATIONS[implementation].unsupported(problem, device)
-    if reason is not None:
-        raise ValueError(f"the attention implementation {implementation} cannot do this: {reason}")
-    return implementation
+
+    def unsupported(name: str) -> str | None:
+        return IMPLEMENTATIONS[name].unsupported(problem, device)
+
+    return kernels.named("attention", implementation, IMPLEMENTATIONS, unsupported)
 
 
 def problem_of(q_BTNH, k_BSKH, v_BSKV, alibi) -> Problem:

@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from step_jax.core.sharding import MeshConfig, make_mesh
 from step_jax.ops import attention as ops
+from tests.devices import CPU, TPU
 from tests.models.small import run
 
 SCALE = 0.35
@@ -217,8 +218,6 @@ def test_bad_requests_say_what_there_is():
         ops.attention(q, k[:, :, :1], v[:, :, :1], mask, scale=1.0, implementation="flash")
 
 
-TPU = types.SimpleNamespace(platform="tpu", device_kind="TPU v6 lite")
-CPU = types.SimpleNamespace(platform="cpu", device_kind="cpu")
 PROBLEM = ops.Problem(256, 256, queries=4096, keys=4096, dtype="bfloat16", alibi=False)
 
 

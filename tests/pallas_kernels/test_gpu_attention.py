@@ -174,7 +174,7 @@ def test_head_groups_divide_the_heads_and_fill_the_device():
         ({}, {"causal": False, "window": 3}, "need causal"),
         ({}, {"window": 0}, "at least 1"),
         ({}, {"segments_BT": jnp.ones((1, 64))}, "segments must be"),
-        ({}, {}, "need a Hopper GPU"),
+        ({}, {}, "attention cannot run: it needs a Hopper GPU"),
     ],
 )
 def test_refuses_what_it_does_not_support(shape, options, message):
