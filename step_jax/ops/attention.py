@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from step_jax.core.sharding import vary_alike
 from step_jax.ops import kernels
 
 NEGATIVE = -1e30  # finite, so that a fully masked row has no NaN on its way to zero
@@ -133,11 +134,15 @@ def reference(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi):
     return _normalise(o_BKGTV, sum_BKGT1)
 
 
+#: Query rows whose scores exist at a time: memory grows with the keys, not with their square.
+MOST_ROWS = 512
+
+
 def _blocks(q_BKGTH, k_BKSH, v_BKSV, mask: Mask):
     """Queries cut into blocks with all they may see: (q, k, v, mask, first row, last row + 1).
 
     In-order causal attention needs only the keys up to a block's own end, which saves up to half
-    of the work. Few blocks, because each is compiled.
+    of the work. Few blocks, because each is compiled; ``_parts`` cuts large ones further.
     """
     T, S = q_BKGTH.shape[3], k_BKSH.shape[2]
     size = next(T // n for n in (8, 4, 2, 1) if T % n == 0 and (T // n >= 128 or n == 1))
@@ -148,9 +153,51 @@ def _blocks(q_BKGTH, k_BKSH, v_BKSV, mask: Mask):
         yield q_BKGTH[:, :, :, i:j], k_BKSH[:, :, :keys], v_BKSV[:, :, :keys], rows, i, j
 
 
+def _parts(body: Callable, carry, mask: Mask, *arrays):
+    """``body(carry, mask, *arrays) -> (carry, results)`` over parts of at most ``MOST_ROWS`` rows.
+
+    Args:
+      mask: of a block of queries.
+      arrays: (B, K, G, rows, ...), cut along the rows, as the results are.
+
+    Returns:
+      (carry, results of all rows).
+    """
+    rows = mask.q_positions_BT.shape[1]
+    parts = -(-rows // MOST_ROWS)
+    if parts == 1:
+        return body(carry, mask, *arrays)
+    size = -(-rows // parts)
+
+    def cut(x, axis: int, fill=0):
+        padding = [(0, parts * size - rows if a == axis else 0) for a in range(x.ndim)]
+        x = jnp.pad(x, padding, constant_values=fill)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], parts, size, *x.shape[axis + 1 :]), axis, 0)
+
+    def join(x):
+        x = jnp.moveaxis(x, 0, 3)
+        return x.reshape(*x.shape[:3], parts * size, *x.shape[5:])[:, :, :, :rows]
+
+    segments_BT = mask.q_segments_BT
+    described = (
+        cut(mask.q_positions_BT, 1, -1),  # what fills up the last part sees nothing
+        None if segments_BT is None else cut(segments_BT, 1),
+    )
+
+    def part(carry, x):
+        (positions_BT, segments_BT), arrays = x
+        return body(
+            carry, mask.replace(q_positions_BT=positions_BT, q_segments_BT=segments_BT), *arrays
+        )
+
+    inputs = (described, tuple(cut(x, 3) for x in arrays))
+    carry, results = jax.lax.scan(part, carry, inputs)
+    return carry, jax.tree.map(join, results)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def xla(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi):
-    """Block after block of queries; no score outlives its block.
+    """At most ``MOST_ROWS`` queries at a time; no score outlives its part.
 
     The backward pass makes the probabilities again from the scores and each row's log-sum-exp, as
     FlashAttention does (arXiv 2205.14135, appendix B.2). The output has the queries' dtype.
@@ -161,9 +208,15 @@ def xla(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi):
 def _xla_forward(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi):
     out, lse = [], []
     for q, k, v, rows, _, _ in _blocks(q_BKGTH, k_BKSH, v_BKSV, mask):
-        o_BKGTV, max_BKGT1, sum_BKGT1 = _block(q, k, v, rows, scale, alibi)
-        out.append(_normalise(o_BKGTV, sum_BKGT1).astype(q_BKGTH.dtype))
-        lse.append(max_BKGT1 + jnp.log(jnp.where(sum_BKGT1 == 0.0, 1.0, sum_BKGT1)))
+
+        def part(_, mask, q, k=k, v=v):
+            o_BKGTV, max_BKGT1, sum_BKGT1 = _block(q, k, v, mask, scale, alibi)
+            lse_BKGT1 = max_BKGT1 + jnp.log(jnp.where(sum_BKGT1 == 0.0, 1.0, sum_BKGT1))
+            return None, (_normalise(o_BKGTV, sum_BKGT1).astype(q.dtype), lse_BKGT1)
+
+        _, (o_BKGTV, lse_BKGT1) = _parts(part, None, rows, q)
+        out.append(o_BKGTV)
+        lse.append(lse_BKGT1)
     o_BKGTV, lse_BKGT1 = jnp.concatenate(out, axis=3), jnp.concatenate(lse, axis=3)
     return o_BKGTV, (q_BKGTH, k_BKSH, v_BKSV, mask, o_BKGTV, lse_BKGT1)
 
@@ -178,13 +231,23 @@ def _xla_backward(scale, alibi, residuals, do_BKGTV):
     )
     dq, dk_BKSH, dv_BKSV = [], jnp.zeros(k_BKSH.shape), jnp.zeros(v_BKSV.shape)
     for q, k, v, rows, i, j in _blocks(q_BKGTH, k_BKSH, v_BKSV, mask):
-        do, unseen = do_BKGTV[:, :, :, i:j], ((0, 0), (0, 0), (0, S - k.shape[2]), (0, 0))
-        p_BKGTS = jnp.exp(_scores_BKGTS(q, k, rows, scale, alibi) - lse_BKGT1[:, :, :, i:j])
-        dp_BKGTS = product("BKGTV,BKSV->BKGTS", do, v)
-        ds_BKGTS = (scale * p_BKGTS * (dp_BKGTS - mean_BKGT1[:, :, :, i:j])).astype(dtype)
-        dq.append(product("BKGTS,BKSH->BKGTH", ds_BKGTS, k).astype(dtype))
-        dk_BKSH += jnp.pad(product("BKGTS,BKGTH->BKSH", ds_BKGTS, q), unseen)
-        dv_BKSV += jnp.pad(product("BKGTS,BKGTV->BKSV", p_BKGTS.astype(dtype), do), unseen)
+
+        def part(sums, mask, q, do, lse_BKGT1, mean_BKGT1, k=k, v=v):
+            p_BKGTS = jnp.exp(_scores_BKGTS(q, k, mask, scale, alibi) - lse_BKGT1)
+            dp_BKGTS = product("BKGTV,BKSV->BKGTS", do, v)
+            ds_BKGTS = (scale * p_BKGTS * (dp_BKGTS - mean_BKGT1)).astype(dtype)
+            dk_BKSH = product("BKGTS,BKGTH->BKSH", ds_BKGTS, q)
+            dv_BKSV = product("BKGTS,BKGTV->BKSV", p_BKGTS.astype(dtype), do)
+            dq_BKGTH = product("BKGTS,BKSH->BKGTH", ds_BKGTS, k).astype(dtype)
+            return (sums[0] + dk_BKSH, sums[1] + dv_BKSV), dq_BKGTH
+
+        zeros = vary_alike(jnp.zeros(k.shape), jnp.zeros(v.shape), q)[:2]
+        of_rows = (x[:, :, :, i:j] for x in (do_BKGTV, lse_BKGT1, mean_BKGT1))
+        (dk, dv), dq_BKGTH = _parts(part, zeros, rows, q, *of_rows)
+        dq.append(dq_BKGTH)
+        unseen = ((0, 0), (0, 0), (0, S - k.shape[2]), (0, 0))
+        dk_BKSH += jnp.pad(dk, unseen)
+        dv_BKSV += jnp.pad(dv, unseen)
     return jnp.concatenate(dq, axis=3), dk_BKSH.astype(dtype), dv_BKSV.astype(dtype), None
 
 

@@ -120,6 +120,36 @@ def test_xla_equals_reference_equals_definition(case):
         assert not np.any(o[-1]) and not any(np.any(g[-1]) for g in grads)
 
 
+@pytest.mark.parametrize("in_order", [True, False])
+def test_large_blocks_are_worked_off_in_parts(monkeypatch, in_order):
+    """Two blocks of 128 in three parts of 43 each, the last one filled up."""
+    rng = np.random.default_rng(5)
+    q, k, v, cotangent = inputs(rng, 2, 256, 256, 4, 2, 8, 8)
+    positions, segments = packed(rng, 2, 256, 3)
+    mask = ops.Mask(positions, positions, segments, segments, window=90, in_order=in_order)
+    f = forward_and_gradient("xla", mask)
+    whole = run(f, q, k, v, cotangent)
+    monkeypatch.setattr(ops, "MOST_ROWS", 48)
+    parts = run(forward_and_gradient("xla", mask), q, k, v, cotangent)
+    for got, expected in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        assert relative(got, expected) <= 1e-6
+
+
+def test_memory_is_linear_in_the_tokens(monkeypatch):
+    """Twice the tokens take twice the memory once a block is larger than a part."""
+    monkeypatch.setattr(ops, "MOST_ROWS", 64)
+
+    def temporaries(tokens: int) -> int:
+        q, k, v, cotangent = (
+            jax.ShapeDtypeStruct((1, tokens, heads, 8), jnp.float32) for heads in (4, 1, 1, 4)
+        )
+        positions = np.arange(tokens, dtype=np.int32)[None]
+        f = forward_and_gradient("xla", ops.Mask(positions, positions, in_order=True))
+        return jax.jit(f).lower(q, k, v, cotangent).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(4096) < 2.2 * temporaries(2048)
+
+
 def test_blocks_do_not_need_to_know_the_order():
     """Without ``in_order`` every block sees all keys, and masks the later ones itself."""
     rng = np.random.default_rng(4)
