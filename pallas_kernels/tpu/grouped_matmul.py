@@ -18,6 +18,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import rules
+
 BLOCK_ROWS = 512
 PART = 128
 CHUNK = 2**20  # elements of a matrix in one product: what is compiled is a product of one chunk
@@ -291,21 +293,23 @@ def matrices_of_rows(x_MD, dy_MF, sizes_E, *, load: int | None = None, interpret
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def grouped_matmul(x_MD, w_EDF, sizes_E, load: int | None = None, interpret: bool = False):
-    """:func:`rows_by_matrices` with gradients for the rows and the matrices."""
-    return rows_by_matrices(x_MD, w_EDF, sizes_E, load=load, interpret=interpret)
+    """:func:`rows_by_matrices` with gradients for the rows and the matrices.
 
+    Args:
+      x_MD: rows sorted by group, bfloat16 or float32.
+      w_EDF: one matrix per group, in the rows' dtype.
+      sizes_E: int32 rows of each group, in order; zero is allowed. Rows past their sum give zeros.
+      load: see :func:`rows_by_matrices`.
 
-def _forward(x_MD, w_EDF, sizes_E, load, interpret):
-    return grouped_matmul(x_MD, w_EDF, sizes_E, load, interpret), (x_MD, w_EDF, sizes_E)
+    Returns:
+      (M, F) in the rows' dtype.
 
-
-def _backward(load, interpret, residuals, dy_MF):
-    x_MD, w_EDF, sizes_E = residuals
+    Raises:
+      ValueError: a shape or dtype that the kernels do not support, or widths whose blocks do not
+        fit the on-chip memory.
+    """
+    rules.check_grouped_matmul("TPU kernel", x_MD, w_EDF, sizes_E, ("bfloat16", "float32"))
     options = {"load": load, "interpret": interpret}
-    dx_MD = rows_by_matrices(dy_MF, w_EDF, sizes_E, transposed=True, **options)
-    return dx_MD, matrices_of_rows(x_MD, dy_MF, sizes_E, **options), None
-
-
-grouped_matmul.defvjp(_forward, _backward)
+    kernels = (functools.partial(k, **options) for k in (rows_by_matrices, matrices_of_rows))
+    return rules.grouped_matmul(*kernels, x_MD, w_EDF, sizes_E)

@@ -113,7 +113,7 @@ def test_traces_on_a_mesh(monkeypatch):
     [
         ((8, 48, 128), jnp.bfloat16, "width must be a multiple of 64"),
         ((8, 64, 200), jnp.bfloat16, "vocabulary of 128"),
-        ((8, 64, 128), jnp.float32, "only bfloat16"),
+        ((8, 64, 128), jnp.float32, "are float32; the GPU kernel supports bfloat16"),
         ((8, 64, 128), jnp.bfloat16, "cross-entropy cannot run: it needs a Hopper GPU"),
     ],
 )

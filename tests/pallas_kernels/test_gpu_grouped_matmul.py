@@ -111,7 +111,7 @@ def test_traces_inside_a_shard_map():
     [
         ({"D": 64}, "multiples of 128"),
         ({"F": 200}, "multiples of 128"),
-        ({"dtype": np.float32}, "only bfloat16"),
+        ({"dtype": np.float32}, "float32; the GPU kernel supports, of both, bfloat16"),
         ({"rows": 0, "sizes": [0]}, "there are none"),
         ({}, "grouped matmul cannot run: it needs a Hopper GPU"),
     ],
