@@ -50,6 +50,8 @@ class Support:
                 "expected queries (B, T, N, H) and caches (B, S, K, H), pages (L, page, K, H) or "
                 f"stacks of either, got {q_BTNH.shape} and {k_cache.shape}"
             )
+        if 0 in q_BTNH.shape or 0 in k_cache.shape:
+            raise ValueError(f"nothing to decode: {q_BTNH.shape} queries, {k_cache.shape} cache")
         N, H = q_BTNH.shape[2:]
         K = k_cache.shape[-2]
         if k_cache.shape[-1] != H or (v_cache is not None and v_cache.shape != k_cache.shape):
@@ -58,6 +60,8 @@ class Support:
                 f"{None if v_cache is None else v_cache.shape}; the {self.kernel} supports one "
                 "width for all and caches of one shape"
             )
+        if heads_per_key is not None and heads_per_key < 1:
+            raise ValueError(f"heads_per_key must be at least 1, got {heads_per_key}")
         if heads_per_key is None and N % K:
             raise ValueError(f"{N} query heads are not a multiple of {K} key/value heads")
         if q_BTNH.dtype.name not in self.query_dtypes:
@@ -103,7 +107,7 @@ def check_call(
     if page_table_BM is None:
         if k_cache.shape[-4] != B:
             raise ValueError(f"{B} rows of queries, and a cache {k_cache.shape} of other rows")
-    elif page_table_BM.ndim != 2 or len(page_table_BM) != B:
+    elif page_table_BM.ndim != 2 or len(page_table_BM) != B or not page_table_BM.size:
         raise ValueError(f"{B} rows take a page table ({B}, M), got {page_table_BM.shape}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")

@@ -257,9 +257,13 @@ def _blocks(N: int, D: int, V: int, need):
     """
     for T, v in ((512, 512), (512, 256), (256, 256), (256, 128), (128, 128)):
         T, v = min(T, pl.cdiv(N, 16) * 16), min(v, V)
-        if need(T, v) + 4 * T * v <= VMEM_BYTES:
+        bytes_needed = need(T, v) + 4 * T * v
+        if bytes_needed <= VMEM_BYTES:
             return T, v
-    raise ValueError(f"cross-entropy kernel: rows of width {D} do not fit the on-chip memory")
+    raise ValueError(
+        f"cross-entropy kernel: rows of width {D} do not fit the on-chip memory: the smallest "
+        f"blocks, {T} tokens and {v} words, need {bytes_needed} bytes of {VMEM_BYTES}"
+    )
 
 
 def _padded(x_ND, columns, T: int):

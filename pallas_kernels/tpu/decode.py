@@ -138,6 +138,7 @@ def decode(
     cut = tiling(slots, K, H, k_cache.dtype, page if paged else None)
     plan = make_plan(positions_BT, lengths_B, slots, cut.block, window)
     call = _Call(B, T, N, K, H, slots, cut, window, splits, frequency_F is not None, paged)
+    call.check_memory(q_BTNH.dtype, k_cache.dtype, own_values=v_cache is not None)
 
     key_head_R1 = (first_head + jnp.arange(T * N, dtype=jnp.int32)[:, None] % N) // (
         N // K if heads_per_key is None else heads_per_key
@@ -193,6 +194,21 @@ class _Call(NamedTuple):
     @property
     def rows(self) -> int:
         return self.T * self.N
+
+    def check_memory(self, dtype, cache_dtype, own_values: bool) -> None:
+        """Raises ValueError if the buffers alone, without the products' results, do not fit."""
+        rows, itemsize = self.rows, jnp.dtype(dtype).itemsize
+        moving = 2 * rows * self.H * (itemsize + (itemsize if self.splits == 1 else 4))
+        cached = 2 * self.cut.block * self.K * self.H * jnp.dtype(cache_dtype).itemsize
+        scratch = 4 * rows * (self.H + 2 * LANES)
+        scores = 4 * rows * self.cut.tile * self.K
+        need = moving + cached * (2 if own_values else 1) + scratch + scores
+        if need > VMEM_BYTES:
+            raise ValueError(
+                f"{self.T} tokens of {self.N} heads of {self.H} take at least {need} bytes of "
+                f"on-chip memory beside blocks of {self.cut.block} slots of {self.K} key heads; "
+                f"the TPU decode kernel has {VMEM_BYTES}: pass fewer tokens a call"
+            )
 
     def constants(self, key_head_R1, scale: float, k_scale, frequency_F) -> list:
         """What stays in VMEM: [token and key head of each row, its scale, rotation tables]."""

@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import rules
 
 BLOCK_ROWS = 512
+REGISTER_ROWS = 16  # of bfloat16; float32 has 8
 PART = 128
 CHUNK = 2**20  # elements of a matrix in one product: what is compiled is a product of one chunk
 VMEM_BYTES = 48 * 2**20  # for blocks, of the 64 MiB of v5p and tpu7x (v5e and v6e: 128)
@@ -163,6 +164,11 @@ def _divisor(width: int, most: int) -> int:
     return max(sizes, default=width)
 
 
+def _rows_of_block(rows: int, most: int) -> int:
+    """Few rows are one block of whole registers, which reaches past them."""
+    return min(most, pl.cdiv(rows, REGISTER_ROWS) * REGISTER_ROWS)
+
+
 def _blocks_of_rows(rows: int, D: int, F: int, bytes_each: int):
     """(R, f) such that double-buffered (R, D), (D, f), (R, f) and a float32 (R, f) fit."""
 
@@ -170,7 +176,7 @@ def _blocks_of_rows(rows: int, D: int, F: int, bytes_each: int):
         return 2 * bytes_each * (R * D + D * f + R * f) + 4 * R * f
 
     for most in (2048, 1024, 512, 256, 128):
-        R, f = min(BLOCK_ROWS if most > 256 else 256, rows), _divisor(F, most)
+        R, f = _rows_of_block(rows, BLOCK_ROWS if most > 256 else 256), _divisor(F, most)
         if need(R, f) <= VMEM_BYTES:
             return R, f
     raise ValueError(
@@ -261,7 +267,7 @@ def matrices_of_rows(x_MD, dy_MF, sizes_E, *, load: int | None = None, interpret
       ValueError: widths whose blocks do not fit the on-chip memory.
     """
     (M, D), F, E = x_MD.shape, dy_MF.shape[1], len(sizes_E)
-    R, d, f = min(BLOCK_ROWS, M), _divisor(D, 1024), _divisor(F, 2048)
+    R, d, f = _rows_of_block(M, BLOCK_ROWS), _divisor(D, 1024), _divisor(F, 2048)
     need = 2 * x_MD.dtype.itemsize * (R * d + R * f + d * f) + 4 * d * f
     if need > VMEM_BYTES:
         f = _divisor(F, 1024)

@@ -82,8 +82,18 @@ def test_what_is_not_supported_is_refused(interpreted, monkeypatch):
     with pytest.raises(ValueError, match="tensor axis"):
         interpreted(*args, sharding=sharding)
     wide = jax.ShapeDtypeStruct((16, 2**20), jnp.float32)
-    with pytest.raises(ValueError, match="width 1048576 do not fit"):
+    with pytest.raises(ValueError, match="width 1048576 do not fit .* of 58720256"):
         jax.eval_shape(kernel.log_likelihood, wide, jnp.zeros((2**20, 1)), jnp.zeros(16, int))
+    x_ND, w_DV, target_N, weight_N = (jnp.zeros(s) for s in ((4, 16), (16, 9), (4,), (4,)))
+    targets = target_N.astype(jnp.int32)
+    for arrays, message in (
+        ((x_ND, w_DV, targets[:3], weight_N), "expected hidden states"),
+        ((x_ND, w_DV[:8], targets, weight_N), "expected hidden states"),
+        ((x_ND.astype(jnp.float16), w_DV, targets, weight_N), "supports bfloat16 or float32"),
+        ((x_ND, w_DV, target_N, weight_N), "targets must be int32, got float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernel.cross_entropy(*arrays, z_loss=Z)
     monkeypatch.undo()
     with pytest.raises(ValueError, match="pallas_tpu .* needs a TPU, and this is compiled for cpu"):
         ops.cross_entropy(*args, implementation="pallas_tpu")

@@ -44,7 +44,7 @@ def test_equals_the_definition(sizes):
     assert not np.any(got[0][sum(sizes) :]) and not np.any(got[1][sum(sizes) :])
 
 
-@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("rows", [1, 7, 40, 100])
 def test_few_rows_and_odd_widths(rows):
     arrays = inputs([rows // 3, 0, rows // 2], rows, D=24, F=136)
     assert_near(value_and_gradients(interpreted, *arrays), definition(*arrays), 1e-6)
@@ -86,12 +86,28 @@ def test_blocks_that_do_not_fit_are_refused():
         jax.eval_shape(kernel.rows_by_matrices, x, wide, sizes)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": np.float16}, "float16; the TPU kernel supports, of both, bfloat16 or float32"),
+        ({"rows": 0, "sizes": [0]}, "there are none"),
+    ],
+)
+def test_refuses_what_it_does_not_support(change, message):
+    arguments = {"sizes": [3], "rows": 8, "dtype": jnp.bfloat16} | change
+    x, w, sizes, _ = inputs(**arguments)
+    with pytest.raises(ValueError, match=message):
+        kernel.grouped_matmul(x, w, sizes)
+    with pytest.raises(ValueError, match="sizes must be int32, got int8"):
+        kernel.grouped_matmul(*inputs([3], 8)[:2], sizes.astype(np.int8))
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 @pytest.mark.parametrize(
     "rows,D,F,E,dtype",
     [(16384, 7168, 5120, 16, jnp.bfloat16), (2048, 512, 1024, 8, jnp.float32),
-     (1000, 384, 200, 3, jnp.bfloat16)],
+     (1000, 384, 200, 3, jnp.bfloat16), (7, 512, 256, 4, jnp.bfloat16)],
 )  # fmt: skip
 def test_compiles_for(chip, rows, D, F, E, dtype, monkeypatch):
     """Rows and matrices of whole tiles are not copied; the compiler is told the operations."""
