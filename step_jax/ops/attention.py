@@ -312,11 +312,43 @@ def pallas_tpu(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi, device):
     return o_BKGTV
 
 
+def pallas_gpu(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi, device):
+    """The kernels of ``pallas_kernels.gpu``; the arrays are those of one device.
+
+    Each key head is a row of its own. The kernels count tokens, not positions: with a window, the
+    positions of a document must follow each other.
+    """
+    from pallas_kernels.gpu import attention as kernel
+
+    B, K, G, T, H = q_BKGTH.shape
+
+    def whole_tiles(x, axis: int):  # what is added comes after all others, so that nobody sees it
+        return jnp.pad(x, [(0, -T % kernel.TILE if a == axis else 0) for a in range(x.ndim)])
+
+    real_BT = mask.q_positions_BT >= 0
+    segments_BT = jnp.ones_like(real_BT, jnp.int32)
+    if mask.q_segments_BT is not None:
+        real_BT &= mask.q_segments_BT > 0
+        segments_BT = mask.q_segments_BT
+    segments_BT = jnp.where(real_BT, segments_BT, 0)
+    o_RTGH = kernel.mfa_attention(
+        whole_tiles(q_BKGTH.reshape(B * K, G, T, H).swapaxes(1, 2), 1),
+        *(whole_tiles(x.reshape(B * K, T, H), 1) for x in (k_BKSH, v_BKSV)),
+        scale=scale,
+        window=mask.window,
+        segments_BT=whole_tiles(jnp.repeat(segments_BT, K, axis=0), 1),
+        device=device,
+    )
+    o_BKGTH = o_RTGH[:, :T].swapaxes(1, 2).reshape(q_BKGTH.shape)
+    return jnp.where(real_BT[:, None, None, :, None], o_BKGTH, 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """What decides whether an implementation can do it (and whether ``auto`` takes it).
 
     width, value_width: of a head. queries, keys: tokens in a row. alibi: a bias is added.
+    in_order: causal, and queries and keys are the same tokens.
     """
 
     width: int
@@ -325,6 +357,7 @@ class Problem:
     keys: int
     dtype: str
     alibi: bool
+    in_order: bool
 
 
 def _pallas_tpu_unsupported(problem: Problem, device) -> str | None:
@@ -346,18 +379,44 @@ def _pallas_tpu_unsupported(problem: Problem, device) -> str | None:
     return block_sizes.unsupported(device.device_kind, shape, problem.dtype)
 
 
+def _pallas_gpu_unsupported(problem: Problem, device) -> str | None:
+    reason = kernels.unsupported("pallas_gpu", device)
+    if reason is not None:
+        return reason
+    from pallas_kernels.gpu.attention import WIDTHS
+
+    if problem.alibi:
+        return "it adds no ALiBi bias"
+    if problem.dtype != "bfloat16":
+        return f"the dtype {problem.dtype} is not bfloat16"
+    if problem.width not in WIDTHS or problem.value_width != problem.width:
+        widths = ", ".join(map(str, WIDTHS))
+        return (
+            f"head widths {problem.width} (scores) and {problem.value_width} (values) are not the "
+            f"same of {widths}"
+        )
+    if not problem.in_order:
+        return (
+            "its queries and keys must be the same tokens in order, which they are not with a "
+            "context axis, over a cache or without causality"
+        )
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """compute: (q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi, device) -> o_BKGTV.
 
     unsupported: why a problem cannot be computed for a device, or None.
     kernel: the partitioner cannot cut it; on a mesh it runs in ``shard_map``.
+    automatic: ``auto`` considers it.
     fewest_queries: ``auto`` passes it over below.
     """
 
     compute: Callable
     unsupported: Callable[[Problem, jax.Device], str | None] = lambda problem, device: None
     kernel: bool = False
+    automatic: bool = True
     fewest_queries: int = 0
 
 
@@ -369,10 +428,12 @@ def _anywhere(compute: Callable) -> Entry:
 IMPLEMENTATIONS: dict[str, Entry] = {
     # a decoded token's rows would be padding but for one
     "pallas_tpu": Entry(pallas_tpu, _pallas_tpu_unsupported, kernel=True, fewest_queries=128),
+    # asked for by name until it has been measured on a GPU
+    "pallas_gpu": Entry(pallas_gpu, _pallas_gpu_unsupported, kernel=True, automatic=False),
     "xla": _anywhere(xla),
     "reference": _anywhere(reference),
 }
-Implementation = Literal["auto", "pallas_tpu", "xla", "reference"]
+Implementation = Literal["auto", "pallas_tpu", "pallas_gpu", "xla", "reference"]
 
 
 def resolve(implementation: str, problem: Problem, device=None) -> str:
@@ -389,7 +450,9 @@ def resolve(implementation: str, problem: Problem, device=None) -> str:
         return next(
             name
             for name, entry in IMPLEMENTATIONS.items()
-            if problem.queries >= entry.fewest_queries and not entry.unsupported(problem, device)
+            if entry.automatic
+            and problem.queries >= entry.fewest_queries
+            and not entry.unsupported(problem, device)
         )
 
     def unsupported(name: str) -> str | None:
@@ -398,9 +461,10 @@ def resolve(implementation: str, problem: Problem, device=None) -> str:
     return kernels.named("attention", implementation, IMPLEMENTATIONS, unsupported)
 
 
-def problem_of(q_BTNH, k_BSKH, v_BSKV, alibi) -> Problem:
+def problem_of(q_BTNH, k_BSKH, v_BSKV, mask: Mask, alibi) -> Problem:
     (_, T, _, H), (_, S, _, V) = q_BTNH.shape, v_BSKV.shape
-    return Problem(H, V, T, S, q_BTNH.dtype.name, alibi is not None)
+    in_order = mask.causal and mask.in_order
+    return Problem(H, V, T, S, q_BTNH.dtype.name, alibi is not None, in_order)
 
 
 def attention(
@@ -434,7 +498,7 @@ def attention(
     if N % K:
         raise ValueError(f"{N} query heads are not a multiple of {K} key/value heads")
     device = jax.devices()[0] if device is None else device
-    name = resolve(implementation, problem_of(q_BTNH, k_BSKH, v_BSKV, alibi), device)
+    name = resolve(implementation, problem_of(q_BTNH, k_BSKH, v_BSKV, mask, alibi), device)
     arrays = _heads_first(q_BTNH, k_BSKH, v_BSKV)
     o_BKGTV = IMPLEMENTATIONS[name].compute(*arrays, mask, scale, alibi, device)
     return _heads_last(o_BKGTV).astype(q_BTNH.dtype)

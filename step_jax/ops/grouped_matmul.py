@@ -150,14 +150,16 @@ def pallas_tpu(x_MD, w_EDF, sizes_E, *, device, load: int | None):
     """The kernel of this project for TPUs; it alone tells the compiler a cost, that of ``load``."""
     from pallas_kernels.tpu import grouped_matmul as kernel  # not paid for elsewhere
 
-    return kernel.grouped_matmul(*vary_alike(x_MD, w_EDF, sizes_E), load)
+    x_MD, w_EDF, sizes_E = vary_alike(x_MD, w_EDF, sizes_E)
+    return kernel.grouped_matmul(x_MD, w_EDF, sizes_E, load=load)
 
 
 def pallas_gpu(x_MD, w_EDF, sizes_E, *, device, load: int | None):
     """The kernel of this project for Hopper GPUs: bfloat16, widths that are multiples of 128."""
     from pallas_kernels.gpu import grouped_matmul as kernel  # not paid for elsewhere
 
-    return kernel.grouped_matmul(*vary_alike(x_MD, w_EDF, sizes_E), device=device)
+    x_MD, w_EDF, sizes_E = vary_alike(x_MD, w_EDF, sizes_E)
+    return kernel.grouped_matmul(x_MD, w_EDF, sizes_E, device=device)
 
 
 def ragged_dot(x_MD, w_EDF, sizes_E):

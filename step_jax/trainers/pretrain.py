@@ -326,7 +326,7 @@ def implementations(config: PretrainConfig, sharding: Sharding) -> dict[str, str
     """
     asked, device = config.execution, sharding.mesh.devices.flat[0]
     blocks = [block for group in config.model.layers for block in group.blocks]
-    names = ", ".join(attention_implementations(config, device))
+    names = ", ".join(attention_implementations(config, sharding))
     values = {"attention": f"{asked.attention} -> {names}"}
     name = grouped_matmul.resolve(asked.grouped_matmul, device)
     if any(isinstance(block.mlp, MoE) for block in blocks):
@@ -334,7 +334,7 @@ def implementations(config: PretrainConfig, sharding: Sharding) -> dict[str, str
     return values | {"loss": f"{asked.loss} -> {cross_entropy.resolve(asked.loss, device)}"}
 
 
-def attention_implementations(config: PretrainConfig, device) -> list[str]:
+def attention_implementations(config: PretrainConfig, sharding: Sharding) -> list[str]:
     """What the layers' attention is computed with, each named once."""
     T = config.data.sequence_length
     names = []
@@ -347,7 +347,9 @@ def attention_implementations(config: PretrainConfig, device) -> list[str]:
             keys=T,
             dtype=config.execution.dtype,
             alibi=alibi(kind.position) is not None,
+            in_order=sharding.size("context") == 1,
         )
+        device = sharding.mesh.devices.flat[0]
         names.append(attention.resolve(config.execution.attention, problem, device))
     return sorted(set(names))
 

@@ -13,9 +13,10 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
+from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, make_mesh
 from step_jax.ops import attention as ops
-from tests.devices import CPU, TPU
+from tests.devices import AMPERE, BLACKWELL, CPU, HOPPER, TPU
 from tests.models.small import run
 
 SCALE = 0.35
@@ -244,11 +245,13 @@ def test_bad_requests_say_what_there_is():
     mask = ops.Mask(positions, positions)
     with pytest.raises(ValueError, match="4 query heads are not a multiple of 3"):
         ops.attention(q, k, v, mask, scale=1.0)
-    with pytest.raises(ValueError, match="'flash'.*auto, pallas_tpu, xla, reference"):
+    with pytest.raises(ValueError, match="'flash'.*auto, pallas_tpu, pallas_gpu, xla, reference"):
         ops.attention(q, k[:, :, :1], v[:, :, :1], mask, scale=1.0, implementation="flash")
 
 
-PROBLEM = ops.Problem(256, 256, queries=4096, keys=4096, dtype="bfloat16", alibi=False)
+PROBLEM = ops.Problem(
+    256, 256, queries=4096, keys=4096, dtype="bfloat16", alibi=False, in_order=True
+)
 
 
 def test_auto_goes_by_the_devices_compiled_for():
@@ -256,6 +259,9 @@ def test_auto_goes_by_the_devices_compiled_for():
     assert ops.resolve("auto", PROBLEM, TPU) == "pallas_tpu"
     for change in ({"width": 100}, {"alibi": True}, {"dtype": "float16"}, {"queries": 1}):
         assert ops.resolve("auto", dataclasses.replace(PROBLEM, **change), TPU) == "xla"
+    for device in (HOPPER, BLACKWELL, AMPERE):  # the kernel has not been measured yet
+        assert ops.resolve("auto", PROBLEM, device) == "xla"
+    assert ops.resolve("pallas_gpu", PROBLEM, HOPPER) == "pallas_gpu"
     # one decoded token can be had on request, but is no use of the kernel
     assert ops.resolve("pallas_tpu", dataclasses.replace(PROBLEM, queries=1), TPU) == "pallas_tpu"
 
@@ -268,11 +274,19 @@ def test_auto_goes_by_the_devices_compiled_for():
         ({"width": 100}, TPU, "widths 100 .* and 256 .* not among 64, 128, 192, 256"),
         ({"dtype": "float16"}, TPU, "float16 is neither bfloat16 nor float32"),
         ({"alibi": True}, TPU, "no ALiBi"),
+        ({}, BLACKWELL, "needs a Hopper GPU .* compiled for gpu 10.0; use auto"),
+        ({}, AMPERE, "needs a Hopper GPU .* compiled for gpu 8.0; use auto"),
+        ({"width": 96, "value_width": 96}, HOPPER, "widths 96 .* same of 64, 128, 192, 256"),
+        ({"value_width": 128}, HOPPER, "widths 256 .* and 128 .* same of 64"),
+        ({"dtype": "float32"}, HOPPER, "float32 is not bfloat16"),
+        ({"alibi": True}, HOPPER, "no ALiBi"),
+        ({"in_order": False}, HOPPER, "the same tokens in order"),
     ],
 )
 def test_an_impossible_request_says_why(change, device, reason):
-    with pytest.raises(ValueError, match=f"pallas_tpu cannot do this: .*{reason}"):
-        ops.resolve("pallas_tpu", dataclasses.replace(PROBLEM, **change), device)
+    name = "pallas_gpu" if device.platform == "gpu" else "pallas_tpu"
+    with pytest.raises(ConfigError, match=f"{name} cannot do this: .*{reason}"):
+        ops.resolve(name, dataclasses.replace(PROBLEM, **change), device)
 
 
 def test_a_mask_of_other_rows_keeps_its_description():
