@@ -241,7 +241,7 @@ def _xla_backward(scale, alibi, residuals, do_BKGTV):
             dq_BKGTH = product("BKGTS,BKSH->BKGTH", ds_BKGTS, k).astype(dtype)
             return (sums[0] + dk_BKSH, sums[1] + dv_BKSV), dq_BKGTH
 
-        zeros = vary_alike(jnp.zeros(k.shape), jnp.zeros(v.shape), q)[:2]
+        zeros = vary_alike(jnp.zeros(k.shape), jnp.zeros(v.shape), q, k, v, do_BKGTV)[:2]
         of_rows = (x[:, :, :, i:j] for x in (do_BKGTV, lse_BKGT1, mean_BKGT1))
         (dk, dv), dq_BKGTH = _parts(part, zeros, rows, q, *of_rows)
         dq.append(dq_BKGTH)

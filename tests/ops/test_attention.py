@@ -136,6 +136,22 @@ def test_large_blocks_are_worked_off_in_parts(monkeypatch, in_order):
         assert relative(got, expected) <= 1e-6
 
 
+def test_parts_within_a_shard_map(monkeypatch):
+    """With the check of what varies over the mesh."""
+    monkeypatch.setattr(ops, "MOST_ROWS", 48)
+    rng = np.random.default_rng(6)
+    arrays = inputs(rng, 2, 128, 128, 4, 2, 8, 8)
+    positions = np.arange(128, dtype=np.int32)[None]
+    f = forward_and_gradient("xla", ops.Mask(positions, positions, in_order=True))
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    cut = jax.shard_map(f, mesh=mesh, in_specs=(P("data"),) * 4, out_specs=P("data"))
+    rows = [run(f, *(a[i : i + 1] for a in arrays)) for i in range(2)]
+    expected = jax.tree.map(lambda a, b: np.concatenate([a, b]), *rows)
+    got = run(cut, *arrays)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert relative(a, b) <= 1e-6
+
+
 def test_memory_is_linear_in_the_tokens(monkeypatch):
     """Twice the tokens take twice the memory once a block is larger than a part."""
     monkeypatch.setattr(ops, "MOST_ROWS", 64)
