@@ -180,7 +180,7 @@ def _parts(body: Callable, carry, mask: Mask, *arrays):
 
     segments_BT = mask.q_segments_BT
     described = (
-        cut(mask.q_positions_BT, 1, -1),  # what fills up the last part sees nothing
+        cut(mask.q_positions_BT, 1, -1),  # what fills up the last part is cut off again
         None if segments_BT is None else cut(segments_BT, 1),
     )
 

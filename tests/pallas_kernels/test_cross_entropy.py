@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.tpu import aot
 from pallas_kernels.tpu import cross_entropy as kernel
-from step_jax.core.sharding import AXES, MeshConfig, Sharding, make_mesh
+from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
 from step_jax.ops import cross_entropy as ops
 from tests.ops.test_cross_entropy import Z, assert_close, full_logits, gradients, problem
-
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
 @pytest.fixture
@@ -103,60 +101,38 @@ def test_what_is_not_supported_is_refused(interpreted, monkeypatch):
         ops.cross_entropy(*args, implementation="full")
 
 
-def compile_on(chip, shape, axes, f, shapes, specs, monkeypatch):
-    """``f(mesh)`` compiled for the first devices of a topology that is not present."""
-    for key in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
-        monkeypatch.setitem(os.environ, key, "1")
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
-    devices = np.array(topology.devices[: np.prod(shape)]).reshape(shape)
-    mesh = Mesh(devices, axes, axis_types=(AxisType.Auto,) * len(axes))
-    args = [
-        jax.ShapeDtypeStruct(*s, sharding=NamedSharding(mesh, spec))
-        for s, spec in zip(shapes, specs, strict=True)
-    ]
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(f(mesh)).lower(*args).compile()
-
-
 @pytest.mark.aot
-def test_compiles_on_a_mesh(monkeypatch):
+def test_compiles_on_a_mesh(topology):
     """With the check of what varies over the mesh; the head's gradient crosses it once."""
     B, T, D, V = 2, 2048, 1024, 32768
     shapes = ((B, T, D), jnp.bfloat16), ((D, V), jnp.float32), ((B, T), jnp.int32)
     tokens = P("data", "context")
-    done = compile_on(
-        "v5p",
-        (1, 2, 1, 1, 2, 1),
-        AXES,
-        lambda mesh: gradients(
-            lambda *a: ops.cross_entropy(*a, implementation="pallas_tpu", sharding=Sharding(mesh))
-        ),
-        (*shapes, ((B, T), jnp.float32)),
-        (tokens, P(), tokens, tokens),
-        monkeypatch,
+    mesh = make_mesh(MeshConfig(data=2, context=2), topology("v5p:2x2x1").devices)
+    args = [
+        jax.ShapeDtypeStruct(*shape, sharding=NamedSharding(mesh, spec))
+        for shape, spec in zip(
+            (*shapes, ((B, T), jnp.float32)), (tokens, P(), tokens, tokens), strict=True
+        )
+    ]
+    loss = functools.partial(
+        ops.cross_entropy, implementation="pallas_tpu", sharding=Sharding(mesh)
     )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        done = jax.jit(gradients(loss)).lower(*args).compile()
     assert done.cost_analysis()["flops"] == pytest.approx(10 * B * T * D * V / 4, rel=2e-2)
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize(
     "chip,N,D,V",
-    [*((chip, 16384, 7168, 128815) for chip in TOPOLOGIES), ("v6e", 16384, 4096, 131072)],
+    [*((chip, 16384, 7168, 128815) for chip in aot.TOPOLOGIES), ("v6e", 16384, 4096, 131072)],
 )
-def test_compiles_for(chip, N, D, V, monkeypatch):
+def test_compiles_for(chip, N, D, V, topology):
     """Temporaries beside the head's copy in bfloat16: at most 1/50 of the float32 logits."""
-    shapes = ((N, D), jnp.bfloat16), ((D, V), jnp.float32), ((N,), jnp.int32), ((N,), jnp.float32)
-    done = compile_on(
-        chip,
-        (1,),
-        ("x",),
-        lambda mesh: gradients(lambda *a: kernel.cross_entropy(*a, Z)),
-        shapes,
-        (P(),) * 4,
-        monkeypatch,
-    )
+    with aot.arrays(chip) as array:
+        x_ND, w_DV = array("bfloat16", N, D), array("float32", D, V)
+        step = jax.jit(gradients(lambda *a: kernel.cross_entropy(*a, Z)))
+        done = step.lower(x_ND, w_DV, array("int32", N), array("float32", N)).compile()
     temporary = done.memory_analysis().temp_size_in_bytes
     print(f"{chip}: {temporary / 1e9:.2f} GB, float32 logits {4e-9 * N * V:.2f} GB")
     assert temporary <= 2 * D * V + 4 * N * V / 50
