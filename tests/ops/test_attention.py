@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -275,6 +276,7 @@ def test_auto_goes_by_the_devices_compiled_for():
     assert ops.resolve("auto", PROBLEM, TPU) == "pallas_tpu"
     for change in ({"width": 100}, {"alibi": True}, {"dtype": "float16"}, {"queries": 1}):
         assert ops.resolve("auto", dataclasses.replace(PROBLEM, **change), TPU) == "xla"
+    assert set(typing.get_args(ops.Implementation)) == {"auto", *ops.IMPLEMENTATIONS}
     for device in (HOPPER, BLACKWELL, AMPERE):  # the kernel has not been measured yet
         assert ops.resolve("auto", PROBLEM, device) == "xla"
     assert ops.resolve("pallas_gpu", PROBLEM, HOPPER) == "pallas_gpu"
