@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from step_jax.core.fsdp import add_up, whole
 from step_jax.core.sharding import Sharding, vary_alike
+from step_jax.ops import kernels
 
 
 def cross_entropy(
@@ -46,10 +48,11 @@ def cross_entropy(
       every target (no gradient flows through it).
 
     Raises:
-      ValueError: arrays the mesh does not divide, or no such implementation for the platform.
+      ValueError: arrays that the mesh does not divide or the implementation does not support, or
+        see :func:`resolve`.
     """
-    platform = None if sharding is None else sharding.mesh.devices.flat[0].platform
-    compute = IMPLEMENTATIONS[resolve(implementation, platform)]
+    device = None if sharding is None else sharding.mesh.devices.flat[0]
+    compute = IMPLEMENTATIONS[resolve(implementation, device)]
     weights_BT = weights_BT.astype(jnp.float32)
     return compute(x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunks, sharding)
 
@@ -156,7 +159,7 @@ def pallas_tpu(*arguments):
     """
     from pallas_kernels.tpu import cross_entropy as kernel  # not paid for elsewhere
 
-    return _on_every_piece("pallas_tpu", kernel, *arguments)
+    return _on_every_piece("pallas_tpu", kernel.cross_entropy, *arguments)
 
 
 def pallas_gpu(*arguments):
@@ -167,19 +170,22 @@ def pallas_gpu(*arguments):
     """
     from pallas_kernels.gpu import cross_entropy as kernel  # not paid for elsewhere
 
-    return _on_every_piece("pallas_gpu", kernel, *arguments)
+    sharding = arguments[-1]
+    device = None if sharding is None else sharding.mesh.devices.flat[0]
+    compute = functools.partial(kernel.cross_entropy, device=device)
+    return _on_every_piece("pallas_gpu", compute, *arguments)
 
 
 def _on_every_piece(
-    name: str, kernel, x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunks, sharding
+    name: str, compute, x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunks, sharding
 ):
-    """``kernel.cross_entropy`` on every device's tokens and the whole head."""
+    """``compute``, a kernel, on every device's tokens and the whole head."""
 
     def local(x_BTD, w_DV, targets_BT, weights_BT):
         x_BTD, w_DV, targets_BT, weights_BT = vary_alike(x_BTD, w_DV, targets_BT, weights_BT)
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         target_N, weight_N = targets_BT.reshape(-1), weights_BT.reshape(-1)
-        total, nll_N = kernel.cross_entropy(x_ND, w_DV, target_N, weight_N, z_loss)
+        total, nll_N = compute(x_ND, w_DV, target_N, weight_N, z_loss)
         return total, nll_N.reshape(targets_BT.shape)
 
     if sharding is None or sharding.mesh.size == 1:
@@ -207,23 +213,20 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "pallas_tpu": pallas_tpu,
     "pallas_gpu": pallas_gpu,
 }
-KERNEL_PLATFORMS = {"pallas_tpu": ("tpu", "TPUs"), "pallas_gpu": ("gpu", "Hopper GPUs")}
+Implementation = Literal["auto", "chunked", "pallas_tpu", "pallas_gpu"]
 
 
-def resolve(implementation: str, platform: str | None = None) -> str:
-    """The implementation that ``auto`` stands for, checked against the platform compiled for.
+def resolve(implementation: str, device: jax.Device | None = None) -> str:
+    """The implementation to compute with; what ``auto`` stands for (the run header prints it).
+
+    Args:
+      device: one of those compiled for, which need not be this machine's; None for the default.
 
     Raises:
-      ValueError: no implementation of that name, or not for that platform.
+      ConfigError: no implementation has the name, or the one named is not for the device.
     """
+    device = jax.devices()[0] if device is None else device
     if implementation == "auto":
-        return "chunked"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"no cross-entropy {implementation!r}; there are: auto, " + ", ".join(IMPLEMENTATIONS)
-        )
-    platform = platform or jax.default_backend()
-    only, devices = KERNEL_PLATFORMS.get(implementation, (platform, ""))
-    if platform != only:
-        raise ValueError(f"cross-entropy {implementation!r} is for {devices}, not for {platform!r}")
-    return implementation
+        return "chunked"  # on every platform: the kernels do more operations
+    reason = functools.partial(kernels.unsupported, device=device)
+    return kernels.named("cross-entropy", implementation, IMPLEMENTATIONS, reason)
