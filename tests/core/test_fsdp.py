@@ -56,6 +56,7 @@ class Device:
     coords: tuple[int, ...]
     core_on_chip: int = 0
     platform: str = "tpu"
+    slice_index: int = 0
 
 
 def torus(*shape, cores=1):
@@ -79,5 +80,7 @@ def test_where_an_axis_is_folded(devices, everywhere, inner):
     assert fold(devices, everywhere) == inner
 
 
-def test_gpus_are_not_folded():
+def test_gpus_and_several_slices_are_not_folded():
     assert fold([Device((0, 0, i), platform="gpu") for i in range(8)], 8) == 1
+    other = [Device(d.coords, slice_index=1) for d in torus(4, 4, 4)]
+    assert fold(torus(4, 4, 4) + other, 128) == 1
