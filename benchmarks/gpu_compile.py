@@ -158,7 +158,7 @@ def decode() -> Iterator[Case]:
                     return attend(
                         q, k, v, positions, lengths, scale=1.0, layer=layer, window=1024,
                         frequency_F=frequency if rotates else None,
-                        page_table_BM=table if page else None,
+                        page_table_BM=table if page else None, device=hopper(),
                     )  # fmt: skip
 
                 name = "bf16" if dtype == "bfloat16" else "fp8"
@@ -171,6 +171,15 @@ SECTIONS: dict[str, Callable[[], Iterator[Case]]] = {
     "cross_entropy": cross_entropy,
     "decode": decode,
 }
+
+
+@functools.cache
+def hopper():
+    """A device to compile for, which is not there."""
+    from jax.experimental import topologies
+
+    topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology="1x1x1")
+    return topology.devices[0]
 
 
 @functools.cache
@@ -189,10 +198,8 @@ def ptxas() -> str:
 def compile_case(case: Case) -> list[dict]:
     """Compiles and returns one row for each Mosaic kernel in it."""
     import jax
-    from jax.experimental import topologies
 
-    topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology="1x1x1")
-    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    sharding = jax.sharding.SingleDeviceSharding(hopper())
     arguments = [jax.ShapeDtypeStruct(s, d, sharding=sharding) for s, d in case.shapes]
     folder = Path(os.environ["MOSAIC_GPU_DUMP_TO"])
     before = set(folder.iterdir())

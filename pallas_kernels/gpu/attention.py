@@ -17,7 +17,7 @@ from jax import lax
 from pallas_kernels.gpu import attention_backward as backward
 from pallas_kernels.gpu.attention_forward import forward
 from pallas_kernels.gpu.attention_tiles import ROWS, Mask
-from pallas_kernels.gpu.common import check_hopper
+from pallas_kernels.gpu.common import check_device
 
 TILE = 2 * ROWS
 WIDTHS = (64, 128, 192, 256)
@@ -33,6 +33,7 @@ def mfa_attention(
     causal=True,
     window=None,
     segments_BT=None,
+    device=None,
     interpret=None,
 ):
     """Softmax attention of N query heads on one key/value head, differentiable.
@@ -49,6 +50,7 @@ def mfa_attention(
       segments_BT: int32 documents of a packed row; a query sees only its own document, which is
         the unbroken run of one number around it (a number that comes back later is another
         document). None for one document. Needs ``causal``.
+      device: one of those compiled for; None for the default.
       interpret: ``plgpu.InterpretGPUParams()`` to run on a CPU.
 
     Returns:
@@ -58,8 +60,7 @@ def mfa_attention(
       ValueError: a shape, dtype, mask or platform that the kernels do not support.
     """
     _check(q_BTNH, k_BSH, v_BSH, causal, window, segments_BT)
-    if interpret is None:
-        check_hopper()
+    check_device("attention", device, interpret)
     mask = Mask(causal=causal, bounded=window is not None or segments_BT is not None)
     first_BT, last_BS = (
         bounds(q_BTNH.shape[:2], window, segments_BT) if mask.bounded else (None,) * 2

@@ -51,14 +51,18 @@ class Mask:
         if not self.causal:
             return s
 
+        # All in columns of the tile: what depends on the tile is added to one number a row. An
+        # index of every element would be made before the loop and held, and spill at width 256.
+        ahead = q_base - k_base if q_axis == 0 else k_base - q_base
+
         def hidden(s):
-            q_index = iota(s.shape, q_axis) + q_base
-            k_index = iota(s.shape, 1 - q_axis) + k_base
-            visible = q_index >= k_index
+            column = iota(s.shape, 1)
+            diagonal = along(row_iota(s.shape[0]) + ahead, s.shape, 0)
+            visible = column <= diagonal if q_axis == 0 else column >= diagonal
             if first_Q is not None:
-                visible = visible & (k_index >= along(first_Q, s.shape, 0))
+                visible = visible & (column >= along(first_Q - k_base, s.shape, 0))
             if last_K is not None:
-                visible = visible & (q_index <= along(last_K, s.shape, 0))
+                visible = visible & (column <= along(last_K - q_base, s.shape, 0))
             return jnp.where(visible, s, MASKED)
 
         return hidden(s) if self.bounded else lax.cond(crossing, hidden, lambda s: s, s)
@@ -75,6 +79,11 @@ def smem(*shape: int, dtype=jnp.bfloat16):
 
 def iota(shape, dimension: int):
     return plgpu.broadcasted_iota(jnp.int32, shape, dimension, layout=plgpu.Layout.WGMMA)
+
+
+def row_iota(rows: int):
+    """Indices of the rows of a tile, one number each as :func:`per_row`."""
+    return plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=plgpu.Layout.WGMMA.reduce(1))
 
 
 def along(x, shape, axis: int):

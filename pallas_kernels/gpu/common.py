@@ -5,19 +5,35 @@ from __future__ import annotations
 import jax
 
 
-def check_hopper() -> None:
-    """Refuses a default device that is not a Hopper GPU.
+def unsupported(device) -> str | None:
+    """Why the kernels cannot run on ``device``, or None.
+
+    Their products are wgmma instructions of sm_90a, which no other generation has: neither Ampere
+    nor Blackwell, whose tensor cores are programmed by tcgen05.
+    """
+    capability = str(getattr(device, "compute_capability", ""))
+    if device.platform == "gpu" and capability.startswith("9."):
+        return None
+    found = f"{device.platform} {capability}".rstrip()
+    return f"it needs a Hopper GPU (compute capability 9.0), and this is compiled for {found}"
+
+
+def check_device(kernel: str, device=None, interpret=None) -> None:
+    """Refuses what is not a Hopper GPU.
+
+    Args:
+      kernel: what the message calls it.
+      device: one of those compiled for; None for the default.
+      interpret: not None if the kernel is interpreted, which any device can do.
 
     Raises:
-      ValueError: the default device is another one.
+      ValueError: the device is another one.
     """
-    device = jax.devices()[0]
-    capability = str(getattr(device, "compute_capability", ""))
-    if device.platform != "gpu" or not capability.startswith("9."):
+    reason = unsupported(jax.devices()[0] if device is None else device)
+    if interpret is None and reason is not None:
         raise ValueError(
-            "the kernels need a Hopper GPU (compute capability 9.0), not"
-            f" {device.device_kind} ({device.platform} {capability}); pass"
-            " interpret=plgpu.InterpretGPUParams() to run them on a CPU"
+            f"the GPU kernel for {kernel} cannot run: {reason}; pass "
+            "interpret=plgpu.InterpretGPUParams() to interpret it on a CPU"
         )
 
 

@@ -26,9 +26,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import rules
 from pallas_kernels.gpu import attention_tiles as tiles
 from pallas_kernels.gpu.attention_tiles import LOG2E, ROWS
-from pallas_kernels.gpu.common import check_hopper, vary_as
+from pallas_kernels.gpu.common import check_device, vary_as
 from pallas_kernels.gpu.tile_matmul import STEP, TILE, Plan, halves
 
 PART = 16384  # vocabulary whose gradient of the logits exists at a time
@@ -208,7 +209,7 @@ def _dot(a, b, a_axis: int, b_axis: int):
     return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-def cross_entropy(x_ND, w_DV, target_N, weight_N, z_loss: float, *, interpret=None):
+def cross_entropy(x_ND, w_DV, target_N, weight_N, z_loss: float, *, device=None, interpret=None):
     """Weighted sum of ``-log p(target) + z_loss * logsumexp^2``.
 
     Args:
@@ -216,6 +217,7 @@ def cross_entropy(x_ND, w_DV, target_N, weight_N, z_loss: float, *, interpret=No
       w_DV: the projection in any dtype, multiplied in bfloat16; V a multiple of 128.
       target_N: int32.
       weight_N: float32; may be negative and is differentiable.
+      device: one of those compiled for; None for the default.
       interpret: ``plgpu.InterpretGPUParams()`` to run on a CPU.
 
     Returns:
@@ -224,46 +226,12 @@ def cross_entropy(x_ND, w_DV, target_N, weight_N, z_loss: float, *, interpret=No
     Raises:
       ValueError: a shape, dtype or platform that the kernels do not support.
     """
-    _check(x_ND, w_DV, target_N, weight_N)
-    if interpret is None:
-        check_hopper()
-    return _cross_entropy(x_ND, w_DV, target_N, weight_N, z_loss, interpret)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _cross_entropy(x_ND, w_DV, target_N, weight_N, z_loss, interpret):
-    return _forward(x_ND, w_DV, target_N, weight_N, z_loss, interpret)[0]
-
-
-def _forward(x_ND, w_DV, target_N, weight_N, z_loss, interpret):
-    lse_N, nll_N = log_likelihood(x_ND, w_DV.astype(x_ND.dtype), target_N, interpret=interpret)
-    cost_N = nll_N + z_loss * jnp.square(lse_N)
-    return (jnp.sum(weight_N * cost_N), nll_N), (x_ND, w_DV, target_N, weight_N, lse_N, cost_N)
-
-
-def _backward(z_loss, interpret, residuals, cotangents):
-    x_ND, w_DV, target_N, weight_N, lse_N, cost_N = residuals
-    hot_N = cotangents[0] * weight_N
-    p_N = hot_N * (1.0 + 2.0 * z_loss * lse_N)
-    w_low_DV = w_DV.astype(x_ND.dtype)
-    dx_ND, dw_DV = gradients(x_ND, w_low_DV, target_N, lse_N, p_N, hot_N, interpret=interpret)
-    return dx_ND, dw_DV.astype(w_DV.dtype), None, cotangents[0] * cost_N
-
-
-_cross_entropy.defvjp(_forward, _backward)
-
-
-def _check(x_ND, w_DV, target_N, weight_N) -> None:
-    """Refuses what the kernels do not support."""
-    N, (D, V) = len(x_ND), w_DV.shape
-    if x_ND.shape != (N, D) or target_N.shape != (N,) or weight_N.shape != (N,) or not N:
-        raise ValueError(
-            "expected hidden states (N, D), a projection (D, V), targets and weights (N,), got "
-            f"{x_ND.shape}, {w_DV.shape}, {target_N.shape} and {weight_N.shape}"
-        )
-    if D % STEP or V % TILE or not D or not V:
+    rules.check_cross_entropy("GPU kernel", x_ND, w_DV, target_N, weight_N, ("bfloat16",))
+    D, V = w_DV.shape
+    if D % STEP or V % TILE:
         raise ValueError(
             f"the width must be a multiple of {STEP} and the vocabulary of {TILE}, got {D} and {V}"
         )
-    if x_ND.dtype != jnp.bfloat16:
-        raise ValueError(f"only bfloat16 hidden states are supported, got {x_ND.dtype}")
+    check_device("cross-entropy", device, interpret)
+    kernels = (functools.partial(k, interpret=interpret) for k in (log_likelihood, gradients))
+    return rules.cross_entropy(*kernels, x_ND, w_DV, target_N, weight_N, z_loss)

@@ -16,54 +16,29 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import jax.experimental.pallas as pl
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.decode_arguments import Support, check_call, of_heads_K
 from pallas_kernels.decode_plan import make_plan
 from pallas_kernels.gpu.attention import SM_COUNT
 from pallas_kernels.gpu.attention_tiles import ROWS
+from pallas_kernels.gpu.common import check_device
 from pallas_kernels.gpu.decode_kernels import TILE, Call, combine, partial_results
 
 WIDTHS = (128, 256)
-CACHE_DTYPES = ("bfloat16", "float8_e4m3fn")
-
-
-def check_device(device) -> None:
-    """Raises ValueError unless the device is a Hopper GPU."""
-    capability = str(getattr(device, "compute_capability", ""))
-    if device.platform != "gpu" or not capability.startswith("9."):
-        raise ValueError(
-            "the GPU decode kernel runs on compute capability 9.0 (H100, H200) and this device is "
-            f"{device.platform} {capability}".rstrip()
-        )
+SUPPORT = Support("GPU decode kernel", ("bfloat16",), ("bfloat16", "float8_e4m3fn"))
 
 
 def check(
     q_BTNH, k_cache, v_cache, frequency_F, *, paged: bool = False, heads_per_key: int | None = None
 ) -> None:
-    """Raises ValueError for what :func:`decode` does not support, naming what it does."""
-    N, H = q_BTNH.shape[2:]
-    page, K = k_cache.shape[-3:-1]
+    """Raises ValueError for arrays that :func:`decode` does not support, naming what it does."""
+    SUPPORT.check_arrays(q_BTNH, k_cache, v_cache, frequency_F, heads_per_key)
+    H, page = q_BTNH.shape[3], k_cache.shape[-3]
     if H not in WIDTHS:
         raise ValueError(f"head width {H}; the GPU decode kernel supports {WIDTHS}")
-    if k_cache.shape[-1] != H or (v_cache is not None and v_cache.shape != k_cache.shape):
-        raise ValueError(
-            f"queries of width {H}, keys {k_cache.shape}, values "
-            f"{None if v_cache is None else v_cache.shape}; the GPU decode kernel supports one "
-            "width for all and caches of one shape"
-        )
-    if heads_per_key is None and N % K:
-        raise ValueError(f"{N} query heads are not a multiple of {K} key/value heads")
-    if q_BTNH.dtype != jnp.bfloat16:
-        raise ValueError(f"queries are {q_BTNH.dtype}; the GPU decode kernel supports bfloat16")
-    for cache in (k_cache, v_cache):
-        if cache is not None and cache.dtype.name not in CACHE_DTYPES:
-            raise ValueError(
-                f"the cache is {cache.dtype.name}; the GPU decode kernel supports "
-                + ", ".join(CACHE_DTYPES)
-            )
-    if v_cache is not None and v_cache.dtype != k_cache.dtype:
-        raise ValueError(f"keys are {k_cache.dtype} and values {v_cache.dtype}, which must agree")
     if paged and (page % 8 or (page % TILE and TILE % page)):
         raise ValueError(
             f"pages of {page} slots; the GPU decode kernel supports 8, 16, 32 and multiples of "
@@ -71,11 +46,6 @@ def check(
         )
     if not paged and page < TILE:
         raise ValueError(f"{page} slots; the GPU decode kernel needs {TILE} at least")
-    if frequency_F is not None and frequency_F.shape != (H // 2,):
-        raise ValueError(
-            f"{frequency_F.shape} frequencies for width {H}; the GPU decode kernel rotates keys "
-            f"over their whole width, which takes ({H // 2},)"
-        )
 
 
 def decode(
@@ -95,41 +65,35 @@ def decode(
     first_head=0,
     heads_per_key: int | None = None,
     splits: int | None = None,
+    device=None,
     interpret=None,
 ):
-    """Attention of new tokens over a cache that already holds them.
+    """Attention of new tokens over a cache that already holds them: the same bits in every run.
 
     Args:
-      q_BTNH: (B, T, N, H) bfloat16, rotated to their positions; H 128 or 256.
-      k_cache, v_cache: (B, S, K, H) with S at least 64, or (L, page, K, H) with a page table, pages
-        of 8, 16, 32 or a multiple of 64 and ``M * page`` at least 64; bfloat16 or float8_e4m3fn.
-        Position p of a row lies in slot ``p % S`` (``S = M * page`` if paged). What was never
-        written must be finite. ``v_cache`` None: values are the keys as cached.
-      positions_BT: (B, T) int32 positions of the queries; a negative one sees nothing.
-      lengths_B: (B,) int32 tokens stored, those of this call included.
-      scale: multiplies the scores.
-      window: a query sees itself and the ``window - 1`` positions before it; None for all.
-      frequency_F: (H / 2,) float32; keys are cached unrotated and coordinate pairs ``(i, i + H/2)``
-        are rotated by ``position * frequency_F[i]`` after reading. None: keys are used as cached.
-      k_scale, v_scale: float32 scalar or (K,): what cached numbers are multiplied by, None for 1.
-      page_table_BM: (B, M) int32 page of every M-th part of a row's slots; entries behind a row's
-        last token are not read.
-      layer: int32 scalar; the caches then have a leading axis of layers, of which one is read where
-        it lies.
-      first_head, heads_per_key: if the caller holds a slice of the query heads but all key heads:
-        the number of its first head (may be traced) and G.
+      q_BTNH: bfloat16; H 128 or 256.
+      k_cache, v_cache: bfloat16 or float8_e4m3fn; S at least 64; pages of 8, 16, 32 or a multiple
+        of 64 slots.
+      positions_BT, lengths_B, scale, window, frequency_F, k_scale, v_scale, page_table_BM, layer,
+        first_head, heads_per_key: as all decode kernels (``pallas_kernels.decode_arguments``).
       splits: pieces the work is cut into; None for one on every multiprocessor.
+      device: one of those compiled for; None for the default.
       interpret: ``plgpu.InterpretGPUParams()`` to run on a CPU.
 
     Returns:
-      (B, T, N, H) in the dtype of the queries; zeros where a query sees nothing. Scores, softmax
-      and sums are float32, the same bits in every run.
+      (B, T, N, H) bfloat16; zeros where a query sees nothing.
 
     Raises:
-      ValueError: an unsupported width, dtype, page size or number of slots.
+      ValueError: an unsupported width, dtype, page size, number of slots or device, or arguments
+        that do not fit each other.
     """
     paged = page_table_BM is not None
     check(q_BTNH, k_cache, v_cache, frequency_F, paged=paged, heads_per_key=heads_per_key)
+    check_call(
+        q_BTNH, k_cache, positions_BT, lengths_B, window=window, page_table_BM=page_table_BM,
+        layer=layer, splits=splits,
+    )  # fmt: skip
+    check_device("decode attention", device, interpret)
     B, T, N, H = q_BTNH.shape
     parts, page, cached_heads = k_cache.shape[-4:-1]
     slots = page * page_table_BM.shape[1] if paged else page
@@ -137,50 +101,56 @@ def decode(
         raise ValueError(f"{slots} slots; the GPU decode kernel needs {TILE} at least")
     heads = _Heads.of(N, cached_heads, first_head, heads_per_key)
     R = T * heads.per_key
-    row_tiles = -(-R // ROWS)
     if splits is None:
-        splits = max(1, SM_COUNT // (heads.keys * row_tiles))
+        splits = max(1, SM_COUNT // (heads.keys * pl.cdiv(R, ROWS)))
     call = Call(
         B=B, K=heads.keys, R=R, H=H, slots=slots, page=page, splits=splits, paged=paged,
         cached_heads=cached_heads, dtype=k_cache.dtype.name, own_values=v_cache is not None,
         rotates=frequency_F is not None,
     )  # fmt: skip
+    # base-2 exponentials: the logarithm's factor goes into the scale
+    scale_K = (scale * np.log2(np.e) * of_heads_K(k_scale, cached_heads)).astype(jnp.float32)
+    first_part = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32) * parts
+    inputs, row_B8 = _inputs(
+        call, heads, q_BTNH, positions_BT, lengths_B, window,
+        part_and_head_2=jnp.stack([first_part, heads.first]), scale_K=scale_K,
+        tables=[page_table_BM] if paged else [], frequency_F=frequency_F,
+    )  # fmt: skip
+    caches = [c.reshape(-1, page, cached_heads * H) for c in (k_cache, v_cache) if c is not None]
+    o_IKQH, lse_IKQ = partial_results(call, inputs, caches, interpret)
+    o_BTNH = heads.scatter(combine(o_IKQH, lse_IKQ, row_B8, rows=R, interpret=interpret), T)
+    if v_scale is not None:
+        v_scale_K = of_heads_K(v_scale, cached_heads)
+        o_BTNH = o_BTNH * v_scale_K[heads.key_of_head_N][:, None]
+    return o_BTNH.astype(q_BTNH.dtype)
 
-    plan = make_plan(positions_BT, lengths_B, slots, TILE, window)
+
+def _inputs(
+    call: Call, heads: _Heads, q_BTNH, positions_BT, lengths_B, window, *, part_and_head_2,
+    scale_K, tables, frequency_F,
+):  # fmt: skip
+    """(what the kernel reads beside the caches, row_B8 of :func:`_work`)."""
+    plan = make_plan(positions_BT, lengths_B, call.slots, TILE, window)
     first_BT, last_BT = _visible(plan, positions_BT, window)
-    split_P4, row_B8 = _work(plan, splits, first_BT, last_BT)
-    padding = (0, row_tiles * ROWS - R)
+    split_P4, row_B8 = _work(plan, call.splits, first_BT, last_BT)
+    padding = (0, -call.R % ROWS)
 
     def of_rows(x_BT):
         x_BR = jnp.repeat(x_BT, heads.per_key, axis=1)
         return jnp.pad(x_BR, ((0, 0), padding), mode="edge")
 
-    first_part = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32) * parts
-    # base-2 exponentials: the logarithm's factor goes into the scale
-    scale_K = jnp.broadcast_to(scale * np.log2(np.e) * _or_one(k_scale), (cached_heads,))
     inputs = [
         split_P4,
         row_B8,
-        jnp.stack([first_part, heads.first]),
-        scale_K.astype(jnp.float32),
+        part_and_head_2,
+        scale_K,
         of_rows(first_BT),
         of_rows(last_BT),
-        *([page_table_BM] if paged else []),
-        *(_rotation_tables(frequency_F) if frequency_F is not None else []),
+        *tables,
+        *(_rotation_tables(frequency_F) if call.rotates else []),
         jnp.pad(heads.gather(q_BTNH), ((0, 0), (0, 0), padding, (0, 0))),
     ]
-    caches = [c.reshape(-1, page, cached_heads * H) for c in (k_cache, v_cache) if c is not None]
-    o_IKQH, lse_IKQ = partial_results(call, inputs, caches, interpret)
-    o_BKRH = combine(o_IKQH, lse_IKQ, row_B8, rows=R, interpret=interpret)
-    o_BTNH = heads.scatter(o_BKRH, T)
-    if v_scale is not None:
-        v_scale_K = jnp.broadcast_to(_or_one(v_scale), (cached_heads,))
-        o_BTNH = o_BTNH * v_scale_K[heads.key_of_head_N][:, None]
-    return o_BTNH.astype(q_BTNH.dtype)
-
-
-def _or_one(scale):
-    return jnp.float32(1.0) if scale is None else jnp.asarray(scale, jnp.float32)
+    return inputs, row_B8
 
 
 class _Heads(NamedTuple):

@@ -26,9 +26,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import rules
 from pallas_kernels.gpu import attention_tiles as tiles
 from pallas_kernels.gpu.attention_tiles import ROWS
-from pallas_kernels.gpu.common import check_hopper, vary_as
+from pallas_kernels.gpu.common import check_device, vary_as
 from pallas_kernels.gpu.tile_matmul import STEP, TILE, Plan, halves, row_rf
 
 ALIGNED = 8  # rows of a swizzled tile
@@ -303,13 +304,14 @@ def _clear(ref, start, stop) -> None:
     ref[...] = jnp.where(own_rf, a_rf, jnp.zeros_like(a_rf))
 
 
-def grouped_matmul(x_MD, w_EDF, sizes_E, *, interpret=None):
+def grouped_matmul(x_MD, w_EDF, sizes_E, *, device=None, interpret=None):
     """:func:`rows_by_matrices` with gradients for the rows and the matrices.
 
     Args:
       x_MD: rows sorted by group, bfloat16.
       w_EDF: one bfloat16 matrix per group; D and F multiples of 128.
       sizes_E: int32 rows of each group, in order; zero is allowed. Rows past their sum give zeros.
+      device: one of those compiled for; None for the default.
       interpret: ``plgpu.InterpretGPUParams()`` to run on a CPU.
 
     Returns:
@@ -318,43 +320,12 @@ def grouped_matmul(x_MD, w_EDF, sizes_E, *, interpret=None):
     Raises:
       ValueError: a shape, dtype or platform that the kernels do not support.
     """
-    _check(x_MD, w_EDF, sizes_E)
-    if interpret is None:
-        check_hopper()
-    return _grouped_matmul(x_MD, w_EDF, sizes_E, interpret)
-
-
-def _check(x_MD, w_EDF, sizes_E) -> None:
-    """Refuses what the kernels do not support."""
-    if x_MD.ndim != 2 or w_EDF.ndim != 3 or sizes_E.shape != w_EDF.shape[:1]:
-        raise ValueError(
-            "expected rows (M, D), matrices (E, D, F) and sizes (E,), got "
-            f"{x_MD.shape}, {w_EDF.shape} and {sizes_E.shape}"
-        )
-    M, (E, D, F) = x_MD.shape[0], w_EDF.shape
-    if x_MD.shape[1] != D or not M or not E:
-        raise ValueError(f"rows {x_MD.shape} do not fit matrices {w_EDF.shape}, or there are none")
+    rules.check_grouped_matmul("GPU kernel", x_MD, w_EDF, sizes_E, ("bfloat16",))
+    D, F = w_EDF.shape[1:]
     if D % TILE or F % TILE:
         raise ValueError(f"widths must be multiples of {TILE}, got {D} and {F}")
-    if {x_MD.dtype, w_EDF.dtype} != {jnp.dtype(jnp.bfloat16)}:
-        raise ValueError(f"only bfloat16 is supported, got {x_MD.dtype} and {w_EDF.dtype}")
-    if sizes_E.dtype != jnp.int32:
-        raise ValueError(f"sizes must be int32, got {sizes_E.dtype}")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped_matmul(x_MD, w_EDF, sizes_E, interpret):
-    return rows_by_matrices(x_MD, w_EDF, sizes_E, interpret=interpret)
-
-
-def _forward(x_MD, w_EDF, sizes_E, interpret):
-    return _grouped_matmul(x_MD, w_EDF, sizes_E, interpret), (x_MD, w_EDF, sizes_E)
-
-
-def _backward(interpret, residuals, dy_MF):
-    x_MD, w_EDF, sizes_E = residuals
-    dx_MD = rows_by_matrices(dy_MF, w_EDF, sizes_E, transposed=True, interpret=interpret)
-    return dx_MD, matrices_of_rows(x_MD, dy_MF, sizes_E, interpret=interpret), None
-
-
-_grouped_matmul.defvjp(_forward, _backward)
+    check_device("grouped matmul", device, interpret)
+    kernels = (
+        functools.partial(k, interpret=interpret) for k in (rows_by_matrices, matrices_of_rows)
+    )
+    return rules.grouped_matmul(*kernels, x_MD, w_EDF, sizes_E)

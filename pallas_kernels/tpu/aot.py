@@ -43,7 +43,7 @@ def _mesh(chip: str) -> Mesh:
 
 
 @contextlib.contextmanager
-def _arrays(chip: str):
+def arrays(chip: str):
     """``array(dtype, *shape)`` of one device of the chip, which lowering is told of."""
     mesh = _mesh(chip)
     place = NamedSharding(mesh, PartitionSpec())
@@ -85,7 +85,7 @@ def compile_attention(chip, heads, tokens, width, sizes=None, backward=True, pac
         o, back = jax.vjp(forward, q, k, v)
         return o, back(do)
 
-    with _arrays(chip) as array:
+    with arrays(chip) as array:
         q_BKGTH = array("bfloat16", 1, 1, heads, tokens, width)
         k_BKTH = array("bfloat16", 1, 1, tokens, width)
         i_BT = array("int32", 1, tokens)
@@ -99,7 +99,7 @@ def compile_grouped_matmul(chip, rows, width, result, groups):
         y_MF, back = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes_E), x_MD, w_EDF)
         return y_MF, back(dy_MF)
 
-    with _arrays(chip) as array:
+    with arrays(chip) as array:
         return (
             jax.jit(step)
             .lower(
@@ -121,7 +121,7 @@ def compile_cross_entropy(chip, tokens, width, vocabulary):
 
         return jax.value_and_grad(loss, argnums=(0, 1))(x_ND, w_DV)
 
-    with _arrays(chip) as array:
+    with arrays(chip) as array:
         return (
             jax.jit(step)
             .lower(

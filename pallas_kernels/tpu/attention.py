@@ -76,9 +76,12 @@ def attention(
       nothing has a zero output, and a log-sum-exp below -1e27 * scale.
 
     Raises:
-      ValueError: an unsupported dtype, width, chip or block size; the message says what is.
+      ValueError: an unsupported dtype, width, chip or block size, or shapes that do not fit each
+        other; the message says what is.
     """
-    B, K, G, T, H = q_BKGTH.shape
+    q, k = (q_positions_BT, q_segments_BT), (kv_positions_BS, kv_segments_BS)
+    _check_shapes(q_BKGTH, k_BKSH, v_BKSV, q, k, pattern)
+    _, _, G, T, H = q_BKGTH.shape
     S, V = v_BKSV.shape[2:]
     dtypes = {x.dtype.name for x in (q_BKGTH, k_BKSH, v_BKSV)}
     if len(dtypes) > 1:
@@ -104,6 +107,33 @@ def attention(
     kv_segments_BS = jnp.where(empty_BS, NO_KEY, kv_segments_BS)
     arrays = (q_positions_BT, q_segments_BT, kv_positions_BS, kv_segments_BS)
     return _attention(static, q_BKGTH, k_BKSH, v_BKSV, arrays)
+
+
+def _check_shapes(q_BKGTH, k_BKSH, v_BKSV, of_queries, of_keys, pattern: Pattern) -> None:
+    """Refuses arrays that do not fit each other; ``of_...`` are (positions, segments or None)."""
+    shapes = q_BKGTH.shape, k_BKSH.shape, v_BKSV.shape
+    B, K, _, T, H = q_BKGTH.shape if q_BKGTH.ndim == 5 else (0,) * 5
+    S, V = v_BKSV.shape[2:] if v_BKSV.ndim == 4 else (0, 0)
+    if shapes[1:] != ((B, K, S, H), (B, K, S, V)) or 0 in (*shapes[0], *shapes[2]):
+        raise ValueError(
+            "TPU attention: expected queries (B, K, G, T, H), keys (B, K, S, H) and values "
+            f"(B, K, S, V), none of them empty, got {shapes[0]}, {shapes[1]} and {shapes[2]}"
+        )
+    for name, arrays, shape in (("queries", of_queries, (B, T)), ("keys", of_keys, (B, S))):
+        for array in arrays:
+            if array is not None and array.shape != shape:
+                raise ValueError(
+                    f"TPU attention: positions and segments of the {name} must be {shape}, got "
+                    f"{array.shape}"
+                )
+    if (of_queries[1] is None) != (of_keys[1] is None):
+        raise ValueError("TPU attention: segments of the queries and of the keys go together")
+    if pattern.window is not None and pattern.window < 1:
+        raise ValueError(f"TPU attention: window must be at least 1, got {pattern.window}")
+    if pattern.in_order and T != S:
+        raise ValueError(
+            f"TPU attention: queries and keys in order are the same tokens, got {T} and {S}"
+        )
 
 
 def _pad(x, length: int, axis: int, value=0):

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import rules
+
 LANES = 128
 CHUNK = 4096  # of the width: what is compiled is a product of one chunk
 VMEM_BYTES = 56 * 2**20  # for blocks, of the 64 MiB of v5p and tpu7x (v5e and v6e: 128)
@@ -255,9 +257,13 @@ def _blocks(N: int, D: int, V: int, need):
     """
     for T, v in ((512, 512), (512, 256), (256, 256), (256, 128), (128, 128)):
         T, v = min(T, pl.cdiv(N, 16) * 16), min(v, V)
-        if need(T, v) + 4 * T * v <= VMEM_BYTES:
+        bytes_needed = need(T, v) + 4 * T * v
+        if bytes_needed <= VMEM_BYTES:
             return T, v
-    raise ValueError(f"cross-entropy kernel: rows of width {D} do not fit the on-chip memory")
+    raise ValueError(
+        f"cross-entropy kernel: rows of width {D} do not fit the on-chip memory: the smallest "
+        f"blocks, {T} tokens and {v} words, need {bytes_needed} bytes of {VMEM_BYTES}"
+    )
 
 
 def _padded(x_ND, columns, T: int):
@@ -326,7 +332,6 @@ def gradients(x_ND, w_DV, target_N, lse_N, p_N, hot_N, *, interpret: bool = Fals
     return dx_ND[:N], dw.T if _by_words(V) else dw
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy(x_ND, w_DV, target_N, weight_N, z_loss: float, interpret: bool = False):
     """Weighted sum of ``-log p(target) + z_loss * logsumexp^2``.
 
@@ -338,23 +343,12 @@ def cross_entropy(x_ND, w_DV, target_N, weight_N, z_loss: float, interpret: bool
 
     Returns:
       (total, nll_N) float32; no gradient flows through ``nll_N``.
+
+    Raises:
+      ValueError: a shape or dtype that the kernels do not support, or a width whose blocks do not
+        fit the on-chip memory.
     """
-    return _forward(x_ND, w_DV, target_N, weight_N, z_loss, interpret)[0]
-
-
-def _forward(x_ND, w_DV, target_N, weight_N, z_loss, interpret):
-    lse_N, nll_N = log_likelihood(x_ND, w_DV.astype(x_ND.dtype), target_N, interpret=interpret)
-    cost_N = nll_N + z_loss * jnp.square(lse_N)
-    return (jnp.sum(weight_N * cost_N), nll_N), (x_ND, w_DV, target_N, weight_N, lse_N, cost_N)
-
-
-def _backward(z_loss, interpret, residuals, cotangents):
-    x_ND, w_DV, target_N, weight_N, lse_N, cost_N = residuals
-    hot_N = cotangents[0] * weight_N
-    p_N = hot_N * (1.0 + 2.0 * z_loss * lse_N)
-    w_low_DV = w_DV.astype(x_ND.dtype)
-    dx_ND, dw_DV = gradients(x_ND, w_low_DV, target_N, lse_N, p_N, hot_N, interpret=interpret)
-    return dx_ND, dw_DV.astype(w_DV.dtype), None, cotangents[0] * cost_N
-
-
-cross_entropy.defvjp(_forward, _backward)
+    dtypes = ("bfloat16", "float32")
+    rules.check_cross_entropy("TPU kernel", x_ND, w_DV, target_N, weight_N, dtypes)
+    kernels = (functools.partial(k, interpret=interpret) for k in (log_likelihood, gradients))
+    return rules.cross_entropy(*kernels, x_ND, w_DV, target_N, weight_N, z_loss)

@@ -26,6 +26,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.decode_arguments import Support, check_call, of_heads_K
 from pallas_kernels.decode_plan import combine, make_plan, touched_PB
 
 LANES = 128
@@ -34,8 +35,9 @@ STEP_BYTES = 1 << 19  # of one cached array read by one step of the grid, about
 LARGEST_STEP_PAGES = 16
 VMEM_BYTES = 16 << 20  # what the largest supported call stays below
 MASKED = -1e30  # finite, so that a fully masked row has no NaN on its way to zero
-CACHE_DTYPES = ("bfloat16", "float32", "float8_e4m3fn")
-QUERY_DTYPES = ("bfloat16", "float32")
+SUPPORT = Support(
+    "TPU decode kernel", ("bfloat16", "float32"), ("bfloat16", "float32", "float8_e4m3fn")
+)
 
 
 class Tiling(NamedTuple):
@@ -73,40 +75,16 @@ def tiling(slots: int, kv_heads: int, head_dim: int, dtype, page: int | None = N
 def check(
     q_BTNH, k_cache, v_cache, frequency_F, *, paged: bool = False, heads_per_key: int | None = None
 ) -> None:
-    """Raises ValueError for what :func:`decode` does not support, naming what it does."""
-    N, H = q_BTNH.shape[2:]
-    K = k_cache.shape[-2]
+    """Raises ValueError for arrays that :func:`decode` does not support, naming what it does."""
+    SUPPORT.check_arrays(q_BTNH, k_cache, v_cache, frequency_F, heads_per_key)
+    H, (page, K) = q_BTNH.shape[3], k_cache.shape[-3:-1]
     if H % LANES:
         raise ValueError(f"head width {H}; the TPU decode kernel supports multiples of {LANES}")
-    if k_cache.shape[-1] != H or (v_cache is not None and v_cache.shape != k_cache.shape):
-        raise ValueError(
-            f"queries of width {H}, keys {k_cache.shape}, values "
-            f"{None if v_cache is None else v_cache.shape}; the TPU decode kernel supports one "
-            "width for all and caches of one shape"
-        )
-    if heads_per_key is None and N % K:
-        raise ValueError(f"{N} query heads are not a multiple of {K} key/value heads")
-    if q_BTNH.dtype.name not in QUERY_DTYPES:
-        raise ValueError(
-            f"queries are {q_BTNH.dtype.name}; the TPU decode kernel supports "
-            + ", ".join(QUERY_DTYPES)
-        )
-    for cache in (k_cache, v_cache):
-        if cache is not None and cache.dtype.name not in CACHE_DTYPES:
-            raise ValueError(
-                f"the cache is {cache.dtype.name}; the TPU decode kernel supports "
-                + ", ".join(CACHE_DTYPES)
-            )
     packed = 32 // k_cache.dtype.itemsize  # rows of one register
-    if paged and k_cache.shape[-3] * K % packed:
+    if paged and page * K % packed:
         raise ValueError(
-            f"pages of {k_cache.shape[-3]} slots with {K} heads; page size times heads must be a "
-            f"multiple of {packed} for a {k_cache.dtype.name} cache"
-        )
-    if frequency_F is not None and frequency_F.shape != (H // 2,):
-        raise ValueError(
-            f"{frequency_F.shape} frequencies for width {H}; the TPU decode kernel rotates keys "
-            f"over their whole width, which takes ({H // 2},)"
+            f"pages of {page} slots with {K} heads; page size times heads must be a multiple of "
+            f"{packed} for a {k_cache.dtype.name} cache"
         )
 
 
@@ -132,42 +110,35 @@ def decode(
     """Attention of new tokens over a cache that already holds them.
 
     Args:
-      q_BTNH: (B, T, N, H) bfloat16 or float32, rotated to their positions.
-      k_cache, v_cache: (B, S, K, H), or (L, page, K, H) with a page table; bfloat16, float32 or
-        float8_e4m3fn. Position p of a row lies in slot ``p % S`` (``S = M * page`` if paged). What
-        was never written must be finite. ``v_cache`` None: values are the keys as cached.
-      positions_BT: (B, T) int32 positions of the queries; a negative one sees nothing.
-      lengths_B: (B,) int32 tokens stored, those of this call included.
-      scale: multiplies the scores.
-      window: a query sees itself and the ``window - 1`` positions before it; None for all.
-      frequency_F: (H / 2,) float32; keys are cached unrotated and coordinate pairs ``(i, i + H/2)``
-        are rotated by ``position * frequency_F[i]`` after reading. None: keys are used as cached.
-      k_scale, v_scale: float32 scalar or (K,): what cached numbers are multiplied by, None for 1.
-      page_table_BM: (B, M) int32 page of every M-th part of a row's slots; entries behind a row's
-        last token are not read.
-      layer: int32 scalar; the caches then have a leading axis of layers, of which one is read where
-        it lies.
-      first_head, heads_per_key: if the caller holds a slice of the query heads but all key heads:
-        the number of its first head (may be traced) and G.
+      q_BTNH: bfloat16 or float32; H a multiple of 128.
+      k_cache, v_cache: bfloat16, float32 or float8_e4m3fn; K times the slots of a page a multiple
+        of a register's rows (8 in float32, 16 in bfloat16, 32 in float8).
+      positions_BT, lengths_B, scale, window, frequency_F, k_scale, v_scale, page_table_BM, layer,
+        first_head, heads_per_key: as all decode kernels (``pallas_kernels.decode_arguments``).
       splits: pieces the work is cut into for that many cores (2 on chips that show two cores as one
         device: v4, v5p).
       interpret: as in ``pallas_call``.
 
     Returns:
-      (B, T, N, H) in the dtype of the queries; zeros where a query sees nothing. Scores, softmax
-      and sums are float32.
+      (B, T, N, H) in the dtype of the queries; zeros where a query sees nothing.
 
     Raises:
-      ValueError: an unsupported width, dtype or page size.
+      ValueError: an unsupported width, dtype or page size, queries that do not fit the on-chip
+        memory, or arguments that do not fit each other.
     """
     paged = page_table_BM is not None
     check(q_BTNH, k_cache, v_cache, frequency_F, paged=paged, heads_per_key=heads_per_key)
+    check_call(
+        q_BTNH, k_cache, positions_BT, lengths_B, window=window, page_table_BM=page_table_BM,
+        layer=layer, splits=splits,
+    )  # fmt: skip
     B, T, N, H = q_BTNH.shape
     parts, page, K = k_cache.shape[-4:-1]
     slots = page * page_table_BM.shape[1] if paged else page
     cut = tiling(slots, K, H, k_cache.dtype, page if paged else None)
     plan = make_plan(positions_BT, lengths_B, slots, cut.block, window)
     call = _Call(B, T, N, K, H, slots, cut, window, splits, frequency_F is not None, paged)
+    call.check_memory(q_BTNH.dtype, k_cache.dtype, own_values=v_cache is not None)
 
     key_head_R1 = (first_head + jnp.arange(T * N, dtype=jnp.int32)[:, None] % N) // (
         N // K if heads_per_key is None else heads_per_key
@@ -186,13 +157,8 @@ def decode(
     else:
         o_BRH = combine(out[0], out[1][..., 0], touched)
     if v_scale is not None:
-        o_BRH = o_BRH * _of_heads(v_scale, K)[key_head_R1]
+        o_BRH = o_BRH * of_heads_K(v_scale, K)[key_head_R1]
     return o_BRH.astype(q_BTNH.dtype).reshape(B, T, N, H)
-
-
-def _of_heads(scale, K: int):
-    """A scale for each key head, 1 for None."""
-    return jnp.broadcast_to(jnp.asarray(1.0 if scale is None else scale, jnp.float32), (K,))
 
 
 def _rotation_tables(frequency_F, tile: int, kv_heads: int):
@@ -229,11 +195,26 @@ class _Call(NamedTuple):
     def rows(self) -> int:
         return self.T * self.N
 
+    def check_memory(self, dtype, cache_dtype, own_values: bool) -> None:
+        """Raises ValueError if the buffers alone, without the products' results, do not fit."""
+        rows, itemsize = self.rows, jnp.dtype(dtype).itemsize
+        moving = 2 * rows * self.H * (itemsize + (itemsize if self.splits == 1 else 4))
+        cached = 2 * self.cut.block * self.K * self.H * jnp.dtype(cache_dtype).itemsize
+        scratch = 4 * rows * (self.H + 2 * LANES)
+        scores = 4 * rows * self.cut.tile * self.K
+        need = moving + cached * (2 if own_values else 1) + scratch + scores
+        if need > VMEM_BYTES:
+            raise ValueError(
+                f"{self.T} tokens of {self.N} heads of {self.H} take at least {need} bytes of "
+                f"on-chip memory beside blocks of {self.cut.block} slots of {self.K} key heads; "
+                f"the TPU decode kernel has {VMEM_BYTES}: pass fewer tokens a call"
+            )
+
     def constants(self, key_head_R1, scale: float, k_scale, frequency_F) -> list:
         """What stays in VMEM: [token and key head of each row, its scale, rotation tables]."""
         token_R1 = jnp.arange(self.rows, dtype=jnp.int32)[:, None] // self.N
         # base-2 exponentials: the logarithm's factor goes into the scale
-        scale_K = scale * np.log2(np.e) * _of_heads(k_scale, self.K)
+        scale_K = scale * np.log2(np.e) * of_heads_K(k_scale, self.K)
         rows = [
             jnp.concatenate([token_R1, key_head_R1], axis=1),
             scale_K[key_head_R1].astype(jnp.float32),

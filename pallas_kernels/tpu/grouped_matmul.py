@@ -18,7 +18,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import rules
+
 BLOCK_ROWS = 512
+REGISTER_ROWS = 16  # of bfloat16; float32 has 8
 PART = 128
 CHUNK = 2**20  # elements of a matrix in one product: what is compiled is a product of one chunk
 VMEM_BYTES = 48 * 2**20  # for blocks, of the 64 MiB of v5p and tpu7x (v5e and v6e: 128)
@@ -161,6 +164,11 @@ def _divisor(width: int, most: int) -> int:
     return max(sizes, default=width)
 
 
+def _rows_of_block(rows: int, most: int) -> int:
+    """Few rows are one block of whole registers, which reaches past them."""
+    return min(most, pl.cdiv(rows, REGISTER_ROWS) * REGISTER_ROWS)
+
+
 def _blocks_of_rows(rows: int, D: int, F: int, bytes_each: int):
     """(R, f) such that double-buffered (R, D), (D, f), (R, f) and a float32 (R, f) fit."""
 
@@ -168,7 +176,7 @@ def _blocks_of_rows(rows: int, D: int, F: int, bytes_each: int):
         return 2 * bytes_each * (R * D + D * f + R * f) + 4 * R * f
 
     for most in (2048, 1024, 512, 256, 128):
-        R, f = min(BLOCK_ROWS if most > 256 else 256, rows), _divisor(F, most)
+        R, f = _rows_of_block(rows, BLOCK_ROWS if most > 256 else 256), _divisor(F, most)
         if need(R, f) <= VMEM_BYTES:
             return R, f
     raise ValueError(
@@ -259,7 +267,7 @@ def matrices_of_rows(x_MD, dy_MF, sizes_E, *, load: int | None = None, interpret
       ValueError: widths whose blocks do not fit the on-chip memory.
     """
     (M, D), F, E = x_MD.shape, dy_MF.shape[1], len(sizes_E)
-    R, d, f = min(BLOCK_ROWS, M), _divisor(D, 1024), _divisor(F, 2048)
+    R, d, f = _rows_of_block(M, BLOCK_ROWS), _divisor(D, 1024), _divisor(F, 2048)
     need = 2 * x_MD.dtype.itemsize * (R * d + R * f + d * f) + 4 * d * f
     if need > VMEM_BYTES:
         f = _divisor(F, 1024)
@@ -291,21 +299,23 @@ def matrices_of_rows(x_MD, dy_MF, sizes_E, *, load: int | None = None, interpret
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def grouped_matmul(x_MD, w_EDF, sizes_E, load: int | None = None, interpret: bool = False):
-    """:func:`rows_by_matrices` with gradients for the rows and the matrices."""
-    return rows_by_matrices(x_MD, w_EDF, sizes_E, load=load, interpret=interpret)
+    """:func:`rows_by_matrices` with gradients for the rows and the matrices.
 
+    Args:
+      x_MD: rows sorted by group, bfloat16 or float32.
+      w_EDF: one matrix per group, in the rows' dtype.
+      sizes_E: int32 rows of each group, in order; zero is allowed. Rows past their sum give zeros.
+      load: see :func:`rows_by_matrices`.
 
-def _forward(x_MD, w_EDF, sizes_E, load, interpret):
-    return grouped_matmul(x_MD, w_EDF, sizes_E, load, interpret), (x_MD, w_EDF, sizes_E)
+    Returns:
+      (M, F) in the rows' dtype.
 
-
-def _backward(load, interpret, residuals, dy_MF):
-    x_MD, w_EDF, sizes_E = residuals
+    Raises:
+      ValueError: a shape or dtype that the kernels do not support, or widths whose blocks do not
+        fit the on-chip memory.
+    """
+    rules.check_grouped_matmul("TPU kernel", x_MD, w_EDF, sizes_E, ("bfloat16", "float32"))
     options = {"load": load, "interpret": interpret}
-    dx_MD = rows_by_matrices(dy_MF, w_EDF, sizes_E, transposed=True, **options)
-    return dx_MD, matrices_of_rows(x_MD, dy_MF, sizes_E, **options), None
-
-
-grouped_matmul.defvjp(_forward, _backward)
+    kernels = (functools.partial(k, **options) for k in (rows_by_matrices, matrices_of_rows))
+    return rules.grouped_matmul(*kernels, x_MD, w_EDF, sizes_E)

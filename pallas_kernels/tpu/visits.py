@@ -21,6 +21,7 @@ FIRST, LAST, COMPUTE, MASKED = 1, 2, 4, 8  # flags
 MAX_QUERY_BLOCKS, MAX_KEY_BLOCKS = 1 << 15, 1 << 12
 NO_QUERY, NO_KEY = -2, -1  # documents of empty slots: they never meet
 _FAR = np.int32(2**30)
+_NO_VISIT = np.int32(2**31 - 1)  # names a key block that no row has
 
 
 @dataclass(frozen=True)
@@ -81,38 +82,47 @@ def plan(pattern: Pattern, pairs, q_positions_BT, q_segments_BT, kv_positions_BS
       positions, segments: int32; the segments of empty slots are ``NO_QUERY`` and ``NO_KEY``.
     """
     q_C, kv_C, q_block, kv_block, keep_C = pairs
-    q_low, q_high = (x[:, q_C] for x in _range(q_positions_BT, q_segments_BT, q_block))
-    k_low, k_high = (x[:, kv_C] for x in _range(kv_positions_BS, kv_segments_BS, kv_block))
-    qs_low, qs_high = (x[:, q_C] for x in _range(q_segments_BT, q_segments_BT, q_block))
-    ks_low, ks_high = (x[:, kv_C] for x in _range(kv_segments_BS, kv_segments_BS, kv_block))
-    active_BC = (qs_low <= ks_high) & (ks_low <= qs_high)
+
+    def of_queries(x_BQ):
+        return x_BQ[:, :, None]
+
+    def of_keys(x_BP):
+        return x_BP[:, None]
+
+    q_low, q_high = map(of_queries, _range(q_positions_BT, q_segments_BT, q_block))
+    k_low, k_high = map(of_keys, _range(kv_positions_BS, kv_segments_BS, kv_block))
+    qs_low, qs_high = map(of_queries, _range(q_segments_BT, q_segments_BT, q_block))
+    ks_low, ks_high = map(of_keys, _range(kv_segments_BS, kv_segments_BS, kv_block))
+    active_BQP = (qs_low <= ks_high) & (ks_low <= qs_high)
     # raw minima, empty slots included: a block with one is never seen whole
-    raw_q = q_segments_BT.reshape(q_low.shape[0], -1, q_block).min(-1)[:, q_C]
-    raw_k = kv_segments_BS.reshape(k_low.shape[0], -1, kv_block).min(-1)[:, kv_C]
-    whole_BC = (raw_q == qs_high) & (raw_k == ks_high) & (raw_q == raw_k) & (raw_q >= 0)
+    B = q_segments_BT.shape[0]
+    raw_q = of_queries(q_segments_BT.reshape(B, -1, q_block).min(-1))
+    raw_k = of_keys(kv_segments_BS.reshape(B, -1, kv_block).min(-1))
+    whole_BQP = (raw_q == qs_high) & (raw_k == ks_high) & (raw_q == raw_k) & (raw_q >= 0)
     if pattern.causal:
-        active_BC &= q_high >= k_low
-        whole_BC &= q_low >= k_high
+        active_BQP &= q_high >= k_low
+        whole_BQP &= q_low >= k_high
     if pattern.window is not None:
-        active_BC &= q_low - k_high < pattern.window
-        whole_BC &= q_high - k_low < pattern.window
-    flags_BC = jnp.where(active_BC, COMPUTE, 0) | jnp.where(active_BC & ~whole_BC, MASKED, 0)
+        active_BQP &= q_low - k_high < pattern.window
+        whole_BQP &= q_high - k_low < pattern.window
+    flags_BQP = jnp.where(active_BQP, COMPUTE, 0) | jnp.where(active_BQP & ~whole_BQP, MASKED, 0)
+    Q, P = flags_BQP.shape[1:]
+    flags_BC = flags_BQP.reshape(B, Q * P)[:, q_C * P + kv_C]
     visit_C = jnp.asarray((q_C << 16) | (kv_C << 4), jnp.int32)
-    return _compact(visit_C | flags_BC, active_BC | keep_C)
+    return _compact(visit_C | flags_BC, (flags_BC != 0) | keep_C)
 
 
 def _compact(visits_BC, kept_BC):
     """Kept visits first, in order, with the FIRST and LAST of each query block flagged."""
-    order_BC = jnp.argsort(~kept_BC, axis=1, stable=True)
-    visits_BC = jnp.take_along_axis(visits_BC, order_BC, axis=1)
-    count_B1 = kept_BC.sum(axis=1, keepdims=True, dtype=jnp.int32)
-    slot_BC = jnp.arange(visits_BC.shape[1], dtype=jnp.int32)[None]
-    in_use_BC = slot_BC < count_B1
+    # candidates are in ascending order, so to sort is to move what is not kept to the end
+    visits_BC = jnp.sort(jnp.where(kept_BC, visits_BC, _NO_VISIT), axis=1)
+    in_use_BC = visits_BC != _NO_VISIT
+    # a row with fewer visits than another stays where it was and does nothing
+    final_B1 = jnp.where(in_use_BC, visits_BC, 0).max(axis=1, keepdims=True)
+    idle_B1 = final_B1 & ~(COMPUTE | MASKED)
     q_BC = jnp.where(in_use_BC, visits_BC >> 16, -1)
     first_BC = q_BC != jnp.pad(q_BC, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
     last_BC = q_BC != jnp.pad(q_BC, ((0, 0), (0, 1)), constant_values=-1)[:, 1:]
     visits_BC |= jnp.where(first_BC, FIRST, 0) | jnp.where(last_BC, LAST, 0)
-    # a row with fewer visits than another stays where it was and does nothing
-    final_B1 = jnp.take_along_axis(visits_BC, count_B1 - 1, axis=1)
-    idle_B1 = final_B1 & ~(FIRST | LAST | COMPUTE | MASKED)
-    return jnp.where(in_use_BC, visits_BC, idle_B1), count_B1.max()
+    count = in_use_BC.sum(axis=1, dtype=jnp.int32).max()
+    return jnp.where(in_use_BC, visits_BC, idle_B1), count

@@ -143,9 +143,12 @@ DEFAULT_RULES: tuple[tuple[str, MeshAxes], ...] = (
     ("batch", ("pipeline", "data", "fsdp", "expert")),
     ("sequence", ("context",)),
     # parameters: FSDP splits the model width, and the rank of a weight that has no width. Also over
-    # the context axis: its devices would all keep the same weights, and add up whole gradients
+    # the context axis, and the expert axis for what are no experts: its devices would all keep the
+    # same weights, and add up whole gradients
+    ("embed", ("fsdp", "expert", "context")),
     ("embed", ("fsdp", "context")),
     ("embed", ("fsdp",)),
+    ("rank", ("fsdp", "expert", "context")),
     ("rank", ("fsdp", "context")),
     ("rank", ("fsdp",)),
     ("rank", ()),

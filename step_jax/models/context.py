@@ -13,7 +13,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from step_jax.core.sharding import Sharding
-from step_jax.ops.attention import Implementation, Mask
+from step_jax.ops import attention as attention_ops
+from step_jax.ops import cross_entropy as cross_entropy_ops
+from step_jax.ops import grouped_matmul as grouped_matmul_ops
+from step_jax.ops.attention import Mask
 from step_jax.ops.decode_attention import slot_positions_BS
 
 RematPolicy = Literal["none", "dots", "full"]
@@ -28,15 +31,17 @@ class Execution:
     scan: compile one layer of each kind and loop over it, instead of unrolling all layers.
     remat: what the backward pass recomputes. ``none`` nothing, ``dots`` everything but products
       with weights, ``full`` each whole layer from its input.
+    grouped_matmul: implementation of the experts' products (``step_jax.ops.grouped_matmul``).
     loss: implementation of the vocabulary projection and its loss (``step_jax.ops.cross_entropy``).
     loss_chunks: into how many pieces the vocabulary projection cuts a sequence.
     dtype: of activations and of the weights' copies they meet.
     """
 
-    attention: Implementation = "auto"
+    attention: attention_ops.Implementation = "auto"
     scan: bool = True
     remat: RematPolicy = "none"
-    loss: Literal["auto", "chunked", "pallas_tpu", "pallas_gpu"] = "auto"
+    grouped_matmul: grouped_matmul_ops.Implementation = "auto"
+    loss: cross_entropy_ops.Implementation = "auto"
     loss_chunks: int = 8
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 

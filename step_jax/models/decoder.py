@@ -14,6 +14,7 @@ from flax import struct
 
 from step_jax.core import spec as specs_lib
 from step_jax.core.errors import ConfigError
+from step_jax.core.fsdp import gathered
 from step_jax.core.spec import ParamSpec
 from step_jax.models import pipeline
 from step_jax.models.attention import AttentionKind
@@ -23,6 +24,7 @@ from step_jax.models.layers import RMSNorm, SwiGLU
 from step_jax.models.moe import ExpertStats, MoE
 from step_jax.models.stack import gather, run_layers
 from step_jax.ops.einsum import einsum
+from step_jax.ops.embedding import embed
 
 MLP = SwiGLU | MoE
 
@@ -206,8 +208,7 @@ class Decoder:
 
     def embed(self, p: DecoderParams, tokens_BT, ctx: Context):
         """Embeddings in the compute dtype: (B, T, D)."""
-        table_VD = ctx.constrain(p.embedding_VD.astype(ctx.execution.dtype), "vocab", None)
-        return ctx.constrain(table_VD[tokens_BT], "batch", "sequence", None)
+        return embed(p.embedding_VD.astype(ctx.execution.dtype), tokens_BT, ctx.sharding)
 
     def head(self, p: DecoderParams):
         """The output head (D, V)."""
@@ -293,7 +294,7 @@ class Decoder:
 
     def logits(self, p: DecoderParams, x_BTD, ctx: Context):
         """float32 (B, T, V) from hidden states; training uses the chunked loss instead."""
-        head_DV = ctx.constrain(self.head(p).astype(x_BTD.dtype), None, "vocab")
+        head_DV = gathered(self.head(p).astype(x_BTD.dtype), ("embed", "vocab"), ctx.sharding)
         return jnp.einsum(
             "BTD,DV->BTV", self.normed(p, x_BTD), head_DV, preferred_element_type=jnp.float32
         )

@@ -277,7 +277,14 @@ class MoE:
 
         def product(x_MI, w_EIO):
             w_EIO = w_EIO.astype(x_MI.dtype)
-            return grouped_matmul(x_MI, w_EIO, sizes_e, platform=ctx.device.platform, load=load)
+            return grouped_matmul(
+                x_MI,
+                w_EIO,
+                sizes_e,
+                implementation=ctx.execution.grouped_matmul,
+                device=ctx.device,
+                load=load,
+            )
 
         hidden_MF = gated_unit(product(rows_MD, p.gate_EDF), product(rows_MD, p.up_EDF), self.clamp)
         square_M = jnp.sum(jnp.square(jax.lax.stop_gradient(hidden_MF).astype(jnp.float32)), -1)

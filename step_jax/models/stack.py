@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from step_jax.core import spec as specs_lib
+from step_jax.core.fsdp import gathered
 from step_jax.core.sharding import GATHERED_AXES
 from step_jax.core.spec import ParamSpec
 from step_jax.models import pipeline
@@ -76,6 +77,6 @@ def gather(specs, params, ctx: Context):
     def leaf(spec: ParamSpec, w):
         if not set(GATHERED_AXES) & set(spec.axes) or "experts" in spec.axes:
             return w  # experts are gathered where they compute (models.moe)
-        return ctx.constrain(w, *(None if a in GATHERED_AXES else a for a in spec.axes))
+        return gathered(w, spec.axes, ctx.sharding)
 
     return specs_lib.map_specs(leaf, specs, params)

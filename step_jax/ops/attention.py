@@ -18,6 +18,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from step_jax.core.sharding import vary_alike
+from step_jax.ops import kernels
+
 NEGATIVE = -1e30  # finite, so that a fully masked row has no NaN on its way to zero
 
 
@@ -131,11 +134,15 @@ def reference(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi):
     return _normalise(o_BKGTV, sum_BKGT1)
 
 
+#: Query rows whose scores exist at a time: memory grows with the keys, not with their square.
+MOST_ROWS = 512
+
+
 def _blocks(q_BKGTH, k_BKSH, v_BKSV, mask: Mask):
     """Queries cut into blocks with all they may see: (q, k, v, mask, first row, last row + 1).
 
     In-order causal attention needs only the keys up to a block's own end, which saves up to half
-    of the work. Few blocks, because each is compiled.
+    of the work. Few blocks, because each is compiled; ``_parts`` cuts large ones further.
     """
     T, S = q_BKGTH.shape[3], k_BKSH.shape[2]
     size = next(T // n for n in (8, 4, 2, 1) if T % n == 0 and (T // n >= 128 or n == 1))
@@ -146,9 +153,51 @@ def _blocks(q_BKGTH, k_BKSH, v_BKSV, mask: Mask):
         yield q_BKGTH[:, :, :, i:j], k_BKSH[:, :, :keys], v_BKSV[:, :, :keys], rows, i, j
 
 
+def _parts(body: Callable, carry, mask: Mask, *arrays):
+    """``body(carry, mask, *arrays) -> (carry, results)`` over parts of at most ``MOST_ROWS`` rows.
+
+    Args:
+      mask: of a block of queries.
+      arrays: (B, K, G, rows, ...), cut along the rows, as the results are.
+
+    Returns:
+      (carry, results of all rows).
+    """
+    rows = mask.q_positions_BT.shape[1]
+    parts = -(-rows // MOST_ROWS)
+    if parts == 1:
+        return body(carry, mask, *arrays)
+    size = -(-rows // parts)
+
+    def cut(x, axis: int, fill=0):
+        padding = [(0, parts * size - rows if a == axis else 0) for a in range(x.ndim)]
+        x = jnp.pad(x, padding, constant_values=fill)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], parts, size, *x.shape[axis + 1 :]), axis, 0)
+
+    def join(x):
+        x = jnp.moveaxis(x, 0, 3)
+        return x.reshape(*x.shape[:3], parts * size, *x.shape[5:])[:, :, :, :rows]
+
+    segments_BT = mask.q_segments_BT
+    described = (
+        cut(mask.q_positions_BT, 1, -1),  # what fills up the last part is cut off again
+        None if segments_BT is None else cut(segments_BT, 1),
+    )
+
+    def part(carry, x):
+        (positions_BT, segments_BT), arrays = x
+        return body(
+            carry, mask.replace(q_positions_BT=positions_BT, q_segments_BT=segments_BT), *arrays
+        )
+
+    inputs = (described, tuple(cut(x, 3) for x in arrays))
+    carry, results = jax.lax.scan(part, carry, inputs)
+    return carry, jax.tree.map(join, results)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def xla(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi):
-    """Block after block of queries; no score outlives its block.
+    """At most ``MOST_ROWS`` queries at a time; no score outlives its part.
 
     The backward pass makes the probabilities again from the scores and each row's log-sum-exp, as
     FlashAttention does (arXiv 2205.14135, appendix B.2). The output has the queries' dtype.
@@ -159,9 +208,15 @@ def xla(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi):
 def _xla_forward(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi):
     out, lse = [], []
     for q, k, v, rows, _, _ in _blocks(q_BKGTH, k_BKSH, v_BKSV, mask):
-        o_BKGTV, max_BKGT1, sum_BKGT1 = _block(q, k, v, rows, scale, alibi)
-        out.append(_normalise(o_BKGTV, sum_BKGT1).astype(q_BKGTH.dtype))
-        lse.append(max_BKGT1 + jnp.log(jnp.where(sum_BKGT1 == 0.0, 1.0, sum_BKGT1)))
+
+        def part(_, mask, q, k=k, v=v):
+            o_BKGTV, max_BKGT1, sum_BKGT1 = _block(q, k, v, mask, scale, alibi)
+            lse_BKGT1 = max_BKGT1 + jnp.log(jnp.where(sum_BKGT1 == 0.0, 1.0, sum_BKGT1))
+            return None, (_normalise(o_BKGTV, sum_BKGT1).astype(q.dtype), lse_BKGT1)
+
+        _, (o_BKGTV, lse_BKGT1) = _parts(part, None, rows, q)
+        out.append(o_BKGTV)
+        lse.append(lse_BKGT1)
     o_BKGTV, lse_BKGT1 = jnp.concatenate(out, axis=3), jnp.concatenate(lse, axis=3)
     return o_BKGTV, (q_BKGTH, k_BKSH, v_BKSV, mask, o_BKGTV, lse_BKGT1)
 
@@ -176,13 +231,23 @@ def _xla_backward(scale, alibi, residuals, do_BKGTV):
     )
     dq, dk_BKSH, dv_BKSV = [], jnp.zeros(k_BKSH.shape), jnp.zeros(v_BKSV.shape)
     for q, k, v, rows, i, j in _blocks(q_BKGTH, k_BKSH, v_BKSV, mask):
-        do, unseen = do_BKGTV[:, :, :, i:j], ((0, 0), (0, 0), (0, S - k.shape[2]), (0, 0))
-        p_BKGTS = jnp.exp(_scores_BKGTS(q, k, rows, scale, alibi) - lse_BKGT1[:, :, :, i:j])
-        dp_BKGTS = product("BKGTV,BKSV->BKGTS", do, v)
-        ds_BKGTS = (scale * p_BKGTS * (dp_BKGTS - mean_BKGT1[:, :, :, i:j])).astype(dtype)
-        dq.append(product("BKGTS,BKSH->BKGTH", ds_BKGTS, k).astype(dtype))
-        dk_BKSH += jnp.pad(product("BKGTS,BKGTH->BKSH", ds_BKGTS, q), unseen)
-        dv_BKSV += jnp.pad(product("BKGTS,BKGTV->BKSV", p_BKGTS.astype(dtype), do), unseen)
+
+        def part(sums, mask, q, do, lse_BKGT1, mean_BKGT1, k=k, v=v):
+            p_BKGTS = jnp.exp(_scores_BKGTS(q, k, mask, scale, alibi) - lse_BKGT1)
+            dp_BKGTS = product("BKGTV,BKSV->BKGTS", do, v)
+            ds_BKGTS = (scale * p_BKGTS * (dp_BKGTS - mean_BKGT1)).astype(dtype)
+            dk_BKSH = product("BKGTS,BKGTH->BKSH", ds_BKGTS, q)
+            dv_BKSV = product("BKGTS,BKGTV->BKSV", p_BKGTS.astype(dtype), do)
+            dq_BKGTH = product("BKGTS,BKSH->BKGTH", ds_BKGTS, k).astype(dtype)
+            return (sums[0] + dk_BKSH, sums[1] + dv_BKSV), dq_BKGTH
+
+        zeros = vary_alike(jnp.zeros(k.shape), jnp.zeros(v.shape), q, k, v, do_BKGTV)[:2]
+        of_rows = (x[:, :, :, i:j] for x in (do_BKGTV, lse_BKGT1, mean_BKGT1))
+        (dk, dv), dq_BKGTH = _parts(part, zeros, rows, q, *of_rows)
+        dq.append(dq_BKGTH)
+        unseen = ((0, 0), (0, 0), (0, S - k.shape[2]), (0, 0))
+        dk_BKSH += jnp.pad(dk, unseen)
+        dv_BKSV += jnp.pad(dv, unseen)
     return jnp.concatenate(dq, axis=3), dk_BKSH.astype(dtype), dv_BKSV.astype(dtype), None
 
 
@@ -247,11 +312,43 @@ def pallas_tpu(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi, device):
     return o_BKGTV
 
 
+def pallas_gpu(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi, device):
+    """The kernels of ``pallas_kernels.gpu``; the arrays are those of one device.
+
+    Each key head is a row of its own. The kernels count tokens, not positions: with a window, the
+    positions of a document must follow each other.
+    """
+    from pallas_kernels.gpu import attention as kernel
+
+    B, K, G, T, H = q_BKGTH.shape
+
+    def whole_tiles(x, axis: int):  # what is added comes after all others, so that nobody sees it
+        return jnp.pad(x, [(0, -T % kernel.TILE if a == axis else 0) for a in range(x.ndim)])
+
+    real_BT = mask.q_positions_BT >= 0
+    segments_BT = jnp.ones_like(real_BT, jnp.int32)
+    if mask.q_segments_BT is not None:
+        real_BT &= mask.q_segments_BT > 0
+        segments_BT = mask.q_segments_BT
+    segments_BT = jnp.where(real_BT, segments_BT, 0)
+    o_RTGH = kernel.mfa_attention(
+        whole_tiles(q_BKGTH.reshape(B * K, G, T, H).swapaxes(1, 2), 1),
+        *(whole_tiles(x.reshape(B * K, T, H), 1) for x in (k_BKSH, v_BKSV)),
+        scale=scale,
+        window=mask.window,
+        segments_BT=whole_tiles(jnp.repeat(segments_BT, K, axis=0), 1),
+        device=device,
+    )
+    o_BKGTH = o_RTGH[:, :T].swapaxes(1, 2).reshape(q_BKGTH.shape)
+    return jnp.where(real_BT[:, None, None, :, None], o_BKGTH, 0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """What decides whether an implementation can do it (and whether ``auto`` takes it).
 
     width, value_width: of a head. queries, keys: tokens in a row. alibi: a bias is added.
+    in_order: causal, and queries and keys are the same tokens.
     """
 
     width: int
@@ -260,11 +357,13 @@ class Problem:
     keys: int
     dtype: str
     alibi: bool
+    in_order: bool
 
 
 def _pallas_tpu_unsupported(problem: Problem, device) -> str | None:
-    if device.platform != "tpu":
-        return f"it needs a TPU, and this is compiled for {device.platform}"
+    reason = kernels.unsupported("pallas_tpu", device)
+    if reason is not None:
+        return reason
     if problem.alibi:
         return "it adds no ALiBi bias"
     from pallas_kernels.tpu import block_sizes
@@ -280,18 +379,44 @@ def _pallas_tpu_unsupported(problem: Problem, device) -> str | None:
     return block_sizes.unsupported(device.device_kind, shape, problem.dtype)
 
 
+def _pallas_gpu_unsupported(problem: Problem, device) -> str | None:
+    reason = kernels.unsupported("pallas_gpu", device)
+    if reason is not None:
+        return reason
+    from pallas_kernels.gpu.attention import WIDTHS
+
+    if problem.alibi:
+        return "it adds no ALiBi bias"
+    if problem.dtype != "bfloat16":
+        return f"the dtype {problem.dtype} is not bfloat16"
+    if problem.width not in WIDTHS or problem.value_width != problem.width:
+        widths = ", ".join(map(str, WIDTHS))
+        return (
+            f"head widths {problem.width} (scores) and {problem.value_width} (values) are not the "
+            f"same of {widths}"
+        )
+    if not problem.in_order:
+        return (
+            "its queries and keys must be the same tokens in order, which they are not with a "
+            "context axis, over a cache or without causality"
+        )
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """compute: (q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi, device) -> o_BKGTV.
 
     unsupported: why a problem cannot be computed for a device, or None.
     kernel: the partitioner cannot cut it; on a mesh it runs in ``shard_map``.
+    automatic: ``auto`` considers it.
     fewest_queries: ``auto`` passes it over below.
     """
 
     compute: Callable
     unsupported: Callable[[Problem, jax.Device], str | None] = lambda problem, device: None
     kernel: bool = False
+    automatic: bool = True
     fewest_queries: int = 0
 
 
@@ -303,10 +428,12 @@ def _anywhere(compute: Callable) -> Entry:
 IMPLEMENTATIONS: dict[str, Entry] = {
     # a decoded token's rows would be padding but for one
     "pallas_tpu": Entry(pallas_tpu, _pallas_tpu_unsupported, kernel=True, fewest_queries=128),
+    # asked for by name until it has been measured on a GPU
+    "pallas_gpu": Entry(pallas_gpu, _pallas_gpu_unsupported, kernel=True, automatic=False),
     "xla": _anywhere(xla),
     "reference": _anywhere(reference),
 }
-Implementation = Literal["auto", "pallas_tpu", "xla", "reference"]
+Implementation = Literal["auto", "pallas_tpu", "pallas_gpu", "xla", "reference"]
 
 
 def resolve(implementation: str, problem: Problem, device=None) -> str:
@@ -316,29 +443,28 @@ def resolve(implementation: str, problem: Problem, device=None) -> str:
       device: one of those compiled for, which need not be this machine's; None for the default.
 
     Raises:
-      ValueError: no implementation has the name, or the one named cannot do this; says why.
+      ConfigError: no implementation has the name, or the one named cannot do this; says why.
     """
     device = jax.devices()[0] if device is None else device
     if implementation == "auto":
         return next(
             name
             for name, entry in IMPLEMENTATIONS.items()
-            if problem.queries >= entry.fewest_queries and not entry.unsupported(problem, device)
+            if entry.automatic
+            and problem.queries >= entry.fewest_queries
+            and not entry.unsupported(problem, device)
         )
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"no attention implementation {implementation!r}; there are: auto, "
-            + ", ".join(IMPLEMENTATIONS)
-        )
-    reason = IMPLEMENTATIONS[implementation].unsupported(problem, device)
-    if reason is not None:
-        raise ValueError(f"the attention implementation {implementation} cannot do this: {reason}")
-    return implementation
+
+    def unsupported(name: str) -> str | None:
+        return IMPLEMENTATIONS[name].unsupported(problem, device)
+
+    return kernels.named("attention", implementation, IMPLEMENTATIONS, unsupported)
 
 
-def problem_of(q_BTNH, k_BSKH, v_BSKV, alibi) -> Problem:
+def problem_of(q_BTNH, k_BSKH, v_BSKV, mask: Mask, alibi) -> Problem:
     (_, T, _, H), (_, S, _, V) = q_BTNH.shape, v_BSKV.shape
-    return Problem(H, V, T, S, q_BTNH.dtype.name, alibi is not None)
+    in_order = mask.causal and mask.in_order
+    return Problem(H, V, T, S, q_BTNH.dtype.name, alibi is not None, in_order)
 
 
 def attention(
@@ -372,7 +498,7 @@ def attention(
     if N % K:
         raise ValueError(f"{N} query heads are not a multiple of {K} key/value heads")
     device = jax.devices()[0] if device is None else device
-    name = resolve(implementation, problem_of(q_BTNH, k_BSKH, v_BSKV, alibi), device)
+    name = resolve(implementation, problem_of(q_BTNH, k_BSKH, v_BSKV, mask, alibi), device)
     arrays = _heads_first(q_BTNH, k_BSKH, v_BSKV)
     o_BKGTV = IMPLEMENTATIONS[name].compute(*arrays, mask, scale, alibi, device)
     return _heads_last(o_BKGTV).astype(q_BTNH.dtype)

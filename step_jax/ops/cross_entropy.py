@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from step_jax.core.fsdp import add_up, whole
 from step_jax.core.sharding import Sharding, vary_alike
+from step_jax.ops import kernels
 
 
 def cross_entropy(
@@ -45,10 +48,11 @@ def cross_entropy(
       every target (no gradient flows through it).
 
     Raises:
-      ValueError: arrays the mesh does not divide, or no such implementation for the platform.
+      ValueError: arrays that the mesh does not divide or the implementation does not support, or
+        see :func:`resolve`.
     """
-    platform = None if sharding is None else sharding.mesh.devices.flat[0].platform
-    compute = IMPLEMENTATIONS[resolve(implementation, platform)]
+    device = None if sharding is None else sharding.mesh.devices.flat[0]
+    compute = IMPLEMENTATIONS[resolve(implementation, device)]
     weights_BT = weights_BT.astype(jnp.float32)
     return compute(x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunks, sharding)
 
@@ -93,14 +97,9 @@ def _chunk(x_RbCtD, w_DV, targets_RbCt, z_loss):
     return nll_RbCt, nll_RbCt + z_loss * jnp.square(lse_RbCt), logits_RbCtV, lse_RbCt, hot_RbCtV
 
 
-def _whole_width(w_DV, dtype, sharding):
-    # inside the custom rule, so that the gradient is not constrained to the same layout
-    return _constrain(sharding, w_DV.astype(dtype), None, "vocab")
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def _cross_entropy(x_nRbCtD, w_DV, targets_nRbCt, weights_nRbCt, z_loss, sharding):
-    w_DV = _whole_width(w_DV, x_nRbCtD.dtype, sharding)
+    w_DV = whole(w_DV.astype(x_nRbCtD.dtype), ("embed", "vocab"), sharding)
 
     def body(_, inputs):
         nll_RbCt, cost_RbCt, *_ = _chunk(inputs[0], w_DV, inputs[1], z_loss)
@@ -112,7 +111,7 @@ def _cross_entropy(x_nRbCtD, w_DV, targets_nRbCt, weights_nRbCt, z_loss, shardin
 
 def _forward(x_nRbCtD, w_stored_DV, targets_nRbCt, weights_nRbCt, z_loss, sharding):
     dtype = x_nRbCtD.dtype
-    w_DV = _whole_width(w_stored_DV, dtype, sharding)
+    w_DV = whole(w_stored_DV.astype(dtype), ("embed", "vocab"), sharding)
 
     def body(dw_RCDV, inputs):
         x_RbCtD, targets_RbCt, weights_RbCt = inputs
@@ -134,7 +133,10 @@ def _forward(x_nRbCtD, w_stored_DV, targets_nRbCt, weights_nRbCt, z_loss, shardi
     R, C = x_nRbCtD.shape[1], x_nRbCtD.shape[3]
     start = layout(jnp.zeros((R, C, *w_DV.shape), jnp.float32))
     dw_RCDV, (nll, cost, dx) = jax.lax.scan(body, start, (x_nRbCtD, targets_nRbCt, weights_nRbCt))
-    dw_DV = _constrain(sharding, jnp.sum(dw_RCDV, (0, 1)), "embed", "vocab")
+    if sharding is None:
+        dw_DV = jnp.sum(dw_RCDV, (0, 1))
+    else:
+        dw_DV = add_up(dw_RCDV, ("embed", "vocab"), sharding)
     residuals = (dx, dw_DV, cost, targets_nRbCt, jnp.zeros((), w_stored_DV.dtype))
     return (jnp.sum(weights_nRbCt * cost), nll), residuals
 
@@ -157,7 +159,7 @@ def pallas_tpu(*arguments):
     """
     from pallas_kernels.tpu import cross_entropy as kernel  # not paid for elsewhere
 
-    return _on_every_piece("pallas_tpu", kernel, *arguments)
+    return _on_every_piece("pallas_tpu", kernel.cross_entropy, *arguments)
 
 
 def pallas_gpu(*arguments):
@@ -168,19 +170,22 @@ def pallas_gpu(*arguments):
     """
     from pallas_kernels.gpu import cross_entropy as kernel  # not paid for elsewhere
 
-    return _on_every_piece("pallas_gpu", kernel, *arguments)
+    sharding = arguments[-1]
+    device = None if sharding is None else sharding.mesh.devices.flat[0]
+    compute = functools.partial(kernel.cross_entropy, device=device)
+    return _on_every_piece("pallas_gpu", compute, *arguments)
 
 
 def _on_every_piece(
-    name: str, kernel, x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunks, sharding
+    name: str, compute, x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunks, sharding
 ):
-    """``kernel.cross_entropy`` on every device's tokens and the whole head."""
+    """``compute``, a kernel, on every device's tokens and the whole head."""
 
     def local(x_BTD, w_DV, targets_BT, weights_BT):
         x_BTD, w_DV, targets_BT, weights_BT = vary_alike(x_BTD, w_DV, targets_BT, weights_BT)
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
         target_N, weight_N = targets_BT.reshape(-1), weights_BT.reshape(-1)
-        total, nll_N = kernel.cross_entropy(x_ND, w_DV, target_N, weight_N, z_loss)
+        total, nll_N = compute(x_ND, w_DV, target_N, weight_N, z_loss)
         return total, nll_N.reshape(targets_BT.shape)
 
     if sharding is None or sharding.mesh.size == 1:
@@ -208,23 +213,20 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "pallas_tpu": pallas_tpu,
     "pallas_gpu": pallas_gpu,
 }
-KERNEL_PLATFORMS = {"pallas_tpu": ("tpu", "TPUs"), "pallas_gpu": ("gpu", "Hopper GPUs")}
+Implementation = Literal["auto", "chunked", "pallas_tpu", "pallas_gpu"]
 
 
-def resolve(implementation: str, platform: str | None = None) -> str:
-    """The implementation that ``auto`` stands for, checked against the platform compiled for.
+def resolve(implementation: str, device: jax.Device | None = None) -> str:
+    """The implementation to compute with; what ``auto`` stands for (the run header prints it).
+
+    Args:
+      device: one of those compiled for, which need not be this machine's; None for the default.
 
     Raises:
-      ValueError: no implementation of that name, or not for that platform.
+      ConfigError: no implementation has the name, or the one named is not for the device.
     """
+    device = jax.devices()[0] if device is None else device
     if implementation == "auto":
-        return "chunked"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"no cross-entropy {implementation!r}; there are: auto, " + ", ".join(IMPLEMENTATIONS)
-        )
-    platform = platform or jax.default_backend()
-    only, devices = KERNEL_PLATFORMS.get(implementation, (platform, ""))
-    if platform != only:
-        raise ValueError(f"cross-entropy {implementation!r} is for {devices}, not for {platform!r}")
-    return implementation
+        return "chunked"  # on every platform: the kernels do more operations
+    reason = functools.partial(kernels.unsupported, device=device)
+    return kernels.named("cross-entropy", implementation, IMPLEMENTATIONS, reason)

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from pallas_kernels.gpu import decode as gpu_decode
 from pallas_kernels.tpu import decode as tpu_decode
 from step_jax.core import hardware
+from step_jax.core.errors import ConfigError
 from step_jax.ops import attention as ops_attention
+from step_jax.ops import kernels
 from step_jax.ops.rope import rotate
 
 #: TensorCores that one JAX device has, where it has several (``core.hardware``).
@@ -83,7 +85,7 @@ def _pallas_tpu_interpret(*args, **kwargs):
 
 
 def _pallas_gpu(*args, device, **kwargs):
-    return gpu_decode.decode(*args, **kwargs)
+    return gpu_decode.decode(*args, device=device, **kwargs)
 
 
 IMPLEMENTATIONS: dict[str, Callable] = {
@@ -101,7 +103,8 @@ def kernel(implementation: str, device: jax.Device, q_BTNH, k_cache, v_cache, fr
     named and cannot be had is an error.
 
     Raises:
-      ValueError: what the named kernel lacks, and what it supports.
+      ValueError: what the named kernel lacks, and what it supports (a ConfigError where it is the
+        device or the kind of model).
     """
     if implementation == "auto":
         own = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(device.platform)
@@ -113,14 +116,11 @@ def kernel(implementation: str, device: jax.Device, q_BTNH, k_cache, v_cache, fr
             return None
     if implementation not in ("pallas_tpu", "pallas_tpu_interpret", "pallas_gpu"):
         return None
-    if implementation == "pallas_tpu" and device.platform != "tpu":
-        raise ValueError(
-            f"pallas_tpu runs on platform tpu and this device is {device.platform}; use auto"
-        )
-    if implementation == "pallas_gpu":
-        gpu_decode.check_device(device)
-    if alibi is not None:
-        raise ValueError("the decode kernels have no ALiBi; use auto or xla")
+    reason = kernels.unsupported(implementation, device)
+    if reason is None and alibi is not None:
+        reason = "it adds no ALiBi bias"
+    if reason is not None:
+        raise ConfigError(f"decode attention {implementation} cannot do this: {reason}; use auto")
     check = gpu_decode.check if implementation == "pallas_gpu" else tpu_decode.check
     check(q_BTNH, k_cache, v_cache, frequency_F)
     return implementation
@@ -140,7 +140,7 @@ def decode_attention(
       implementation: a key of ``IMPLEMENTATIONS``.
       device: one of those it runs on; None for this process's first.
       kwargs: scale, window, frequency_F, k_scale, v_scale, page_table_BM, layer, first_head and
-        heads_per_key, as in ``pallas_kernels.tpu.decode.decode``.
+        heads_per_key, as in ``pallas_kernels.decode_arguments``.
 
     Returns:
       (B, T, N, H) in the dtype of the queries; zeros where a query sees nothing.

@@ -8,12 +8,15 @@ Rows past the sum of the sizes belong to no group: their results and gradients a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from step_jax.core.sharding import vary_alike
+from step_jax.ops import kernels
 
 
 def group_of_row_M(sizes_E, rows: int):
@@ -143,18 +146,20 @@ def tiles(x_MD, w_EDF, sizes_E):
     return _tiles(*vary_alike(x_MD, w_EDF, sizes_E))
 
 
-def pallas_tpu(x_MD, w_EDF, sizes_E, load: int | None = None):
+def pallas_tpu(x_MD, w_EDF, sizes_E, *, device, load: int | None):
     """The kernel of this project for TPUs; it alone tells the compiler a cost, that of ``load``."""
     from pallas_kernels.tpu import grouped_matmul as kernel  # not paid for elsewhere
 
-    return kernel.grouped_matmul(*vary_alike(x_MD, w_EDF, sizes_E), load)
+    x_MD, w_EDF, sizes_E = vary_alike(x_MD, w_EDF, sizes_E)
+    return kernel.grouped_matmul(x_MD, w_EDF, sizes_E, load=load)
 
 
-def pallas_gpu(x_MD, w_EDF, sizes_E):
+def pallas_gpu(x_MD, w_EDF, sizes_E, *, device, load: int | None):
     """The kernel of this project for Hopper GPUs: bfloat16, widths that are multiples of 128."""
     from pallas_kernels.gpu import grouped_matmul as kernel  # not paid for elsewhere
 
-    return kernel.grouped_matmul(*vary_alike(x_MD, w_EDF, sizes_E))
+    x_MD, w_EDF, sizes_E = vary_alike(x_MD, w_EDF, sizes_E)
+    return kernel.grouped_matmul(x_MD, w_EDF, sizes_E, device=device)
 
 
 def ragged_dot(x_MD, w_EDF, sizes_E):
@@ -173,32 +178,25 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "pallas_tpu": pallas_tpu,
     "pallas_gpu": pallas_gpu,
 }
-KERNEL_PLATFORMS = {"pallas_tpu": ("tpu", "TPUs"), "pallas_gpu": ("gpu", "Hopper GPUs")}
+Implementation = Literal["auto", "reference", "tiles", "ragged_dot", "pallas_tpu", "pallas_gpu"]
 
 
-def resolve(implementation: str, platform: str | None = None) -> str:
-    """The implementation that ``auto`` stands for on ``platform`` (the run header prints it).
+def resolve(implementation: str, device: jax.Device | None = None) -> str:
+    """The implementation to compute with; what ``auto`` stands for (the run header prints it).
 
-    ``platform`` is that of the devices compiled for; None is the default backend's.
+    Args:
+      device: one of those compiled for, which need not be this machine's; None for the default.
 
     Raises:
-      ValueError: no implementation of that name, or not for that platform.
+      ConfigError: no implementation has the name, or the one named is not for the device.
     """
-    platform = platform or jax.default_backend()
+    device = jax.devices()[0] if device is None else device
     if implementation == "auto":
         # outside TPUs XLA makes of ragged_dot masked products of all rows with all matrices;
         # pallas_gpu is asked for by name until it has been measured on a GPU
-        return "pallas_tpu" if platform == "tpu" else "tiles"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"no grouped matmul {implementation!r}; there are: auto, " + ", ".join(IMPLEMENTATIONS)
-        )
-    only, devices = KERNEL_PLATFORMS.get(implementation, (platform, ""))
-    if platform != only:
-        raise ValueError(
-            f"grouped matmul {implementation!r} is for {devices}, not for {platform!r}"
-        )
-    return implementation
+        return "pallas_tpu" if device.platform == "tpu" else "tiles"
+    reason = functools.partial(kernels.unsupported, device=device)
+    return kernels.named("grouped matmul", implementation, IMPLEMENTATIONS, reason)
 
 
 def grouped_matmul(
@@ -207,7 +205,7 @@ def grouped_matmul(
     sizes_E,
     *,
     implementation: str = "auto",
-    platform: str | None = None,
+    device: jax.Device | None = None,
     load: int | None = None,
 ):
     """The product of each row with the matrix of its group.
@@ -217,7 +215,7 @@ def grouped_matmul(
       w_EDF: one matrix per group, in the rows' dtype.
       sizes_E: int32 rows of each group, in order; zero is allowed. Rows past their sum give zeros.
       implementation: a key of ``IMPLEMENTATIONS`` or ``auto``.
-      platform: of the devices compiled for, for ``auto``; None is the default backend's.
+      device: one of those compiled for; None for the default.
       load: how many rows are expected to be in groups, M by default. Only the cost that a kernel
         declares depends on it: the work follows ``sizes_E``.
 
@@ -225,7 +223,8 @@ def grouped_matmul(
       (M, F) in ``x_MD.dtype``, accumulated in float32; differentiable in ``x_MD`` and ``w_EDF``.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, or no such implementation.
+      ValueError: shapes or dtypes that do not fit each other or the implementation, or see
+        :func:`resolve`.
     """
     if x_MD.ndim != 2 or w_EDF.ndim != 3 or sizes_E.shape != w_EDF.shape[:1]:
         raise ValueError(
@@ -238,6 +237,6 @@ def grouped_matmul(
         )
     if sizes_E.dtype != jnp.int32:
         raise ValueError(f"sizes are int32, not {sizes_E.dtype}")
-    name = resolve(implementation, platform)
-    options = {"load": load} if name == "pallas_tpu" else {}
+    name = resolve(implementation, device)
+    options = {"device": device, "load": load} if name.startswith("pallas") else {}
     return IMPLEMENTATIONS[name](x_MD, w_EDF, sizes_E, **options).astype(x_MD.dtype)

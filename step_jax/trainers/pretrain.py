@@ -28,8 +28,9 @@ from step_jax.models.context import Context, Execution
 from step_jax.models.decoder import Decoder
 from step_jax.models.flops import train_flops_per_token
 from step_jax.models.language_model import language_model_loss
+from step_jax.models.moe import MoE
 from step_jax.models.positions import alibi
-from step_jax.ops import attention
+from step_jax.ops import attention, cross_entropy, grouped_matmul
 from step_jax.training import plots
 from step_jax.training.batches import abstract_batch, process_rows, to_mesh
 from step_jax.training.compile import compile_initial_state, compile_train_step
@@ -203,6 +204,7 @@ def run(config: PretrainConfig, force: bool = False) -> dict[str, float]:
     """
     with Session(config, config.run, config.parallel) as session:
         sharding, report = session.sharding, session.reporter
+        chosen = implementations(config, sharding)  # refuses before the data are prepared
         dataset = prepare_data(config, sharding, report.event)
         model = with_vocabulary(config.model, dataset.tokenizer.vocab_size)
         config = replace(config, model=model)
@@ -229,9 +231,7 @@ def run(config: PretrainConfig, force: bool = False) -> dict[str, float]:
             total_steps,
             work(config, tokens, sharding),
             meta={"data": dataset.fingerprint, "tokenizer": dataset.tokenizer.hash},
-            header=header(
-                config, optimizer, dataset, total_steps, state_like, train_step, sharding
-            ),
+            header=header(config, optimizer, dataset, total_steps, state_like, train_step, chosen),
         )
         session.watch = ExpertAlarm(config.expert_health).check
         if session.primary:  # not before the run is known to go on where its checkpoint stopped
@@ -300,9 +300,9 @@ def work(config: PretrainConfig, tokens: int, sharding: Sharding) -> Work:
 
 
 def header(
-    config, optimizer, dataset, total_steps, state_like, train_step, sharding
+    config, optimizer, dataset, total_steps, state_like, train_step, chosen: dict[str, str]
 ) -> dict[str, Any]:
-    """What the run shows before its first step."""
+    """What the run shows before its first step; ``chosen`` as of :func:`implementations`."""
     model, T = config.model, config.data.sequence_length
     specs = model.specs()
     tokens = dataset.batch_size * T
@@ -311,8 +311,7 @@ def header(
         "parameters": f"{spec_lib.count(specs):,}",
         "active for a token": f"{spec_lib.count(specs, active=True):,}",
         "of which in matrices": f"{spec_lib.count(specs, roles=('matrix',)):,}",
-        "attention": f"{config.execution.attention} -> "
-        + ", ".join(attention_implementations(config, sharding)),
+        **chosen,
         "tokens per step": f"{tokens:,} ({dataset.batch_size} rows of {T})",
         "steps": f"{total_steps:,} ({total_steps * tokens:,} tokens, "
         f"{total_steps * tokens / max(1, dataset.tokens_per_epoch):.2f} epochs)",
@@ -330,6 +329,22 @@ def header(
     return values
 
 
+def implementations(config: PretrainConfig, sharding: Sharding) -> dict[str, str]:
+    """Operation -> ``what was asked for -> what it is computed with``.
+
+    Raises:
+      ConfigError: an implementation that was named cannot be had on these devices.
+    """
+    asked, device = config.execution, sharding.mesh.devices.flat[0]
+    blocks = [block for group in config.model.layers for block in group.blocks]
+    names = ", ".join(attention_implementations(config, sharding))
+    values = {"attention": f"{asked.attention} -> {names}"}
+    name = grouped_matmul.resolve(asked.grouped_matmul, device)
+    if any(isinstance(block.mlp, MoE) for block in blocks):
+        values["grouped matmul"] = f"{asked.grouped_matmul} -> {name}"
+    return values | {"loss": f"{asked.loss} -> {cross_entropy.resolve(asked.loss, device)}"}
+
+
 def attention_implementations(config: PretrainConfig, sharding: Sharding) -> list[str]:
     """What the layers' attention is computed with, each named once."""
     T = config.data.sequence_length
@@ -343,6 +358,7 @@ def attention_implementations(config: PretrainConfig, sharding: Sharding) -> lis
             keys=T,
             dtype=config.execution.dtype,
             alibi=alibi(kind.position) is not None,
+            in_order=sharding.size("context") == 1,
         )
         device = sharding.mesh.devices.flat[0]
         names.append(attention.resolve(config.execution.attention, problem, device))

@@ -101,9 +101,8 @@ def make_train_step(
             return constrain(grads), out
 
         grads, out = _accumulate(micro, batch, accumulation, constrain)
-        loss = out.loss_sum / out.weight
         grad_norm = optimizer.norm(grads) / jnp.abs(out.weight)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        finite = jnp.isfinite(out.loss_sum / out.weight) & jnp.isfinite(grad_norm)
         scale = 1.0 / out.weight
         if clip_norm is not None:
             scale *= jnp.minimum(1.0, clip_norm / grad_norm)
@@ -113,20 +112,7 @@ def make_train_step(
         new_state = _update(state, grads, rate, optimizer, ema_decay)
         new_state = _guard(state, new_state, finite)
         more = {} if report is None else report(state.params, out.sums)
-        metrics = (
-            _means(out)
-            | more
-            | {
-                "loss": loss,
-                "loss_weight": out.weight,
-                "grad_norm": grad_norm,
-                "param_norm": optax.tree.norm(state.params),
-                "lr": rate,
-                "skipped": new_state.skipped,
-                "skipped_total": new_state.skipped_total,
-            }
-        )
-        return new_state, metrics
+        return new_state, _means(out) | more | _own_metrics(state, new_state, out, grad_norm, rate)
 
     return train_step
 
@@ -202,6 +188,19 @@ def _guard(old: TrainState, new: TrainState, finite) -> TrainState:
 
 
 RESERVED = ("loss", "loss_weight", "grad_norm", "param_norm", "lr", "skipped", "skipped_total")
+
+
+def _own_metrics(old: TrainState, new: TrainState, out: LossOutput, grad_norm, rate) -> Metrics:
+    """The metrics of the names in ``RESERVED``."""
+    return {
+        "loss": out.loss_sum / out.weight,
+        "loss_weight": out.weight,
+        "grad_norm": grad_norm,
+        "param_norm": optax.tree.norm(old.params),
+        "lr": rate,
+        "skipped": new.skipped,
+        "skipped_total": new.skipped_total,
+    }
 
 
 def _means(out: LossOutput) -> Metrics:

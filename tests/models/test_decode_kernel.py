@@ -93,7 +93,7 @@ def test_float8_cache():
 @pytest.mark.parametrize(
     "kind, implementation, message",
     [
-        (KINDS["mfa"], "pallas_tpu", "runs on platform tpu and this device is cpu"),
+        (KINDS["mfa"], "pallas_tpu", "needs a TPU, and this is compiled for cpu"),
         (MFA(4, 8), "pallas_tpu_interpret", "head width 8; .* multiples of 128"),
         (replace(KINDS["mfa"], position=Alibi()), "pallas_tpu_interpret", "no ALiBi"),
     ],

@@ -22,6 +22,7 @@ from step_jax.models.initialisation import Fixed
 from step_jax.models.layers import SwiGLU
 from step_jax.models.moe import Experts, MoE
 from step_jax.models.routing import Router
+from step_jax.ops import grouped_matmul
 from tests.models import small
 
 ROUTER = Router(
@@ -305,6 +306,32 @@ def test_active_parameters():
     expert = 3 * D * 16
     assert count(specs) == 9 * expert + D * 8
     assert count(specs, active=True) == 3 * expert + D * 8
+
+
+def test_the_configuration_names_the_grouped_matmul(monkeypatch):
+    c, used = replace(MIXTURE, router=ROUTERS["softmax"]), []
+    p = small.map_specs(lambda s: np.ones(s.shape, np.float32), c.specs(small.WIDTH, Fixed(0.1)))
+    x_BTD = np.ones((1, 3, small.WIDTH), np.float32)
+    for name in ("reference", "tiles"):
+        compute = grouped_matmul.IMPLEMENTATIONS[name]
+
+        def record(*args, name=name, compute=compute):
+            used.append(name)
+            return compute(*args)
+
+        monkeypatch.setitem(grouped_matmul.IMPLEMENTATIONS, name, record)
+
+    def apply(name):
+        ctx = Context(jnp.arange(3)[None], execution=small.execution(grouped_matmul=name))
+        return jax.eval_shape(lambda x: c.apply(p, x, ctx)[0], x_BTD)
+
+    for name, expected in (("auto", "tiles"), ("reference", "reference"), ("tiles", "tiles")):
+        used.clear()
+        apply(name)
+        assert used == [expected] * 3
+    for name, reason in (("pallas_gpu", "needs a Hopper GPU"), ("pallas_tpu", "needs a TPU")):
+        with pytest.raises(ConfigError, match=f"grouped matmul {name} cannot do this: it {reason}"):
+            apply(name)
 
 
 @pytest.mark.parametrize(

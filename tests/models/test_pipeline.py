@@ -213,7 +213,7 @@ def test_cached_and_recorded_calls_run_without_the_pipeline():
 
 def test_layers_outside_are_whole_and_those_inside_are_split():
     p = on(pipeline=4, expert=2).params(UNEVEN.specs())
-    assert p.groups[0][0].mlp.gate_DF.spec == PartitionSpec(None, None, None)
+    assert p.groups[0][0].mlp.gate_DF.spec == PartitionSpec(None, "expert", None)
     assert p.groups[1][0].attention.query_DNH.spec[0] == "pipeline"
 
 

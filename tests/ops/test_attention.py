@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import types
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,10 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
+from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, make_mesh
 from step_jax.ops import attention as ops
+from tests.devices import AMPERE, BLACKWELL, CPU, HOPPER, TPU
 from tests.models.small import run
 
 SCALE = 0.35
@@ -119,6 +122,52 @@ def test_xla_equals_reference_equals_definition(case):
         assert not np.any(o[-1]) and not any(np.any(g[-1]) for g in grads)
 
 
+@pytest.mark.parametrize("in_order", [True, False])
+def test_large_blocks_are_worked_off_in_parts(monkeypatch, in_order):
+    """Two blocks of 128 in three parts of 43 each, the last one filled up."""
+    rng = np.random.default_rng(5)
+    q, k, v, cotangent = inputs(rng, 2, 256, 256, 4, 2, 8, 8)
+    positions, segments = packed(rng, 2, 256, 3)
+    mask = ops.Mask(positions, positions, segments, segments, window=90, in_order=in_order)
+    f = forward_and_gradient("xla", mask)
+    whole = run(f, q, k, v, cotangent)
+    monkeypatch.setattr(ops, "MOST_ROWS", 48)
+    parts = run(forward_and_gradient("xla", mask), q, k, v, cotangent)
+    for got, expected in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        assert relative(got, expected) <= 1e-6
+
+
+def test_parts_within_a_shard_map(monkeypatch):
+    """With the check of what varies over the mesh."""
+    monkeypatch.setattr(ops, "MOST_ROWS", 48)
+    rng = np.random.default_rng(6)
+    arrays = inputs(rng, 2, 128, 128, 4, 2, 8, 8)
+    positions = np.arange(128, dtype=np.int32)[None]
+    f = forward_and_gradient("xla", ops.Mask(positions, positions, in_order=True))
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    cut = jax.shard_map(f, mesh=mesh, in_specs=(P("data"),) * 4, out_specs=P("data"))
+    rows = [run(f, *(a[i : i + 1] for a in arrays)) for i in range(2)]
+    expected = jax.tree.map(lambda a, b: np.concatenate([a, b]), *rows)
+    got = run(cut, *arrays)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert relative(a, b) <= 1e-6
+
+
+def test_memory_is_linear_in_the_tokens(monkeypatch):
+    """Twice the tokens take twice the memory once a block is larger than a part."""
+    monkeypatch.setattr(ops, "MOST_ROWS", 64)
+
+    def temporaries(tokens: int) -> int:
+        q, k, v, cotangent = (
+            jax.ShapeDtypeStruct((1, tokens, heads, 8), jnp.float32) for heads in (4, 1, 1, 4)
+        )
+        positions = np.arange(tokens, dtype=np.int32)[None]
+        f = forward_and_gradient("xla", ops.Mask(positions, positions, in_order=True))
+        return jax.jit(f).lower(q, k, v, cotangent).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(4096) < 2.2 * temporaries(2048)
+
+
 def test_blocks_do_not_need_to_know_the_order():
     """Without ``in_order`` every block sees all keys, and masks the later ones itself."""
     rng = np.random.default_rng(4)
@@ -213,13 +262,13 @@ def test_bad_requests_say_what_there_is():
     mask = ops.Mask(positions, positions)
     with pytest.raises(ValueError, match="4 query heads are not a multiple of 3"):
         ops.attention(q, k, v, mask, scale=1.0)
-    with pytest.raises(ValueError, match="'flash'.*auto, pallas_tpu, xla, reference"):
+    with pytest.raises(ValueError, match="'flash'.*auto, pallas_tpu, pallas_gpu, xla, reference"):
         ops.attention(q, k[:, :, :1], v[:, :, :1], mask, scale=1.0, implementation="flash")
 
 
-TPU = types.SimpleNamespace(platform="tpu", device_kind="TPU v6 lite")
-CPU = types.SimpleNamespace(platform="cpu", device_kind="cpu")
-PROBLEM = ops.Problem(256, 256, queries=4096, keys=4096, dtype="bfloat16", alibi=False)
+PROBLEM = ops.Problem(
+    256, 256, queries=4096, keys=4096, dtype="bfloat16", alibi=False, in_order=True
+)
 
 
 def test_auto_goes_by_the_devices_compiled_for():
@@ -227,6 +276,10 @@ def test_auto_goes_by_the_devices_compiled_for():
     assert ops.resolve("auto", PROBLEM, TPU) == "pallas_tpu"
     for change in ({"width": 100}, {"alibi": True}, {"dtype": "float16"}, {"queries": 1}):
         assert ops.resolve("auto", dataclasses.replace(PROBLEM, **change), TPU) == "xla"
+    assert set(typing.get_args(ops.Implementation)) == {"auto", *ops.IMPLEMENTATIONS}
+    for device in (HOPPER, BLACKWELL, AMPERE):  # the kernel has not been measured yet
+        assert ops.resolve("auto", PROBLEM, device) == "xla"
+    assert ops.resolve("pallas_gpu", PROBLEM, HOPPER) == "pallas_gpu"
     # one decoded token can be had on request, but is no use of the kernel
     assert ops.resolve("pallas_tpu", dataclasses.replace(PROBLEM, queries=1), TPU) == "pallas_tpu"
 
@@ -239,11 +292,19 @@ def test_auto_goes_by_the_devices_compiled_for():
         ({"width": 100}, TPU, "widths 100 .* and 256 .* not among 64, 128, 192, 256"),
         ({"dtype": "float16"}, TPU, "float16 is neither bfloat16 nor float32"),
         ({"alibi": True}, TPU, "no ALiBi"),
+        ({}, BLACKWELL, "needs a Hopper GPU .* compiled for gpu 10.0; use auto"),
+        ({}, AMPERE, "needs a Hopper GPU .* compiled for gpu 8.0; use auto"),
+        ({"width": 96, "value_width": 96}, HOPPER, "widths 96 .* same of 64, 128, 192, 256"),
+        ({"value_width": 128}, HOPPER, "widths 256 .* and 128 .* same of 64"),
+        ({"dtype": "float32"}, HOPPER, "float32 is not bfloat16"),
+        ({"alibi": True}, HOPPER, "no ALiBi"),
+        ({"in_order": False}, HOPPER, "the same tokens in order"),
     ],
 )
 def test_an_impossible_request_says_why(change, device, reason):
-    with pytest.raises(ValueError, match=f"pallas_tpu cannot do this: .*{reason}"):
-        ops.resolve("pallas_tpu", dataclasses.replace(PROBLEM, **change), device)
+    name = "pallas_gpu" if device.platform == "gpu" else "pallas_tpu"
+    with pytest.raises(ConfigError, match=f"{name} cannot do this: .*{reason}"):
+        ops.resolve(name, dataclasses.replace(PROBLEM, **change), device)
 
 
 def test_a_mask_of_other_rows_keeps_its_description():

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import typing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
+from step_jax.ops import cross_entropy as ops
 from step_jax.ops.cross_entropy import cross_entropy
+from tests.devices import AMPERE, BLACKWELL, CPU, HOPPER, TPU
 from tests.models.small import FAST_COMPILE, run
 
 Z = 3e-2
@@ -92,3 +97,17 @@ def test_a_mesh_that_does_not_divide_the_batch_is_an_error():
     x, w, targets, weights = problem(B=3)
     with pytest.raises(ValueError, match="2 x 4 pieces .* does not divide 3 x 16"):
         cross_entropy(x, w, targets, weights, sharding=sharding)
+
+
+def test_auto_is_chunked_everywhere_and_a_kernel_is_asked_for_by_name():
+    assert set(typing.get_args(ops.Implementation)) == {"auto", *ops.IMPLEMENTATIONS}
+    assert {ops.resolve("auto", d) for d in (None, CPU, TPU, HOPPER, BLACKWELL)} == {"chunked"}
+    assert ops.resolve("pallas_tpu", TPU) == "pallas_tpu"
+    assert ops.resolve("pallas_gpu", HOPPER) == "pallas_gpu"
+    for name, device, reason in (
+        ("pallas_gpu", BLACKWELL, "Hopper GPU .* compiled for gpu 10.0"),
+        ("pallas_gpu", AMPERE, "Hopper GPU .* compiled for gpu 8.0"),
+        ("pallas_tpu", HOPPER, "needs a TPU, and this is compiled for gpu"),
+    ):
+        with pytest.raises(ConfigError, match=f"cross-entropy {name} cannot do this: .*{reason}"):
+            ops.resolve(name, device)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from step_jax.core.errors import ConfigError
 from step_jax.ops import decode_attention as ops
 from step_jax.ops.rope import frequencies_F
+from tests.devices import AMPERE, BLACKWELL, CPU, HOPPER, TPU
 from tests.pallas_kernels.decode_oracle import Case, attention, paged
 
 
@@ -60,29 +60,26 @@ def test_reference_scales_and_slices():
 
 
 def test_auto_is_the_kernel_where_it_can_be():
-    cpu, tpu = (SimpleNamespace(platform=p) for p in ("cpu", "tpu"))
-    hopper, ampere = (SimpleNamespace(platform="gpu", compute_capability=c) for c in ("9.0", "8.0"))
-
     def choose(implementation, device, width=128, alibi=None, slots=64):
         q = jnp.zeros((1, 1, 4, width), jnp.bfloat16)
         cache = jnp.zeros((1, slots, 1, width), jnp.bfloat16)
         return ops.kernel(implementation, device, q, cache, cache, None, alibi)
 
-    assert choose("auto", cpu) is None
-    assert choose("auto", tpu) == "pallas_tpu"
-    assert choose("auto", tpu, width=64) is None
-    assert choose("auto", tpu, alibi="linear") is None
-    assert choose("xla", tpu) is None
-    assert choose("pallas_tpu", tpu) == "pallas_tpu"
-    assert choose("auto", hopper) == choose("pallas_gpu", hopper) == "pallas_gpu"
-    assert choose("auto", hopper, slots=32) is None
-    assert choose("auto", ampere) is None
-    with pytest.raises(ValueError, match="compute capability 9.0 .* is gpu 8.0"):
-        choose("pallas_gpu", ampere)
-    with pytest.raises(ValueError, match="this device is cpu"):
-        choose("pallas_gpu", cpu)
+    assert choose("auto", CPU) is None
+    assert choose("auto", TPU) == "pallas_tpu"
+    assert choose("auto", TPU, width=64) is None
+    assert choose("auto", TPU, alibi="linear") is None
+    assert choose("xla", TPU) is None
+    assert choose("pallas_tpu", TPU) == "pallas_tpu"
+    assert choose("auto", HOPPER) == choose("pallas_gpu", HOPPER) == "pallas_gpu"
+    assert choose("auto", HOPPER, slots=32) is None
+    assert choose("auto", AMPERE) is None
+    assert choose("auto", BLACKWELL) is None
+    for device, found in ((AMPERE, "gpu 8.0"), (BLACKWELL, "gpu 10.0"), (CPU, "cpu")):
+        with pytest.raises(ConfigError, match=f"capability 9.0.*compiled for {found}; use auto"):
+            choose("pallas_gpu", device)
     with pytest.raises(ValueError, match="no ALiBi"):
-        choose("pallas_gpu", hopper, alibi="linear")
+        choose("pallas_gpu", HOPPER, alibi="linear")
 
 
 def test_unknown_name():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,14 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from step_jax.core.errors import ConfigError
 from step_jax.ops import grouped_matmul as ops
+from tests.devices import BLACKWELL, CPU, HOPPER, TPU
 
 D, F = 8, 12
 
 
-ANYWHERE = [name for name in ops.IMPLEMENTATIONS if name not in ops.KERNEL_PLATFORMS]
+ANYWHERE = [name for name in ops.IMPLEMENTATIONS if not name.startswith("pallas")]
 
 
 def definition(x, w, sizes, cotangent):
@@ -144,10 +147,17 @@ def test_inside_shard_map_checkpoint_and_scan(name, check):
 
 
 def test_auto_follows_the_platform_compiled_for():
-    assert ops.resolve("auto", "cpu") == ops.resolve("auto", "gpu") == "tiles"
-    assert ops.resolve("auto") == "tiles"  # the tests' backend
-    assert ops.resolve("auto", "tpu") == "pallas_tpu"
-    assert ops.resolve("reference", "tpu") == "reference"
+    assert ops.resolve("auto") == ops.resolve("auto", CPU) == "tiles"  # the tests' backend
+    assert ops.resolve("auto", HOPPER) == ops.resolve("auto", BLACKWELL) == "tiles"
+    assert ops.resolve("auto", TPU) == "pallas_tpu"
+    assert ops.resolve("reference", TPU) == "reference"
+    assert ops.resolve("pallas_gpu", HOPPER) == "pallas_gpu"
+    with pytest.raises(ConfigError, match="pallas_gpu .*for gpu 10.0; use auto"):
+        ops.resolve("pallas_gpu", BLACKWELL)
+
+
+def test_every_implementation_can_be_configured():
+    assert set(typing.get_args(ops.Implementation)) == {"auto", *ops.IMPLEMENTATIONS}
 
 
 def test_what_does_not_fit_is_refused():
@@ -156,12 +166,12 @@ def test_what_does_not_fit_is_refused():
         ValueError, match="there are: auto, reference, tiles, ragged_dot, pallas_tpu, pallas_gpu"
     ):
         ops.grouped_matmul(x, w, sizes, implementation="dense")
-    with pytest.raises(ValueError, match="for TPUs, not for 'cpu'"):
+    with pytest.raises(ValueError, match="pallas_tpu .* needs a TPU, and this is compiled for cpu"):
         ops.grouped_matmul(x, w, sizes, implementation="pallas_tpu")
-    with pytest.raises(ValueError, match="for Hopper GPUs, not for 'cpu'"):
+    with pytest.raises(ValueError, match="pallas_gpu .* needs a Hopper GPU"):
         ops.grouped_matmul(x, w, sizes, implementation="pallas_gpu")
     with pytest.raises(ValueError, match="multiples of 128"):
-        ops.grouped_matmul(x, w, sizes, implementation="pallas_gpu", platform="gpu")
+        ops.grouped_matmul(x, w, sizes, implementation="pallas_gpu", device=HOPPER)
     with pytest.raises(ValueError, match=r"sizes \(E,\)"):
         ops.grouped_matmul(x, w, sizes[:1])
     with pytest.raises(ValueError, match="do not fit"):

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.tpu import aot
 from pallas_kernels.tpu import cross_entropy as kernel
-from step_jax.core.sharding import AXES, MeshConfig, Sharding, make_mesh
+from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
 from step_jax.ops import cross_entropy as ops
 from tests.ops.test_cross_entropy import Z, assert_close, full_logits, gradients, problem
-
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 
 
 @pytest.fixture
@@ -26,8 +24,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(
         kernel, "cross_entropy", functools.partial(kernel.cross_entropy, interpret=True)
     )
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(ops, "resolve", lambda name, platform: name)
+    monkeypatch.setattr(ops.kernels, "unsupported", lambda name, device: None)
     return functools.partial(ops.cross_entropy, z_loss=Z, implementation="pallas_tpu")
 
 
@@ -83,71 +80,59 @@ def test_what_is_not_supported_is_refused(interpreted, monkeypatch):
     with pytest.raises(ValueError, match="tensor axis"):
         interpreted(*args, sharding=sharding)
     wide = jax.ShapeDtypeStruct((16, 2**20), jnp.float32)
-    with pytest.raises(ValueError, match="width 1048576 do not fit"):
+    with pytest.raises(ValueError, match="width 1048576 do not fit .* of 58720256"):
         jax.eval_shape(kernel.log_likelihood, wide, jnp.zeros((2**20, 1)), jnp.zeros(16, int))
+    x_ND, w_DV, target_N, weight_N = (jnp.zeros(s) for s in ((4, 16), (16, 9), (4,), (4,)))
+    targets = target_N.astype(jnp.int32)
+    for arrays, message in (
+        ((x_ND, w_DV, targets[:3], weight_N), "expected hidden states"),
+        ((x_ND, w_DV[:8], targets, weight_N), "expected hidden states"),
+        ((x_ND.astype(jnp.float16), w_DV, targets, weight_N), "supports bfloat16 or float32"),
+        ((x_ND, w_DV, target_N, weight_N), "targets must be int32, got float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernel.cross_entropy(*arrays, z_loss=Z)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="for TPUs, not for 'cpu'"):
+    with pytest.raises(ValueError, match="pallas_tpu .* needs a TPU, and this is compiled for cpu"):
         ops.cross_entropy(*args, implementation="pallas_tpu")
-    with pytest.raises(ValueError, match="for Hopper GPUs, not for 'cpu'"):
+    with pytest.raises(ValueError, match="pallas_gpu .* needs a Hopper GPU"):
         ops.cross_entropy(*args, implementation="pallas_gpu")
     with pytest.raises(ValueError, match="there are: auto, chunked, pallas_tpu, pallas_gpu"):
         ops.cross_entropy(*args, implementation="full")
 
 
-def compile_on(chip, shape, axes, f, shapes, specs, monkeypatch):
-    """``f(mesh)`` compiled for the first devices of a topology that is not present."""
-    for key in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
-        monkeypatch.setitem(os.environ, key, "1")
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
-    devices = np.array(topology.devices[: np.prod(shape)]).reshape(shape)
-    mesh = Mesh(devices, axes, axis_types=(AxisType.Auto,) * len(axes))
-    args = [
-        jax.ShapeDtypeStruct(*s, sharding=NamedSharding(mesh, spec))
-        for s, spec in zip(shapes, specs, strict=True)
-    ]
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return jax.jit(f(mesh)).lower(*args).compile()
-
-
 @pytest.mark.aot
-def test_compiles_on_a_mesh(monkeypatch):
+def test_compiles_on_a_mesh(topology):
     """With the check of what varies over the mesh; the head's gradient crosses it once."""
     B, T, D, V = 2, 2048, 1024, 32768
     shapes = ((B, T, D), jnp.bfloat16), ((D, V), jnp.float32), ((B, T), jnp.int32)
     tokens = P("data", "context")
-    done = compile_on(
-        "v5p",
-        (1, 2, 1, 1, 2, 1),
-        AXES,
-        lambda mesh: gradients(
-            lambda *a: ops.cross_entropy(*a, implementation="pallas_tpu", sharding=Sharding(mesh))
-        ),
-        (*shapes, ((B, T), jnp.float32)),
-        (tokens, P(), tokens, tokens),
-        monkeypatch,
+    mesh = make_mesh(MeshConfig(data=2, context=2), topology("v5p:2x2x1").devices)
+    args = [
+        jax.ShapeDtypeStruct(*shape, sharding=NamedSharding(mesh, spec))
+        for shape, spec in zip(
+            (*shapes, ((B, T), jnp.float32)), (tokens, P(), tokens, tokens), strict=True
+        )
+    ]
+    loss = functools.partial(
+        ops.cross_entropy, implementation="pallas_tpu", sharding=Sharding(mesh)
     )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        done = jax.jit(gradients(loss)).lower(*args).compile()
     assert done.cost_analysis()["flops"] == pytest.approx(10 * B * T * D * V / 4, rel=2e-2)
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize(
     "chip,N,D,V",
-    [*((chip, 16384, 7168, 128815) for chip in TOPOLOGIES), ("v6e", 16384, 4096, 131072)],
+    [*((chip, 16384, 7168, 128815) for chip in aot.TOPOLOGIES), ("v6e", 16384, 4096, 131072)],
 )
-def test_compiles_for(chip, N, D, V, monkeypatch):
+def test_compiles_for(chip, N, D, V, topology):
     """Temporaries beside the head's copy in bfloat16: at most 1/50 of the float32 logits."""
-    shapes = ((N, D), jnp.bfloat16), ((D, V), jnp.float32), ((N,), jnp.int32), ((N,), jnp.float32)
-    done = compile_on(
-        chip,
-        (1,),
-        ("x",),
-        lambda mesh: gradients(lambda *a: kernel.cross_entropy(*a, Z)),
-        shapes,
-        (P(),) * 4,
-        monkeypatch,
-    )
+    with aot.arrays(chip) as array:
+        x_ND, w_DV = array("bfloat16", N, D), array("float32", D, V)
+        step = jax.jit(gradients(lambda *a: kernel.cross_entropy(*a, Z)))
+        done = step.lower(x_ND, w_DV, array("int32", N), array("float32", N)).compile()
     temporary = done.memory_analysis().temp_size_in_bytes
     print(f"{chip}: {temporary / 1e9:.2f} GB, float32 logits {4e-9 * N * V:.2f} GB")
     assert temporary <= 2 * D * V + 4 * N * V / 50

@@ -1,4 +1,4 @@
-"""The TPU decode kernel, interpreted, against float64 NumPy; what it reads; what it refuses."""
+"""The TPU decode kernel, interpreted, against float64 NumPy; what it reads."""
 
 from __future__ import annotations
 
@@ -14,31 +14,18 @@ from hypothesis import strategies as st
 
 from pallas_kernels import decode_plan
 from pallas_kernels.tpu import decode as kernel
-from tests.pallas_kernels.decode_oracle import Case, attention, frequency_F, paged
+from tests.pallas_kernels.decode_oracle import THETA, Case, attention, decoded, frequency_F, paged
 
-THETA = 10_000.0
 FLOAT32 = 2e-5  # of numbers around 1; angles of a few thousand radians are float32
 
 
 def run(case: Case, page: int | None = None, **kwargs):
     """(result of the kernel, of the oracle) as float64."""
-    q, k, v, positions, lengths = case.arrays()
-    theta = THETA if case.reuse else None
-    caches, table = (k, v), None
-    if page is not None:
-        caches, table = paged(caches, page)
-    call = functools.partial(
-        kernel.decode,
-        scale=case.width**-0.5,
-        frequency_F=None if theta is None else jnp.asarray(frequency_F(theta, case.width)),
-        page_table_BM=table,
-        interpret=True,
-        **kwargs,
-    )
-    got = jax.jit(call)(q, *caches, positions, lengths)
-    assert got.dtype == q.dtype
-    expected = attention(q, k, v, positions, lengths, case.width**-0.5, kwargs.get("window"), theta)
-    return np.asarray(got, np.float64), expected
+
+    def decode(*arrays, **options):
+        return jax.jit(functools.partial(kernel.decode, interpret=True, **options))(*arrays)
+
+    return decoded(decode, case, page=page, **kwargs)
 
 
 CASES = {
@@ -224,35 +211,3 @@ def test_copies_end_with_the_rows():
     lengths = (4000, 1, 0, 900)
     block = kernel.tiling(4096, 1, 256, jnp.bfloat16).block
     assert slots_read(lengths, 4096, block) == (4 + 1 + 0 + 1) * 1024
-
-
-# --- what is refused ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "message, changes",
-    [
-        ("head width 64; .* multiples of 128", {"width": 64}),
-        ("queries are float16; .* bfloat16, float32", {"dtype": np.float16}),
-        ("6 query heads are not a multiple of 4", {"heads": 6, "kv_heads": 4}),
-    ],
-)
-def test_refuses(message, changes):
-    q, k, v, positions, lengths = Case((3,), 64, **changes).arrays()
-    with pytest.raises(ValueError, match=message):
-        kernel.decode(q, k, v, positions, lengths, scale=1.0, interpret=True)
-
-
-def test_refuses_caches_it_cannot_read():
-    q, k, v, positions, lengths = Case((3,), 64).arrays()
-    decode = functools.partial(kernel.decode, scale=1.0, interpret=True)
-    with pytest.raises(ValueError, match="cache is int8; .* float8_e4m3fn"):
-        decode(q, k.astype(np.int8), v.astype(np.int8), positions, lengths)
-    with pytest.raises(ValueError, match="one width for all"):
-        decode(q, k, v[..., :64], positions, lengths)
-    with pytest.raises(ValueError, match="must be a multiple of 16"):
-        k = k.astype(ml_dtypes.bfloat16)
-        (k, v), table = paged((k, k), 8)
-        decode(q, k, v, positions, lengths, page_table_BM=table)
-    with pytest.raises(ValueError, match="whole width"):
-        decode(q, v[0][None], None, positions, lengths, frequency_F=jnp.ones(32))

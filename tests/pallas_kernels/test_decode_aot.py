@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels.tpu import decode as kernel
+from pallas_kernels.tpu.aot import TOPOLOGIES, arrays
 from tests.pallas_kernels.decode_oracle import frequency_F
 
 pytestmark = pytest.mark.aot
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 B, S = 16, 8192
 #: (query heads, key heads, width, cache dtype, keys reused, new tokens, page, splits)
 SHAPES = {
@@ -31,22 +27,9 @@ SHAPES = {
 
 
 def compiled(chip: str, shape: str):
-    from jax.experimental import topologies
-
-    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
-        os.environ.setdefault(name, "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     N, K, H, dtype, reuse, T, page, splits = SHAPES[shape]
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
-    mesh = Mesh(np.array(topology.devices[:1]), ("x",))
-
-    def array(dtype, *shape):
-        return jax.ShapeDtypeStruct(
-            shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, PartitionSpec())
-        )
-
     pages = None if page is None else S // page
-    cache = array(dtype, B, S, K, H) if page is None else array(dtype, B * pages, page, K, H)
+    cache_shape = (B, S, K, H) if page is None else (B * pages, page, K, H)
 
     def step(q, k, v, positions, lengths, table):
         return kernel.decode(
@@ -61,7 +44,8 @@ def compiled(chip: str, shape: str):
             splits=splits,
         )
 
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with arrays(chip) as array:
+        cache = array(dtype, *cache_shape)
         return (
             jax.jit(step)
             .lower(
@@ -78,7 +62,7 @@ def compiled(chip: str, shape: str):
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("chip", TOPOLOGIES)
-def test_compiles_without_copies_of_the_cache(chip, shape, record_property):
+def test_compiles_without_copies_of_the_cache(chip, shape, topology, record_property):
     """In 16 MiB of VMEM, the kernel's own limit; and what is kept beside the arguments is small."""
     memory = compiled(chip, shape).memory_analysis()
     record_property("temporary_bytes", memory.temp_size_in_bytes)

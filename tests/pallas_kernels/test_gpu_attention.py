@@ -14,6 +14,8 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels.gpu import attention
 from pallas_kernels.gpu.attention import bounds, head_groups, mfa_attention
+from step_jax.ops import attention as ops
+from tests import devices
 
 HOPPER = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 
@@ -174,7 +176,7 @@ def test_head_groups_divide_the_heads_and_fill_the_device():
         ({}, {"causal": False, "window": 3}, "need causal"),
         ({}, {"window": 0}, "at least 1"),
         ({}, {"segments_BT": jnp.ones((1, 64))}, "segments must be"),
-        ({}, {}, "need a Hopper GPU"),
+        ({}, {}, "attention cannot run: it needs a Hopper GPU"),
     ],
 )
 def test_refuses_what_it_does_not_support(shape, options, message):
@@ -187,3 +189,41 @@ def test_refuses_other_dtypes():
     q_BTNH, k_BSH, v_BSH, _ = random()
     with pytest.raises(ValueError, match="only bfloat16"):
         mfa_attention(q_BTNH.astype(jnp.float16), k_BSH, v_BSH, scale=1.0)
+
+
+@pytest.mark.parametrize("gradients", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_as_implementation_of_attention(monkeypatch, gradients):
+    """Several key heads, a window, packed documents with padding, no whole tiles."""
+    interpret = functools.partial(mfa_attention, interpret=plgpu.InterpretGPUParams())
+    monkeypatch.setattr(attention, "mfa_attention", interpret)
+    B, T, K, G, H = 1, 130, 2, 2, 64
+    rng = np.random.default_rng(0)
+    shapes = ((B, T, K * G, H), (B, T, K, H), (B, T, K, H), (B, T, K * G, H))
+    arrays = [jnp.asarray(rng.standard_normal(s), jnp.bfloat16) for s in shapes]
+    segments = np.repeat([0, 1, 2, 3, 0], (5, 70, 3, 40, 12))[None].astype(np.int32)
+    starts = np.repeat([0, 5, 75, 78, 118], (5, 70, 3, 40, 12))
+    positions = (np.arange(T) - starts)[None].astype(np.int32)
+    positions[:, :2] = -1
+    mask = ops.Mask(positions, positions, segments, segments, window=30, in_order=True)
+
+    def value(name, *arrays):
+        dtype = arrays[0].dtype if name == "pallas_gpu" else jnp.float32
+        q, k, v, do = (x.astype(dtype) for x in arrays)
+
+        def f(q, k, v):
+            return ops.attention(
+                q, k, v, mask, scale=0.2, implementation=name, device=devices.HOPPER
+            )
+
+        if not gradients:
+            return (f(q, k, v),)
+        o, pull = jax.vjp(f, q, k, v)
+        return o, *pull(do)
+
+    got = interpreted(functools.partial(value, "pallas_gpu"), *arrays)
+    expected = jax.jit(functools.partial(value, "reference"))(*arrays)
+    for a, b in zip(got, expected, strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= 1e-2 * np.linalg.norm(b)  # of bfloat16 results
+        nowhere = segments[0] == 0
+        assert not a[:, nowhere].any() and not b[:, nowhere].any()

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.gpu import common, tile_matmul
 from pallas_kernels.gpu import cross_entropy as kernel
-from pallas_kernels.gpu import tile_matmul
 from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
 from step_jax.ops import cross_entropy as ops
 from tests.pallas_kernels.test_gpu_attention import interpreted
@@ -96,8 +96,7 @@ def test_same_bits_in_every_run():
 
 def test_traces_on_a_mesh(monkeypatch):
     """With the check of what varies over the mesh."""
-    monkeypatch.setattr(kernel, "check_hopper", lambda: None)
-    monkeypatch.setattr(ops, "resolve", lambda name, platform: name)
+    monkeypatch.setattr(common, "unsupported", lambda device: None)
     sharding = Sharding(make_mesh(MeshConfig(data=2, context=2), jax.devices()[:4]))
     x, w, target, weight = problem(512, 64, 256)
     arrays = x.reshape(2, 256, 64), w, target.reshape(2, 256), weight.reshape(2, 256)
@@ -114,8 +113,8 @@ def test_traces_on_a_mesh(monkeypatch):
     [
         ((8, 48, 128), jnp.bfloat16, "width must be a multiple of 64"),
         ((8, 64, 200), jnp.bfloat16, "vocabulary of 128"),
-        ((8, 64, 128), jnp.float32, "only bfloat16"),
-        ((8, 64, 128), jnp.bfloat16, "need a Hopper GPU"),
+        ((8, 64, 128), jnp.float32, "are float32; the GPU kernel supports bfloat16"),
+        ((8, 64, 128), jnp.bfloat16, "cross-entropy cannot run: it needs a Hopper GPU"),
     ],
 )
 def test_refuses_what_it_does_not_support(shape, dtype, message):

@@ -1,9 +1,8 @@
-"""The Hopper decode kernel in the interpreter against float64 NumPy; what it refuses."""
+"""The Hopper decode kernel in the interpreter against float64 NumPy."""
 
 from __future__ import annotations
 
-import functools
-
+import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,10 +11,9 @@ import pytest
 
 from pallas_kernels import decode_plan
 from pallas_kernels.gpu import decode as kernel
-from tests.pallas_kernels.decode_oracle import Case, attention, frequency_F, paged, rotated
+from tests.pallas_kernels.decode_oracle import THETA, Case, attention, decoded, frequency_F, rotated
 from tests.pallas_kernels.test_gpu_attention import interpreted
 
-THETA = 10_000.0
 # Values around 1: weights, rotated keys and the result are each rounded to bfloat16.
 BFLOAT16 = 1e-2
 
@@ -23,30 +21,20 @@ BFLOAT16 = 1e-2
 def run(case: Case, page: int | None = None, float8: bool = False, **kwargs):
     """(result of the kernel, of the oracle) as float64."""
     case.dtype = ml_dtypes.bfloat16
-    q, k, v, positions, lengths = case.arrays()
-    if float8:
-        k, v = (None if c is None else c.astype(ml_dtypes.float8_e4m3fn) for c in (k, v))
-    theta = THETA if case.reuse else None
-    caches, table = (k, v), None
-    if page is not None:
-        caches, table = paged(caches, page)
-    call = functools.partial(
-        kernel.decode,
-        scale=case.width**-0.5,
-        frequency_F=None if theta is None else jnp.asarray(frequency_F(theta, case.width)),
-        **({"splits": 2, "interpret": plgpu.InterpretGPUParams()} | kwargs),
-    )
+    static = {"splits": 2, "interpret": plgpu.InterpretGPUParams()} | kwargs
 
-    def decode(q, k, positions, lengths, *rest):
-        rest = list(rest)
-        v = None if case.reuse else rest.pop(0)
-        return call(q, k, v, positions, lengths, page_table_BM=rest[0] if rest else None)
+    def decode(q, k, v, positions, lengths, page_table_BM, **options):
+        def call(arrays):
+            return kernel.decode(**arrays, **options | static)
 
-    rest = [jnp.asarray(x) for x in (caches[1], table) if x is not None]
-    got = interpreted(decode, *map(jnp.asarray, (q, caches[0], positions, lengths)), *rest)
-    assert got.dtype == q.dtype
-    expected = attention(q, k, v, positions, lengths, case.width**-0.5, kwargs.get("window"), theta)
-    return np.asarray(got, np.float64), expected
+        named = {
+            "q_BTNH": q, "k_cache": k, "v_cache": v, "positions_BT": positions,
+            "lengths_B": lengths, "page_table_BM": page_table_BM,
+        }  # fmt: skip
+        return interpreted(call, jax.tree.map(jnp.asarray, named))
+
+    cache_dtype = ml_dtypes.float8_e4m3fn if float8 else None
+    return decoded(decode, case, page=page, cache_dtype=cache_dtype, **kwargs)
 
 
 CASES = {
@@ -178,38 +166,3 @@ def test_partial_results_have_indices_of_their_own():
             min(e, start[b + 1]) - max(s, start[b]) for p, b in pairs for s, e in [split_P4[p, :2]]
         )
         assert items == start[-1]
-
-
-# --- what is refused ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("message", "changes"),
-    [
-        ("head width 64; .*128, 256", {"width": 64}),
-        ("queries are float32; .* bfloat16", {"dtype": np.float32}),
-        ("6 query heads are not a multiple of 4", {"heads": 6, "kv_heads": 4}),
-        ("32 slots; .* 64 at least", {"slots": 32}),
-    ],
-)
-def test_refuses(message, changes):
-    options = {"slots": 64, "dtype": ml_dtypes.bfloat16} | changes
-    q, k, v, positions, lengths = Case((3,), **options).arrays()
-    with pytest.raises(ValueError, match=message):
-        kernel.decode(q, k, v, positions, lengths, scale=1.0)
-
-
-def test_refuses_caches_it_cannot_read():
-    q, k, v, positions, lengths = Case((3,), 96, dtype=ml_dtypes.bfloat16).arrays()
-    decode = functools.partial(kernel.decode, scale=1.0)
-    with pytest.raises(ValueError, match="cache is float32; .* float8_e4m3fn"):
-        decode(q, k.astype(np.float32), v.astype(np.float32), positions, lengths)
-    with pytest.raises(ValueError, match="one width for all"):
-        decode(q, k, v[..., :64], positions, lengths)
-    with pytest.raises(ValueError, match="must agree"):
-        decode(q, k, v.astype(ml_dtypes.float8_e4m3fn), positions, lengths)
-    with pytest.raises(ValueError, match="pages of 24 slots"):
-        (k_pool, v_pool), table = paged((k, v), 24)
-        decode(q, k_pool, v_pool, positions, lengths, page_table_BM=table)
-    with pytest.raises(ValueError, match="whole width"):
-        decode(q, k, None, positions, lengths, frequency_F=jnp.ones(32))

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.gpu import grouped_matmul as kernel
 from pallas_kernels.gpu import tile_matmul
 from step_jax.ops import grouped_matmul as ops
+from tests.devices import HOPPER
 from tests.ops.test_grouped_matmul import assert_near, definition, inputs, value_and_gradients
 from tests.pallas_kernels.test_gpu_attention import interpreted
 
@@ -91,17 +92,16 @@ def test_visits_list_the_groups_of_each_tile():
         assert np.array_equal(group_E[first_I[i] : first_I[i] + count_I[i]], own)
 
 
-def test_traces_inside_a_shard_map(monkeypatch):
+def test_traces_inside_a_shard_map():
     mesh = Mesh(np.array(jax.devices()[:2]), ("x",), axis_types=(AxisType.Auto,))
     x, w, sizes, cotangent = inputs([20, 44], 128, dtype=jnp.bfloat16, D=128, F=128)
-    op = ops.IMPLEMENTATIONS["pallas_gpu"]
+    op = functools.partial(ops.grouped_matmul, implementation="pallas_gpu", device=HOPPER)
     f = jax.shard_map(
         functools.partial(value_and_gradients, op),
         mesh=mesh,
         in_specs=(P("x"), P(), P(), P("x")),
         out_specs=(P("x"), P("x"), P()),
     )
-    monkeypatch.setattr(kernel, "check_hopper", lambda: None)
     shapes = [a.shape for a in jax.eval_shape(f, x, w, sizes, cotangent)]
     assert shapes == [(128, 128), x.shape, w.shape]
 
@@ -111,9 +111,9 @@ def test_traces_inside_a_shard_map(monkeypatch):
     [
         ({"D": 64}, "multiples of 128"),
         ({"F": 200}, "multiples of 128"),
-        ({"dtype": np.float32}, "only bfloat16"),
+        ({"dtype": np.float32}, "float32; the GPU kernel supports, of both, bfloat16"),
         ({"rows": 0, "sizes": [0]}, "there are none"),
-        ({}, "need a Hopper GPU"),
+        ({}, "grouped matmul cannot run: it needs a Hopper GPU"),
     ],
 )
 def test_refuses_what_it_does_not_support(change, message):

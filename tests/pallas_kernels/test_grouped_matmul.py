@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.tpu import aot
 from pallas_kernels.tpu import grouped_matmul as kernel
 from tests.ops.test_grouped_matmul import assert_near, definition, inputs, value_and_gradients
 
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 interpreted = functools.partial(kernel.grouped_matmul, interpret=True)
 ROWS = 700  # two blocks, the second in part; parts of 128 rows
 
@@ -44,7 +41,7 @@ def test_equals_the_definition(sizes):
     assert not np.any(got[0][sum(sizes) :]) and not np.any(got[1][sum(sizes) :])
 
 
-@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("rows", [1, 7, 40, 100])
 def test_few_rows_and_odd_widths(rows):
     arrays = inputs([rows // 3, 0, rows // 2], rows, D=24, F=136)
     assert_near(value_and_gradients(interpreted, *arrays), definition(*arrays), 1e-6)
@@ -86,30 +83,36 @@ def test_blocks_that_do_not_fit_are_refused():
         jax.eval_shape(kernel.rows_by_matrices, x, wide, sizes)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": np.float16}, "float16; the TPU kernel supports, of both, bfloat16 or float32"),
+        ({"rows": 0, "sizes": [0]}, "there are none"),
+    ],
+)
+def test_refuses_what_it_does_not_support(change, message):
+    arguments = {"sizes": [3], "rows": 8, "dtype": jnp.bfloat16} | change
+    x, w, sizes, _ = inputs(**arguments)
+    with pytest.raises(ValueError, match=message):
+        kernel.grouped_matmul(x, w, sizes)
+    with pytest.raises(ValueError, match="sizes must be int32, got int8"):
+        kernel.grouped_matmul(*inputs([3], 8)[:2], sizes.astype(np.int8))
+
+
 @pytest.mark.aot
-@pytest.mark.parametrize("chip", TOPOLOGIES)
+@pytest.mark.parametrize("chip", aot.TOPOLOGIES)
 @pytest.mark.parametrize(
     "rows,D,F,E,dtype",
     [(16384, 7168, 5120, 16, jnp.bfloat16), (2048, 512, 1024, 8, jnp.float32),
-     (1000, 384, 200, 3, jnp.bfloat16)],
+     (1000, 384, 200, 3, jnp.bfloat16), (7, 512, 256, 4, jnp.bfloat16)],
 )  # fmt: skip
-def test_compiles_for(chip, rows, D, F, E, dtype, monkeypatch):
+def test_compiles_for(chip, rows, D, F, E, dtype, topology):
     """Rows and matrices of whole tiles are not copied; the compiler is told the operations."""
-    for key in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
-        monkeypatch.setitem(os.environ, key, "1")
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
-    mesh = Mesh(np.array(topology.devices[:1]), ("x",), axis_types=(AxisType.Auto,))
-    sharding = NamedSharding(mesh, P())
-    args = [
-        jax.ShapeDtypeStruct(shape, kind, sharding=sharding)
-        for shape, kind in (((rows, D), dtype), ((E, D, F), dtype), ((E,), jnp.int32),
-                            ((rows, F), dtype))
-    ]  # fmt: skip
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with aot.arrays(chip) as array:
         f = functools.partial(value_and_gradients, kernel.grouped_matmul)
-        done = jax.jit(f, out_shardings=sharding).lower(*args).compile()
+        x_MD, dy_MF = array(dtype, rows, D), array(dtype, rows, F)
+        lowered = jax.jit(f).lower(x_MD, array(dtype, E, D, F), array("int32", E), dy_MF)
+        done = lowered.compile()
     temporary = done.memory_analysis().temp_size_in_bytes
     print(f"{chip}: {temporary / 1e6:.2f} MB")
     # a width that is no multiple of 128 may be stored in another order, and is then copied

@@ -82,6 +82,29 @@ def test_what_is_not_supported_is_named(width, dtype, chip, reason):
         attention(q, k, k, positions, positions, pattern=Pattern(), scale=1.0, chip=chip)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"q": (1, 4, 256, 128)}, "expected queries"),
+        ({"k": (1, 1, 256, 64)}, "expected queries"),
+        ({"k": (2, 1, 256, 128)}, "expected queries"),
+        ({"q": (1, 1, 4, 0, 128)}, "none of them empty"),
+        ({"q_positions": (1, 128)}, r"positions and segments of the queries must be \(1, 256\)"),
+        ({"kv_positions": (1, 128)}, r"positions and segments of the keys must be \(1, 256\)"),
+        ({"q_segments": (1, 256)}, "go together"),
+        ({"q": (1, 1, 4, 128, 128), "q_positions": (1, 128)}, "the same tokens, got 128 and 256"),
+        ({"window": 0}, "window must be at least 1, got 0"),
+    ],
+)
+def test_arrays_that_do_not_fit_each_other_are_refused(change, reason):
+    shapes = {"q": (1, 1, 4, 256, 128), "k": (1, 1, 256, 128), "v": (1, 1, 256, 128)}
+    shapes |= {"q_positions": (1, 256), "kv_positions": (1, 256)} | change
+    pattern = Pattern(in_order=True, window=shapes.pop("window", None))
+    arrays = [np.zeros(s, np.float32 if n in "qkv" else np.int32) for n, s in shapes.items()]
+    with pytest.raises(ValueError, match=f"TPU attention: .*{reason}"):
+        attention(*arrays, pattern=pattern, scale=1.0, chip="TPU v5")
+
+
 def test_blocks_beyond_the_diagonal_and_the_window_are_no_candidates():
     q_C, kv_C = candidates(Pattern(window=200, in_order=True), 1024, 1024, 128, 128)
     assert set(zip(q_C, kv_C, strict=True)) == {

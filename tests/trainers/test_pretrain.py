@@ -143,6 +143,11 @@ def test_a_run_that_does_not_continue_the_checkpoint_is_refused(straight, capsys
         (["--model.vocab", "10"], "model.vocab is 10"),
         (["--optimizer.schedule.warmup-steps", "9"], "warm-up of 9 steps"),
         (["--data.path", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--execution.grouped-matmul", "dense"], "expected 'auto' or 'reference' or 'tiles'"),
+        (["--execution.grouped-matmul", "pallas_gpu"], "it needs a Hopper GPU (compute capability"),
+        (["--execution.loss", "pallas_gpu"], "cross-entropy pallas_gpu cannot do this"),
+        (["--execution.loss", "pallas_tpu"], "needs a TPU, and this is compiled for cpu; use auto"),
+        (["--execution.attention", "pallas_tpu"], "attention pallas_tpu cannot do this"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_in_words(tmp_path, text, capsys, flags, message):

@@ -142,7 +142,7 @@ def _gathered(q_BTNH, k_BSKH, v_BSKV, mask, ctx: Context, scale, bias):
     """Each device's queries against all keys of their rows."""
     sharding = ctx.sharding
     device = None if sharding is None else sharding.mesh.devices.flat[0]
-    problem = ops_attention.problem_of(q_BTNH, k_BSKH, v_BSKV, bias)
+    problem = ops_attention.problem_of(q_BTNH, k_BSKH, v_BSKV, mask, bias)
     name = ops_attention.resolve(ctx.execution.attention, problem, device)
 
     def compute(q_BTNH, k_BSKH, v_BSKV, mask):

@@ -1,0 +1,95 @@
+"""The Hopper kernels inside a model, on a mesh: traced with the check of what varies over it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from pallas_kernels.gpu import common
+from step_jax.core.errors import ConfigError
+from step_jax.core.sharding import MeshConfig, Sharding
+from step_jax.core.spec import is_spec
+from step_jax.models.attention import MFA, MHA
+from step_jax.models.decoder import Block, Decoder, Group
+from step_jax.models.layers import SwiGLU
+from step_jax.models.moe import Experts, MoE
+from step_jax.models.routing import Router
+from tests.models import small
+
+KERNELS = dict.fromkeys(("attention", "grouped_matmul", "loss"), "pallas_gpu")
+LAYERS = (
+    Block(MFA(4, 64, window=100), SwiGLU(128)),
+    Block(MHA(4, 64, kv_heads=2), MoE((Experts(4, 128),), Router(2))),
+)
+MODEL = Decoder(128, (Group(2, LAYERS),), vocab=256)
+
+
+def gradients(sharding, **changes):
+    step = small.loss_and_gradient(MODEL, sharding, **({"dtype": "bfloat16"} | KERNELS | changes))
+    p, batch = small.params(MODEL), small.packed_batch(rows=8, length=256, vocab=256)
+    return jax.make_jaxpr(step)(p, batch)
+
+
+@pytest.mark.parametrize("mesh", [{"data": 2, "expert": 2, "fsdp": 2}, {"data": 8}])
+def test_every_kernel_is_part_of_a_step(monkeypatch, mesh):
+    monkeypatch.setattr(common, "unsupported", lambda device: None)
+    text = str(gradients(small.on_mesh(**mesh)))
+    for kernel in (
+        "mfa_attention_forward", "mfa_attention_dq", "mfa_attention_dk_dv",
+        "grouped_matmul_rows", "grouped_matmul_matrices",
+        "cross_entropy_statistics", "cross_entropy_logits_gradient",
+    ):  # fmt: skip
+        assert kernel in text, kernel
+
+
+@pytest.mark.parametrize("operation", KERNELS)
+def test_another_device_is_refused(operation):
+    others = {"attention": "xla", "grouped_matmul": "tiles", "loss": "chunked"}
+    with pytest.raises(ConfigError, match="pallas_gpu cannot do this: it needs a Hopper GPU"):
+        gradients(None, **(others | {operation: "pallas_gpu"}))
+
+
+def test_a_context_axis_is_refused(monkeypatch):
+    monkeypatch.setattr(common, "unsupported", lambda device: None)
+    with pytest.raises(ConfigError, match="not with a context axis"):
+        gradients(small.on_mesh(context=2, data=4))
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("capability", "choices"),
+    [("major: 9 minor: 0", KERNELS), ("major: 10 minor: 0", {})],
+    ids=["Hopper by name", "Blackwell by auto"],
+)
+def test_a_step_compiles_for_eight_gpus_that_are_not_here(monkeypatch, capability, choices):
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        pytest.skip("needs jax-cuda13-plugin, jax-cuda13-pjrt and nvidia-cuda-nvcc")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    import gpu_compile
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("PATH", str(Path(gpu_compile.ptxas()).parent), prepend=os.pathsep)
+    target = gpu_compile.TARGET.replace("major: 9 minor: 0", capability)
+    devices = topologies.get_topology_desc(
+        platform="cuda", target_config=target, topology="1x8x1"
+    ).devices
+    sharding = Sharding.build(MeshConfig(data=2, fsdp=2, expert=2), devices)
+    specs, tokens = MODEL.specs(), sharding.named(("batch", "sequence"), (8, 256))
+    p = jax.tree.map(
+        lambda spec, layout: jax.ShapeDtypeStruct(spec.shape, np.float32, sharding=layout),
+        specs,
+        sharding.params(specs),
+        is_leaf=is_spec,
+    )
+    batch = {
+        k: jax.ShapeDtypeStruct((8, 256), v.dtype, sharding=tokens)
+        for k, v in small.packed_batch().items()
+    }
+    step = small.loss_and_gradient(MODEL, sharding, dtype="bfloat16", **choices)
+    text = jax.jit(step).lower(p, batch).compile().as_text()
+    assert ("mosaic_gpu" in text) == bool(choices)
