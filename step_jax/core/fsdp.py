@@ -92,6 +92,8 @@ def add_up(parts_RC, axes: Sequence[str | None], sharding: Sharding):
         for dimension, names in enumerate(stored):
             for name in (a for a in names if a in adding):
                 x = jax.lax.psum_scatter(x, name, scatter_dimension=dimension, tiled=True)
+                # libtpu 0.0.52 fails when it looks for sums to take out of the loop of microbatches
+                x = jax.lax.optimization_barrier(x)
                 done.add(name)
         rest = tuple(sorted(adding - done))
         return jax.lax.psum(x, rest) if rest else x

@@ -170,8 +170,11 @@ def test_what_does_not_fit_is_refused():
         ops.grouped_matmul(x, w, sizes, implementation="pallas_tpu")
     with pytest.raises(ValueError, match="pallas_gpu .* needs a Hopper GPU"):
         ops.grouped_matmul(x, w, sizes, implementation="pallas_gpu")
-    with pytest.raises(ValueError, match="multiples of 128"):
+    with pytest.raises(ValueError, match="float32; the GPU kernel supports, of both, bfloat16"):
         ops.grouped_matmul(x, w, sizes, implementation="pallas_gpu", device=HOPPER)
+    narrow = (a.astype(jnp.bfloat16) for a in (x, w))
+    with pytest.raises(ValueError, match="multiples of 128"):
+        ops.grouped_matmul(*narrow, sizes, implementation="pallas_gpu", device=HOPPER)
     with pytest.raises(ValueError, match=r"sizes \(E,\)"):
         ops.grouped_matmul(x, w, sizes[:1])
     with pytest.raises(ValueError, match="do not fit"):
