@@ -227,6 +227,15 @@ def sent(
         n = sharding.size(*axes)
         bytes_by[axes] += round_trips * nbytes * (n - 1) / n
 
+    def fsdp(w: _Weight, times: float, gathers: int, along: Axes):
+        """Gathered axis by axis, the gradient scattered so and summed over the rest (core.fsdp)."""
+        cut = [a for a in w.gathered if sharding.size(a) > 1]
+        nbytes = times * w.nbytes
+        for axis in cut:
+            send((axis,), nbytes, gathers + 1)
+            nbytes /= sharding.size(axis)
+        send(tuple(a for a in along if a not in cut), nbytes, 2)
+
     for b in _blocks(config.model, config.execution.dtype, sharding):
         turns, along, stretch = float(A * b.repeat), tokens, 1.0
         forwards = 1 if remat == "none" else 2
@@ -237,14 +246,12 @@ def sent(
             stretch = 1 / (1 - idle)
             forwards += remat != "none"
         for w in b.weights:
-            send(w.gathered, turns * w.nbytes, forwards)
-            if w.of_experts:  # scattered by hand, see models.moe
-                send(w.gathered, turns * w.nbytes, 1)
-                others = tuple(a for a in along if a not in ("expert", *w.gathered))
-                send(others, turns * w.nbytes / sharding.size(*w.gathered), 2)
-            else:  # the compiler scatters a sum only if all that add up keep a part
-                keep_parts = all(a in w.gathered for a in along if sharding.size(a) > 1)
-                send(along, turns * w.nbytes, 1 if keep_parts else 2)
+            if not w.of_experts:
+                fsdp(w, turns, forwards, along)
+                continue
+            send(w.gathered, turns * w.nbytes, forwards + 1)  # all axes at once, see models.moe
+            others = tuple(a for a in along if a not in ("expert", *w.gathered))
+            send(others, turns * w.nbytes / sharding.size(*w.gathered), 2)
         x = b.repeat * local_BT * stretch
         send(("context",), x * b.keys * sharding.size("context"), forwards + 1)
         send(("tensor",), x * D * itemsize, 2 * (3 + forwards))  # the last sum is not made again
@@ -253,9 +260,7 @@ def sent(
             bytes_by[axes] += nbytes
     for s in jax.tree.leaves(config.model.specs(), is_leaf=spec_lib.is_spec):
         if s.role in ("embedding", "head"):
-            w = _weight(s, sharding, itemsize)
-            send(w.gathered, A * w.nbytes, 1)
-            send(tokens, A * w.nbytes, 2)
+            fsdp(_weight(s, sharding, itemsize), A, 1, tokens)
     if pieces:  # hidden states to the neighbour and rows to their stage, there and back
         per_step = local_BT / A * sharding.size(pipeline.AXIS) / pieces * D * itemsize
         steps = pipeline.steps(sharding.size(pipeline.AXIS), sharding.rounds, pieces)

@@ -22,6 +22,7 @@ _VALUE = re.compile(
 )
 _RANGE = re.compile(r"^\s+(\S+?)\{([\d,]*)\}:(\d+)-(\d+)$")
 _BACKWARD = re.compile(r"transpose\(.*(dot_general|rematted_computation|pallas_call)")
+_PRODUCTS = ("dot", "convolution", "custom-call")
 _INDEXED = re.compile(r"^\s+(\d+):(\S+)$")
 
 
@@ -150,7 +151,7 @@ def analyse(
         i.name: i for c in module.computations.values() for i in c.instructions.values()
     }
     arguments = {n: i.op_name for n, i in module.computations[module.entry].parameters.items()}
-    classify = _Classifier(instructions, order, set(map(tuple, parameter_shapes)))
+    classify = _Classifier(module, instructions, order, set(map(tuple, parameter_shapes)))
     classes: dict[str, float] = dict.fromkeys(CLASSES, 0.0)
     classes["program"] = program_bytes
     buffers: list[Buffer] = []
@@ -241,15 +242,29 @@ def _buffer(group: list[Value], lives, classify: _Classifier) -> Buffer:
     return Buffer(_extent(group), largest.shape, source, classify(life))
 
 
+def _multiplies(module: Module, i: Instruction) -> bool:
+    """Whether an instruction is a product or a fusion with one in it."""
+    if i.opcode == "fusion":
+        inner = module.computations[i.calls("calls")[0]]
+        return any(_multiplies(module, part) for part in inner.instructions.values())
+    return i.opcode in _PRODUCTS
+
+
 class _Classifier:
     """What a value in temporary memory is for, from all the values in its place over its life."""
 
-    def __init__(self, instructions: dict[str, Instruction], order: list[str], shapes: set):
+    def __init__(
+        self, module: Module, instructions: dict[str, Instruction], order: list[str], shapes: set
+    ):
         self.instructions = instructions
         self.shapes = shapes
         # zeros to sum gradients in may be made long before: a product shows that it has begun
         self.backward = next(
-            (n for n, name in enumerate(order) if _BACKWARD.search(self._op_name(name))),
+            (
+                n
+                for n, name in enumerate(order)
+                if _BACKWARD.search(self._op_name(name)) and _multiplies(module, instructions[name])
+            ),
             len(order),
         )
 

@@ -161,8 +161,8 @@ def moved(
     if i.opcode == "fusion":
         fused = module.computations[i.calls("calls")[0]]
         under_way = {name for where, name in repeated if where == fused.name}
-        reads = sum(_read(fused, n, o, under_way) for n, o in enumerate(operands))
-        return reads + _written(fused, i, under_way)
+        reads = (min(_main(o), _read(module, fused, n, under_way)) for n, o in enumerate(operands))
+        return sum(reads) + _written(module, fused, i, under_way)
     if i.opcode == "dynamic-update-slice":
         return 2.0 * _main(operands[1])
     if i.opcode in _SLICES:
@@ -172,25 +172,28 @@ def moved(
     return sum(map(_main, operands)) + _main(i)
 
 
-def _read(fused: Computation, number: int, operand: Instruction, under_way: set[str]) -> float:
+def _read(module: Module, fused: Computation, number: int, under_way: Set[str]) -> float:
+    """Bytes that a fused computation reads of its parameter, those of slices alone if it slices."""
     parameter = fused.parameters.get(number)
-    if parameter is None:
-        return _main(operand)
-    users = [u for u in _real_users(fused, parameter) if u.name not in under_way]
-    if all(_is_partial(fused, u, parameter) for u in users):
-        parts = sum(u.nbytes for u in users if u.opcode in _SLICES)
-        return min(parts, _main(operand))
-    return _main(operand)
+    return 0.0 if parameter is None else _read_of(module, fused, parameter, under_way)
 
 
-def _real_users(fused: Computation, i: Instruction) -> list[Instruction]:
-    found = []
+def _read_of(module: Module, fused: Computation, i: Instruction, under_way: Set[str]) -> float:
+    total = 0.0
     for user in fused.users.get(i.name, []):
+        if user.name in under_way or _marks(user) or (user.root and user.opcode == "tuple"):
+            continue
         if user.opcode == "bitcast":
-            found += _real_users(fused, user)
-        elif not (user.root and user.opcode == "tuple") and not _marks(user):
-            found.append(user)
-    return found
+            total += _read_of(module, fused, user, under_way)
+        elif user.opcode == "fusion":  # fusions hold fusions on TPU
+            inner = module.computations[user.calls("calls")[0]]
+            places = (n for n, name in enumerate(user.operands) if name == i.name)
+            total += sum(_read(module, inner, n, frozenset()) for n in places)
+        elif user.opcode in _SLICES and user.operands[0] == i.name:
+            total += user.nbytes
+        elif user.opcode != "dynamic-update-slice" or user.operands[0] != i.name:
+            total += i.nbytes
+    return total
 
 
 def _marks(i: Instruction) -> bool:
@@ -207,7 +210,7 @@ def _is_partial(fused: Computation, user: Instruction, parameter: Instruction) -
     return first is parameter
 
 
-def _written(fused: Computation, fusion: Instruction, under_way: set[str]) -> float:
+def _written(module: Module, fused: Computation, fusion: Instruction, under_way: Set[str]) -> float:
     root = fused.root
     if _marks(root):
         made = [fused.instructions[n] for n in root.operands if n not in under_way]
@@ -221,8 +224,15 @@ def _written(fused: Computation, fusion: Instruction, under_way: set[str]) -> fl
             part = fused.instructions[part.operands[0]]
         if array.space or part.opcode == "parameter" or part.name in under_way:
             continue
-        if part.opcode == "dynamic-update-slice":
-            total += fused.instructions[part.operands[1]].nbytes
-        else:
-            total += array.nbytes
+        total += _update(module, fused, part) or array.nbytes
     return total
+
+
+def _update(module: Module, where: Computation, i: Instruction) -> float:
+    """Bytes of the update if an instruction writes one into an array that is there, else 0."""
+    while i.opcode == "bitcast":
+        i = where.instructions[i.operands[0]]
+    if i.opcode == "fusion":
+        inner = module.computations[i.calls("calls")[0]]
+        return _update(module, inner, inner.root)
+    return where.instructions[i.operands[1]].nbytes if i.opcode == "dynamic-update-slice" else 0.0

@@ -143,6 +143,35 @@ def test_stacked_layers_are_read_a_slice_at_a_time():
     assert stack <= traffic < 4 * stack  # whole stacks in each turn would be 16 times that
 
 
+def test_slice_inside_a_fusion_of_a_fusion_is_read_alone():
+    text = """HloModule m
+
+%slice (ws: f32[16,8,8], n: s32[]) -> f32[1,8,8] {
+  %ws = f32[16,8,8]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  ROOT %w = f32[1,8,8]{2,1,0} dynamic-slice(%ws, %n, %n, %n), dynamic_slice_sizes={1,8,8}
+}
+
+%outer (ws: f32[16,8,8], n: s32[], x: f32[1,8,8]) -> f32[1,8,8] {
+  %ws = f32[16,8,8]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %x = f32[1,8,8]{2,1,0} parameter(2)
+  %w = f32[1,8,8]{2,1,0} fusion(%ws, %n), kind=kLoop, calls=%slice
+  ROOT %y = f32[1,8,8]{2,1,0} add(%w, %x)
+}
+
+ENTRY %main (ws: f32[16,8,8], n: s32[], x: f32[1,8,8]) -> f32[1,8,8] {
+  %ws = f32[16,8,8]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %x = f32[1,8,8]{2,1,0} parameter(2)
+  ROOT %y = f32[1,8,8]{2,1,0} fusion(%ws, %n, %x), kind=kOutput, calls=%outer
+}
+"""
+    module = hlo.parse(text)
+    traffic = operations.count(module, {"main": 1.0}).traffic
+    assert traffic == pytest.approx(3 * 8 * 8 * 4, abs=16)  # indices are read as well
+
+
 # --- Collectives --------------------------------------------------------------------------------
 
 
