@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from pathlib import Path
@@ -19,6 +20,7 @@ from step_jax.models.decoder import Block, Decoder, Group
 from step_jax.models.layers import SwiGLU
 from step_jax.models.moe import Experts, MoE
 from step_jax.models.routing import Router
+from step_jax.ops import attention as ops
 from tests.models import small
 
 KERNELS = dict.fromkeys(("attention", "grouped_matmul", "loss"), "pallas_gpu")
@@ -60,13 +62,9 @@ def test_a_context_axis_is_refused(monkeypatch):
         gradients(small.on_mesh(context=2, data=4))
 
 
-@pytest.mark.aot
-@pytest.mark.parametrize(
-    ("capability", "choices"),
-    [("major: 9 minor: 0", KERNELS), ("major: 10 minor: 0", {})],
-    ids=["Hopper by name", "Blackwell by auto"],
-)
-def test_a_step_compiles_for_eight_gpus_that_are_not_here(monkeypatch, capability, choices):
+@pytest.fixture
+def gpus(monkeypatch):
+    """Compute capability, as "9.0", and number to GPUs that can be compiled for without them."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         pytest.skip("needs jax-cuda13-plugin, jax-cuda13-pjrt and nvidia-cuda-nvcc")
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
@@ -74,11 +72,25 @@ def test_a_step_compiles_for_eight_gpus_that_are_not_here(monkeypatch, capabilit
     from jax.experimental import topologies
 
     monkeypatch.setenv("PATH", str(Path(gpu_compile.ptxas()).parent), prepend=os.pathsep)
-    target = gpu_compile.TARGET.replace("major: 9 minor: 0", capability)
-    devices = topologies.get_topology_desc(
-        platform="cuda", target_config=target, topology="1x8x1"
-    ).devices
-    sharding = Sharding.build(MeshConfig(data=2, fsdp=2, expert=2), devices)
+
+    def devices(capability: str, count: int):
+        major, minor = capability.split(".")
+        target = gpu_compile.TARGET.replace("major: 9 minor: 0", f"major: {major} minor: {minor}")
+        return topologies.get_topology_desc(
+            platform="cuda", target_config=target, topology=f"1x{count}x1"
+        ).devices
+
+    return devices
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("capability", "choices"),
+    [("9.0", KERNELS), ("10.0", {})],
+    ids=["Hopper by name", "Blackwell by auto"],
+)
+def test_a_step_compiles_for_eight_gpus_that_are_not_here(gpus, capability, choices):
+    sharding = Sharding.build(MeshConfig(data=2, fsdp=2, expert=2), gpus(capability, 8))
     specs, tokens = MODEL.specs(), sharding.named(("batch", "sequence"), (8, 256))
     p = jax.tree.map(
         lambda spec, layout: jax.ShapeDtypeStruct(spec.shape, np.float32, sharding=layout),
@@ -93,3 +105,27 @@ def test_a_step_compiles_for_eight_gpus_that_are_not_here(monkeypatch, capabilit
     step = small.loss_and_gradient(MODEL, sharding, dtype="bfloat16", **choices)
     text = jax.jit(step).lower(p, batch).compile().as_text()
     assert ("mosaic_gpu" in text) == bool(choices)
+
+
+@pytest.mark.aot
+def test_attention_without_a_kernel_takes_memory_that_is_linear_in_the_tokens(gpus):
+    (device,) = gpus("10.0", 1)
+    place = jax.sharding.SingleDeviceSharding(device)
+
+    def temporaries(tokens: int) -> int:
+        def step(q_BTNH, k_BSKH, v_BSKH, do_BTNH, positions_BT):
+            mask = ops.Mask(positions_BT, positions_BT, in_order=True)
+            attend = functools.partial(ops.attention, mask=mask, scale=0.1, device=device)
+            return jax.vjp(attend, q_BTNH, k_BSKH, v_BSKH)[1](do_BTNH)
+
+        arrays = [
+            jax.ShapeDtypeStruct((1, tokens, heads, 128), "bfloat16", sharding=place)
+            for heads in (16, 1, 1, 16)
+        ]
+        positions = jax.ShapeDtypeStruct((1, tokens), "int32", sharding=place)
+        done = jax.jit(step).lower(*arrays, positions).compile()
+        return done.memory_analysis().temp_size_in_bytes
+
+    taken = {tokens: temporaries(tokens) for tokens in (8192, 32768)}
+    print({tokens: f"{n / 2**20:.0f} MiB" for tokens, n in taken.items()})
+    assert taken[32768] <= 4.2 * taken[8192]
