@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from step_jax.core.sharding import GATHERED_AXES, MeshAxes, Sharding
+from step_jax.core.sharding import GATHERED_AXES, MeshAxes, Sharding, axes_of_entry
 
 OUTER, INNER = "fsdp_outer", "fsdp_inner"
 
@@ -151,12 +151,8 @@ def _folded(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices.reshape(shape), tuple(names), axis_types=types)
 
 
-def _names(entry: str | MeshAxes | None) -> MeshAxes:
-    return () if entry is None else (entry,) if isinstance(entry, str) else entry
-
-
 def _on(mesh: Mesh, entry: str | MeshAxes | None) -> MeshAxes:
     """An entry of a PartitionSpec on a mesh that may be folded, without axes of one device."""
     parts = {} if "fsdp" in mesh.axis_names else {"fsdp": (OUTER, INNER)}
-    names = (part for a in _names(entry) for part in parts.get(a, (a,)))
+    names = (part for a in axes_of_entry(entry) for part in parts.get(a, (a,)))
     return tuple(a for a in names if mesh.shape[a] > 1)

@@ -165,6 +165,11 @@ DEFAULT_RULES: tuple[tuple[str, MeshAxes], ...] = (
 )
 
 
+def axes_of_entry(entry: str | MeshAxes | None) -> MeshAxes:
+    """The mesh axes that an entry of a PartitionSpec names."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
 #: Logical axes of parameters that are whole while a layer computes (see ``models.stack.gather``).
 GATHERED_AXES = ("embed", "rank")
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from step_jax.core import spec as spec_lib
 from step_jax.core.hardware import has_ragged_all_to_all
-from step_jax.core.sharding import GATHERED_AXES, Sharding
+from step_jax.core.sharding import GATHERED_AXES, Sharding, axes_of_entry
 from step_jax.models import pipeline
 from step_jax.models.context import Execution
 from step_jax.models.expert_parallel import rows_needed
@@ -66,13 +66,13 @@ class _Block:
         return sum(w.nbytes for w in self.weights)
 
 
-def _axes(entry) -> Axes:
-    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-
-
 def _weight(s: spec_lib.ParamSpec, sharding: Sharding, itemsize: int) -> _Weight:
     spec = sharding.spec(s.axes, s.shape)
-    cut = [_axes(entry) for name, entry in zip(s.axes, spec, strict=True) if name in GATHERED_AXES]
+    cut = [
+        axes_of_entry(entry)
+        for name, entry in zip(s.axes, spec, strict=True)
+        if name in GATHERED_AXES
+    ]
     whole = [None if a in GATHERED_AXES else a for a in s.axes]
     local = sharding.named(whole, s.shape).shard_shape(s.shape)
     return _Weight(math.prod(local) * itemsize, sum(cut, ()), "experts" in s.axes)
