@@ -154,6 +154,7 @@ def memory(config: PretrainConfig, sharding: Sharding, rows: int) -> dict[str, f
         "gradients": parameters + copies,
         "activations": activations,
         "temporaries": temporaries,
+        "gaps": 0.0,
         "program": 0.0,
     }
 

@@ -14,7 +14,15 @@ from dataclasses import dataclass
 
 from step_jax.planning.hlo import Array, Instruction, Module, arrays
 
-CLASSES = ("parameters", "optimizer", "gradients", "activations", "temporaries", "program")
+CLASSES = (
+    "parameters",
+    "optimizer",
+    "gradients",
+    "activations",
+    "temporaries",
+    "gaps",
+    "program",
+)
 
 _ALLOCATION = re.compile(r"^allocation (\d+): size (\d+),? ?(.*)$")
 _VALUE = re.compile(
@@ -137,6 +145,7 @@ def analyse(
     live_range: str,
     parameter_shapes: Iterable[tuple[int, ...]],
     program_bytes: float = 0.0,
+    compiler: float | None = None,
 ) -> Memory:
     """Sorts a program's memory into classes.
 
@@ -145,6 +154,7 @@ def analyse(
       assignment, live_range: see ``parse_assignment``.
       parameter_shapes: a device's piece of every parameter of the model.
       program_bytes: size of the program itself, which lies in the same memory.
+      compiler: the compiler's own total; None (it gave up) for that of its assignment.
     """
     allocations, order = parse_assignment(assignment, live_range)
     instructions = {
@@ -159,6 +169,8 @@ def analyse(
         if a.temporary:
             lives = _lives(a.values)
             found = [_buffer(group, lives, classify) for group in _fullest(a.values)]
+            # where nothing lies at that moment, since what is made later would not fit elsewhere
+            classes["gaps"] += a.nbytes - sum(b.nbytes for b in found)
         else:
             source = arguments.get(a.parameter, "") if a.parameter is not None else "result"
             shape = a.values[0].shape if a.values else ""
@@ -166,7 +178,8 @@ def analyse(
         for buffer in found:
             classes[buffer.kind] += buffer.nbytes
         buffers += found
-    compiler = sum(a.nbytes for a in allocations) + program_bytes
+    if compiler is None:
+        compiler = sum(a.nbytes for a in allocations) + program_bytes
     buffers.sort(key=lambda b: -b.nbytes)
     given = sum(a.nbytes for a in allocations if a.parameter is not None)
     return Memory(classes, compiler, given, tuple(buffers))

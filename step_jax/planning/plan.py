@@ -127,6 +127,7 @@ def take_stock(
         program.live_range,
         program.local_parameter_shapes,
         program.code_bytes,
+        program.memory_bytes,
     )
     bound = roofline.bound(ops, sent, topology, mesh, config.execution.dtype)
     pieces, bubble = estimate.bubble(config, program.sharding, program.rows)

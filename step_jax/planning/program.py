@@ -23,6 +23,7 @@ from step_jax.trainers.pretrain import (
     optimizer_and_state,
     with_vocabulary,
 )
+from step_jax.training import device_memory
 from step_jax.training.state import TrainState
 
 
@@ -34,6 +35,7 @@ class Program:
       state_like: see ``abstract_state``.
       hlo_text, assignment, live_range: what XLA dumped of the optimised program.
       code_bytes: of the program itself; 0 if it does not fit.
+      memory_bytes: what the compiler says that the program takes in all; None if it does not fit.
       compile_seconds: CPU seconds of tracing, lowering and compiling.
       overflow: the compiler's message if the program needs more memory than there is, else "".
     """
@@ -45,6 +47,7 @@ class Program:
     assignment: str
     live_range: str
     code_bytes: float
+    memory_bytes: int | None
     compile_seconds: float
     overflow: str = ""
 
@@ -101,19 +104,31 @@ def compile_program(config: PretrainConfig, topology: Topology) -> Program:
     rows = rows_of(config, sharding)
     start = time.process_time()
     optimizer, state_like = optimizer_and_state(config, sharding, rows)
-    overflow, code_bytes = "", 0.0
+    overflow, code_bytes, memory_bytes = "", 0.0, None
     with _dump() as folder:
         options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
         try:
             compiled = compile_step(config, optimizer, sharding, state_like, rows, options)
             code_bytes = float(compiled.memory_analysis().generated_code_size_in_bytes)
+            memory_bytes = device_memory.needed(compiled)
         except jax.errors.JaxRuntimeError as error:
             if out_of_memory(str(error)) is None:
                 raise
             overflow = str(error)
         seconds = time.process_time() - start
         hlo, assignment, live = (_read(folder, name) for name in _FILES)
-    return Program(sharding, rows, state_like, hlo, assignment, live, code_bytes, seconds, overflow)
+    return Program(
+        sharding,
+        rows,
+        state_like,
+        hlo,
+        assignment,
+        live,
+        code_bytes,
+        memory_bytes,
+        seconds,
+        overflow,
+    )
 
 
 _FILES = ("after_optimizations.txt", "-buffer-assignment.txt", "-live-range.txt")

@@ -15,7 +15,7 @@ from step_jax.training.console import Console, duration, si
 from step_jax.training.device_memory import DoesNotFit
 
 #: Okabe-Ito, which colour-blind readers can tell apart.
-_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#999999")
+_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#999999")
 _INK, _MUTED = "#222222", "#6b7280"
 
 

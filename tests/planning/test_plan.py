@@ -70,7 +70,8 @@ def test_memory_classes_against_shapes_and_the_compiler(plan):
     assert state <= plan.memory["parameters"] < 1.5 * state
     assert plan.memory["optimizer"] == pytest.approx(2 * plan.memory["parameters"], rel=0.05)
     assert plan.memory["gradients"] > 0
-    assert plan.memory_total <= plan.memory_compiler
+    assert plan.memory_total == pytest.approx(plan.memory_compiler, rel=1e-3)
+    assert plan.memory["gaps"] >= 0
     inputs_of_layers = 4 * (16 / 4) * 128 * 128 * 4
     kept = [b["nbytes"] for b in plan.buffers if b["kind"] == "activations"]
     assert max(kept) == inputs_of_layers  # beside them what the loss keeps
