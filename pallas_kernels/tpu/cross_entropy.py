@@ -23,7 +23,9 @@ from pallas_kernels import rules
 
 LANES = 128
 CHUNK = 4096  # of the width: what is compiled is a product of one chunk
-VMEM_BYTES = 56 * 2**20  # for blocks, of the 64 MiB of v5p and tpu7x (v5e and v6e: 128)
+BLOCKS = ((512, 512), (512, 256), (256, 256), (256, 128), (128, 128))  # tokens, words
+COLUMNS = 9  # a kernel holds at most, buffers of both of a pair counted
+VMEM_BYTES = 60 * 2**20  # of the 64 MiB of v5p and tpu7x (v5e and v6e: 128)
 VMEM_LIMIT = 62 * 2**20
 
 
@@ -249,15 +251,16 @@ def _call(
     )(x_ND, w, *columns)
 
 
-def _blocks(N: int, D: int, V: int, need):
-    """(T, v): the largest blocks with ``need(T, v)`` bytes on chip.
+def _blocks(N: int, D: int, V: int, need, sizes=BLOCKS):
+    """(T, v): the first of ``sizes`` with ``need(T, v)`` bytes on chip.
 
     Raises:
       ValueError: no blocks fit.
     """
-    for T, v in ((512, 512), (512, 256), (256, 256), (256, 128), (128, 128)):
+    for T, v in sizes:
         T, v = min(T, pl.cdiv(N, 16) * 16), min(v, V)
-        bytes_needed = need(T, v) + 4 * T * v
+        # a column of one number a token takes whole lanes; five arrays of logits live at once
+        bytes_needed = need(T, v) + COLUMNS * 4 * LANES * T + 5 * 4 * T * v
         if bytes_needed <= VMEM_BYTES:
             return T, v
     raise ValueError(
@@ -288,7 +291,10 @@ def log_likelihood(x_ND, w_DV, target_N, *, interpret: bool = False):
       ValueError: a width whose blocks do not fit the on-chip memory.
     """
     (N, D), V, size = x_ND.shape, w_DV.shape[1], x_ND.dtype.itemsize
-    blocks = _blocks(N, D, V, lambda T, v: 2 * size * D * (T + v))
+    # The matrix is read once for every block of tokens. With 512 of them a v6e, which does 560
+    # operations a byte, would wait for it.
+    sizes = ((1024, 512), *BLOCKS)
+    blocks = _blocks(N, D, V, lambda T, v: 2 * size * D * (T + v), sizes)
     x_ND, columns = _padded(x_ND, [target_N], blocks[0])
     w = w_DV.T if _by_words(V) else w_DV
     column = (("N", 1), jnp.float32)
