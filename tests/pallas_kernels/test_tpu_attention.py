@@ -15,6 +15,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu import splash_attention
 
 from pallas_kernels.tpu.attention import attention
 from pallas_kernels.tpu.block_sizes import BackwardSizes, ForwardSizes
@@ -199,6 +200,42 @@ def test_bfloat16_is_as_near_as_bfloat16_is():
     pattern = Pattern(in_order=True)
     got = check(inputs, (in_a_row(1, T),) * 2, NONE, pattern, scale=1 / 16, bound=1e-2)
     assert got[0].dtype == got[2].dtype == got[3].dtype == jnp.bfloat16
+
+
+def splash(q, k, v, do):
+    """(o, dq, dk, dv) of JAX's own kernel for TPUs, causal, for scaled queries."""
+    G, T = q.shape[2:4]
+    mask = splash_attention.MultiHeadMask([splash_attention.CausalMask((T, T))] * G)
+    names = "block_q block_kv block_kv_compute block_q_dkv block_kv_dkv block_kv_dkv_compute"
+    sizes = dict.fromkeys([*names.split(), "block_q_dq", "block_kv_dq"], 128)
+    kernel = splash_attention.make_splash_mqa_single_device(
+        mask, block_sizes=splash_attention.BlockSizes(**sizes), interpret=True
+    )
+    o, back = jax.vjp(lambda *a: jax.vmap(jax.vmap(kernel))(*a), q, k, v)
+    return o, *back(do)
+
+
+@pytest.mark.parametrize("width", [128, 256])
+def test_errors_in_bfloat16_beside_splash_attention(width):
+    """Root mean square errors at most 1.5 times those of the public kernel."""
+    T, G, pattern = 512, 4, Pattern(in_order=True)
+    q, k, v, do = arrays(16, 1, 1, G, T, T, width, width, jnp.bfloat16)
+    q *= 0.25  # a power of two: both kernels see the same scores, splash without a scale of its own
+    positions = (in_a_row(1, T),) * 2
+    o, _, *gradients = computed(q, k, v, do, positions, NONE, pattern, 1.0)
+    exact, _, *exact_gradients = definition(q, k, v, do, positions, NONE, pattern, 1.0)
+    theirs = run(splash, q, k, v, do)
+    for name, ours, their, truth in zip(
+        ("o", "dq", "dk", "dv"),
+        (o, *gradients),
+        theirs,
+        (exact, *exact_gradients),
+        strict=True,
+    ):
+        error, bound = (
+            np.sqrt(np.mean((np.asarray(x, np.float64) - truth) ** 2)) for x in (ours, their)
+        )
+        assert error <= 1.5 * bound, (name, error / bound)
 
 
 def test_the_log_sum_exp_has_a_gradient():
