@@ -103,6 +103,21 @@ def loss_and_gradient(c: Decoder, sharding: Sharding | None = None, z_loss=1e-2,
     return jax.value_and_grad(loss)
 
 
+def abstract(c: Decoder, sharding: Sharding, tokens: int):
+    """(params, packed batch of 8 rows) as shapes on a mesh of devices that need not be here."""
+    of_tokens = sharding.named(("batch", "sequence"), (8, tokens))
+
+    def parameter(s):
+        layout = sharding.named(s.axes, s.shape)
+        return jax.ShapeDtypeStruct(s.shape, np.float32, sharding=layout)
+
+    shapes = {
+        k: jax.ShapeDtypeStruct((8, tokens), v.dtype, sharding=of_tokens)
+        for k, v in packed_batch().items()
+    }
+    return map_specs(parameter, c.specs()), shapes
+
+
 def on_mesh(ring: bool = False, **axes) -> Sharding:
     return Sharding(make_mesh(MeshConfig(**axes)), ring=ring)
 

@@ -8,13 +8,11 @@ import os
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 
 from pallas_kernels.gpu import common
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
-from step_jax.core.spec import is_spec
 from step_jax.models.attention import MFA, MHA
 from step_jax.models.decoder import Block, Decoder, Group
 from step_jax.models.layers import SwiGLU
@@ -91,17 +89,7 @@ def gpus(monkeypatch):
 )
 def test_a_step_compiles_for_eight_gpus_that_are_not_here(gpus, capability, choices):
     sharding = Sharding.build(MeshConfig(data=2, fsdp=2, expert=2), gpus(capability, 8))
-    specs, tokens = MODEL.specs(), sharding.named(("batch", "sequence"), (8, 256))
-    p = jax.tree.map(
-        lambda spec, layout: jax.ShapeDtypeStruct(spec.shape, np.float32, sharding=layout),
-        specs,
-        sharding.params(specs),
-        is_leaf=is_spec,
-    )
-    batch = {
-        k: jax.ShapeDtypeStruct((8, 256), v.dtype, sharding=tokens)
-        for k, v in small.packed_batch().items()
-    }
+    p, batch = small.abstract(MODEL, sharding, 256)
     step = small.loss_and_gradient(MODEL, sharding, dtype="bfloat16", **choices)
     text = jax.jit(step).lower(p, batch).compile().as_text()
     assert ("mosaic_gpu" in text) == bool(choices)

@@ -12,7 +12,6 @@ import pytest
 
 from pallas_kernels.tpu import attention as kernels
 from step_jax.core.sharding import MeshConfig, Sharding
-from step_jax.core.spec import is_spec
 from step_jax.models.attention import MFA, MHA
 from step_jax.ops import attention as ops
 from tests.models import small
@@ -75,17 +74,7 @@ def test_auto_compiles_for_a_topology_that_is_not_here(topology):
     """Forward and backward kernels, in ``shard_map`` over every kind of mesh axis."""
     sharding = Sharding.build(MeshConfig(fsdp=-1, context=2, tensor=2), topology("v6e:4x2").devices)
     c = small.decoder(MFA(4, 128), width=256, repeat=2)
-    specs, tokens = c.specs(), sharding.named(("batch", "sequence"), (8, 1024))
-    p = jax.tree.map(
-        lambda spec, layout: jax.ShapeDtypeStruct(spec.shape, np.float32, sharding=layout),
-        specs,
-        sharding.params(specs),
-        is_leaf=is_spec,
-    )
-    batch = {
-        k: jax.ShapeDtypeStruct((8, 1024), v.dtype, sharding=tokens)
-        for k, v in small.packed_batch().items()
-    }
+    p, batch = small.abstract(c, sharding, 1024)
     step = small.loss_and_gradient(c, sharding, dtype="bfloat16")
     text = jax.jit(step).lower(p, batch).compile().as_text()
     assert "attention_forward" in text and "attention_backward" in text
