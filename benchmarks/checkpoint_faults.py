@@ -47,7 +47,7 @@ def measure_saves(directory: Path, megabytes: float) -> None:
     import jax
 
     before = cpu_s()
-    from step_jax.training.checkpoint import CheckpointConfig, Checkpointer
+    from step_jax.checkpoint import CheckpointConfig, Checkpointer
 
     imports = cpu_s() - before
     leaves, width = 24, 512
@@ -79,7 +79,7 @@ def measure_saves(directory: Path, megabytes: float) -> None:
 
 
 def measure_hash(directory: Path) -> None:
-    from step_jax.training.checkpoint.manifest import hash_files
+    from step_jax.checkpoint.manifest import hash_files
 
     path = directory / "block"
     path.write_bytes(os.urandom(256 << 20))
@@ -92,8 +92,8 @@ def measure_hash(directory: Path) -> None:
 
 
 def count_faults(directory: Path, flips: int, seed: int) -> None:
-    from step_jax.training.checkpoint import verify
-    from step_jax.training.checkpoint.manifest import (
+    from step_jax.checkpoint import verify
+    from step_jax.checkpoint.manifest import (
         MANIFEST,
         committed_steps,
         list_files,
@@ -169,7 +169,7 @@ def main() -> None:
 def save_small(directory: Path) -> None:
     import jax
 
-    from step_jax.training.checkpoint import Checkpointer
+    from step_jax.checkpoint import Checkpointer
 
     state = {n: jax.random.normal(jax.random.key(0), *x) for n, x in SMALL.items()}
     with Checkpointer(directory, on_event=lambda e: None) as saver:

@@ -18,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from step_jax.models.attention import MFA
 from step_jax.models.context import Context, Execution
-from step_jax.models.decoder import Block, Decoder, Group
-from step_jax.models.language_model import language_model_loss
-from step_jax.models.layers import RMSNorm, SwiGLU
+from step_jax.models.layers.attention import MFA
+from step_jax.models.layers.mlp import SwiGLU
+from step_jax.models.layers.norm import RMSNorm
+from step_jax.models.text.decoder import Block, Decoder, Group
+from step_jax.models.text.loss import language_model_loss
 from step_jax.training.optimizers.build import make_optimizer
 from step_jax.training.optimizers.config import AdamW
 from step_jax.training.state import abstract_state, init_state

@@ -27,19 +27,19 @@ import numpy as np
 from step_jax.core import rng
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.data import DataConfig
+from step_jax.data.batches import abstract_batch
 from step_jax.data.packing import empty_batch
 from step_jax.models import expert_health
-from step_jax.models.attention import MFA
 from step_jax.models.context import Execution
-from step_jax.models.decoder import Block, Decoder, Group
-from step_jax.models.initialisation import Fixed
-from step_jax.models.moe import Experts, MoE
-from step_jax.models.routing import Router
+from step_jax.models.layers.attention import MFA
+from step_jax.models.layers.initialisation import Fixed
+from step_jax.models.layers.moe import Experts, MoE
+from step_jax.models.layers.routing import Router
+from step_jax.models.text.decoder import Block, Decoder, Group
+from step_jax.runs.expert_alarm import ExpertAlarm, ExpertHealth
+from step_jax.runs.session import RunConfig
 from step_jax.trainers.pretrain import PretrainConfig, Training, make_loss, optimizer_and_state
-from step_jax.training.batches import abstract_batch
 from step_jax.training.compile import compile_initial_state, compile_train_step
-from step_jax.training.expert_alarm import ExpertAlarm, ExpertHealth
-from step_jax.training.session import RunConfig
 
 
 def compiled(config: PretrainConfig, sharding: Sharding, rows: int, report):

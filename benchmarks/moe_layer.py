@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from step_jax.core import rng
 from step_jax.core import spec as spec_lib
 from step_jax.models.context import Context, Execution
-from step_jax.models.initialisation import FanIn
-from step_jax.models.layers import SwiGLU
-from step_jax.models.moe import Experts, MoE
-from step_jax.models.routing import Router
+from step_jax.models.layers.initialisation import FanIn
+from step_jax.models.layers.mlp import SwiGLU
+from step_jax.models.layers.moe import Experts, MoE
+from step_jax.models.layers.routing import Router
 
 
 def gradient_step(layer: SwiGLU | MoE, args):

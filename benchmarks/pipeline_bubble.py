@@ -34,11 +34,11 @@ import jax.numpy as jnp
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.core.spec import abstract
 from step_jax.models import pipeline
-from step_jax.models.attention import MFA
 from step_jax.models.context import Context, Execution
-from step_jax.models.decoder import Block, Decoder, Group
-from step_jax.models.initialisation import Fixed
-from step_jax.models.layers import SwiGLU
+from step_jax.models.layers.attention import MFA
+from step_jax.models.layers.initialisation import Fixed
+from step_jax.models.layers.mlp import SwiGLU
+from step_jax.models.text.decoder import Block, Decoder, Group
 from step_jax.planning import hlo, operations
 
 #: (stages, rounds, microbatches)

@@ -15,9 +15,9 @@
 # %%
 from pathlib import Path
 
+from step_jax.runs.metrics_log import read_metrics
+from step_jax.runs.plots import series
 from step_jax.trainers.ablation import collect, difference, run_ablation
-from step_jax.training.metrics_log import read_metrics
-from step_jax.training.plots import series
 
 ROOT = next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "configs").is_dir())
 RECIPES = [ROOT / "configs/ablations/attention"]

@@ -27,9 +27,9 @@ def test_attention_example_decodes_as_it_trains(monkeypatch):
     import numpy as np
 
     from step_jax.models.context import Context, Execution
-    from step_jax.models.decoder import Block, Decoder, Group
-    from step_jax.models.initialisation import Fixed
-    from step_jax.models.layers import SwiGLU
+    from step_jax.models.layers.initialisation import Fixed
+    from step_jax.models.layers.mlp import SwiGLU
+    from step_jax.models.text.decoder import Block, Decoder, Group
 
     page = (ROOT / "docs/adding_an_attention_kind.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
@@ -38,9 +38,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 from flax import struct
 from step_jax.core.spec import ParamSpec
-from step_jax.models.attention.core import attend
+from step_jax.models.layers.attention.core import attend
 from step_jax.models.context import through_cache
-from step_jax.models.positions import Position, Rope, rotate
+from step_jax.models.layers.positions import Position, Rope, rotate
 from step_jax.ops.einsum import einsum
 """
     module = types.ModuleType("attention_example")

@@ -13,7 +13,7 @@ import pytest
 from step_jax.core.command_line import load_config
 from step_jax.core.spec import count
 from step_jax.models.flops import forward_flops_per_token, mean_keys
-from step_jax.models.initialisation import FanIn
+from step_jax.models.layers.initialisation import FanIn
 from step_jax.trainers.pretrain import PretrainConfig, cache_bytes_per_token
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -6,8 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from step_jax.checkpoint import manifest
 from step_jax.core.errors import CheckpointError, ExitCode
-from step_jax.training.checkpoint import manifest
 
 
 def main(argv: list[str]) -> int:

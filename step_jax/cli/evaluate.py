@@ -52,8 +52,8 @@ def main(argv: list[str]) -> None:
         EvaluateConfig, options, prog="step-jax eval RUN", description=_DESCRIPTION
     ).config
 
+    from step_jax.checkpoint.load import load_model
     from step_jax.evaluation.heldout import make_evaluator
-    from step_jax.training.load import load_model
 
     sharding = Sharding.build(config.parallel)
     trained = load_model(run, sharding, config.step)
@@ -83,9 +83,9 @@ def _text(config: EvaluateConfig, trained, run: str):
     """(documents to score, how many things were left out)."""
     from dataclasses import replace
 
+    from step_jax.checkpoint.load import run_directory_of
     from step_jax.data import DataConfig, Heldout, prepare
     from step_jax.evaluation.corpus import whole_corpus
-    from step_jax.training.load import run_directory_of
 
     if config.data.path is not None:
         data = DataConfig(

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
     )
     config, prompts = loaded.config, loaded.config.prompts()
 
-    from step_jax.training.load import load_model
+    from step_jax.checkpoint.load import load_model
 
     sharding = Sharding.build(config.parallel)
     trained = load_model(run, sharding, config.step)

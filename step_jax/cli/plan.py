@@ -17,9 +17,9 @@ def main(argv: list[str]) -> None:
     from step_jax.planning import report, search
     from step_jax.planning import topology as topology_lib
     from step_jax.planning.plan import make_plan
+    from step_jax.runs.console import make_console
+    from step_jax.runs.device_memory import DoesNotFit
     from step_jax.trainers.pretrain import PretrainConfig
-    from step_jax.training.console import make_console
-    from step_jax.training.device_memory import DoesNotFit
 
     config = load_config(PretrainConfig, [*files, *overrides], prog="step-jax plan").config
     if args.topology is None:

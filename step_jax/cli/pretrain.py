@@ -6,8 +6,8 @@ from step_jax.core.command_line import load_config
 
 
 def main(argv: list[str]) -> None:
+    from step_jax.runs.device_memory import DoesNotFit
     from step_jax.trainers import pretrain
-    from step_jax.training.device_memory import DoesNotFit
 
     loaded = load_config(
         pretrain.PretrainConfig,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from step_jax.core.errors import ConfigError
-from step_jax.training.console import format_value, si
+from step_jax.runs.console import format_value, si
 
 _COLUMNS = ("run", "status", "steps", "tokens", "params", "loss", "held out", "bpb", "tokens/s")
 
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     else:
         show(rows)
     if args.plot:
-        from step_jax.training.plots import plot_comparison
+        from step_jax.runs.plots import plot_comparison
 
         pairs = dict(zip(labels, directories, strict=True))
         try:
@@ -93,8 +93,8 @@ def summarise(directory: Path) -> dict[str, Any]:
     ``status`` is the one in the summary of the run, else ``running`` if its lock is held, else
     ``stopped``. The pace is the median over the second half of the steps.
     """
-    from step_jax.training.metrics_log import read_metrics
-    from step_jax.training.run_directory import is_locked
+    from step_jax.runs.metrics_log import read_metrics
+    from step_jax.runs.run_directory import is_locked
 
     records = read_metrics(directory)
     steps = [r for r in records if r["event"] == "step"]

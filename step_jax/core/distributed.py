@@ -1,17 +1,28 @@
-"""What a process does before it touches a device: joining the others, finding compiled programs."""
+"""What processes do together: joining, agreeing, finding compiled programs.
+
+They agree over the key-value store of JAX's coordination service, which serves threads beside the
+training loop: it needs no device collective, so nothing here can interleave with the collectives of
+a training step.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax._src import distributed  # the key-value client has no public name (jax 0.11, 0.12)
 
-from step_jax.core.errors import ConfigError
+from step_jax.core.errors import ConfigError, from_kind, kind_of
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 #: seconds after which the others notice that a process has died
 HEARTBEAT_SECONDS = 10
+# Longer than the slowest plausible write of one process's share, shorter than a wasted night.
+TIMEOUT_S = 1200
 
 
 def join(multihost: bool = False) -> None:
@@ -55,3 +66,61 @@ def keep_compiled_programs() -> None:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         folder = Path(base).expanduser() / "step_jax" / "programs"
         jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+class Processes:
+    """All processes of the run. Keys must be used in the same order everywhere, each once."""
+
+    def __init__(self, namespace: str):
+        self.index = jax.process_index()
+        self.count = jax.process_count()
+        self._namespace = f"step_jax/{namespace}"
+        self._client: Any = distributed.global_state.client if self.count > 1 else None
+
+    def publish(self, key: str, value: str) -> None:
+        """Make a value visible to all; the first value of a key stays."""
+        try:
+            self._client.key_value_set(f"{self._namespace}/{key}", value)
+        except jax.errors.JaxRuntimeError as e:
+            if "ALREADY_EXISTS" not in str(e):
+                raise
+
+    def published(self) -> dict[str, str]:
+        """Everything published so far under this namespace."""
+        rows = self._client.key_value_dir_get(f"{self._namespace}/")
+        return {key.removeprefix(f"{self._namespace}/"): value for key, value in rows}
+
+    def together(self, key: str, local: Callable[[], Any], lead: Callable[[list], Any]) -> Any:
+        """Every process runs ``local``, process 0 runs ``lead`` on all results in process order.
+
+        Everybody returns lead's value (JSON types), or raises the first error anywhere.
+        """
+        if self.count == 1:
+            return lead([local()])
+        report = json.dumps(_attempt(local))
+        self.publish(f"{key}/reports/{self.index}", report)
+        if self.index == 0:
+            reports = [json.loads(self._get(f"{key}/reports/{i}")) for i in range(self.count)]
+            failed = next((r for r in reports if "error" in r), None)
+            outcome = failed or _attempt(lambda: lead([r["value"] for r in reports]))
+            self.publish(f"{key}/outcome", json.dumps(outcome))
+        else:
+            outcome = json.loads(self._get(f"{key}/outcome"))
+        if "error" in outcome:
+            raise from_kind(*outcome["error"])
+        return outcome["value"]
+
+    def forget(self, key: str) -> None:
+        """Free the store of a key and all below it (process 0 only)."""
+        if self.count > 1 and self.index == 0:
+            self._client.key_value_delete(f"{self._namespace}/{key}/")
+
+    def _get(self, key: str) -> str:
+        return self._client.blocking_key_value_get(f"{self._namespace}/{key}", TIMEOUT_S * 1000)
+
+
+def _attempt(function: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        return {"value": function()}
+    except Exception as e:  # noqa: BLE001 - it is raised again on every process
+        return {"error": [kind_of(e), f"process {jax.process_index()}: {e}"]}

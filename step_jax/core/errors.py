@@ -6,6 +6,8 @@ the message without a traceback and exits with the code of the error.
 
 from __future__ import annotations
 
+import errno
+
 
 class ExitCode:
     """Process exit codes. A scheduler restarts a job only on ``RESTART`` and ``HANG``."""
@@ -55,3 +57,31 @@ class HangError(StepError, RuntimeError):
     """No progress within the allowed time."""
 
     exit_code = ExitCode.HANG
+
+
+def kind_of(error: BaseException, default: type[StepError] = StepError) -> str:
+    """The name under which a failure travels to other processes and threads.
+
+    That of its class, ``DiskFullError`` for whatever a full disk caused, and ``default``'s for what
+    is no StepError.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return DiskFullError.__name__
+        # TensorStore reports the operating system's error as text only.
+        if "No space left on device" in str(seen) or "Disk quota exceeded" in str(seen):
+            return DiskFullError.__name__
+        seen = seen.__cause__ or seen.__context__
+    return (type(error) if isinstance(error, StepError) else default).__name__
+
+
+def from_kind(kind: str, message: str) -> StepError:
+    """The exception for a failure that another process or thread reported."""
+
+    def classes(cls: type[StepError]):
+        yield cls
+        for subclass in cls.__subclasses__():
+            yield from classes(subclass)
+
+    return next((cls for cls in classes(StepError) if cls.__name__ == kind), StepError)(message)

@@ -170,7 +170,7 @@ def axes_of_entry(entry: str | MeshAxes | None) -> MeshAxes:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-#: Logical axes of parameters that are whole while a layer computes (see ``models.stack.gather``).
+#: Logical axes of parameters that are whole while a layer computes (see ``models.trunk.gather``).
 GATHERED_AXES = ("embed", "rank")
 
 

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 from step_jax.core.errors import DataError, DiskFullError
+from step_jax.core.files import write_whole
 from step_jax.data.config import TRAIN_TOKENIZER, DataConfig, Source
 from step_jax.data.sources import (
     Document,
@@ -40,7 +41,7 @@ from step_jax.data.sources import (
     read_file,
     split_documents,
 )
-from step_jax.data.tokenizer import Tokenizer, train_sentencepiece, write_atomically
+from step_jax.tokenizers.sentencepiece import Tokenizer, train_sentencepiece
 
 _VERSION = 1
 _TRAINING_SAMPLE_BYTES = 24 * 2**20  # more text changes a BPE vocabulary little
@@ -330,7 +331,7 @@ class _Writer:
             "digests": digests,
             "counters": dict(sorted(self.counters.items())),
         }
-        write_atomically(self.directory / "meta.json", json.dumps(meta, indent=1).encode())
+        write_whole(self.directory / "meta.json", json.dumps(meta, indent=1).encode())
 
 
 def _open(directory: Path) -> TokenCache | None:

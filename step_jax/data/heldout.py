@@ -12,7 +12,7 @@ import numpy as np
 from step_jax.core.errors import ConfigError
 from step_jax.data.cache import Documents, TokenCache
 from step_jax.data.packing import Batch, FitPlan, empty_batch, fill, permutation
-from step_jax.data.tokenizer import Tokenizer
+from step_jax.tokenizers.sentencepiece import Tokenizer
 
 _COMPRESS_BYTES = 64 * 2**20
 

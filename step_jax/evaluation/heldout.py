@@ -16,10 +16,10 @@ from step_jax.core import spec as spec_lib
 from step_jax.core.errors import DataError
 from step_jax.core.sharding import Sharding
 from step_jax.data import Heldout
+from step_jax.data.batches import process_rows, to_mesh
 from step_jax.models.context import Context, Execution
-from step_jax.models.decoder import Decoder
-from step_jax.models.language_model import token_losses
-from step_jax.training.batches import process_rows, to_mesh
+from step_jax.models.text.decoder import Decoder
+from step_jax.models.text.loss import token_losses
 
 Evaluate = Callable[[Any, Heldout], dict[str, float]]
 

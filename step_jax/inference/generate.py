@@ -24,7 +24,7 @@ from step_jax.core.errors import ConfigError, DataError
 from step_jax.core.sharding import Sharding
 from step_jax.inference.sampling import SamplingConfig, row_keys, sample
 from step_jax.models.context import Context, Execution
-from step_jax.models.decoder import Cache, Decoder
+from step_jax.models.text.decoder import Cache, Decoder
 
 StopReason = Literal["stop", "length", "context"]
 SMALLEST_BUCKET = 16

@@ -17,8 +17,8 @@ from flax import nnx
 
 from step_jax.core.spec import ParamSpec, map_specs, path_name
 from step_jax.models.context import Context, Execution
-from step_jax.models.decoder import Block, BlockParams, Decoder, DecoderParams
-from step_jax.models.layers import RMSNorm
+from step_jax.models.layers.norm import RMSNorm
+from step_jax.models.text.decoder import Block, BlockParams, Decoder, DecoderParams
 
 
 class Part(nnx.Module):

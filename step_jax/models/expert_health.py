@@ -11,8 +11,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from step_jax.models.decoder import Decoder, DecoderParams
-from step_jax.models.moe import ExpertParams, ExpertStats, MoE
+from step_jax.models.layers.moe import ExpertParams, ExpertStats, MoE
+from step_jax.models.text.decoder import Decoder, DecoderParams
 
 
 def layers(stats) -> list[ExpertStats]:

@@ -7,7 +7,7 @@ implementation does beside them: recomputation (remat) and masked scores are not
 from __future__ import annotations
 
 from step_jax.core.spec import count
-from step_jax.models.decoder import Block, Decoder
+from step_jax.models.text.decoder import Block, Decoder
 
 
 def mean_keys(length: int, window: int | None) -> float:

@@ -20,9 +20,9 @@ from step_jax.core.hardware import has_ragged_all_to_all
 from step_jax.core.sharding import GATHERED_AXES, Sharding, axes_of_entry
 from step_jax.models import pipeline
 from step_jax.models.context import Execution
-from step_jax.models.expert_parallel import rows_needed
 from step_jax.models.flops import attention_core_flops, forward_flops_per_token
-from step_jax.models.moe import MoE
+from step_jax.models.layers.expert_parallel import rows_needed
+from step_jax.models.layers.moe import MoE
 from step_jax.planning import roofline
 from step_jax.planning import topology as topology_lib
 from step_jax.planning.topology import Topology

@@ -17,13 +17,13 @@ from step_jax.data.config import TRAIN_TOKENIZER
 from step_jax.planning import hlo
 from step_jax.planning.memory import out_of_memory
 from step_jax.planning.topology import Topology
+from step_jax.runs import device_memory
 from step_jax.trainers.pretrain import (
     PretrainConfig,
     compile_step,
     optimizer_and_state,
     with_vocabulary,
 )
-from step_jax.training import device_memory
 from step_jax.training.state import TrainState
 
 

@@ -10,9 +10,9 @@ from step_jax.planning import estimate, hlo
 from step_jax.planning.memory import CLASSES, Buffer, largest, out_of_memory
 from step_jax.planning.plan import Plan, advice
 from step_jax.planning.program import resolved, rows_of
+from step_jax.runs.console import Console, duration, si
+from step_jax.runs.device_memory import DoesNotFit
 from step_jax.trainers.pretrain import PretrainConfig
-from step_jax.training.console import Console, duration, si
-from step_jax.training.device_memory import DoesNotFit
 
 #: Okabe-Ito, which colour-blind readers can tell apart.
 _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#999999")

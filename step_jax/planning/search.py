@@ -18,8 +18,8 @@ from step_jax.planning import estimate, roofline
 from step_jax.planning.plan import Plan, make_plan
 from step_jax.planning.program import rows_of, with_known_vocabulary
 from step_jax.planning.topology import Topology
+from step_jax.runs.console import Console, duration
 from step_jax.trainers.pretrain import PretrainConfig
-from step_jax.training.console import Console, duration
 
 COMPILED = 2  # of the best few
 SHOWN = 8

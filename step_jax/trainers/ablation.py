@@ -18,12 +18,12 @@ from pathlib import Path
 from step_jax.core.command_line import load_config
 from step_jax.core.config import load_file
 from step_jax.core.errors import ConfigError
+from step_jax.core.files import write_whole
 from step_jax.core.spec import count
+from step_jax.runs.metrics_log import read_metrics
+from step_jax.runs.plots import plot_groups
 from step_jax.trainers import pretrain
 from step_jax.trainers.pretrain import PretrainConfig
-from step_jax.training.metrics_log import read_metrics
-from step_jax.training.plots import plot_groups
-from step_jax.training.run_directory import replace_file
 
 BASE = "base.yaml"
 PUBLISHED = "published.json"
@@ -335,6 +335,6 @@ def run_ablation(
             say(f"{name}, seed {seed}: held-out loss {loss:.4f} ({spent:.0f} CPU-s)")
     result = collect(paths, seeds, overrides, reference)
     directory = Path(next(iter(variants.values())).run.directory)
-    replace_file(directory / "ablation.md", result.markdown())
+    write_whole(directory / "ablation.md", result.markdown())
     result.plot(directory / "ablation.png")
     return result

@@ -18,6 +18,7 @@ from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.data import DataConfig, TextDataset
+from step_jax.data.batches import abstract_batch, process_rows, to_mesh
 from step_jax.data.config import TRAIN_TOKENIZER
 from step_jax.data.packing import empty_batch
 from step_jax.evaluation.heldout import make_evaluator
@@ -25,21 +26,20 @@ from step_jax.inference.generate import generate
 from step_jax.inference.sampling import SamplingConfig
 from step_jax.models import expert_health
 from step_jax.models.context import Context, Execution
-from step_jax.models.decoder import Decoder
 from step_jax.models.flops import train_flops_per_token
-from step_jax.models.language_model import language_model_loss
-from step_jax.models.moe import MoE
-from step_jax.models.positions import alibi
+from step_jax.models.layers.moe import MoE
+from step_jax.models.layers.positions import alibi
+from step_jax.models.text.decoder import Decoder
+from step_jax.models.text.loss import language_model_loss
 from step_jax.ops import attention, cross_entropy, grouped_matmul
-from step_jax.training import plots
-from step_jax.training.batches import abstract_batch, process_rows, to_mesh
+from step_jax.runs import plots
+from step_jax.runs.device_memory import available, fitting, needed
+from step_jax.runs.expert_alarm import ExpertAlarm, ExpertHealth
+from step_jax.runs.session import RunConfig, Session, Work
 from step_jax.training.compile import compile_initial_state, compile_train_step
-from step_jax.training.device_memory import available, fitting, needed
-from step_jax.training.expert_alarm import ExpertAlarm, ExpertHealth
 from step_jax.training.optimizers.build import make_optimizer
 from step_jax.training.optimizers.config import AdamW, OptimizerConfig, check_optimizer
 from step_jax.training.scaling_laws import step_law_batch_rows
-from step_jax.training.session import RunConfig, Session, Work
 from step_jax.training.state import abstract_state
 from step_jax.training.step import LossOutput
 

@@ -6,8 +6,8 @@ import pytest
 
 from step_jax.cli import main as cli
 from step_jax.cli.runs import config_differences, find_runs, summarise
-from step_jax.training.metrics_log import MetricsLog
-from step_jax.training.run_directory import RunDirectory
+from step_jax.runs.metrics_log import MetricsLog
+from step_jax.runs.run_directory import RunDirectory
 
 
 def make(path, *, lr, steps=10, finish=True):

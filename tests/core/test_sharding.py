@@ -10,9 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
-from step_jax.models.attention import MFA, MHA
-from step_jax.models.decoder import Block, Decoder, Group
-from step_jax.models.layers import SwiGLU
+from step_jax.models.layers.attention import MFA, MHA
+from step_jax.models.layers.mlp import SwiGLU
+from step_jax.models.text.decoder import Block, Decoder, Group
 
 
 def on(**axes) -> Sharding:

@@ -12,10 +12,11 @@ import pytest
 from step_jax.core import spec as lib
 from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
 from step_jax.core.spec import Constant, Normal, ParamSpec
-from step_jax.models.attention import MFA, MHA, MLA, equal_parameter_heads
-from step_jax.models.decoder import MTP, Block, Decoder, Group
-from step_jax.models.initialisation import FanIn, Fixed
-from step_jax.models.layers import RMSNorm, SwiGLU
+from step_jax.models.layers.attention import MFA, MHA, MLA, equal_parameter_heads
+from step_jax.models.layers.initialisation import FanIn, Fixed
+from step_jax.models.layers.mlp import SwiGLU
+from step_jax.models.layers.norm import RMSNorm
+from step_jax.models.text.decoder import MTP, Block, Decoder, Group
 
 
 def model(attention, depth, width, hidden, vocab=0, **changes):

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from step_jax.data import Tokenizer
-from step_jax.data.tokenizer import train_sentencepiece
+from step_jax.tokenizers.sentencepiece import train_sentencepiece
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards box with care".split()
 

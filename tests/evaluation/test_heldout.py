@@ -13,16 +13,16 @@ import jax
 import numpy as np
 import pytest
 
+from step_jax.checkpoint import Checkpointer
+from step_jax.checkpoint.load import load_model
 from step_jax.cli.main import main
 from step_jax.core.config import to_plain
 from step_jax.core.errors import DataError
 from step_jax.data import DataConfig, Tokenizer
-from step_jax.data.tokenizer import train_sentencepiece
 from step_jax.evaluation.corpus import whole_corpus
 from step_jax.evaluation.heldout import figures, make_evaluator
 from step_jax.models.context import Context
-from step_jax.training.checkpoint import Checkpointer
-from step_jax.training.load import load_model
+from step_jax.tokenizers.sentencepiece import train_sentencepiece
 from tests.models import small
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards box with care".split()

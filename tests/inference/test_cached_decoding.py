@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from step_jax.models.attention import MFA, MHA, MLA
 from step_jax.models.context import Context
-from step_jax.models.decoder import Block, Decoder, Group
-from step_jax.models.layers import RMSNorm, SwiGLU
-from step_jax.models.moe import Experts, MoE
-from step_jax.models.positions import Alibi
-from step_jax.models.routing import Router
+from step_jax.models.layers.attention import MFA, MHA, MLA
+from step_jax.models.layers.mlp import SwiGLU
+from step_jax.models.layers.moe import Experts, MoE
+from step_jax.models.layers.norm import RMSNorm
+from step_jax.models.layers.positions import Alibi
+from step_jax.models.layers.routing import Router
+from step_jax.models.text.decoder import Block, Decoder, Group
 from tests.models import small
 
 WINDOW = 5  # far shorter than the texts

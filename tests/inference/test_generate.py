@@ -16,8 +16,8 @@ import pytest
 from step_jax.core.errors import ConfigError, DataError
 from step_jax.inference import generate as engine
 from step_jax.inference.sampling import SamplingConfig
-from step_jax.models.attention import MFA, MHA, MLA
 from step_jax.models.context import Context
+from step_jax.models.layers.attention import MFA, MHA, MLA
 from tests.models import small
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7], [9], [2, 7, 1, 8, 2, 8]]

@@ -17,12 +17,13 @@ from step_jax.core.config import load_file
 from step_jax.core.errors import CheckpointError, ConfigError
 from step_jax.core.spec import map_specs
 from step_jax.interop import hf
-from step_jax.models.attention import MFA
 from step_jax.models.context import Context, Execution
-from step_jax.models.decoder import Block, Group
-from step_jax.models.layers import RMSNorm, SwiGLU
-from step_jax.models.moe import Experts, MoE
-from step_jax.models.positions import Alibi
+from step_jax.models.layers.attention import MFA
+from step_jax.models.layers.mlp import SwiGLU
+from step_jax.models.layers.moe import Experts, MoE
+from step_jax.models.layers.norm import RMSNorm
+from step_jax.models.layers.positions import Alibi
+from step_jax.models.text.decoder import Block, Group
 from step_jax.trainers.pretrain import PretrainConfig
 from tests.golden import golden
 

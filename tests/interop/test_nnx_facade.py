@@ -10,10 +10,11 @@ from flax import nnx
 
 from step_jax.core.spec import map_specs
 from step_jax.interop.nnx_facade import DecoderModule
-from step_jax.models.attention import MFA, MLA
 from step_jax.models.context import Context, Execution
-from step_jax.models.decoder import Block, Decoder, Group
-from step_jax.models.layers import RMSNorm, SwiGLU
+from step_jax.models.layers.attention import MFA, MLA
+from step_jax.models.layers.mlp import SwiGLU
+from step_jax.models.layers.norm import RMSNorm
+from step_jax.models.text.decoder import Block, Decoder, Group
 
 NORM = RMSNorm()
 MFA_KR = MFA(heads=3, head_dim=8, value="gated_key", query_norm=NORM)

@@ -13,12 +13,13 @@ import numpy as np
 
 from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
 from step_jax.core.spec import map_specs
-from step_jax.models.attention import MFA, MHA, MLA
 from step_jax.models.context import Context, Execution
-from step_jax.models.decoder import MTP, Block, Decoder, Group
-from step_jax.models.initialisation import Fixed
-from step_jax.models.language_model import language_model_loss
-from step_jax.models.layers import RMSNorm, SwiGLU
+from step_jax.models.layers.attention import MFA, MHA, MLA
+from step_jax.models.layers.initialisation import Fixed
+from step_jax.models.layers.mlp import SwiGLU
+from step_jax.models.layers.norm import RMSNorm
+from step_jax.models.text.decoder import MTP, Block, Decoder, Group
+from step_jax.models.text.loss import language_model_loss
 
 WIDTH, VOCAB, HEADS = 32, 64, 8
 MLP = SwiGLU(48)

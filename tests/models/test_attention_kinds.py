@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from step_jax.core.errors import ConfigError
-from step_jax.models.attention import MFA, MHA, MLA
 from step_jax.models.context import Context
-from step_jax.models.initialisation import Fixed
-from step_jax.models.layers import RMSNorm
-from step_jax.models.positions import Rope
+from step_jax.models.layers.attention import MFA, MHA, MLA
+from step_jax.models.layers.initialisation import Fixed
+from step_jax.models.layers.norm import RMSNorm
+from step_jax.models.layers.positions import Rope
 from tests.models import small
 
 

@@ -14,9 +14,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from step_jax.core.sharding import AXES, Sharding
-from step_jax.models.attention import MFA, MHA
 from step_jax.models.context import Context
-from step_jax.models.positions import Alibi
+from step_jax.models.layers.attention import MFA, MHA
+from step_jax.models.layers.positions import Alibi
 from tests.models import small
 
 KINDS = {

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from step_jax.core.errors import ConfigError
-from step_jax.models.attention import MFA, MHA
 from step_jax.models.context import Context
-from step_jax.models.decoder import Decoder, Group
-from step_jax.models.language_model import language_model_loss, token_losses
-from step_jax.models.positions import Alibi
+from step_jax.models.layers.attention import MFA, MHA
+from step_jax.models.layers.positions import Alibi
+from step_jax.models.text.decoder import Decoder, Group
+from step_jax.models.text.loss import language_model_loss, token_losses
 from tests.models import small
 
 ALL = tuple(small.KINDS)

@@ -15,12 +15,12 @@ import pytest
 from step_jax.core.errors import ConfigError
 from step_jax.models import expert_health
 from step_jax.models.context import Context
-from step_jax.models.decoder import MTP, Block, Decoder, Group
-from step_jax.models.initialisation import FanIn
-from step_jax.models.language_model import language_model_loss
-from step_jax.models.moe import Experts, MoE
-from step_jax.models.routing import Router
-from step_jax.training.expert_alarm import ExpertAlarm, ExpertHealth
+from step_jax.models.layers.initialisation import FanIn
+from step_jax.models.layers.moe import Experts, MoE
+from step_jax.models.layers.routing import Router
+from step_jax.models.text.decoder import MTP, Block, Decoder, Group
+from step_jax.models.text.loss import language_model_loss
+from step_jax.runs.expert_alarm import ExpertAlarm, ExpertHealth
 from step_jax.training.optimizers.build import make_optimizer
 from step_jax.training.optimizers.config import AdamW
 from step_jax.training.schedules import Constant

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from step_jax.core.spec import map_specs
-from step_jax.models.attention import MFA, MHA, MLA
 from step_jax.models.context import Context, Execution
-from step_jax.models.initialisation import FanIn
-from step_jax.models.layers import RMSNorm
-from step_jax.models.positions import Alibi, Rope
+from step_jax.models.layers.attention import MFA, MHA, MLA
+from step_jax.models.layers.initialisation import FanIn
+from step_jax.models.layers.norm import RMSNorm
+from step_jax.models.layers.positions import Alibi, Rope
 from tests.models import numpy_oracles as oracle
 
 WIDTH, EPS = 20, 1e-3  # an eps that shows

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from step_jax.core.errors import ConfigError
 from step_jax.core.spec import count
 from step_jax.models.context import Context
-from step_jax.models.decoder import Block, Decoder, Group, routing_of
-from step_jax.models.initialisation import Fixed
-from step_jax.models.layers import SwiGLU
-from step_jax.models.moe import Experts, MoE
-from step_jax.models.routing import Router
+from step_jax.models.layers.initialisation import Fixed
+from step_jax.models.layers.mlp import SwiGLU
+from step_jax.models.layers.moe import Experts, MoE
+from step_jax.models.layers.routing import Router
+from step_jax.models.text.decoder import Block, Decoder, Group, routing_of
 from step_jax.ops import grouped_matmul
 from tests.models import small
 

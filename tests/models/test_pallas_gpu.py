@@ -13,11 +13,11 @@ import pytest
 from pallas_kernels.gpu import common
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
-from step_jax.models.attention import MFA, MHA
-from step_jax.models.decoder import Block, Decoder, Group
-from step_jax.models.layers import SwiGLU
-from step_jax.models.moe import Experts, MoE
-from step_jax.models.routing import Router
+from step_jax.models.layers.attention import MFA, MHA
+from step_jax.models.layers.mlp import SwiGLU
+from step_jax.models.layers.moe import Experts, MoE
+from step_jax.models.layers.routing import Router
+from step_jax.models.text.decoder import Block, Decoder, Group
 from step_jax.ops import attention as ops
 from tests.models import small
 

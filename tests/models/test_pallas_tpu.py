@@ -12,7 +12,7 @@ import pytest
 
 from pallas_kernels.tpu import attention as kernels
 from step_jax.core.sharding import MeshConfig, Sharding
-from step_jax.models.attention import MFA, MHA
+from step_jax.models.layers.attention import MFA, MHA
 from step_jax.ops import attention as ops
 from tests.models import small
 

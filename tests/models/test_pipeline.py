@@ -15,13 +15,13 @@ from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.models import pipeline
 from step_jax.models.context import Context, Execution
-from step_jax.models.decoder import MTP, Block, Decoder, Group
-from step_jax.models.image_transformer import ImageTransformer
-from step_jax.models.initialisation import Fixed
-from step_jax.models.language_model import language_model_loss
-from step_jax.models.layers import SwiGLU
-from step_jax.models.moe import Experts, MoE
-from step_jax.models.routing import Router
+from step_jax.models.layers.initialisation import Fixed
+from step_jax.models.layers.mlp import SwiGLU
+from step_jax.models.layers.moe import Experts, MoE
+from step_jax.models.layers.routing import Router
+from step_jax.models.text.decoder import MTP, Block, Decoder, Group
+from step_jax.models.text.loss import language_model_loss
+from step_jax.models.vision.image_transformer import ImageTransformer
 from tests.models import small
 
 ROUTER = Router(

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from step_jax.core.errors import ConfigError
-from step_jax.models.positions import Alibi, Rope, RopeScaling, alibi, rotate
+from step_jax.models.layers.positions import Alibi, Rope, RopeScaling, alibi, rotate
 from step_jax.ops.attention import alibi_slopes_N
 
 RNG = np.random.default_rng(0)

@@ -13,13 +13,13 @@ from step_jax.cli.main import main
 from step_jax.core.command_line import load_config
 from step_jax.core.errors import ConfigError, ExitCode
 from step_jax.core.sharding import Sharding
-from step_jax.models.moe import Experts, MoE
-from step_jax.models.routing import Router
+from step_jax.models.layers.moe import Experts, MoE
+from step_jax.models.layers.routing import Router
 from step_jax.planning import estimate, memory, report, topology
 from step_jax.planning.plan import advice, make_plan
 from step_jax.planning.roofline import Bound
+from step_jax.runs.console import make_console
 from step_jax.trainers.pretrain import PretrainConfig
-from step_jax.training.console import make_console
 
 RECIPE = """
 run: {directory: unused}

@@ -11,7 +11,7 @@ import pytest
 
 from step_jax.cli.main import main
 from step_jax.core.sharding import Sharding
-from step_jax.training.session import Session
+from step_jax.runs.session import Session
 
 LEFT_OUT = {"event", "time", "step_s", "tokens_per_s", "data_wait_s"}
 

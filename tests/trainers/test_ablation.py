@@ -12,7 +12,9 @@ from step_jax.core.command_line import load_config
 from step_jax.core.config import load_file
 from step_jax.core.errors import ConfigError
 from step_jax.core.spec import count
-from step_jax.models.initialisation import FanIn
+from step_jax.models.layers.initialisation import FanIn
+from step_jax.runs.metrics_log import read_metrics
+from step_jax.runs.plots import plot_groups
 from step_jax.trainers import ablation
 from step_jax.trainers.ablation import (
     Ablation,
@@ -23,8 +25,6 @@ from step_jax.trainers.ablation import (
     run_ablation,
 )
 from step_jax.trainers.pretrain import PretrainConfig, with_vocabulary
-from step_jax.training.metrics_log import read_metrics
-from step_jax.training.plots import plot_groups
 
 ATTENTION = Path(__file__).parents[2] / "configs" / "ablations" / "attention"
 

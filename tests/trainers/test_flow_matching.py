@@ -18,10 +18,10 @@ from step_jax.core.errors import DataError, ExitCode
 from step_jax.core.spec import map_specs
 from step_jax.data.digits import Digits
 from step_jax.inference.flow import euler
-from step_jax.models.attention import MHA
 from step_jax.models.context import Execution
-from step_jax.models.image_transformer import ImageTransformer
-from step_jax.models.layers import SwiGLU
+from step_jax.models.layers.attention import MHA
+from step_jax.models.layers.mlp import SwiGLU
+from step_jax.models.vision.image_transformer import ImageTransformer
 from tests.trainers.loops import run_loop, steps
 
 pytest.importorskip("sklearn")

@@ -15,7 +15,7 @@ import pytest
 
 from step_jax.cli.main import main
 from step_jax.core.errors import ExitCode
-from step_jax.training import device_memory
+from step_jax.runs import device_memory
 
 ROOT = Path(__file__).parents[2]
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards boil some odd juice".split()
@@ -85,7 +85,7 @@ def test_run_leaves_everything_behind(straight):
 
 
 def test_resumed_run_repeats_the_undisturbed_one_bit_for_bit(straight, tmp_path, text, monkeypatch):
-    from step_jax.training import session
+    from step_jax.runs import session
 
     real = session.Session.finished
 
@@ -169,7 +169,7 @@ def test_step_that_does_not_fit_is_refused_with_what_would_help(
 
 
 def test_two_runs_do_not_share_a_directory(tmp_path, text, capsys):
-    from step_jax.training.run_directory import RunDirectory
+    from step_jax.runs.run_directory import RunDirectory
 
     with RunDirectory(tmp_path / "run"):
         assert main(["pretrain", recipe(tmp_path, text, "run")]) == ExitCode.CONFIG

@@ -13,13 +13,13 @@ import numpy as np
 import optax
 import pytest
 
+from step_jax.checkpoint.load import load_model
 from step_jax.cli.main import main
 from step_jax.core.config import load_file
 from step_jax.core.errors import ExitCode
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.models.context import Context
 from step_jax.trainers.rl import reinforce
-from step_jax.training.load import load_model
 from tests.models.small import FAST_COMPILE, run
 from tests.trainers.loops import run_loop, steps
 

@@ -15,14 +15,14 @@ import numpy as np  # noqa: E402
 from step_jax.core import rng  # noqa: E402
 from step_jax.core import spec as spec_lib  # noqa: E402
 from step_jax.models import expert_health  # noqa: E402
-from step_jax.models.attention import MHA  # noqa: E402
 from step_jax.models.context import Context, Execution  # noqa: E402
-from step_jax.models.decoder import Block, Decoder, Group  # noqa: E402
-from step_jax.models.initialisation import Fixed  # noqa: E402
-from step_jax.models.language_model import language_model_loss  # noqa: E402
-from step_jax.models.layers import SwiGLU  # noqa: E402
-from step_jax.models.moe import Experts, MoE  # noqa: E402
-from step_jax.models.routing import Router  # noqa: E402
+from step_jax.models.layers.attention import MHA  # noqa: E402
+from step_jax.models.layers.initialisation import Fixed  # noqa: E402
+from step_jax.models.layers.mlp import SwiGLU  # noqa: E402
+from step_jax.models.layers.moe import Experts, MoE  # noqa: E402
+from step_jax.models.layers.routing import Router  # noqa: E402
+from step_jax.models.text.decoder import Block, Decoder, Group  # noqa: E402
+from step_jax.models.text.loss import language_model_loss  # noqa: E402
 from step_jax.training.optimizers.build import make_optimizer  # noqa: E402
 from step_jax.training.optimizers.config import AdamW  # noqa: E402
 from step_jax.training.schedules import Constant  # noqa: E402

@@ -8,10 +8,10 @@ from typing import Any
 
 from step_jax.core.errors import ConfigError
 from step_jax.interop.hf.families import FAMILIES, config_from_hf
-from step_jax.models.attention import MHA, MLA
-from step_jax.models.decoder import Block, Decoder
-from step_jax.models.moe import MoE
-from step_jax.models.positions import Rope
+from step_jax.models.layers.attention import MHA, MLA
+from step_jax.models.layers.moe import MoE
+from step_jax.models.layers.positions import Rope
+from step_jax.models.text.decoder import Block, Decoder
 
 
 def layers_of(config: Decoder) -> list[Block]:

@@ -13,12 +13,13 @@ from typing import Any
 
 from step_jax.core.config import validate
 from step_jax.core.errors import ConfigError
-from step_jax.models.attention import MHA, MLA
-from step_jax.models.decoder import Block, Decoder, Group
-from step_jax.models.layers import RMSNorm, SwiGLU
-from step_jax.models.moe import Experts, MoE
-from step_jax.models.positions import Rope, RopeScaling
-from step_jax.models.routing import Router
+from step_jax.models.layers.attention import MHA, MLA
+from step_jax.models.layers.mlp import SwiGLU
+from step_jax.models.layers.moe import Experts, MoE
+from step_jax.models.layers.norm import RMSNorm
+from step_jax.models.layers.positions import Rope, RopeScaling
+from step_jax.models.layers.routing import Router
+from step_jax.models.text.decoder import Block, Decoder, Group
 
 # The keys of a config.json, of which a missing one raises KeyError.
 Keys = Mapping[str, Any]

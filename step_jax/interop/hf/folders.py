@@ -12,7 +12,7 @@ from step_jax.core.errors import CheckpointError
 from step_jax.interop.hf.export import config_to_hf
 from step_jax.interop.hf.families import config_from_hf
 from step_jax.interop.hf.tensors import left_out, params_from_hf, params_to_hf
-from step_jax.models.decoder import Decoder, DecoderParams
+from step_jax.models.text.decoder import Decoder, DecoderParams
 
 
 class _Folder(Mapping):

@@ -24,9 +24,9 @@ import numpy as np
 from step_jax.core.errors import CheckpointError, ConfigError
 from step_jax.core.spec import FLOAT32_ROLES, ParamSpec, is_spec, path_name
 from step_jax.interop.hf.export import family_of
-from step_jax.models.attention import MHA, MLA
-from step_jax.models.decoder import Block, Decoder, DecoderParams
-from step_jax.models.moe import MoE
+from step_jax.models.layers.attention import MHA, MLA
+from step_jax.models.layers.moe import MoE
+from step_jax.models.text.decoder import Block, Decoder, DecoderParams
 
 _TOP = {
     "model.embed_tokens.weight": "embedding_VD",

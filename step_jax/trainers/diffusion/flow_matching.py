@@ -16,17 +16,17 @@ from step_jax.core import rng
 from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
+from step_jax.data.batches import abstract_batch, process_rows, to_mesh
 from step_jax.data.digits import Digits
 from step_jax.evaluation.images import judge_digits
 from step_jax.inference.flow import euler
 from step_jax.models.context import Execution
-from step_jax.models.image_transformer import ImageTransformer
-from step_jax.training import plots
-from step_jax.training.batches import abstract_batch, process_rows, to_mesh
+from step_jax.models.vision.image_transformer import ImageTransformer
+from step_jax.runs import plots
+from step_jax.runs.session import RunConfig, Session, Work
 from step_jax.training.compile import compile_initial_state, compile_train_step
 from step_jax.training.optimizers.build import make_optimizer
 from step_jax.training.optimizers.config import AdamW, OptimizerConfig, check_optimizer
-from step_jax.training.session import RunConfig, Session, Work
 from step_jax.training.state import abstract_state
 from step_jax.training.step import LossOutput
 

@@ -11,21 +11,21 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
+from step_jax.checkpoint.load import load_model
 from step_jax.core import rng
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
+from step_jax.data.batches import abstract_batch
 from step_jax.inference.sampling import SamplingConfig
 from step_jax.models.context import Execution
-from step_jax.models.decoder import Decoder
+from step_jax.models.text.decoder import Decoder
+from step_jax.runs import plots
+from step_jax.runs.session import RunConfig, Session, Work
 from step_jax.trainers.rl.policy import weighted_nll, write_answers
 from step_jax.trainers.rl.tasks import SYMBOLS, Sorting
-from step_jax.training import plots
-from step_jax.training.batches import abstract_batch
 from step_jax.training.compile import compile_initial_state, compile_train_step, layout
-from step_jax.training.load import load_model
 from step_jax.training.optimizers.build import make_optimizer
 from step_jax.training.optimizers.config import AdamW, OptimizerConfig, check_optimizer
-from step_jax.training.session import RunConfig, Session, Work
 from step_jax.training.state import abstract_state
 from step_jax.training.step import LossOutput
 

@@ -1,0 +1,39 @@
+"""Writing files so that a crash, or a reader meanwhile, finds the old content or the new."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+
+def write_whole(path: Path | str, content: str | bytes) -> None:
+    """Puts a file in place at once: written beside, flushed to the device, renamed.
+
+    Raises:
+      OSError: as the file system says; nothing is left beside.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        write_synced(temporary, content.encode() if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,208 @@
+"""What every attention kind shares: the seam it fills and the step between projections.
+
+Shape suffixes: B batch, T tokens, S keys, D model width, N query heads, K key/value heads, H width
+of queries and keys, V width of values.
+
+An attention kind is a frozen dataclass with the methods of :class:`Attention`, in one file, named
+in ``models/layers/attention/__init__.py``. Its cache is a tuple of (B, slots, ...) arrays with
+one entry per token; ``through_cache`` does all there is to do with it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+from jax.sharding import PartitionSpec
+
+from step_jax.models.context import Context
+from step_jax.models.layers.initialisation import Initialisation
+from step_jax.models.layers.positions import Position, Rope, alibi, rotate
+from step_jax.ops import attention as ops_attention
+from step_jax.ops import decode_attention as ops_decode
+
+
+class Attention(Protocol):
+    """The seam between a block and its attention."""
+
+    heads: int
+    window: int | None
+
+    def specs(self, width: int, init: Initialisation) -> Any:
+        """The parameters, as a tree of ParamSpec."""
+
+    def apply(self, p, x_BTD, ctx: Context, cache: tuple | None = None) -> tuple[Any, tuple | None]:
+        """(y_BTD, cache with this call's tokens stored)."""
+
+    def cache_entries(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of what is stored per token and layer, one entry per cached array."""
+
+    def score_and_value_widths(self) -> tuple[int, int]:
+        """Widths whose sum, times heads, is the multiply-adds per query and key when training."""
+
+
+def attend(
+    q_BTNH,
+    k_BSKH,
+    v_BSKV,
+    ctx: Context,
+    kv_positions_BS=None,
+    *,
+    scale: float,
+    window: int | None,
+    position: Position | None,
+):
+    """Attention across the mesh: (B, T, N, V).
+
+    Keys and values may come in the dtype of a cache. ``v_BSKV`` None: the keys are unrotated, and
+    are their own values before they are rotated to ``kv_positions_BS``.
+
+    Keys and values with a leading axis of layers are caches (``through_cache``): one token attends
+    to layer ``ctx.layer`` of them, by a kernel where there is one (``ops.decode_attention``).
+
+    Queries stay where their tokens are. With a context axis, keys and values are gathered along it
+    (2 C numbers per token for a shared head: cheaper than any exchange of queries), or travel
+    around the ring if ``ctx.sharding.ring`` says so and there are several heads to save.
+    """
+    sharding = ctx.sharding
+    bias = alibi(position)
+    q_BTNH = ctx.constrain(q_BTNH, "batch", "sequence", "heads", None)
+    if k_BSKH.ndim == 5:
+        decode = _decoder(q_BTNH, k_BSKH, v_BSKV, ctx, position)
+        if decode is not None:
+            o_BTNV = decode(scale=scale, window=window)
+            return ctx.constrain(o_BTNV, "batch", "sequence", "heads", None)
+        k_BSKH = k_BSKH[ctx.layer]
+        v_BSKV = None if v_BSKV is None else v_BSKV[ctx.layer]
+    k_BSKH = k_BSKH.astype(q_BTNH.dtype)
+    if v_BSKV is None:
+        v_BSKV, k_BSKH = k_BSKH, rotate(position, k_BSKH, kv_positions_BS)
+    v_BSKV = v_BSKV.astype(q_BTNH.dtype)
+    mask = ctx.mask(kv_positions_BS, window)
+    context = 1 if sharding is None else sharding.size("context")
+    kv_heads = k_BSKH.shape[2]
+    if context > 1 and sharding.ring and kv_heads > 1 and kv_positions_BS is None:
+        o_BTNV = _ring(q_BTNH, k_BSKH, v_BSKV, mask, ctx, scale, bias)
+    else:
+        if context > 1 and kv_positions_BS is None:
+            # projected where the tokens are: else the partitioner gathers x to project it whole
+            k_BSKH = ctx.constrain(k_BSKH, "batch", "sequence", "kv_heads", None)
+            v_BSKV = ctx.constrain(v_BSKV, "batch", "sequence", "kv_heads", None)
+            mask = mask.replace(in_order=False)  # a block of queries would cut across devices
+        k_BSKH = ctx.constrain(k_BSKH, "batch", None, "kv_heads", None)
+        v_BSKV = ctx.constrain(v_BSKV, "batch", None, "kv_heads", None)
+        o_BTNV = _gathered(q_BTNH, k_BSKH, v_BSKV, mask, ctx, scale, bias)
+    return ctx.constrain(o_BTNV, "batch", "sequence", "heads", None)
+
+
+def _decoder(q_BTNH, k_LBSKH, v_LBSKH, ctx: Context, position: Position | None):
+    """One token over a cache by a kernel: a function of scale and window; None without a kernel."""
+    sharding = ctx.sharding
+    device = jax.local_devices()[0] if sharding is None else sharding.mesh.devices.flat[0]
+    H = q_BTNH.shape[-1]
+    rotates = v_LBSKH is None and isinstance(position, Rope)
+    frequency_F = position.frequencies_F(H) if rotates else None
+    name = ops_decode.kernel(
+        ctx.execution.attention, device, q_BTNH, k_LBSKH, v_LBSKH, frequency_F, alibi(position)
+    )
+    if name is None:
+        return None
+    call: Callable = functools.partial(
+        ops_decode.decode_attention, implementation=name, device=device, frequency_F=frequency_F
+    )
+    args = (q_BTNH, k_LBSKH, v_LBSKH, ctx.positions_BT, ctx.lengths_after_B(), ctx.layer)
+    if sharding is None or sharding.mesh.size == 1:
+        return functools.partial(call, *args[:-1], layer=ctx.layer)
+    heads = sharding.spec(("batch", None, "heads", None), q_BTNH.shape)
+    keys = sharding.spec(("layers", "batch", None, "kv_heads", None), k_LBSKH.shape)
+    batch = sharding.spec(("batch",), q_BTNH.shape[:1])
+    slices_heads_only = heads[2] is not None and keys[3] is None
+    heads_per_key = q_BTNH.shape[2] // k_LBSKH.shape[3]
+
+    def run(**kwargs):
+        def local(q_BTNH, *args):
+            *args, layer = args  # type: ignore[assignment]
+            first_head = jax.lax.axis_index(heads[2]) * q_BTNH.shape[2] if slices_heads_only else 0
+            part = {"first_head": first_head, "heads_per_key": heads_per_key}
+            return call(q_BTNH, *args, layer=layer, **part, **kwargs)
+
+        values = None if v_LBSKH is None else keys
+        specs = (heads, keys, values, batch, batch, PartitionSpec())
+        # the kernel's own results carry no mesh axes to check
+        return jax.shard_map(
+            local, mesh=sharding.mesh, in_specs=specs, out_specs=heads, check_vma=False
+        )(*args)
+
+    return run
+
+
+def _gathered(q_BTNH, k_BSKH, v_BSKV, mask, ctx: Context, scale, bias):
+    """Each device's queries against all keys of their rows."""
+    sharding = ctx.sharding
+    device = None if sharding is None else sharding.mesh.devices.flat[0]
+    problem = ops_attention.problem_of(q_BTNH, k_BSKH, v_BSKV, mask, bias)
+    name = ops_attention.resolve(ctx.execution.attention, problem, device)
+
+    def compute(q_BTNH, k_BSKH, v_BSKV, mask):
+        return ops_attention.attention(
+            q_BTNH,
+            k_BSKH,
+            v_BSKV,
+            mask,
+            scale=scale,
+            alibi=bias,
+            implementation=name,
+            device=device,
+        )
+
+    if sharding is not None and ops_attention.IMPLEMENTATIONS[name].kernel:
+        return _on_each_device(compute, q_BTNH, k_BSKH, v_BSKV, mask, sharding)
+    return compute(q_BTNH, k_BSKH, v_BSKV, mask)
+
+
+def _on_each_device(compute, q_BTNH, k_BSKH, v_BSKV, mask, sharding):
+    """``compute`` on the part of each device, for kernels, which the partitioner cannot cut."""
+    if sharding.mesh.size == 1:
+        return compute(q_BTNH, k_BSKH, v_BSKV, mask)
+    B, T, N, H = q_BTNH.shape
+    K = k_BSKH.shape[2]
+    # of several key heads, a device has those of its query heads, or else all of both
+    heads, count = ("heads", N) if K == 1 else ("kv_heads", K)
+    q_spec = sharding.spec(("batch", "sequence", heads, None), (B, T, count, H))
+    kv_spec = sharding.spec(("batch", None, "kv_heads", None), k_BSKH.shape)
+    tokens, keys = PartitionSpec(*q_spec[:2]), PartitionSpec(kv_spec[0])
+    packed = mask.q_segments_BT is not None
+    masks = mask.replace(
+        q_positions_BT=tokens,
+        kv_positions_BS=keys,
+        q_segments_BT=tokens if packed else None,
+        kv_segments_BS=keys if packed else None,
+    )
+    return jax.shard_map(
+        compute,
+        mesh=sharding.mesh,
+        in_specs=(q_spec, kv_spec, kv_spec, masks),
+        out_specs=q_spec,
+        check_vma=False,  # a kernel's outputs do not say along which axes they vary
+    )(q_BTNH, k_BSKH, v_BSKV, mask)
+
+
+def _ring(q_BTNH, k_BSKH, v_BSKV, mask, ctx: Context, scale, bias):
+    sharding, implementation = ctx.sharding, ctx.execution.attention
+    entry = ops_attention.IMPLEMENTATIONS.get(implementation)
+    if entry is not None and entry.kernel:
+        raise ValueError(f"ring attention is not computed by {implementation}: set ring: false")
+    if bias is not None and sharding.size("tensor") > 1:
+        raise ValueError("ring attention with ALiBi needs all heads on a device: set ring: false")
+    tokens = sharding.spec(("batch", "sequence"), q_BTNH.shape[:2])
+    heads = sharding.spec(("batch", "sequence", "kv_heads", None), k_BSKH.shape)
+    masks = jax.tree.map(lambda _: tokens, mask)
+
+    def local(q_BTNH, k_BSKH, v_BSKV, mask):
+        return ops_attention.ring(q_BTNH, k_BSKH, v_BSKV, mask, scale, bias, "context")
+
+    return sharding.shard_map(local, (heads, heads, heads, masks), heads)(
+        q_BTNH, k_BSKH, v_BSKV, mask
+    )

@@ -1,0 +1,132 @@
+"""``metrics.jsonl``: one JSON object a line, appended, never lost to a kill.
+
+Every record has ``event`` (``step``, ``eval``, ``header``, ``note``, ``resumed``, ``summary``),
+``step`` and ``time`` (seconds since 1970); numbers stand beside them by name. Values that JSON has
+no number for are the strings ``nan``, ``inf`` and ``-inf``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from step_jax.core.files import write_whole
+
+_SYNC_SECONDS = 30.0
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class MetricsLog:
+    """Appends records. A full disk costs records (``dropped`` counts them), not the run."""
+
+    def __init__(self, path: Path, *, clock=time.time):
+        self.path = path
+        self.dropped = 0
+        self._clock = clock
+        self._file: Any = None
+        self._last_sync = 0.0
+
+    def resume(self, step: int) -> int:
+        """Forget what was recorded after ``step``, so that the curve has each step once.
+
+        A line torn by a kill is forgotten too, and a ``resumed`` record is added.
+
+        Returns:
+          How many records were dropped.
+        """
+        self.close()
+        kept, dropped = [], 0
+        for line in _lines(self.path):
+            record = _parse(line)
+            if record is None or record.get("step", 0) > step or record["event"] == "summary":
+                dropped += 1
+            else:
+                kept.append(line)
+        write_whole(self.path, "".join(line + "\n" for line in kept))
+        self.append("resumed", step, {"dropped": dropped})
+        return dropped
+
+    def append(self, event: str, step: int, values: Mapping[str, Any]) -> None:
+        """Write one record; it survives a killed process at once, a lost machine after 30 s."""
+        record = {"event": event, "step": step, "time": round(self._clock(), 3)}
+        record |= {key: _plain(value) for key, value in values.items()}
+        data = (json.dumps(record) + "\n").encode()
+        try:
+            if self._file is None:
+                self._file = open(self.path, "ab", buffering=0)
+                if self._file.tell() and not _ends_with_newline(self.path):
+                    data = b"\n" + data
+            size = self._file.tell()
+            written = self._file.write(data)
+            if written != len(data):
+                os.ftruncate(self._file.fileno(), size)
+                raise OSError("short write")
+            now = time.monotonic()
+            if now - self._last_sync > _SYNC_SECONDS:
+                os.fsync(self._file.fileno())
+                self._last_sync = now
+        except OSError:
+            self.dropped += 1
+
+    def close(self) -> None:
+        if self._file is not None:
+            try:
+                os.fsync(self._file.fileno())
+            except OSError:
+                self.dropped += 1
+            self._file.close()
+            self._file = None
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl`` (or of the run directory that holds it), oldest first.
+
+    Torn and foreign lines are left out; a run may be writing the file at the moment.
+    """
+    path = Path(path)
+    file = path / "metrics.jsonl" if path.is_dir() else path
+    return [record for line in _lines(file) if (record := _parse(line)) is not None]
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict) or not isinstance(record.get("event"), str):
+        return None
+    if record["event"] in ("step", "eval"):
+        for key, value in record.items():
+            if isinstance(value, str) and value in _NON_FINITE:
+                record[key] = _NON_FINITE[value]
+    return record
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool | int | str) or value is None:
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    number = float(value)
+    return number if math.isfinite(number) else str(number)
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"

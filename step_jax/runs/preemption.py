@@ -1,0 +1,172 @@
+"""Leaving a run in good order: agreed stop on SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from step_jax.core.distributed import TIMEOUT_S, Processes
+from step_jax.core.errors import ExitCode
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_POLL_S = 0.5  # how late a process may learn that another one got a signal
+_AGREE_S = 0.02  # the same while the processes agree on a step
+_NOT_STARTED = -1
+_FINISHED = "finished"
+_instances = itertools.count()
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGINT into a stop at one step that all processes agree on.
+
+    Use it in a ``with`` statement around the training loop, after ``jax.distributed.initialize``
+    (whose own SIGTERM handler it replaces) and in every process::
+
+        with StopSignal() as stop, Checkpointer(...) as saver:
+            for step in range(start, total):
+                if stop.requested(step):
+                    saver.save(step, state, meta)
+                    saver.wait()
+                    return stop.exit_code
+                ...
+
+    The first signal asks for a stop, a second one ends the process at once (128 + signal number)
+    without saving, also while the main thread is blocked in a device call. Signals are only
+    caught if the block is entered in the main thread, as Python demands.
+
+    With several processes the one that got the signal publishes it; a thread in everyone reports
+    the step under way, and all stop after the highest of these. (Waiting for the training loops
+    to report instead would deadlock: one may sit in a collective that another has not reached.)
+    Until a signal arrives a call of `requested` only sets a number: no collective, no message.
+    """
+
+    def __init__(self, on_event: Callable[[str], None] | None = None):
+        self._event = on_event or logging.getLogger("step_jax.preemption").warning
+        self._processes = Processes(f"stop/{next(_instances)}")
+        self._alone = self._processes.count == 1
+        self._signal = 0
+        self._asked = threading.Event()
+        self._decided = threading.Event()
+        self._closing = False
+        self._lock = threading.Lock()
+        self._current = _NOT_STARTED  # the step under way
+        self._reported = False
+        self._stop_at: int | None = None
+        self._handlers: dict[int, Any] = {}
+        self._reader, self._writer = -1, -1
+        self._old_wakeup = -1
+
+    @property
+    def exit_code(self) -> int:
+        """What the process should exit with after saving: 42 (restart me), or 130 after Ctrl-C."""
+        return ExitCode.INTERRUPTED if self._signal == signal.SIGINT else ExitCode.RESTART
+
+    def requested(self, step: int) -> bool:
+        """Whether to save and stop instead of taking step ``step``; the same in all processes.
+
+        Must be called with rising steps at the same places of the loop in every process.
+        """
+        if self._alone:
+            return self._asked.is_set()
+        with self._lock:
+            if not self._reported:
+                self._current = step
+                return False
+        if not self._decided.wait(TIMEOUT_S):
+            raise TimeoutError(
+                f"a stop was requested but a process did not answer within {TIMEOUT_S} s"
+            )
+        return self._stop_at is not None and step >= self._stop_at
+
+    def __enter__(self) -> StopSignal:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        if threading.current_thread() is threading.main_thread():
+            # The C part of the handler writes the signal number to the pipe, so the thread sees
+            # it even while the main thread runs no Python code.
+            self._old_wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+            for number in _SIGNALS:
+                self._handlers[number] = signal.signal(number, lambda *_: None)
+        self._thread = threading.Thread(target=self._watch, name="stop-signal", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._handlers.items():
+            # None: the handler before ours was not installed from Python, so it is unknown here.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if self._handlers:
+            signal.set_wakeup_fd(self._old_wakeup)
+        self._closing = True
+        os.write(self._writer, b"\0")
+        self._thread.join()
+        os.close(self._reader)
+        os.close(self._writer)
+        if not self._alone:
+            # The others must not wait for a process that has left its loop.
+            self._report(_FINISHED)
+            if self._processes.index == 0 and not self._decided.is_set():
+                self._processes.publish("decision", _FINISHED)
+
+    def _report(self, state: str) -> None:
+        with self._lock:
+            if not self._reported:
+                self._reported = True
+                self._processes.publish(f"at/{self._processes.index}", state or str(self._current))
+
+    def _watch(self) -> None:
+        while not self._closing:
+            pause = None if self._alone else _AGREE_S if self._asked.is_set() else _POLL_S
+            ready, _, _ = select.select([self._reader], [], [], pause)
+            for number in os.read(self._reader, 64) if ready else b"":
+                if number in _SIGNALS:
+                    self._received(number)
+            if not self._alone and not self._decided.is_set() and not self._closing:
+                try:
+                    self._exchange()
+                except jax.errors.JaxRuntimeError as e:
+                    self._event(f"stop signals can no longer be agreed: {e}")
+                    return
+
+    def _received(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if self._asked.is_set() and self._signal:
+            sys.stderr.write(f"second signal ({name}): exiting without saving\n")
+            sys.stderr.flush()
+            os._exit(128 + number)
+        self._signal = self._signal or number
+        self._event(
+            f"{name} received: saving at the next step, then exit code {self.exit_code}; "
+            "a second signal exits at once without saving"
+        )
+        if not self._alone:
+            self._processes.publish("request", str(number))
+        self._asked.set()
+
+    def _exchange(self) -> None:
+        """One look at the messages of the other processes."""
+        messages = self._processes.published()
+        if "request" in messages and not self._asked.is_set():
+            self._signal = int(messages["request"])
+            self._asked.set()
+        if self._asked.is_set():
+            self._report("")
+        at = [v for k, v in messages.items() if k.startswith("at/")]
+        if self._processes.index == 0 and len(at) == self._processes.count:
+            # A process that has finished its loop will not save: then all finish theirs.
+            decision = _FINISHED if _FINISHED in at else str(max(map(int, at)) + 1)
+            self._processes.publish("decision", decision)
+            messages = {"decision": decision, **messages}
+        if "decision" in messages:
+            if messages["decision"] != _FINISHED:
+                self._stop_at = int(messages["decision"])
+            self._decided.set()

@@ -1,0 +1,231 @@
+"""The voice and the memory of a run: everything a training loop says goes through one object.
+
+What is shared by all loops is here and nothing of any one of them: a loop names its metrics, and
+names decide how they are shown (see :func:`step_jax.runs.console.format_value`).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+from step_jax.core.errors import ConfigError
+from step_jax.runs import sinks as sink_lib
+from step_jax.runs.console import (
+    Console,
+    cells,
+    duration,
+    format_value,
+    make_console,
+    progress_text,
+)
+from step_jax.runs.metrics_log import MetricsLog
+from step_jax.runs.run_directory import RunDirectory
+from step_jax.runs.sinks import AsyncSink, RunInfo, SinkName
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is shown and where metrics go. Every step is recorded in ``metrics.jsonl`` in any case.
+
+    every: steps between the progress lines that stay.
+    sinks: where metrics go besides ``metrics.jsonl``.
+    project: the name that services file the run under.
+    """
+
+    every: int = 10
+    sinks: tuple[SinkName, ...] = ("tensorboard",)
+    project: str = "step-jax"
+
+    def validate(self) -> None:
+        if self.every < 1:
+            raise ConfigError(f"every={self.every} must be at least 1")
+        sink_lib.check_installed(self.sinks)
+
+
+class Reporter:
+    """Prints, logs and stores. Only the primary process does anything; the others may call freely.
+
+    Scalars may be Python numbers or arrays of one element; a device array is waited for.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        config: LoggingConfig,
+        *,
+        total_steps: int | None = None,
+        resolved_config: Mapping[str, Any] | None = None,
+        stream: TextIO | None = None,
+    ):
+        """
+        Args:
+          run: an open run directory; its ``primary`` decides whether this process reports.
+          config: what is shown and where metrics go.
+          total_steps: the last step, for the progress bar and the expected end.
+          resolved_config: for the sinks, as :func:`step_jax.core.config.to_plain` gives it.
+          stream: where to print (default: standard output).
+        """
+        self.run = run
+        self.config = config
+        self.total_steps = total_steps
+        self.primary = run.primary
+        self.last_step = 0
+        if not self.primary:
+            return
+        self._console: Console = make_console(every=config.every, stream=stream)
+        self._metrics = MetricsLog(run.metrics)
+        self._log_lock = threading.Lock()  # a sink's thread may report its failure
+        self._started: tuple[float, int] | None = None
+        info = RunInfo(run.path, config.project, resolved_config or {})
+        self._sinks = [
+            AsyncSink(name, partial(sink_lib.SINKS[name], info), on_error=self._write_log)
+            for name in config.sinks
+        ]
+
+    def header(self, values: Mapping[str, Any], title: str = "run") -> None:
+        """Show and store what is known before the first step: versions, mesh, sizes, position."""
+        if not self.primary:
+            return
+        self._table(title, values)
+        self._metrics.append("header", self.last_step, {"values": values})
+
+    def resumed(self, step: int) -> None:
+        """Go on behind ``step``: records after it are dropped, since those steps run again."""
+        self.last_step = step
+        if not self.primary:
+            return
+        dropped = self._metrics.resume(step)
+        note = f"; {dropped} later records dropped" if dropped else ""
+        self._line(f"resumed after step {step}{note}")
+
+    def step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Record one finished step. Names with a ``/`` are stored and not shown."""
+        self.last_step = step
+        if not self.primary:
+            return
+        numbers = _numbers(metrics)
+        self._metrics.append("step", step, numbers)
+        self._to_sinks(step, numbers)
+        shown = cells(numbers)
+        if (left := self._seconds_left(step)) is not None:
+            shown["left"] = duration(left)
+        self._console.progress(step, self.total_steps, shown)
+        if step % self.config.every == 0 or step == self.total_steps:
+            self._write_log(progress_text(step, self.total_steps, shown))
+
+    def evaluation(self, step: int, metrics: Mapping[str, Any], name: str = "eval") -> None:
+        """Record an evaluation; sinks get the metrics as ``name/metric``."""
+        if not self.primary:
+            return
+        numbers = _numbers(metrics)
+        self._metrics.append("eval", step, {"name": name, **numbers})
+        self._to_sinks(step, {f"{name}/{key}": value for key, value in numbers.items()})
+        shown = "  ".join(f"{k} {v}" for k, v in cells(numbers).items())
+        self._line(f"{name} at step {step}: {shown}")
+
+    def event(self, text: str) -> None:
+        """Show, log and record something that happened."""
+        if not self.primary:
+            return
+        self._line(text)
+        self._metrics.append("note", self.last_step, {"text": text})
+
+    def summary(self, values: Mapping[str, Any], title: str = "summary") -> None:
+        """Show and store the outcome. ``status`` in it is what ``step-jax runs`` shows."""
+        if not self.primary:
+            return
+        self._table(title, values)
+        self._metrics.append("summary", self.last_step, {"values": values})
+
+    def close(self) -> None:
+        """Finish the sinks (for a limited time) and the files."""
+        if not self.primary:
+            return
+        self._console.close()
+        for sink in self._sinks:
+            sink.close()
+            if sink.dropped:
+                self._line(f"metrics sink {sink.name} lost {sink.dropped} records")
+        if self._metrics.dropped:
+            self._line(
+                f"{self._metrics.dropped} records could not be written to {self.run.metrics}"
+            )
+        self._metrics.close()
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _to_sinks(self, step: int, numbers: Mapping[str, float]) -> None:
+        for sink in self._sinks:
+            sink.write(step, numbers)
+
+    def _seconds_left(self, step: int) -> float | None:
+        """From the pace since the first reported step, whose own time is mostly compilation."""
+        now = time.monotonic()
+        if self._started is None:
+            self._started = (now, step)
+        start_time, start_step = self._started
+        if not self.total_steps or step <= start_step:
+            return None
+        return (now - start_time) / (step - start_step) * (self.total_steps - step)
+
+    def _table(self, title: str, values: Mapping[str, Any]) -> None:
+        rows = {name: format_value(name, value) for name, value in values.items()}
+        self._console.table(title, rows)
+        self._write_log("\n".join([title, *(f"  {k}: {v}" for k, v in rows.items())]))
+
+    def _line(self, text: str) -> None:
+        self._console.line(text)
+        self._write_log(text)
+
+    def _write_log(self, text: str) -> None:
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        try:
+            with self._log_lock, open(self.run.log, "a", encoding="utf-8") as file:
+                file.write(f"{stamp} {text}\n")
+        except OSError:
+            self._metrics.dropped += 1  # a full disk does not end a run; close() says so
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: value if isinstance(value, int | float) else float(value)
+        for name, value in metrics.items()
+    }
+
+
+def environment() -> dict[str, str]:
+    """Versions, host and source revision, for the header of a run."""
+    values = {"host": platform.node(), "python": platform.python_version()}
+    for package in ("step-jax", "jax"):
+        try:
+            values[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    revision = _git_revision(Path(__file__).parent)
+    return values | ({"revision": revision} if revision else {})
+
+
+def _git_revision(directory: Path) -> str | None:
+    """Short commit id with ``+`` if tracked files differ, or None outside a checkout."""
+    command = ["git", "-C", str(directory), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=5, env={**os.environ, "LC_ALL": "C"}
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None if result.returncode == 0 else None

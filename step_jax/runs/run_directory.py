@@ -1,0 +1,143 @@
+"""The directory of one run, and the lock that keeps a second run out of it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+from step_jax.core.errors import ConfigError
+from step_jax.core.files import write_whole
+
+_held: set[Path] = set()  # record locks do not exclude the process that holds them
+
+
+class RunDirectory:
+    """Where a run keeps everything, locked while the context is open.
+
+    The lock is a POSIX record lock on ``lock``: the kernel drops it when the owner dies, however it
+    dies, and child processes do not inherit it. So the directory of a killed run can be taken over
+    at once, and one in use cannot be.
+
+    Attributes:
+      path: the directory.
+      config: the resolved configuration (``config.yaml``).
+      metrics: ``metrics.jsonl``, see :mod:`step_jax.runs.metrics_log`.
+      log: ``log.txt``, what was printed, with times.
+      checkpoints, tensorboard, plots, samples, profile: subdirectories, made by who writes.
+    """
+
+    def __init__(self, path: Path | str, *, primary: bool = True):
+        """
+        Args:
+          path: the directory; it is made if it does not exist.
+          primary: whether this process owns the directory (process 0 of a run). The others read
+            paths from the object and neither lock nor write.
+        """
+        self.path = Path(path).expanduser()
+        self.primary = primary
+        self.config = self.path / "config.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.log = self.path / "log.txt"
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.plots = self.path / "plots"
+        self.samples = self.path / "samples"
+        self.profile = self.path / "profile"
+        self._lock_file = self.path / "lock"
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> RunDirectory:
+        """Take the lock. Raises ConfigError naming the owner if another run has it."""
+        if not self.primary:
+            return self
+        identity = self._lock_file.resolve()
+        if identity in _held:  # ask before opening: closing any descriptor drops the lock
+            raise ConfigError(self._refusal(descriptor=None))
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+            reason = os.strerror(error.errno or 0)
+            raise ConfigError(f"cannot write to the run directory {self.path}: {reason}") from None
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                message = self._refusal(descriptor)
+            else:
+                reason = os.strerror(error.errno or 0)
+                message = (
+                    f"the file system of {self.path} has no file locks ({reason}); "
+                    "keep the run directory on another one"
+                )
+            os.close(descriptor)
+            raise ConfigError(message) from None
+        owner = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "command": " ".join(sys.argv),
+        }
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
+        self._descriptor = descriptor
+        _held.add(identity)
+        return self
+
+    def _refusal(self, descriptor: int | None) -> str:
+        try:
+            owner = json.loads(os.pread(descriptor, 65536, 0)) if descriptor is not None else {}
+        except ValueError:  # the owner is just writing it
+            owner = {}
+        pid, host = owner.get("pid", os.getpid()), owner.get("host", socket.gethostname())
+        since = f" since {owner['started']}" if "started" in owner else ""
+        return (
+            f"the run directory {self.path} is in use by process {pid} on {host}{since}; "
+            "stop that run or choose another directory"
+        )
+
+    def __exit__(self, *exc: object) -> None:
+        if self._descriptor is None:
+            return
+        os.ftruncate(self._descriptor, 0)
+        os.close(self._descriptor)  # drops the lock
+        self._descriptor = None
+        _held.discard(self._lock_file.resolve())
+
+    def write_config(self, yaml_text: str) -> None:
+        """Store the resolved configuration. One that differs is kept (``config.1.yaml``)."""
+        if not self.primary:
+            return
+        if self.config.exists():
+            if self.config.read_text(encoding="utf-8") == yaml_text:
+                return
+            number = 1
+            while (older := self.path / f"config.{number}.yaml").exists():
+                number += 1
+            self.config.rename(older)
+        write_whole(self.config, yaml_text)
+
+
+def is_locked(path: Path | str) -> bool:
+    """Whether a run has the directory at the moment."""
+    if (Path(path) / "lock").resolve() in _held:
+        return True
+    try:
+        descriptor = os.open(Path(path) / "lock", os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)

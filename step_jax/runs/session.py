@@ -1,0 +1,246 @@
+"""What every training loop does around its steps: a run directory, reports, checkpoints, the end.
+
+A loop owns its data, model and step and reads top to bottom; it opens a :class:`Session`, asks it
+for the state to start from, and tells it about every finished step. Nothing here knows what is
+being trained.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from step_jax.checkpoint import CheckpointConfig, Checkpointer
+from step_jax.core import distributed
+from step_jax.core.config import config_hash, to_plain, to_yaml
+from step_jax.core.errors import CheckpointError, ConfigError, ExitCode, RestartRequested
+from step_jax.core.sharding import MeshConfig, Sharding
+from step_jax.runs.preemption import StopSignal
+from step_jax.runs.profiling import ProfileConfig, ProfilerWindow
+from step_jax.runs.reporter import LoggingConfig, Reporter, environment
+from step_jax.runs.run_directory import RunDirectory
+from step_jax.runs.watchdog import HangWatchdog
+from step_jax.training.step import check_skipped
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and how it starts.
+
+    directory: everything the run writes; starting it again there goes on after its last checkpoint.
+    seed: of parameters, data order and every random choice.
+    max_skipped: non-finite steps in a row that are survived by skipping them.
+    """
+
+    directory: str
+    seed: int = 0
+    max_skipped: int = 5
+    logging: LoggingConfig = LoggingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    profile: ProfileConfig = ProfileConfig()
+
+    def validate(self):
+        if self.max_skipped < 0:
+            raise ConfigError(f"max_skipped is {self.max_skipped}; it must be 0 or more")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step does, for its rates: ``tokens`` (or samples), operations, and the peak."""
+
+    tokens: int
+    flops: float = 0.0
+    peak_flops: float | None = None
+
+
+class Session:
+    """One run, open: use it in a ``with`` statement.
+
+    Every process of the run opens one and makes the same calls. Leaving the block waits for the
+    checkpoint under way; leaving it by SIGTERM (:class:`RestartRequested`) has saved the last step.
+
+    Attributes:
+      sharding: mesh and rules of the run.
+      directory: the run directory.
+      reporter: says and records things.
+    """
+
+    def __init__(self, config: Any, run: RunConfig, parallel: MeshConfig):
+        """``config`` is the loop's whole configuration; its parts ``run`` and ``parallel`` act."""
+        self.opened = time.perf_counter()
+        distributed.keep_compiled_programs()
+        distributed.join(parallel.multihost)
+        self.sharding = Sharding.build(parallel)
+        self.primary = jax.process_index() == 0
+        self._config, self._run = config, run
+        self._stack = ExitStack()
+        self._pending: tuple[int, Any, float] | None = None
+        self._work = Work(0)
+        self._meta: dict[str, Any] = {}
+        #: (step, metrics) -> what to say about a finished step besides its numbers
+        self.watch: Callable[[int, Mapping[str, float]], Iterable[str]] = lambda step, metrics: ()
+
+    def __enter__(self) -> Session:
+        with ExitStack() as stack:
+            self.directory = stack.enter_context(
+                RunDirectory(self._run.directory, primary=self.primary)
+            )
+            self._again = self.directory.metrics.exists()
+            self.reporter = stack.enter_context(
+                Reporter(
+                    self.directory,
+                    self._run.logging,
+                    resolved_config=to_plain(self._config),
+                )
+            )
+            self._stop = stack.enter_context(StopSignal(self.reporter.event))
+            self._checkpointer = stack.enter_context(
+                Checkpointer(self.directory.checkpoints, self._run.checkpoint, self.reporter.event)
+            )
+            self._watchdog = stack.enter_context(HangWatchdog())
+            self._profiler = ProfilerWindow(self._run.profile, self.directory.profile)
+            stack.callback(self._profiler.close)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc):
+        return self._stack.__exit__(*exc)
+
+    # --- before the first step -----------------------------------------------------------------
+
+    def start(
+        self,
+        initialise: Callable[[], Any],
+        abstract_state: Any,
+        check: Callable[[dict[str, Any], int], None] = lambda meta, step: None,
+    ) -> tuple[Any, int]:
+        """The newest verified checkpoint of the run directory, or a fresh state.
+
+        Args:
+          initialise: makes a fresh state.
+          abstract_state: its shapes, dtypes and shardings.
+          check: called with the checkpoint's ``meta`` and step before anything is restored; raises
+            if this run does not continue that one (the seed is compared anyway).
+
+        Returns:
+          (state, number of finished steps)
+        """
+        step = self._checkpointer.latest()
+        if step is None:
+            if steps := self._checkpointer.steps():
+                raise CheckpointError(
+                    f"the checkpoints in {self.directory.checkpoints} (steps {steps}) are all "
+                    "damaged: move them away to start afresh"
+                )
+            if self._again:  # it ended before its first checkpoint
+                self.reporter.resumed(0)
+            return initialise(), 0
+        meta = self._checkpointer.meta(step)
+        if (seed := meta["config"]["run"]["seed"]) != self._run.seed:
+            raise CheckpointError(f"run.seed was {seed} and is {self._run.seed}: set it back")
+        check(meta, step)
+        state, _ = self._checkpointer.restore(step, abstract_state)
+        self.reporter.resumed(step)
+        return state, step
+
+    def describe(
+        self,
+        config: Any,
+        total_steps: int,
+        work: Work,
+        meta: dict[str, Any],
+        header: Mapping[str, Any],
+    ):
+        """Fixes what the run is, once it is known to be able to go on, and shows the header.
+
+        Args:
+          config: the resolved configuration, written to the run directory and every checkpoint.
+          total_steps: where the run ends.
+          work: what a step does.
+          meta: JSON-able facts that a resumed run must agree with (see ``start``).
+          header: what to show.
+        """
+        self.total_steps = self.reporter.total_steps = total_steps
+        self._work = work
+        self._meta = {"config": to_plain(config), "config_hash": config_hash(config), **meta}
+        self.directory.write_config(to_yaml(config))
+        devices = self.sharding.mesh.devices.flat
+        sizes = [f"{axis} {n}" for axis, n in self.sharding.mesh.shape.items() if n > 1]
+        self.reporter.header(
+            {
+                **environment(),
+                "devices": f"{len(devices)} x {devices[0].device_kind}",
+                "mesh": " x ".join(sizes) or "one device",
+                "processes": jax.process_count(),
+                **header,
+            }
+        )
+        self._clock = time.perf_counter()
+
+    # --- every step ----------------------------------------------------------------------------
+
+    def before(self, step: int):
+        """Call before the step with this 0-based number is dispatched."""
+        self._profiler.before_step(step)
+
+    def finished(self, step: int, state: Any, metrics: Mapping[str, Any], data_wait: float = 0.0):
+        """Call with every step's results, computed or still being computed.
+
+        Reports the step before this one, so that the device never waits for the host; saves when a
+        checkpoint is due; and, once a stop was asked for, saves and leaves.
+
+        Args:
+          step: steps finished, this one included.
+          data_wait: seconds the host waited for this step's data.
+
+        Raises:
+          RestartRequested, KeyboardInterrupt: after SIGTERM, SIGINT; the state is saved.
+          DivergedError: too many non-finite steps in a row.
+        """
+        self.flush()
+        self._pending = (step, metrics, data_wait)
+        if self._profiler.after_step(step - 1, metrics):
+            self.reporter.event(f"profile of {self._run.profile.steps} steps written")
+        stop = self._stop.requested(step)
+        if stop or self._checkpointer.due(step) or step == self.total_steps:
+            with self.aside():
+                self._checkpointer.save(step, state, self._meta)
+        if stop and step < self.total_steps:
+            self._checkpointer.wait()
+            if self._stop.exit_code == ExitCode.INTERRUPTED:
+                raise KeyboardInterrupt
+            raise RestartRequested(f"stopped after step {step}: start the same command to go on")
+
+    def flush(self):
+        """Waits for the step last given to ``finished`` and reports it."""
+        if self._pending is None:
+            return
+        step, metrics, data_wait = self._pending
+        self._pending = None
+        values = {k: v.item() for k, v in jax.device_get(dict(metrics)).items()}
+        self._watchdog.beat()
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        work = self._work
+        rates = {"tokens": step * work.tokens, "step_s": seconds}
+        rates["tokens_per_s"] = work.tokens / seconds
+        rates["data_wait_s"] = data_wait
+        if work.peak_flops:
+            rates["mfu"] = work.flops / seconds / work.peak_flops
+        self.reporter.step(step, values | rates)
+        for text in self.watch(step, values):
+            self.reporter.event(text)
+        check_skipped(values.get("skipped", 0), self._run.max_skipped, step)
+
+    @contextmanager
+    def aside(self):
+        """For work between two steps (an evaluation): it does not count as a step's time."""
+        self.flush()
+        yield
+        self._watchdog.beat()
+        self._clock = time.perf_counter()

@@ -1,0 +1,27 @@
+"""The ``checkpoints`` command on good, damaged and missing steps."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import pytest
+
+from step_jax.checkpoint import Checkpointer
+from step_jax.cli import checkpoints
+from step_jax.core.errors import CheckpointError
+
+
+def test_list_and_verify(tmp_path, capsys):
+    with Checkpointer(tmp_path / "checkpoints") as saver:
+        for step in (1, 2):
+            saver.save(step, {"a": jnp.ones(3)}, {})
+    assert checkpoints.main(["list", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("1 arrays") == 2
+    assert checkpoints.main(["verify", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("verified") == 2
+    (tmp_path / "checkpoints" / "00000002" / "step.json").write_text("{}")
+    assert checkpoints.main(["verify", str(tmp_path / "checkpoints")]) == 1
+    out = capsys.readouterr().out
+    assert "DAMAGED" in out and "step.json: 2 bytes" in out
+    assert checkpoints.main(["list", str(tmp_path)]) == 0
+    with pytest.raises(CheckpointError, match="give a run directory"):
+        checkpoints.main(["list", str(tmp_path / "nowhere")])

@@ -1,0 +1,216 @@
+"""SIGTERM and Ctrl-C: one process and two; the state of one common step is saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from step_jax.checkpoint import Checkpointer, verify
+from step_jax.runs.preemption import StopSignal
+
+RUN = """
+import os, sys, time
+import jax
+directory, index, count, port, total = sys.argv[1], *map(int, sys.argv[2:6])
+if count > 1:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from step_jax.checkpoint import Checkpointer, CheckpointConfig
+from step_jax.runs.preemption import StopSignal
+
+mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
+sharding = NamedSharding(mesh, PartitionSpec("x"))
+init = jax.jit(lambda: {"w": jnp.arange(64.0).reshape(8, 8)}, out_shardings=sharding)
+step_fn = jax.jit(lambda s: {"w": s["w"] * 0.5 + s["w"].mean()}, donate_argnums=0,
+                  out_shardings=sharding)
+state, start = init(), 0
+log = lambda e: print(e, flush=True)
+with StopSignal(log) as stop, Checkpointer(directory, CheckpointConfig(), log) as saver:
+    latest = saver.latest()
+    if latest is not None:
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        state, meta = saver.restore(latest, shapes)
+        start = meta["step"]
+    for step in range(start, total):
+        if stop.requested(step):
+            saver.save(step, state, {"step": step})
+            saver.wait()
+            print("stopped", step, flush=True)
+            code = stop.exit_code
+            break
+        state = step_fn(state)
+        jax.block_until_ready(state)
+        if step == start + 2:
+            print("running", flush=True)
+        time.sleep(0.01)
+    else:
+        saver.save(total, state, {"step": total})
+        code = 0
+sys.exit(code)
+"""
+
+
+def start(directory: Path, count: int, total: int = 10**6) -> list[subprocess.Popen]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", RUN, *map(str, (directory, i, count, port, total))],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=env,
+        )
+        for i in range(count)
+    ]
+
+
+def wait_until_running(runs: list[subprocess.Popen]) -> None:
+    for run in runs:
+        seen = []
+        for line in run.stdout:
+            seen.append(line)
+            if line.startswith("running"):
+                break
+        else:
+            pytest.fail("".join(seen))
+
+
+def finish(runs: list[subprocess.Popen], timeout: float = 60) -> list[tuple[int, str]]:
+    try:
+        outputs = [r.communicate(timeout=timeout)[0] for r in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    return [(r.returncode, text) for r, text in zip(runs, outputs, strict=True)]
+
+
+def stopped_at(text: str) -> int:
+    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("stopped"))
+
+
+def expected(steps: int) -> np.ndarray:
+    w = np.arange(64, dtype=np.float32).reshape(8, 8)
+    for _ in range(steps):
+        w = w * np.float32(0.5) + w.mean(dtype=np.float32)
+    return w
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 42), (signal.SIGINT, 130)])
+def test_signal_saves_and_exits_with_its_code(tmp_path, number, code):
+    runs = start(tmp_path, 1)
+    wait_until_running(runs)
+    runs[0].send_signal(number)
+    ((returncode, text),) = finish(runs)
+    assert returncode == code, text
+    step = stopped_at(text)
+    assert verify(tmp_path) == {step: []}
+    shape = {"w": jax.ShapeDtypeStruct((8, 8), np.float32)}
+    restored, meta = Checkpointer(tmp_path).restore(None, shape)
+    assert meta == {"step": step}
+    np.testing.assert_allclose(restored["w"], expected(step), rtol=1e-5)
+
+
+def test_second_signal_ends_the_process_although_the_main_thread_is_blocked():
+    code = """
+import ctypes
+from step_jax.runs.preemption import StopSignal
+libc, forever = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+def block():
+    # Locking twice never returns and, unlike sleep(), is not interrupted by signals.
+    libc.pthread_mutex_lock(forever)
+    libc.pthread_mutex_lock(forever)
+with StopSignal(lambda e: None):
+    print("ready", flush=True)
+    block()
+"""
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert run.stdout.readline() == b"ready\n"
+    run.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert run.poll() is None
+    run.send_signal(signal.SIGTERM)
+    try:
+        assert run.wait(timeout=10) == 128 + signal.SIGTERM
+    finally:
+        run.kill()
+
+
+def test_handlers_are_put_back_and_flag_costs_little():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal(lambda e: None) as stop:
+        assert signal.getsignal(signal.SIGTERM) is not before
+        begin = time.perf_counter()
+        for step in range(1000):
+            assert not stop.requested(step)
+        assert time.perf_counter() - begin < 0.1  # 100 us a call, far above what it takes
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while not stop.requested(1000) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert stop.requested(1001) and stop.exit_code == 42
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_outside_of_the_main_thread_it_only_misses_signals():
+    seen = []
+
+    def body():
+        with StopSignal() as stop:
+            seen.append(stop.requested(0))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join(10)
+    assert seen == [False]
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("rank", [0, 1])
+def test_signal_to_one_of_two_processes_stops_both_at_one_step(tmp_path, rank):
+    runs = start(tmp_path, 2)
+    wait_until_running(runs)
+    runs[rank].send_signal(signal.SIGTERM)
+    results = finish(runs)
+    assert [code for code, _ in results] == [42, 42], results
+    steps = {stopped_at(text) for _, text in results}
+    assert len(steps) == 1
+    step = steps.pop()
+    assert verify(tmp_path) == {step: []}
+
+
+@pytest.mark.multiprocess
+def test_other_process_count_and_common_fall_back(tmp_path):
+    """Two processes save, one goes on; its step is damaged, so two go on from the older one."""
+    for count, total in ((2, 3), (1, 6)):
+        results = finish(start(tmp_path, count, total))
+        assert [code for code, _ in results] == [0] * count, results
+    data = max((tmp_path / "00000006").glob("**/d/*"), key=lambda p: p.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 4
+    data.write_bytes(content)
+    results = finish(start(tmp_path, 2, 8))
+    assert [code for code, _ in results] == [0, 0], results
+    assert "step 6 is DAMAGED" in results[0][1]
+    found = verify(tmp_path)
+    assert [s for s, problems in found.items() if not problems] == [3, 8]
+    assert len(found[6]) == 1  # kept for inspection
+    shape = {"w": jax.ShapeDtypeStruct((8, 8), np.float32)}
+    restored, _ = Checkpointer(tmp_path).restore(None, shape)
+    np.testing.assert_allclose(restored["w"], expected(8), rtol=1e-5)

@@ -1,0 +1,270 @@
+"""What a run records and shows: kill, resume, full disk, slow sinks, terminals."""
+
+import io
+import json
+import math
+import threading
+import time
+import types
+
+import numpy as np
+import pytest
+
+from step_jax.core.config import parse_config
+from step_jax.core.errors import ConfigError
+from step_jax.runs import sinks as sink_lib
+from step_jax.runs.console import duration, format_value, si
+from step_jax.runs.metrics_log import MetricsLog, read_metrics
+from step_jax.runs.reporter import LoggingConfig, Reporter, environment
+from step_jax.runs.run_directory import RunDirectory
+from step_jax.runs.sinks import AsyncSink, RunInfo
+
+QUIET = LoggingConfig(sinks=())
+
+
+def steps(path):
+    return [(r["step"], r["loss"]) for r in read_metrics(path) if r["event"] == "step"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    with RunDirectory(tmp_path / "run") as run:
+        yield run
+
+
+def test_records_and_plain_output(run):
+    out = io.StringIO()
+    config = LoggingConfig(every=10, sinks=())
+    with Reporter(run, config, total_steps=25, stream=out) as reporter:
+        reporter.header({"parameters": 1234567, "devices": "1 x cpu"})
+        for step in range(1, 26):
+            metrics = {"loss": np.float32(1 / step), "tokens_per_s": 52_345.0, "norm/a": 1.0}
+            reporter.step(step, metrics)
+        reporter.evaluation(25, {"loss": 0.5})
+        reporter.event("something happened")
+        reporter.summary({"status": "done", "run_s": 65.0})
+    assert steps(run.path) == [(s, float(np.float32(1 / s))) for s in range(1, 26)]
+    events = [r["event"] for r in read_metrics(run.path) if r["event"] != "step"]
+    assert events == ["header", "eval", "note", "summary"]
+    lines = out.getvalue().splitlines()
+    assert lines[:3] == ["run", "  parameters  1,234,567", "  devices     1 x cpu"]
+    progress = [line.split("  ")[0] for line in lines if line.startswith("step ")]
+    assert progress == ["step 1/25", "step 10/25", "step 20/25", "step 25/25"]
+    assert "loss 0.1  tokens/s 52.3k  left " in out.getvalue() and "norm/a" not in out.getvalue()
+    assert lines[-2:] == ["  status  done", "  run_s   1m05s"]
+    log = run.log.read_text()
+    assert "something happened" in log and "step 20/25" in log and "parameters: 1,234,567" in log
+
+
+def test_resume_gives_each_step_once(run):
+    log = MetricsLog(run.metrics)
+    for step in range(1, 8):
+        log.append("step", step, {"loss": float(step)})
+    log.append("note", 7, {"text": "x"})
+    log.close()
+    with open(run.metrics, "a") as file:
+        file.write('{"event": "step", "step": 8, "lo')  # torn by the kill
+    with Reporter(run, QUIET, stream=io.StringIO()) as reporter:
+        reporter.resumed(4)
+        for step in range(5, 8):
+            reporter.step(step, {"loss": float(step)})
+    assert steps(run.path) == [(s, float(s)) for s in range(1, 8)]
+    (resumed,) = [r for r in read_metrics(run.path) if r["event"] == "resumed"]
+    assert (resumed["step"], resumed["dropped"]) == (4, 5)
+    assert all(json.loads(line) for line in run.metrics.read_text().splitlines())
+
+
+def test_torn_line_without_resume_does_not_swallow_the_next(run):
+    run.metrics.write_text('{"event": "step", "st')
+    log = MetricsLog(run.metrics)
+    log.append("step", 1, {"loss": 1.0})
+    log.close()
+    assert steps(run.path) == [(1, 1.0)]
+
+
+def test_non_finite_values_are_valid_json_and_come_back(run):
+    log = MetricsLog(run.metrics)
+    log.append("step", 1, {"loss": math.nan, "a": -math.inf})
+    log.close()
+    strict = json.loads(run.metrics.read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert (strict["loss"], strict["a"]) == ("nan", "-inf")
+    (record,) = read_metrics(run.path)
+    assert math.isnan(record["loss"]) and record["a"] == -math.inf
+
+
+def test_full_disk_costs_records_and_not_the_run(run):
+    full = types.SimpleNamespace(metrics="/dev/full")
+    log = MetricsLog(full.metrics)
+    log.append("step", 1, {"loss": 1.0})
+    log.append("step", 2, {"loss": 1.0})
+    assert log.dropped == 2
+    out = io.StringIO()
+    reporter = Reporter(run, QUIET, stream=out)
+    reporter._metrics = log
+    reporter.step(3, {"loss": 1.0})
+    reporter.close()
+    assert "3 records could not be written" in out.getvalue()
+
+
+def test_tensorboard(run):
+    with Reporter(run, LoggingConfig(), stream=io.StringIO()) as reporter:
+        assert not run.tensorboard.exists()  # nothing before the first record
+        reporter.step(1, {"loss": 2.5})
+        reporter.evaluation(1, {"loss": 3.5}, name="held-out")
+    (file,) = run.tensorboard.iterdir()
+    assert b"loss" in file.read_bytes() and b"held-out/loss" in file.read_bytes()
+
+
+def test_slow_sink_drops_and_does_not_block():
+    release, written, errors = threading.Event(), [], []
+
+    class Slow:
+        def write(self, step, metrics):
+            release.wait()
+            written.append(step)
+
+        def close(self):
+            written.append("closed")
+
+    sink = AsyncSink("slow", Slow, on_error=errors.append, size=5, close_seconds=5)
+    start = time.perf_counter()
+    for step in range(100):
+        sink.write(step, {"loss": 1.0})
+    assert time.perf_counter() - start < 1
+    assert 94 <= sink.dropped <= 95  # five wait, one may be in hand
+    release.set()
+    sink.close()
+    assert written[-1] == "closed" and len(written) - 1 == 100 - sink.dropped and not errors
+
+
+def test_dead_sink_is_given_up_once_and_hanging_one_is_left():
+    errors = []
+
+    def fail():
+        raise ConnectionError("no route")
+
+    dead = AsyncSink("dead", fail, on_error=errors.append)
+    for step in range(50):
+        dead.write(step, {})
+        time.sleep(0.001)
+    dead.close()
+    assert errors == ["metrics sink dead gave up: ConnectionError: no route"]
+    hanging = AsyncSink("hang", lambda: time.sleep(30), on_error=errors.append, close_seconds=0.1)
+    hanging.write(1, {})
+    start = time.perf_counter()
+    hanging.close()
+    assert time.perf_counter() - start < 2 and "did not finish in 0.1 s" in errors[-1]
+
+
+def test_services_get_every_record(tmp_path, monkeypatch):
+    """What wandb, trackio and mlflow are called with (fakes: no real service is asked)."""
+    calls = []
+
+    def module(*names):
+        def make(name):
+            def call(*args, **kwargs):
+                calls.append((name, args, kwargs))
+                return fake
+
+            return call
+
+        fake = types.SimpleNamespace(**{name: make(name) for name in names})
+        return fake
+
+    monkeypatch.setitem(__import__("sys").modules, "wandb", module("init", "log", "finish"))
+    monkeypatch.setitem(__import__("sys").modules, "trackio", module("init", "log", "finish"))
+    functions = ("set_experiment", "start_run", "log_metrics", "end_run")
+    monkeypatch.setitem(__import__("sys").modules, "mlflow", module(*functions))
+    info = RunInfo(tmp_path / "run-1", "project", {"a": 1})
+    for name in ("wandb", "trackio", "mlflow"):
+        sink = sink_lib.SINKS[name](info)
+        sink.write(3, {"loss": 1.0})
+        sink.close()
+    logged = [(a, k) for name, a, k in calls if name in ("log", "log_metrics")]
+    assert logged == [(({"loss": 1.0},), {"step": 3})] * 3
+    inits = [k for name, _, k in calls if name == "init"]
+    assert all(k["project"] == "project" and k["name"] == "run-1" for k in inits)
+    assert [name for name, _, _ in calls if name in ("finish", "end_run")].count("finish") == 2
+
+
+def test_missing_sink_package_is_a_configuration_error(monkeypatch):
+    monkeypatch.setattr(sink_lib.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'step-jax\[wandb\]'"):
+        parse_config(LoggingConfig, "sinks: [wandb]")
+    with pytest.raises(ConfigError, match="expected 'tensorboard' or 'wandb'"):
+        parse_config(LoggingConfig, "sinks: [wandbb]")
+
+
+def test_only_the_primary_process_reports(tmp_path):
+    with RunDirectory(tmp_path / "run", primary=False) as run:
+        out = io.StringIO()
+        with Reporter(run, LoggingConfig(), stream=out) as reporter:
+            reporter.header({"a": 1})
+            reporter.resumed(3)
+            reporter.step(4, {"loss": 1.0})
+            reporter.evaluation(4, {"loss": 1.0})
+            reporter.event("x")
+            reporter.summary({"a": 1})
+    assert out.getvalue() == "" and not run.path.exists()
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_terminal_output(run, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    out = Terminal()
+    with Reporter(run, LoggingConfig(every=5, sinks=()), total_steps=10, stream=out) as reporter:
+        reporter.header({"parameters": 5})
+        for step in range(1, 11):
+            reporter.step(step, {"loss": 1.0})
+        reporter.event("[not markup]")
+        reporter.summary({"status": "done"})
+    text = out.getvalue()
+    assert "╭" in text and "step 5/10" in text and "[not markup]" in text and "done" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("loss", 2.34567, "2.346"),
+        ("lr", 3e-4, "3.000e-04"),
+        ("lr", 0.0, "0"),
+        ("loss", math.nan, "nan"),
+        ("mfu", 0.4123, "41.2%"),
+        ("tokens_per_s", 1_234_567.0, "1.23M"),
+        ("step_s", 0.0123, "12.3ms"),
+        ("memory bytes", 2_500_000_000, "2.5GB"),
+        ("tokens", 1234567, "1,234,567"),
+        ("ok", True, "True"),
+    ],
+)
+def test_values_for_people(name, value, text):
+    assert format_value(name, value) == text
+
+
+def test_units():
+    assert [si(x) for x in (0, 1, 999, 999.9, 1e3, 1e6, -2.5e9)] == [
+        *("0", "1", "999", "1k", "1k", "1M", "-2.5G"),
+    ]
+    assert [duration(x) for x in (0, 2e-5, 0.5, 59.9, 60, 3599.6, 7260)] == [
+        *("0s", "20us", "500ms", "59.9s", "1m00s", "1h00m", "2h01m"),
+    ]
+
+
+def test_environment_names_versions():
+    assert {"host", "python", "jax"} <= environment().keys()
+
+
+def test_reporting_a_step_is_cheap(run):
+    """Host time of a step: a tenth of the millisecond that dispatch may take, on a busy machine."""
+    metrics = {f"m{i}": float(i) for i in range(10)}
+    with Reporter(run, LoggingConfig(every=1000, sinks=()), stream=io.StringIO()) as reporter:
+        start = time.process_time()
+        for step in range(1, 501):
+            reporter.step(step, metrics)
+        seconds = (time.process_time() - start) / 500
+    assert seconds < 5e-4, f"{seconds * 1e6:.0f} us"
