@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 from step_jax.core.errors import ConfigError, DataError
 from step_jax.data import Tokenizer, train_tokenizer
 from step_jax.tokenizers.sentencepiece import train_sentencepiece
-
 from tests.data.conftest import text_of
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
