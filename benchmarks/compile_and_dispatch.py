@@ -23,7 +23,7 @@ from step_jax.models.layers.attention import MFA
 from step_jax.models.layers.mlp import SwiGLU
 from step_jax.models.layers.norm import RMSNorm
 from step_jax.models.text.decoder import Block, Decoder, Group
-from step_jax.models.text.loss import language_model_loss
+from step_jax.training.losses.text import language_model_loss
 from step_jax.training.optimizers.build import make_optimizer
 from step_jax.training.optimizers.config import AdamW
 from step_jax.training.state import abstract_state, init_state

@@ -12,13 +12,11 @@ import os
 import sys
 
 from step_jax.core.errors import ConfigError, ExitCode, StepError
+from step_jax.trainers import LOOPS, is_file
 
-#: name -> (module with ``main(argv) -> int | None``, help line)
+#: besides the loops: name -> (module with ``main(argv) -> int | None``, help line)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "pretrain": ("step_jax.cli.pretrain", "train a language model from a configuration file"),
     "plan": ("step_jax.cli.plan", "compile a recipe for a pod: memory, speed, cost"),
-    "reinforce": ("step_jax.cli.reinforce", "toy: a decoder learns to sort by policy gradients"),
-    "flow-matching": ("step_jax.cli.flow_matching", "toy: draw digits by class"),
     "generate": ("step_jax.cli.generate", "write text with a trained model"),
     "eval": ("step_jax.cli.evaluate", "held-out loss, perplexity and bits per byte of a model"),
     "tokenize": ("step_jax.cli.tokenize", "train a tokenizer, or look at what one does"),
@@ -29,11 +27,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 def _help() -> str:
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    entries = LOOPS | COMMANDS
+    width = max(map(len, entries))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in entries.items()]
     return (
         "usage: step-jax COMMAND [FILE.yaml ...] [--group.key VALUE ...]\n\n"
-        "Train the Step family of models with JAX.\n\ncommands:\n" + "\n".join(lines) + "\n\n"
+        "Train the Step family of models with JAX.\n\ncommands:\n" + "\n".join(lines) + "\n"
+        "  FILE.py    a training loop of your own (docs/writing_a_loop.md)\n\n"
         "step-jax COMMAND --help     every option of a command\n"
         "step-jax COMMAND --explain  every value and where it came from\n"
         "step-jax --version"
@@ -43,8 +43,9 @@ def _help() -> str:
 def _unknown(name: str) -> ConfigError:
     import difflib
 
-    close = difflib.get_close_matches(name, COMMANDS, n=1)
-    hint = f"; did you mean '{close[0]}'?" if close else f"; one of: {', '.join(COMMANDS)}"
+    known = [*LOOPS, *COMMANDS]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else f"; one of: {', '.join(known)}"
     return ConfigError(f"unknown command '{name}'{hint}")
 
 
@@ -60,10 +61,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"step-jax {__version__}")
         return ExitCode.OK
     try:
-        if argv[0] not in COMMANDS:
-            raise _unknown(argv[0])
-        module = importlib.import_module(COMMANDS[argv[0]][0])
-        return module.main(argv[1:]) or ExitCode.OK
+        name, rest = argv[0], argv[1:]
+        if name in LOOPS or is_file(name):
+            from step_jax.cli import loop
+
+            loop.main(name, rest)
+            return ExitCode.OK
+        if name not in COMMANDS:
+            raise _unknown(name)
+        return importlib.import_module(COMMANDS[name][0]).main(rest) or ExitCode.OK
     except StepError as error:
         if os.environ.get("STEP_JAX_TRACEBACK"):
             raise

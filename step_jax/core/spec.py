@@ -8,13 +8,16 @@ groups, weight decay, checkpoint layout and weight import are functions over tha
 from __future__ import annotations
 
 import math
+import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+
+from step_jax.core.errors import ConfigError
 
 Role = Literal["matrix", "embedding", "head", "vector", "router", "balance"]
 
@@ -159,6 +162,65 @@ def init(specs, key, layers: Callable[[str], tuple[int, int]] = lambda name: (0,
         return _init_leaf(spec, jax.random.fold_in(key, zlib.crc32(name.encode())), *layers(name))
 
     return jax.tree_util.tree_map_with_path(leaf, specs, is_leaf=is_spec)
+
+
+def by_name(specs) -> dict[str, ParamSpec]:
+    """Path -> spec of every parameter."""
+    leaves = jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)
+    return {path_name(path): spec for path, spec in leaves}
+
+
+def matching(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
+    """The names of parameters that any of the patterns names.
+
+    Args:
+      patterns: paths in which ``*`` stands for anything: ``groups/0/*``, ``*/attention/key_DC``. A
+        path of what holds parameters names all of them: ``groups/0``.
+
+    Raises:
+      ConfigError: a pattern that names none; it lists what there is.
+    """
+    names, found = list(names), set()
+    for pattern in patterns:
+        wanted = re.compile("".join(".*" if c == "*" else re.escape(c) for c in pattern))
+        hits = {n for n in names if any(wanted.fullmatch(p) for p in (n, *_holders(n)))}
+        if not hits:
+            raise ConfigError(f"no parameter is named {pattern!r}; there are: {', '.join(names)}")
+        found |= hits
+    return found
+
+
+def _holders(name: str) -> list[str]:
+    parts = name.split("/")
+    return ["/".join(parts[:n]) for n in range(1, len(parts))]
+
+
+def map_names(f: Callable[[str], Any], specs):
+    """A tree of ``f(path)`` for every parameter."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: f(path_name(path)), specs, is_leaf=is_spec
+    )
+
+
+def freeze(specs, patterns: Sequence[str]):
+    """The table with the matching parameters (see :func:`matching`) not trainable."""
+    frozen = matching(by_name(specs), patterns)
+
+    def leaf(path, spec):
+        return replace(spec, trainable=False) if path_name(path) in frozen else spec
+
+    return jax.tree_util.tree_map_with_path(leaf, specs, is_leaf=is_spec)
+
+
+def trained(specs, tree=None):
+    """``tree`` (the table itself if None) with None in the place of every frozen parameter."""
+    tree = specs if tree is None else tree
+    return map_specs(lambda s, a: a if s.trainable else None, specs, tree)
+
+
+def completed(specs, trained, whole):
+    """The inverse of :func:`trained`: frozen parameters from ``whole``, the others from ``trained``."""
+    return map_specs(lambda s, a, b: a if s.trainable else b, specs, trained, whole)
 
 
 def abstract(specs, shardings=None):

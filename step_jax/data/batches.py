@@ -1,68 +1,196 @@
-"""From the rows that a process reads to the arrays that a mesh computes on."""
+"""Batches with named axes: what every array of a batch is, and its way to the mesh.
+
+A loop declares a :class:`Field` for each array. The axes say which dimension counts rows of the
+batch, which counts places of a sequence, and which are neither (None): sharding, accumulation and
+the check of what a data source gives read nothing else. Arrays may have rows of their own number
+(a pack of pictures beside a text): each is cut into the same number of equal parts.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
-from step_jax.core.errors import ConfigError
+from step_jax.core.errors import ConfigError, DataError
 from step_jax.core.sharding import Sharding
 
-#: logical axes of a batch's leading dimensions; further ones are not sharded
-BATCH_AXES = ("batch", "sequence")
+ROWS = "batch"
 
 
-def batch_sharding(sharding: Sharding, shape: tuple[int, ...], axes=BATCH_AXES):
-    """NamedSharding of a global batch array (B, ...): ``axes`` name its leading dimensions."""
-    names = (*axes[: len(shape)], *(None,) * (len(shape) - len(axes)))
-    return sharding.named(names, shape)
+@dataclass(frozen=True)
+class Field:
+    """One array of a batch.
+
+    Attributes:
+      axes: a logical name for every dimension (``batch``: rows; ``sequence``: places of a text;
+        see ``core.sharding``), None for one that no device cuts.
+      shape: of the whole batch, over all processes.
+      dtype: NumPy's name of it.
+    """
+
+    axes: tuple[str | None, ...]
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        if len(self.axes) != len(self.shape) or self.axes.count(ROWS) > 1:
+            raise ValueError(f"axes {self.axes} do not name the dimensions of shape {self.shape}")
+
+    @property
+    def row_axis(self) -> int | None:
+        """The dimension that counts rows; None for an array that every row shares."""
+        return self.axes.index(ROWS) if ROWS in self.axes else None
+
+    def part(self, count: int) -> tuple[int, ...]:
+        """The shape of one of ``count`` equal parts of the rows.
+
+        Raises:
+          ConfigError: they do not divide.
+        """
+        axis = self.row_axis
+        if axis is None:
+            return self.shape
+        if self.shape[axis] % count:
+            raise ConfigError(
+                f"{self.shape[axis]} rows do not divide into {count} equal parts: make them a "
+                f"multiple of {count}"
+            )
+        return (*self.shape[:axis], self.shape[axis] // count, *self.shape[axis + 1 :])
 
 
-def process_rows(sharding: Sharding, batch_size: int) -> tuple[int, int]:
-    """(index, count): this process reads the ``index``-th of ``count`` equal parts of a batch.
+Schema = Mapping[str, Field]
+
+
+def schema_like(batch: Mapping[str, Any], axes: Mapping[str, tuple[str | None, ...]]) -> Schema:
+    """The schema of a batch made on the devices, from its (abstract) arrays and their axes."""
+    return {name: Field(axes[name], a.shape, np.dtype(a.dtype).name) for name, a in batch.items()}
+
+
+def process_rows(sharding: Sharding, rows: int) -> tuple[int, int]:
+    """(index, count): this process reads the ``index``-th of ``count`` equal parts of the rows.
 
     Processes that share rows (their devices differ along context or tensor) read the same part.
+
+    Raises:
+      ConfigError: this process's rows are no such part.
     """
-    spread = batch_sharding(sharding, (batch_size,)).addressable_devices_indices_map((batch_size,))
-    rows = [(s.start or 0, batch_size if s.stop is None else s.stop) for (s,) in spread.values()]
-    low, high = min(r[0] for r in rows), max(r[1] for r in rows)
+    layout = sharding.named((ROWS,), (rows,)).addressable_devices_indices_map((rows,))
+    spans = [(s.start or 0, rows if s.stop is None else s.stop) for (s,) in layout.values()]
+    low, high = min(s[0] for s in spans), max(s[1] for s in spans)
     size = high - low
-    if batch_size % size or low % size:
+    if rows % size or low % size:
         raise ConfigError(
             f"the devices of process {jax.process_index()} hold rows {low}..{high - 1} of "
-            f"{batch_size}: give every process a block of the batch of equal size"
+            f"{rows}: give every process a block of the batch of equal size"
         )
-    return low // size, batch_size // size
+    return low // size, rows // size
 
 
-def to_mesh(sharding: Sharding, batch: Any, batch_size: int, axes=BATCH_AXES) -> Any:
-    """A tree of global arrays (batch_size, ...) from this process's rows as NumPy arrays."""
+def check(schema: Schema, batch: Mapping[str, Any], parts: int = 1) -> None:
+    """Compares one of ``parts`` equal parts of a batch with its schema.
+
+    Raises:
+      DataError: arrays are missing or too many, or one has another shape or dtype; it says which
+        array, what the schema asks for and what was found.
+    """
+    problems = [f"{name} is missing" for name in schema if name not in batch]
+    problems += [f"{name} is not in the schema" for name in batch if name not in schema]
+    for name, field in schema.items():
+        found = batch.get(name)
+        if found is None:
+            continue
+        expected = (field.part(parts), np.dtype(field.dtype).name)
+        if (tuple(found.shape), np.dtype(found.dtype).name) != expected:
+            problems.append(
+                f"{name} has shape {tuple(found.shape)} and dtype {found.dtype}, expected "
+                f"{expected[0]} ({', '.join(map(str, field.axes))}) and {expected[1]}"
+            )
+    if problems:
+        raise DataError(f"the batch breaks its schema: {'; '.join(problems)}")
+
+
+def to_mesh(sharding: Sharding, schema: Schema, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Global arrays on the mesh from this process's part of a batch (NumPy arrays).
+
+    Raises:
+      DataError: see :func:`check`.
+    """
+    parts = {name: _part(sharding, field) for name, field in schema.items()}
+    check(schema, batch, max((count for _, count in parts.values()), default=1))
     if sharding.mesh.size == 1:
-        return jax.device_put(batch, sharding.mesh.devices.flat[0])
-    index, count = process_rows(sharding, batch_size)
-    low = index * (batch_size // count)
+        return jax.device_put(dict(batch), sharding.mesh.devices.flat[0])
 
-    def leaf(local: np.ndarray):
-        shape = (batch_size, *local.shape[1:])
+    def array(name: str, field: Field):
+        axis, (index, count) = field.row_axis, parts[name]
+        low = 0 if axis is None else index * (field.shape[axis] // count)
 
         def piece(where: tuple[slice, ...]):
-            rows = slice((where[0].start or 0) - low, (where[0].stop or batch_size) - low)
-            return local[(rows, *where[1:])]
+            if axis is not None:
+                start, stop = where[axis].start or 0, where[axis].stop or field.shape[axis]
+                where = (*where[:axis], slice(start - low, stop - low), *where[axis + 1 :])
+            return batch[name][where]
 
-        return jax.make_array_from_callback(shape, batch_sharding(sharding, shape, axes), piece)
+        layout = sharding.named(field.axes, field.shape)
+        return jax.make_array_from_callback(field.shape, layout, piece)
 
-    return jax.tree.map(leaf, batch)
+    return {name: array(name, field) for name, field in schema.items()}
 
 
-def abstract_batch(sharding: Sharding, batch: Any, batch_size: int, axes=BATCH_AXES) -> Any:
-    """Shapes, dtypes and shardings of ``to_mesh(sharding, batch, batch_size)``."""
+def _part(sharding: Sharding, field: Field) -> tuple[int, int]:
+    axis = field.row_axis
+    return (0, 1) if axis is None else process_rows(sharding, field.shape[axis])
 
-    def leaf(local):
-        shape = (batch_size, *local.shape[1:])
-        return jax.ShapeDtypeStruct(
-            shape, local.dtype, sharding=batch_sharding(sharding, shape, axes)
-        )
 
-    return jax.tree.map(leaf, batch)
+def abstract_batch(sharding: Sharding, schema: Schema) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of what ``to_mesh`` gives.
+
+    Raises:
+      ConfigError: an axis that the mesh does not divide; it names the array.
+    """
+
+    def leaf(name: str, field: Field):
+        try:
+            layout = sharding.named(field.axes, field.shape)
+        except ConfigError as error:
+            raise ConfigError(f"the batch's array {name}: {error}") from None
+        return jax.ShapeDtypeStruct(field.shape, np.dtype(field.dtype), sharding=layout)
+
+    return {name: leaf(name, field) for name, field in schema.items()}
+
+
+def microbatches(schema: Schema, batch: Mapping[str, Any], count: int):
+    """A function of i: microbatch i of ``count``; row r of an array is in number r % count.
+
+    Rows lie in contiguous blocks on the devices, so every device keeps its own rows. An array
+    without rows is in every microbatch.
+
+    Raises:
+      ConfigError: rows that do not divide; it names the array.
+    """
+    cut = {}
+    for name, field in schema.items():
+        axis, array = field.row_axis, batch[name]
+        if axis is not None:
+            rows = array.shape[axis]
+            if rows % count:
+                raise ConfigError(
+                    f"a batch of {rows} rows ({name}) cannot be split into {count} microbatches; "
+                    "make the batch a multiple of the accumulation"
+                )
+            # (count, rows / count) would tear every device's block apart
+            shape = (*array.shape[:axis], rows // count, count, *array.shape[axis + 1 :])
+            cut[name] = array.reshape(shape)
+
+    def microbatch(i):
+        return {
+            name: jax.lax.dynamic_index_in_dim(cut[name], i, schema[name].row_axis + 1, False)
+            if name in cut
+            else array
+            for name, array in batch.items()
+        }
+
+    return microbatch

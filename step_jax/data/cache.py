@@ -79,11 +79,18 @@ class Prepared(NamedTuple):
     caches: tuple[TokenCache, ...]
 
 
-def prepare(config: DataConfig, report: Report = lambda message: None) -> Prepared:
+def prepare(
+    config: DataConfig,
+    report: Report = lambda message: None,
+    tokenizer: Tokenizer | None = None,
+) -> Prepared:
     """Trains or loads the tokenizer and tokenises every source; both are reused when current.
 
     Safe to call from many processes at once: one does the work, the others wait for it, and
     a killed one leaves nothing that is mistaken for a finished corpus.
+
+    Args:
+      tokenizer: to use instead of the configuration's.
 
     Raises:
       ConfigError: the configuration cannot work (see `DataConfig.validate`).
@@ -92,7 +99,7 @@ def prepare(config: DataConfig, report: Report = lambda message: None) -> Prepar
     """
     config.validate()
     try:
-        tokenizer = _tokenizer(config, report)
+        tokenizer = tokenizer or _tokenizer(config, report)
         caches = tuple(
             _prepare_source(source, config, tokenizer, report) for source in config.resolved_sources
         )

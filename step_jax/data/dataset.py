@@ -109,6 +109,7 @@ class TextDataset:
         seed: int = 0,
         process_index: int = 0,
         process_count: int = 1,
+        tokenizer: Tokenizer | None = None,
         report: Callable[[str], None] = lambda message: None,
     ) -> TextDataset:
         """Prepares the corpora (see `cache.prepare`) and opens them for training.
@@ -116,6 +117,7 @@ class TextDataset:
         Args:
           batch_size: rows of the global batch; a multiple of ``process_count``.
           seed: fixes the order of documents and rows.
+          tokenizer: to use instead of the configuration's.
           report: called with one line of text when something takes a while.
 
         Raises:
@@ -125,7 +127,7 @@ class TextDataset:
         row_slice(batch_size, process_index, process_count)
         return cls(
             config,
-            prepare(config, report),
+            prepare(config, report, tokenizer),
             batch_size=batch_size,
             seed=seed,
             process_index=process_index,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from step_jax.core.errors import DataError
+from step_jax.data.batches import Field, Schema
 
 
 @dataclass(frozen=True)
@@ -49,3 +50,11 @@ class Digits:
         )
         chosen_B = np.split(chosen_B, count)[index]
         return {"images": self.images_BHWC[chosen_B], "classes": self.classes_B[chosen_B]}
+
+
+def digits_schema(rows: int) -> Schema:
+    """What `Digits.batch` gives."""
+    return {
+        "images": Field(("batch", None, None, None), (rows, 8, 8, 1)),
+        "classes": Field(("batch",), (rows,), "int32"),
+    }

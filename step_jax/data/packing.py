@@ -15,6 +15,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from step_jax.data.batches import Field, Schema
+
 Batch = dict[str, np.ndarray]
 
 
@@ -177,6 +179,13 @@ def _ranges(first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarra
     index = np.repeat(np.arange(len(count)), count)
     inner = np.arange(len(index)) - np.repeat(np.cumsum(count) - count, count)
     return index, first[index] + inner
+
+
+def text_schema(rows: int, sequence_length: int) -> Schema:
+    """What a batch of packed text is, see `TextDataset.batch`."""
+    axes, shape = ("batch", "sequence"), (rows, sequence_length)
+    names = ("tokens", "targets", "segments", "positions")
+    return {name: Field(axes, shape, "int32") for name in names} | {"weights": Field(axes, shape)}
 
 
 def empty_batch(rows: int, sequence_length: int, pad_id: int) -> Batch:

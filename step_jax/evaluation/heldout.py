@@ -17,9 +17,10 @@ from step_jax.core.errors import DataError
 from step_jax.core.sharding import Sharding
 from step_jax.data import Heldout
 from step_jax.data.batches import process_rows, to_mesh
+from step_jax.data.packing import text_schema
 from step_jax.models.context import Context, Execution
 from step_jax.models.text.decoder import Decoder
-from step_jax.models.text.loss import token_losses
+from step_jax.training.losses.text import token_losses
 
 Evaluate = Callable[[Any, Heldout], dict[str, float]]
 
@@ -51,6 +52,8 @@ def make_evaluator(
       DataError if there is no target.
     """
 
+    schema = text_schema(batch_size, sequence_length)
+
     @jax.jit
     def sums(params, batch):
         params = spec_lib.cast(params, execution.dtype, decoder.specs())
@@ -67,7 +70,7 @@ def make_evaluator(
         nats = tokens = 0.0
         running = None
         for batch in batches:
-            following = sums(params, to_mesh(sharding, batch, batch_size))
+            following = sums(params, to_mesh(sharding, schema, batch))
             # reads the batch before: the next one is made while the device computes
             nats, tokens = _add(nats, tokens, running)
             running = following

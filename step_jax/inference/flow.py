@@ -1,4 +1,7 @@
-"""Sampling from flow-matching models."""
+"""Sampling from flow-matching models.
+
+Shape suffixes: B images, H height, W width, C channels.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from step_jax.core import rng
+from step_jax.core.sharding import Sharding
+from step_jax.models.context import Execution
+from step_jax.models.vision.image_transformer import ImageTransformer
 
 
 def euler(velocity: Callable[[jax.Array, jax.Array], jax.Array], x, steps: int):
@@ -20,3 +29,34 @@ def euler(velocity: Callable[[jax.Array, jax.Array], jax.Array], x, steps: int):
         return x + velocity(x, jnp.full(x.shape[:1], i / steps, jnp.float32)) / steps
 
     return jax.lax.fori_loop(0, steps, step, x)
+
+
+def draw(
+    params,
+    model: ImageTransformer,
+    classes_B,
+    *,
+    steps: int,
+    seed: int,
+    execution: Execution,
+    sharding: Sharding,
+) -> np.ndarray:
+    """Images of the given classes: float32 (B, H, W, C), whole on every process.
+
+    Args:
+      classes_B: int32.
+      steps: of Euler's method.
+      seed: of the noise.
+    """
+    key = rng.fold(seed, 0, "noise")
+
+    def images(params):
+        shape = (len(classes_B), model.size, model.size, model.channels)
+
+        def velocity(x_BHWC, time_B):
+            x_BHWC = sharding.constrain(x_BHWC, "batch", None, None, None)
+            return model.apply(params, x_BHWC, time_B, classes_B, execution, sharding)
+
+        return euler(velocity, jax.random.normal(key, shape), steps)
+
+    return np.asarray(jax.jit(images, out_shardings=sharding.replicated())(params))

@@ -11,20 +11,23 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
 from step_jax.checkpoint import CheckpointConfig, Checkpointer
-from step_jax.core import distributed
+from step_jax.checkpoint.artifact import Description
+from step_jax.core import distributed, rng
 from step_jax.core.config import config_hash, to_plain, to_yaml
 from step_jax.core.errors import CheckpointError, ConfigError, ExitCode, RestartRequested
-from step_jax.core.sharding import MeshConfig, Sharding
+from step_jax.core.sharding import Sharding
 from step_jax.runs.preemption import StopSignal
 from step_jax.runs.profiling import ProfileConfig, ProfilerWindow
 from step_jax.runs.reporter import LoggingConfig, Reporter, environment
 from step_jax.runs.run_directory import RunDirectory
 from step_jax.runs.watchdog import HangWatchdog
+from step_jax.training.program import Program
+from step_jax.training.state import TrainState
 from step_jax.training.step import check_skipped
 
 
@@ -49,13 +52,11 @@ class RunConfig:
             raise ConfigError(f"max_skipped is {self.max_skipped}; it must be 0 or more")
 
 
-@dataclass(frozen=True)
-class Work:
-    """What one step does, for its rates: ``tokens`` (or samples), operations, and the peak."""
+class Processor(Protocol):
+    """What turns a user's input into a model's: a tokenizer, a front end of pictures or sound."""
 
-    tokens: int
-    flops: float = 0.0
-    peak_flops: float | None = None
+    def save(self, folder: Any) -> None:
+        """Writes it whole into a folder of the run directory."""
 
 
 class Session:
@@ -70,9 +71,10 @@ class Session:
       reporter: says and records things.
     """
 
-    def __init__(self, config: Any, run: RunConfig, parallel: MeshConfig):
+    def __init__(self, config: Any):
         """``config`` is the loop's whole configuration; its parts ``run`` and ``parallel`` act."""
         self.opened = time.perf_counter()
+        run, parallel = config.run, config.parallel
         distributed.keep_compiled_programs()
         distributed.join(parallel.multihost)
         self.sharding = Sharding.build(parallel)
@@ -80,7 +82,7 @@ class Session:
         self._config, self._run = config, run
         self._stack = ExitStack()
         self._pending: tuple[int, Any, float] | None = None
-        self._work = Work(0)
+        self._leave = False
         self._meta: dict[str, Any] = {}
         #: (step, metrics) -> what to say about a finished step besides its numbers
         self.watch: Callable[[int, Mapping[str, float]], Iterable[str]] = lambda step, metrics: ()
@@ -115,21 +117,22 @@ class Session:
 
     def start(
         self,
-        initialise: Callable[[], Any],
-        abstract_state: Any,
+        program: Program,
+        given: Mapping[str, Any] | None = None,
         check: Callable[[dict[str, Any], int], None] = lambda meta, step: None,
-    ) -> tuple[Any, int]:
+    ) -> tuple[TrainState, int]:
         """The newest verified checkpoint of the run directory, or a fresh state.
 
         Args:
-          initialise: makes a fresh state.
-          abstract_state: its shapes, dtypes and shardings.
+          given: of a fresh state, by learner: parameters that are trained already.
           check: called with the checkpoint's ``meta`` and step before anything is restored; raises
             if this run does not continue that one (the seed is compared anyway).
 
         Returns:
           (state, number of finished steps)
         """
+        self._program, self.total_steps = program, program.total_steps
+        self.reporter.total_steps = program.total_steps
         step = self._checkpointer.latest()
         if step is None:
             if steps := self._checkpointer.steps():
@@ -139,35 +142,42 @@ class Session:
                 )
             if self._again:  # it ended before its first checkpoint
                 self.reporter.resumed(0)
-            return initialise(), 0
+            key = rng.fold(self._run.seed, 0, "parameters")
+            return program.initial_state(key, given), 0
         meta = self._checkpointer.meta(step)
         if (seed := meta["config"]["run"]["seed"]) != self._run.seed:
             raise CheckpointError(f"run.seed was {seed} and is {self._run.seed}: set it back")
         check(meta, step)
-        state, _ = self._checkpointer.restore(step, abstract_state)
+        state, _ = self._checkpointer.restore(step, program.state_like)
         self.reporter.resumed(step)
         return state, step
 
     def describe(
         self,
         config: Any,
-        total_steps: int,
-        work: Work,
-        meta: dict[str, Any],
+        artifact: Description,
+        processor: Mapping[str, Processor],
         header: Mapping[str, Any],
+        meta: Mapping[str, Any] | None = None,
     ):
         """Fixes what the run is, once it is known to be able to go on, and shows the header.
 
         Args:
           config: the resolved configuration, written to the run directory and every checkpoint.
-          total_steps: where the run ends.
-          work: what a step does.
-          meta: JSON-able facts that a resumed run must agree with (see ``start``).
+          artifact: what every checkpoint is, for whoever loads it.
+          processor: what the artifact names, kept with the run.
           header: what to show.
+          meta: JSON-able facts that a resumed run must agree with (see ``start``).
         """
-        self.total_steps = self.reporter.total_steps = total_steps
-        self._work = work
-        self._meta = {"config": to_plain(config), "config_hash": config_hash(config), **meta}
+        self._meta = {
+            "config": to_plain(config),
+            "config_hash": config_hash(config),
+            "artifact": artifact.plain(),
+            **(meta or {}),
+        }
+        if self.primary:
+            for name, part in processor.items():
+                part.save(self.directory.path / name)
         self.directory.write_config(to_yaml(config))
         devices = self.sharding.mesh.devices.flat
         sizes = [f"{axis} {n}" for axis, n in self.sharding.mesh.shape.items() if n > 1]
@@ -185,21 +195,29 @@ class Session:
     # --- every step ----------------------------------------------------------------------------
 
     def before(self, step: int):
-        """Call before the step with this 0-based number is dispatched."""
+        """Call before the step with this 0-based number is dispatched.
+
+        Raises:
+          RestartRequested, KeyboardInterrupt: SIGTERM, SIGINT came; the state is saved.
+        """
+        if self._leave:
+            self._checkpointer.wait()
+            if self._stop.exit_code == ExitCode.INTERRUPTED:
+                raise KeyboardInterrupt
+            raise RestartRequested(f"stopped after step {step}: start the same command to go on")
         self._profiler.before_step(step)
 
     def finished(self, step: int, state: Any, metrics: Mapping[str, Any], data_wait: float = 0.0):
         """Call with every step's results, computed or still being computed.
 
         Reports the step before this one, so that the device never waits for the host; saves when a
-        checkpoint is due; and, once a stop was asked for, saves and leaves.
+        checkpoint is due, or a stop was asked for: the next step is then not begun.
 
         Args:
           step: steps finished, this one included.
           data_wait: seconds the host waited for this step's data.
 
         Raises:
-          RestartRequested, KeyboardInterrupt: after SIGTERM, SIGINT; the state is saved.
           DivergedError: too many non-finite steps in a row.
         """
         self.flush()
@@ -210,11 +228,7 @@ class Session:
         if stop or self._checkpointer.due(step) or step == self.total_steps:
             with self.aside():
                 self._checkpointer.save(step, state, self._meta)
-        if stop and step < self.total_steps:
-            self._checkpointer.wait()
-            if self._stop.exit_code == ExitCode.INTERRUPTED:
-                raise KeyboardInterrupt
-            raise RestartRequested(f"stopped after step {step}: start the same command to go on")
+        self._leave = stop and step < self.total_steps
 
     def flush(self):
         """Waits for the step last given to ``finished`` and reports it."""
@@ -226,12 +240,12 @@ class Session:
         self._watchdog.beat()
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        work = self._work
-        rates = {"tokens": step * work.tokens, "step_s": seconds}
-        rates["tokens_per_s"] = work.tokens / seconds
+        work, peak = self._program.work, self._program.work.peak_flops(self.sharding)
+        rates = {work.unit: step * work.count, "step_s": seconds}
+        rates[f"{work.unit}_per_s"] = work.count / seconds
         rates["data_wait_s"] = data_wait
-        if work.peak_flops:
-            rates["mfu"] = work.flops / seconds / work.peak_flops
+        if work.flops and peak:
+            rates["mfu"] = work.flops / seconds / peak
         self.reporter.step(step, values | rates)
         for text in self.watch(step, values):
             self.reporter.event(text)

@@ -67,8 +67,9 @@ class Tokenizer:
             ) from error
 
     def save(self, path: str | Path) -> None:
-        """Writes the model file, whole or not at all."""
-        write_whole(Path(path), self.model)
+        """Writes the model file (``tokenizer.model`` in a folder), whole or not at all."""
+        path = Path(path)
+        write_whole(path if path.suffix else path / "tokenizer.model", self.model)
 
     def require(self, expected_hash: str, owner: str) -> None:
         """Raises `DataError` unless this is the tokenizer that ``owner`` was made with."""

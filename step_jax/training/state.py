@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from flax import struct
 
 from step_jax.core import spec as spec_lib
 from step_jax.core.sharding import Sharding
-from step_jax.training.optimizers.build import Optimizer
+from step_jax.training.learner import Learner, Learning
 
 
 @struct.dataclass
@@ -19,60 +19,53 @@ class TrainState:
     """All of it is checkpointed, and all of it is donated to the step.
 
     Attributes:
-      step: int32 scalar, batches consumed (skipped ones included): the schedule's clock.
-      params: float32 master parameters.
-      opt_state: of ``Optimizer.direction``; its own counters count applied updates only.
-      ema: exponential moving average of ``params``, or None.
+      step: int32 scalar, batches consumed (skipped ones included): the schedules' clock.
+      learners: by name; see :class:`Learner`.
       skipped: int32 scalar, non-finite steps in a row, 0 after every good step.
       skipped_total: int32 scalar, non-finite steps of the whole run.
     """
 
     step: jax.Array
-    params: Any
-    opt_state: Any
-    ema: Any
+    learners: dict[str, Learner]
     skipped: jax.Array
     skipped_total: jax.Array
 
-    @property
-    def best_params(self):
-        """The moving average if the run keeps one, else the parameters."""
-        return self.params if self.ema is None else self.ema
 
+def init_state(params: Mapping[str, Any], learnings: Mapping[str, Learning]) -> TrainState:
+    """The state before the first step; call it under ``jit`` with ``out_shardings`` on a mesh.
 
-def init_state(params, optimizer: Optimizer, *, ema: bool = False) -> TrainState:
-    """The state before the first step; call it under ``jit`` with ``out_shardings`` on a mesh."""
-    # No two leaves may share a buffer, or donating the state would donate it twice.
+    Args:
+      params: what each learner keeps (``Learning.stored``).
+    """
     return TrainState(
         step=jnp.zeros((), jnp.int32),
-        params=params,
-        opt_state=optimizer.direction.init(params),
-        ema=jax.tree.map(jnp.copy, params) if ema else None,
+        learners={name: how.initial(params[name]) for name, how in learnings.items()},
         skipped=jnp.zeros((), jnp.int32),
         skipped_total=jnp.zeros((), jnp.int32),
     )
 
 
 def abstract_state(
-    specs, optimizer: Optimizer, sharding: Sharding | None = None, *, ema: bool = False
+    learnings: Mapping[str, Learning], sharding: Sharding | None = None
 ) -> TrainState:
     """The state's shapes and dtypes (and shardings on a mesh) without a single array.
 
     What a checkpoint is restored into, and what a step can be compiled against.
     """
-    state = jax.eval_shape(
-        partial(init_state, optimizer=optimizer, ema=ema), spec_lib.abstract(specs)
-    )
+    abstract = {name: spec_lib.abstract(how.specs) for name, how in learnings.items()}
+    state = jax.eval_shape(lambda params: init_state(params, learnings), abstract)
     if sharding is None:
         return state
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         state,
-        state_shardings(state, specs, sharding),
+        state_shardings(state, learnings, sharding),
     )
 
 
-def state_shardings(state: TrainState, specs, sharding: Sharding) -> TrainState:
+def state_shardings(
+    state: TrainState, learnings: Mapping[str, Learning], sharding: Sharding
+) -> TrainState:
     """A NamedSharding for every leaf of ``state`` (arrays or abstract).
 
     An array of the optimizer that belongs to a parameter (its path ends with the parameter's, and
@@ -81,13 +74,20 @@ def state_shardings(state: TrainState, specs, sharding: Sharding) -> TrainState:
     Raises:
       ValueError: an optimizer array that is neither.
     """
-    params = sharding.params(specs)
     replicated = sharding.replicated()
+
+    def learner(name: str, how: Learning) -> Learner:
+        params, held = sharding.params(how.specs), state.learners[name]
+        trained = spec_lib.trained(how.specs, params)
+        return Learner(
+            params=params,
+            opt_state=_like_params(held.opt_state, how.specs, sharding),
+            average=None if held.average is None else trained,
+        )
+
     return TrainState(
         step=replicated,
-        params=params,
-        opt_state=_like_params(state.opt_state, specs, sharding),
-        ema=None if state.ema is None else params,
+        learners={name: learner(name, how) for name, how in learnings.items()},
         skipped=replicated,
         skipped_total=replicated,
     )

@@ -19,7 +19,7 @@ from step_jax.models.layers.initialisation import Fixed
 from step_jax.models.layers.mlp import SwiGLU
 from step_jax.models.layers.norm import RMSNorm
 from step_jax.models.text.decoder import MTP, Block, Decoder, Group
-from step_jax.models.text.loss import language_model_loss
+from step_jax.training.losses.text import language_model_loss
 
 WIDTH, VOCAB, HEADS = 32, 64, 8
 MLP = SwiGLU(48)

@@ -15,7 +15,7 @@ from step_jax.models.context import Context
 from step_jax.models.layers.attention import MFA, MHA
 from step_jax.models.layers.positions import Alibi
 from step_jax.models.text.decoder import Decoder, Group
-from step_jax.models.text.loss import language_model_loss, token_losses
+from step_jax.training.losses.text import language_model_loss, token_losses
 from tests.models import small
 
 ALL = tuple(small.KINDS)

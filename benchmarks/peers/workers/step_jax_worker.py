@@ -22,7 +22,7 @@ from step_jax.models.layers.mlp import SwiGLU  # noqa: E402
 from step_jax.models.layers.moe import Experts, MoE  # noqa: E402
 from step_jax.models.layers.routing import Router  # noqa: E402
 from step_jax.models.text.decoder import Block, Decoder, Group  # noqa: E402
-from step_jax.models.text.loss import language_model_loss  # noqa: E402
+from step_jax.training.losses.text import language_model_loss  # noqa: E402
 from step_jax.training.optimizers.build import make_optimizer  # noqa: E402
 from step_jax.training.optimizers.config import AdamW  # noqa: E402
 from step_jax.training.schedules import Constant  # noqa: E402

@@ -7,30 +7,34 @@ integrates it from noise. Shape suffixes: B images, H height, W width, C channel
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from step_jax.core import rng
+from step_jax.checkpoint.artifact import Description
+from step_jax.checkpoint.artifact import Part as Kept
 from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
-from step_jax.data.batches import abstract_batch, process_rows, to_mesh
-from step_jax.data.digits import Digits
+from step_jax.data.batches import process_rows, to_mesh
+from step_jax.data.digits import Digits, digits_schema
 from step_jax.evaluation.images import judge_digits
-from step_jax.inference.flow import euler
+from step_jax.inference.flow import draw
+from step_jax.interop.artifacts import InitFrom, Start, starting_point
 from step_jax.models.context import Execution
 from step_jax.models.vision.image_transformer import ImageTransformer
 from step_jax.runs import plots
-from step_jax.runs.session import RunConfig, Session, Work
-from step_jax.training.compile import compile_initial_state, compile_train_step
+from step_jax.runs.device_memory import fitting
+from step_jax.runs.session import RunConfig, Session
+from step_jax.training.learner import Learning, tables
 from step_jax.training.optimizers.build import make_optimizer
 from step_jax.training.optimizers.config import AdamW, OptimizerConfig, check_optimizer
-from step_jax.training.state import abstract_state
-from step_jax.training.step import LossOutput
+from step_jax.training.program import Program, Work
+from step_jax.training.step import LossOutput, Part
 
-ROWS = ("batch",)
+LEARNER = "model"
 
 
 @dataclass(frozen=True)
@@ -43,27 +47,41 @@ class Training:
     samples: int = 16
     euler_steps: int = 32
 
+    def validate(self):
+        if bad := [name for name, value in vars(self).items() if value <= 0]:
+            raise ConfigError(f"training: {', '.join(bad)} must be above 0")
+        if self.ema_decay >= 1:
+            raise ConfigError(f"training.ema_decay is {self.ema_decay}; it must be below 1")
+
 
 @dataclass(frozen=True)
-class FlowMatchingConfig:
+class Config:
     """Train a class-conditional flow-matching model on scikit-learn's digits."""
 
     run: RunConfig
-    model: ImageTransformer
     training: Training
+    model: ImageTransformer | None = None
+    init_from: InitFrom | None = None
     optimizer: OptimizerConfig = AdamW()
     execution: Execution = Execution()
     parallel: MeshConfig = MeshConfig(fsdp=-1)
+    loop: Literal["flow-matching"] = "flow-matching"
 
     def validate(self):
-        if bad := [name for name, value in vars(self.training).items() if value <= 0]:
-            raise ConfigError(f"training: {', '.join(bad)} must be above 0")
-        if (self.model.size, self.model.channels, self.model.classes) != (8, 1, 10):
-            raise ConfigError("the digits are of size 8 with 1 channel and 10 classes")
+        if self.model is None and self.init_from is None:
+            raise ConfigError("give a model, or init_from: what to start from")
+        if self.model is not None:
+            fits_digits(self.model)
         check_optimizer(self.optimizer, self.training.steps)
 
 
-def make_loss(config: FlowMatchingConfig, sharding: Sharding):
+def fits_digits(model: ImageTransformer) -> None:
+    """Raises ConfigError for a model of other pictures."""
+    if (model.size, model.channels, model.classes) != (8, 1, 10):
+        raise ConfigError("the digits are of size 8 with 1 channel and 10 classes")
+
+
+def make_loss(model: ImageTransformer, execution: Execution, sharding: Sharding):
     """Squared error of the velocity, summed over numbers; time and noise come from the key."""
 
     def loss(params, batch, key) -> LossOutput:
@@ -73,75 +91,92 @@ def make_loss(config: FlowMatchingConfig, sharding: Sharding):
         x0_BHWC = jax.random.normal(noise_key, x1_BHWC.shape)
         t_B111 = time_B[:, None, None, None]
         x_BHWC = (1 - t_B111) * x0_BHWC + t_B111 * x1_BHWC
-        velocity_BHWC = config.model.apply(
-            params, x_BHWC, time_B, batch["classes"], config.execution, sharding
+        velocity_BHWC = model.apply(
+            params[LEARNER], x_BHWC, time_B, batch["classes"], execution, sharding
         )
         squared = jnp.sum(jnp.square(velocity_BHWC - (x1_BHWC - x0_BHWC)))
-        return LossOutput(squared, jnp.float32(x1_BHWC.size))
+        return LossOutput({"velocity": Part(squared, jnp.float32(x1_BHWC.size))})
 
     return loss
 
 
-def draw(params, config: FlowMatchingConfig, sharding: Sharding, classes_B) -> np.ndarray:
-    """Images (B, H, W, C) of the given classes, whole on every process."""
-    model, key = config.model, rng.fold(config.run.seed, 0, "noise")
-
-    def images(params):
-        shape = (len(classes_B), model.size, model.size, model.channels)
-
-        def velocity(x_BHWC, time_B):
-            x_BHWC = sharding.constrain(x_BHWC, "batch", None, None, None)
-            return model.apply(params, x_BHWC, time_B, classes_B, config.execution, sharding)
-
-        return euler(velocity, jax.random.normal(key, shape), config.training.euler_steps)
-
-    return np.asarray(jax.jit(images, out_shardings=sharding.replicated())(params))
+def program(config: Config, sharding: Sharding) -> Program:
+    """What the loop compiles."""
+    begin = starting_point(config.model, config.init_from, sharding, ImageTransformer, arrays=False)
+    return make_program(config, begin, sharding)
 
 
-def run(config: FlowMatchingConfig) -> dict[str, float]:
-    """Trains, draws and judges; returns the figures of :func:`judge_digits`."""
+def make_program(config: Config, begin: Start, sharding: Sharding) -> Program:
+    c, model = config.training, begin.model
+    model_specs, specs = tables(model.specs(), begin.freeze, begin.lora)
+    optimizer = make_optimizer(config.optimizer, specs, total_steps=c.steps, sharding=sharding)
+    return Program.build(
+        make_loss(model, config.execution, sharding),
+        {LEARNER: model},
+        {LEARNER: Learning(model_specs, specs, optimizer, c.ema_decay, begin.lora)},
+        digits_schema(c.batch_size),
+        sharding,
+        total_steps=c.steps,
+        work=Work(c.batch_size, "images", dtype=config.execution.dtype),
+        seed=config.run.seed,
+    )
+
+
+def run(config: Config, force: bool = False) -> dict[str, float]:
+    """Trains, draws and judges; returns the figures of :func:`judge_digits`.
+
+    Args:
+      force: try a step that needs more memory than a device has.
+    """
     digits = Digits.load()
     seed, rows, steps = config.run.seed, config.training.batch_size, config.training.steps
-    with Session(config, config.run, config.parallel) as session:
-        sharding, specs = session.sharding, config.model.specs()
-        part = process_rows(sharding, rows)
-        optimizer = make_optimizer(config.optimizer, specs, total_steps=steps, sharding=sharding)
-        state_like = abstract_state(specs, optimizer, sharding, ema=True)
-        key = rng.fold(seed, 0, "parameters")
-        fresh = compile_initial_state(lambda: config.model.initialise(key), optimizer, state_like)
-        state, start = session.start(fresh, state_like)
-        train_step = compile_train_step(
-            make_loss(config, sharding),
-            optimizer,
-            sharding,
-            state_like,
-            abstract_batch(sharding, digits.batch(seed, 0, rows, *part), rows, ROWS),
-            clip_norm=config.optimizer.clip_norm,
-            ema_decay=config.training.ema_decay,
-            compute_dtype=config.execution.dtype,
-            seed=seed,
+    with Session(config) as session:
+        sharding = session.sharding
+        begin = starting_point(
+            config.model, config.init_from, sharding, ImageTransformer, session.directory.path
         )
-        header = {"parameters": f"{spec_lib.count(specs):,}", "steps": steps}
-        session.describe(config, steps, Work(rows), {}, header)
+        fits_digits(begin.model)
+        built = make_program(config, begin, sharding)
+        train_step = fitting(built.compile, jax.local_devices()[0], force)
+        given = {} if begin.params is None else {LEARNER: begin.params}
+        state, start = session.start(built, given)
+        description = Description(
+            config.loop,
+            {LEARNER: Kept(begin.model, True, begin.freeze, begin.lora)},
+            dtype=config.execution.dtype,
+            origin=begin.origin,
+        )
+        learning = built.learnings[LEARNER]
+        header = {"parameters": f"{spec_lib.count(learning.model_specs):,}", "steps": steps}
+        session.describe(config, description, {}, header)
+        part = process_rows(sharding, rows)
         for step in range(start, steps):
-            batch = to_mesh(sharding, digits.batch(seed, step, rows, *part), rows, ROWS)
+            batch = to_mesh(sharding, built.schema, digits.batch(seed, step, rows, *part))
             session.before(step)
             state, metrics = train_step(state, batch)
             session.finished(step + 1, state, metrics)
         session.flush()
-        return finish(session, config, digits, state.best_params)
+        return finish(session, config, begin.model, digits, learning.best(state.learners[LEARNER]))
 
 
-def finish(session: Session, config: FlowMatchingConfig, digits: Digits, params):
+def finish(session: Session, config: Config, model: ImageTransformer, digits: Digits, params):
     """Figures, a picture with one row per class, and the loss curve."""
-    per_class = config.training.samples
-    classes_B = np.repeat(np.arange(10, dtype=np.int32), per_class)
-    images_BHWC = draw(params, config, session.sharding, classes_B)
+    c = config.training
+    classes_B = np.repeat(np.arange(10, dtype=np.int32), c.samples)
+    images_BHWC = draw(
+        params,
+        model,
+        classes_B,
+        steps=c.euler_steps,
+        seed=config.run.seed,
+        execution=config.execution,
+        sharding=session.sharding,
+    )
     result = judge_digits(digits, images_BHWC, classes_B)
     session.reporter.evaluation(session.total_steps, result, "samples")
     if session.primary:
         name = f"step_{session.total_steps}.png"
-        plots.draw_images(images_BHWC, per_class, session.directory.samples / name)
+        plots.draw_images(images_BHWC, c.samples, session.directory.samples / name)
         plots.plot_run(session.directory.path, session.directory.plots / "loss.png")
     session.reporter.summary({"status": "done", **result})
     return result

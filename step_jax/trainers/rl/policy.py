@@ -12,7 +12,7 @@ from step_jax.inference.generate import rollout
 from step_jax.inference.sampling import SamplingConfig
 from step_jax.models.context import Context, Execution
 from step_jax.models.text.decoder import Decoder
-from step_jax.models.text.loss import token_losses
+from step_jax.training.losses.text import token_losses
 
 
 def write_answers(

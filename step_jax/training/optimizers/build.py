@@ -28,7 +28,8 @@ class Optimizer:
         p <- p - rate * d, weight decay included; it knows nothing of the rate.
       rate: learning rate of the update with this 0-based index, float32 scalar.
       peak: the highest rate.
-      specs: the parameter table.
+      specs: the table of the parameters that it trains (None in the place of frozen ones).
+      clip_norm: the largest global norm of the gradient, None for no clipping.
       notes: choices made for the user (dtype by backend, extrapolated law), for the run's header.
     """
 
@@ -36,12 +37,13 @@ class Optimizer:
     rate: Callable[[jax.Array | int], jax.Array]
     peak: float
     specs: Any
+    clip_norm: float | None = None
     notes: tuple[str, ...] = ()
 
     def norm(self, gradients) -> jax.Array:
-        """Global norm of a gradient: of what is learned by it (no frozen or ``balance`` leaf)."""
+        """Global norm of a gradient: of what is learned by it (no ``balance`` leaf)."""
         kept = spec_lib.map_specs(
-            lambda s, g: g if s.trainable and s.role != "balance" else (), self.specs, gradients
+            lambda s, g: g if s.role != "balance" else (), self.specs, gradients
         )
         return optax.tree.norm(kept)
 
@@ -58,7 +60,8 @@ def make_optimizer(
 
     Args:
       config: AdamW or Muon.
-      specs: tree of ParamSpec; roles choose the group and the decay of every parameter.
+      specs: tree of ParamSpec; roles choose the group and the decay of every parameter that is
+        trainable, and the others are no business of the optimizer.
       total_steps: updates of the whole run (where the schedule ends).
       tokens: training tokens of the whole run; needed for ``learning_rate: step_law``.
       sharding: mesh and rules of the parameters; None on one device.
@@ -68,7 +71,8 @@ def make_optimizer(
     """
     config.validate()
     peak, notes = _peak_rate(config, specs, tokens)
-    groups = {"balance": _balance(specs, peak), "frozen": optax.set_to_zero()}
+    specs = spec_lib.trained(specs)
+    groups = {"balance": _balance(specs, peak)}
     if isinstance(config, Muon):
         dtype, note = _polar_dtype(config.polar_dtype, sharding)
         notes += (note,)
@@ -87,20 +91,18 @@ def make_optimizer(
         decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask(specs))
         direction = optax.chain(direction, decay)
     rate = schedules.build(config.schedule, peak, total_steps)
-    return Optimizer(direction, rate, peak, specs, notes)
+    return Optimizer(direction, rate, peak, specs, config.clip_norm, notes)
 
 
 def decay_mask(specs):
-    """True where weight decay applies: every trainable role but ``vector`` and ``balance``."""
-    return spec_lib.map_specs(lambda s: s.trainable and s.role in DECAYED_ROLES, specs)
+    """True where weight decay applies: every role but ``vector`` and ``balance``."""
+    return spec_lib.map_specs(lambda s: s.role in DECAYED_ROLES, specs)
 
 
 def group_labels(specs, matrices: str = "muon"):
-    """``matrices`` for matrices, ``balance`` for selection biases, ``frozen``, else ``adamw``."""
+    """``matrices`` for matrices, ``balance`` for selection biases, else ``adamw``."""
 
     def label(s) -> str:
-        if not s.trainable:
-            return "frozen"
         return {"matrix": matrices, "balance": "balance"}.get(s.role, "adamw")
 
     return spec_lib.map_specs(label, specs)

@@ -1,0 +1,147 @@
+"""Artifacts by name, whoever made them, and what a loop starts from.
+
+``RUN`` and ``RUN@STEP`` are runs of this package, ``hf:PATH`` is a folder in the Hugging Face
+layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from step_jax.checkpoint.artifact import Artifact, has_steps, load_run
+from step_jax.core import spec as spec_lib
+from step_jax.core.errors import CheckpointError, ConfigError
+from step_jax.core.sharding import Sharding
+from step_jax.training.learner import LoRA
+
+HUGGING_FACE = "hf:"
+
+
+def load_artifact(
+    name: str, sharding: Sharding, part: str | None = None, *, arrays: bool = True
+) -> Artifact:
+    """The artifact of a name.
+
+    Args:
+      name: ``RUN``, ``RUN@STEP`` or ``hf:PATH``.
+      sharding: where its parameters are laid out.
+      part: which of its models; None for the first.
+      arrays: False leaves the parameters out, for those who only ask what it is.
+
+    Raises:
+      ConfigError: there is nothing of that name.
+      CheckpointError, DataError: it cannot be loaded; says why.
+    """
+    if not name.startswith(HUGGING_FACE):
+        return load_run(name, sharding, part, arrays=arrays)
+    if part is not None:
+        raise ConfigError(f"{name} has a single model: leave part {part!r} out")
+    from step_jax.interop.hf.artifact import load_hf_artifact
+
+    return load_hf_artifact(name.removeprefix(HUGGING_FACE), sharding, arrays=arrays)
+
+
+@dataclass(frozen=True)
+class InitFrom:
+    """What a run starts from instead of fresh parameters.
+
+    artifact: ``RUN``, ``RUN@STEP`` or ``hf:PATH``.
+    part: which of its models; the first by default.
+    fresh: parameters that start anew all the same, as paths with ``*``; they may have other shapes.
+    freeze: parameters that are not trained.
+    lora: train adapters of low rank beside the frozen model.
+    """
+
+    artifact: str
+    part: str | None = None
+    fresh: tuple[str, ...] = ()
+    freeze: tuple[str, ...] = ()
+    lora: LoRA | None = None
+
+    def validate(self):
+        if self.lora is not None and (self.freeze or self.fresh):
+            raise ConfigError("init_from.lora freezes the whole model: leave freeze and fresh out")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a learner starts: the model, and the parameters that it does not start afresh.
+
+    Attributes:
+      model: its configuration.
+      params: a tree of the model's, None in the place of fresh ones; None if all are.
+      processor: that came with it, by name.
+      origin: what it started from, in words for whoever finds its result; "" if it is fresh.
+      freeze, lora: see ``training.learner.tables``.
+    """
+
+    model: Any
+    params: Any = None
+    processor: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = ""
+    freeze: tuple[str, ...] = ()
+    lora: LoRA | None = None
+
+
+def starting_point(
+    model: Any,
+    init: InitFrom | None,
+    sharding: Sharding,
+    kind: type,
+    run: Path | None = None,
+    *,
+    arrays: bool = True,
+) -> Start:
+    """The start of a loop that is configured with a ``model``, an ``init_from``, or both.
+
+    With both, the artifact's parameters must fit the model but for the fresh ones.
+
+    Args:
+      kind: of the model that the loop trains.
+      run: directory of the run. One that has checkpoints goes on by itself: what it once started
+        from need not be there any more.
+      arrays: False leaves the parameters out (of a plan).
+
+    Raises:
+      ConfigError: neither is given, or a pattern names nothing.
+      CheckpointError: an artifact of another kind, or parameters that do not fit; names each.
+    """
+    if init is None:
+        if model is None:
+            raise ConfigError("give a model, or init_from: what to start from")
+        return Start(model)
+    goes_on = run is not None and has_steps(run)
+    name, part = (str(run), None) if goes_on else (init.artifact, init.part)
+    artifact = load_artifact(name, sharding, part, arrays=arrays and not goes_on)
+    artifact.require(kind, "init_from here")
+    model = artifact.model if model is None else model
+    origin = artifact.meta["artifact"]["origin"] if goes_on else f"{name}, step {artifact.step}"
+    start = Start(model, None, artifact.processor, origin, init.freeze, init.lora)
+    if goes_on:
+        return start
+    fresh = _fresh(artifact, model, init)
+    if not arrays:
+        return start
+    held = spec_lib.by_name(artifact.params)
+    params = spec_lib.map_names(lambda n: None if n in fresh else held[n], model.specs())
+    return replace(start, params=params)
+
+
+def _fresh(artifact: Artifact, model: Any, init: InitFrom) -> set[str]:
+    """The parameters that start anew; the others must be alike in artifact and model."""
+    found, wanted = (spec_lib.by_name(m.specs()) for m in (artifact.model, model))
+    fresh = spec_lib.matching(wanted | found, init.fresh)
+    problems = []
+    for name in sorted((wanted | found).keys() - fresh):
+        here, there = (table[name].shape if name in table else None for table in (wanted, found))
+        if here != there:
+            problems.append(f"{name}: the model has {here or 'none'}, it has {there or 'none'}")
+    if problems:
+        raise CheckpointError(
+            f"the parameters of {init.artifact} do not fit the model: {'; '.join(problems)}. "
+            "Leave model out to take the artifact's, or name what starts anew in init_from.fresh"
+        )
+    return fresh

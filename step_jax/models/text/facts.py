@@ -1,0 +1,81 @@
+"""What a decoder is, in numbers and words: vocabulary, cache, the implementations it runs on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from step_jax.core.errors import ConfigError
+from step_jax.core.sharding import Sharding
+from step_jax.models.context import Execution
+from step_jax.models.layers.moe import MoE
+from step_jax.models.layers.positions import alibi
+from step_jax.models.text.decoder import Decoder
+from step_jax.ops import attention, cross_entropy, grouped_matmul
+
+
+def with_vocabulary(model: Decoder, vocab_size: int) -> Decoder:
+    """The model with the tokenizer's vocabulary, if it has none of its own.
+
+    Raises:
+      ConfigError: its own is too small for the tokenizer.
+    """
+    if not model.vocab:
+        return replace(model, vocab=vocab_size)
+    if model.vocab < vocab_size:
+        raise ConfigError(f"model.vocab is {model.vocab}; the tokenizer has {vocab_size} pieces")
+    return model
+
+
+def cache_bytes_per_token(model: Decoder, bytes_per_number: int = 2) -> int:
+    """Bytes that decoding adds for every token; windowed layers stay at one window and add none.
+
+    ``bytes_per_number`` is 2 for a cache of 16 bits.
+    """
+    entries = (
+        (group.repeat, entry)
+        for group in model.layers
+        for block in group.blocks
+        if block.attention.window is None
+        for entry in block.attention.cache_entries()
+    )
+    return bytes_per_number * sum(repeat * math.prod(entry) for repeat, entry in entries)
+
+
+def implementations(
+    model: Decoder, execution: Execution, tokens: int, sharding: Sharding
+) -> dict[str, str]:
+    """Operation -> ``what was asked for -> what it is computed with``, for rows of ``tokens``.
+
+    Raises:
+      ConfigError: an implementation that was named cannot be had on these devices.
+    """
+    device = sharding.mesh.devices.flat[0]
+    blocks = [block for group in model.layers for block in group.blocks]
+    names = ", ".join(attention_implementations(model, execution, tokens, sharding))
+    values = {"attention": f"{execution.attention} -> {names}"}
+    name = grouped_matmul.resolve(execution.grouped_matmul, device)
+    if any(isinstance(block.mlp, MoE) for block in blocks):
+        values["grouped matmul"] = f"{execution.grouped_matmul} -> {name}"
+    return values | {"loss": f"{execution.loss} -> {cross_entropy.resolve(execution.loss, device)}"}
+
+
+def attention_implementations(
+    model: Decoder, execution: Execution, tokens: int, sharding: Sharding
+) -> list[str]:
+    """What the layers' attention is computed with, each named once."""
+    names = []
+    for kind in (block.attention for group in model.layers for block in group.blocks):
+        width, value_width = kind.score_and_value_widths()
+        problem = attention.Problem(
+            width,
+            value_width,
+            queries=tokens,
+            keys=tokens,
+            dtype=execution.dtype,
+            alibi=alibi(kind.position) is not None,
+            in_order=sharding.size("context") == 1,
+        )
+        device = sharding.mesh.devices.flat[0]
+        names.append(attention.resolve(execution.attention, problem, device))
+    return sorted(set(names))

@@ -1,0 +1,1 @@
+"""Losses as sums over a batch; see ``training.step.LossOutput``."""

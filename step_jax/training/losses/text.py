@@ -1,0 +1,97 @@
+"""The language-modelling loss of a decoder.
+
+Shape suffixes: B batch, T tokens, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from step_jax.core.sharding import Sharding
+from step_jax.models import expert_health
+from step_jax.models.context import Context, Execution
+from step_jax.models.text.decoder import Decoder, DecoderParams
+from step_jax.models.trunk import gather
+from step_jax.ops.cross_entropy import cross_entropy
+from step_jax.training.step import LossOutput, Part
+
+
+def token_losses(p: DecoderParams, c: Decoder, x_BTD, targets_BT, weights_BT, ctx, z_loss=0.0):
+    """Weighted negative log-likelihood of targets from hidden states (before the final norm).
+
+    Returns:
+      (total, nll_BT) as ``ops.cross_entropy``; weights may be negative (policy gradients).
+    """
+    return cross_entropy(
+        c.normed(p, x_BTD),
+        c.head(p),
+        targets_BT,
+        weights_BT,
+        z_loss=z_loss,
+        chunks=ctx.execution.loss_chunks,
+        sharding=ctx.sharding,
+        implementation=ctx.execution.loss,
+    )
+
+
+def _ahead(a_BT, k: int):
+    """``a`` of the token k places ahead, zero beyond the row's end."""
+    return jnp.pad(a_BT[:, k:], ((0, 0), (0, k)))
+
+
+def packed_text_loss(c: Decoder, execution: Execution, sharding: Sharding, z_loss: float = 0.0):
+    """A function (params, batch) -> LossOutput: the next-token loss of packed text.
+
+    Its parts are ``next_token``; ``mtp1``, ... for every head of multi-token prediction, each
+    divided by its own number of targets; and ``routing`` of a mixture of experts whose router has a
+    loss, which is one of the loads of the whole batch. The sums are the experts' stats.
+
+    Args:
+      z_loss: coefficient of the squared log-partition.
+    """
+    routers = [mixture.router for mixture in expert_health.mixtures(c)]
+    balanced = any(not r.frozen and (r.balance_loss or r.group_loss or r.z_loss) for r in routers)
+
+    def routing(stats) -> dict[str, jax.Array]:
+        return {"routing": expert_health.routing_loss(c, stats)}
+
+    def loss(p: DecoderParams, batch: Mapping[str, Any]) -> LossOutput:
+        ctx = Context(batch["positions"], batch["segments"], sharding=sharding, execution=execution)
+        parts, metrics, stats = _token_parts(p, c, batch, ctx, z_loss)
+        return LossOutput(parts, metrics, stats, routing if balanced else None)
+
+    return loss
+
+
+def _token_parts(p: DecoderParams, c: Decoder, batch, ctx: Context, z_loss: float):
+    """(parts, metrics, the ExpertStats of every stack of layers) of packed text.
+
+    The metrics are nats per token: ``nll`` and ``nll_mtp1``, ...
+    """
+    parts: dict[str, Part] = {}
+    metrics: dict[str, tuple[jax.Array, jax.Array]] = {}
+
+    def add(name: str, metric: str, x_BTD, targets_BT, weights_BT, coefficient: float):
+        total, nll_BT = token_losses(p, c, x_BTD, targets_BT, weights_BT, ctx, z_loss)
+        weight = jnp.sum(weights_BT)
+        parts[name] = Part(total, weight, coefficient)
+        metrics[metric] = (jnp.sum(jax.lax.stop_gradient(nll_BT) * weights_BT), weight)
+
+    x_BTD, _, stats = c.hidden(p, batch["tokens"], ctx)
+    weights_BT = batch["weights"]
+    add("next_token", "nll", x_BTD, batch["targets"], weights_BT, 1.0)
+    for k, head in enumerate(p.mtp, start=1):
+        # the token k ahead is the target k - 1 ahead; nothing is predicted across documents
+        embedded_BTD = c.embed(p, _ahead(batch["targets"], k - 1), ctx)
+        same_BT = _ahead(batch["segments"], k) == batch["segments"]
+        specs = c.mtp.specs(c.width, c.norm, c.init)
+        x_BTD, head_stats = c.mtp.apply(gather(specs, head, ctx), c.norm, x_BTD, embedded_BTD, ctx)
+        stats = (stats, head_stats)
+        targets_BT, weights_k_BT = _ahead(batch["targets"], k), _ahead(weights_BT, k) * same_BT
+        coefficient = c.mtp.weight / c.mtp.heads
+        add(f"mtp{k}", f"nll_mtp{k}", x_BTD, targets_BT, weights_k_BT, coefficient)
+    return parts, metrics, expert_health.layers(stats)
