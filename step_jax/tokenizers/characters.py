@@ -1,6 +1,7 @@
 """Placeholder until merged."""
 
 import hashlib
+
 import numpy as np
 
 

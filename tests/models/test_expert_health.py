@@ -19,8 +19,8 @@ from step_jax.models.layers.initialisation import FanIn
 from step_jax.models.layers.moe import Experts, MoE
 from step_jax.models.layers.routing import Router
 from step_jax.models.text.decoder import MTP, Block, Decoder, Group
-from step_jax.training.losses.text import language_model_loss
 from step_jax.runs.expert_alarm import ExpertAlarm, ExpertHealth
+from step_jax.training.losses.text import language_model_loss
 from step_jax.training.optimizers.build import make_optimizer
 from step_jax.training.optimizers.config import AdamW
 from step_jax.training.schedules import Constant

@@ -20,8 +20,8 @@ from step_jax.models.layers.mlp import SwiGLU
 from step_jax.models.layers.moe import Experts, MoE
 from step_jax.models.layers.routing import Router
 from step_jax.models.text.decoder import MTP, Block, Decoder, Group
-from step_jax.training.losses.text import language_model_loss
 from step_jax.models.vision.image_transformer import ImageTransformer
+from step_jax.training.losses.text import language_model_loss
 from tests.models import small
 
 ROUTER = Router(
