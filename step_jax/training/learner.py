@@ -115,7 +115,7 @@ class Learning:
       model_specs: the table of the model that losses see.
       specs: the table of the parameters that are kept: the model's, or with adapters.
       optimizer: of the trained ones.
-      average: decay of their moving average once it is warm (``step.average_decay``), None for none.
+      average: decay of their moving average (see ``step.average_decay``), None for none.
       lora: the adapters, None for none.
     """
 

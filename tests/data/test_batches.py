@@ -69,11 +69,11 @@ def test_a_microbatch_takes_rows_modulo_wherever_they_stand():
         (lambda b: b.update(more=b["table"]), "more is not in the schema"),
         (
             lambda b: b.update(patches=b["patches"][:, :5]),
-            r"patches has shape (8, 5, 3) and dtype float32, expected (8, 6, 3) (batch, None, None)",
+            "patches has shape (8, 5, 3) and dtype float32, expected (8, 6, 3) (batch, None,",
         ),
         (
             lambda b: b.update(tokens=b["tokens"].astype(np.int64)),
-            "tokens has shape (8, 16) and dtype int64, expected (8, 16) (batch, sequence) and int32",
+            "tokens has shape (8, 16) and dtype int64, expected (8, 16) (batch, sequence) and",
         ),
     ],
 )

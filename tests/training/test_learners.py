@@ -1,4 +1,4 @@
-"""Several learners and losses of several parts: invariant, and nothing is kept for what is frozen."""
+"""Several learners, losses of several parts, and nothing kept for what is frozen."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_each_part_is_divided_by_its_own_weight_over_the_whole_batch(accumulatio
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
     parts = [metrics[f"loss/{name}"] for name in ("policy", "critic", "balance")]
     np.testing.assert_allclose(sum(parts), value, rtol=1e-6)
-    assert metrics["loss_weight/few" if False else "loss_weight/critic"] == batch()["few"].sum()
+    assert metrics["loss_weight/critic"] == batch()["few"].sum()
     for name in ("policy", "critic"):
         norm = optax.tree.norm(expected[name])
         np.testing.assert_allclose(metrics[f"grad_norm/{name}"], norm, rtol=1e-5)

@@ -340,11 +340,11 @@ def test_a_mesh_gives_the_step_of_one_device(config):
             shardings = state_shardings(state, learnings(optimizer, 0.9), sharding)
             state = jax.device_put(state, shardings)
             rows = jax.device_put(batch, sharding.named(("batch",), (ROWS,)))
-        step = make_train_step(
+        step = train_step(
             loss_fn,
             optimizer,
+            0.9,
             accumulation=accumulation,
-            average=0.9,
             compute_dtype=jnp.float32,
             shardings=shardings,
         )
