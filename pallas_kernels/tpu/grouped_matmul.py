@@ -185,6 +185,20 @@ def _blocks_of_rows(rows: int, D: int, F: int, bytes_each: int):
     )
 
 
+def _blocks_of_matrices(rows: int, D: int, F: int, bytes_each: int):
+    """(R, d, f) such that double-buffered (R, d), (R, f), (d, f) and a float32 (d, f) fit."""
+    R, d = _rows_of_block(rows, BLOCK_ROWS), _divisor(D, 1024)
+    for most in (2048, 1024):
+        f = _divisor(F, most)
+        need = 2 * bytes_each * (R * d + R * f + d * f) + 4 * d * f
+        if need <= VMEM_BYTES:
+            return R, d, f
+    raise ValueError(
+        f"grouped matmul gradient ({D}, {F}): blocks of {need} bytes do not fit {VMEM_BYTES}; "
+        "widths that are multiples of 128 can be cut smaller"
+    )
+
+
 def _call(kernel, name, *, out_shape, visits, arrays, flops, semantics, interpret, **grid):
     """One kernel whose last grid dimension counts visits."""
     count, tables = visits
@@ -267,16 +281,7 @@ def matrices_of_rows(x_MD, dy_MF, sizes_E, *, load: int | None = None, interpret
       ValueError: widths whose blocks do not fit the on-chip memory.
     """
     (M, D), F, E = x_MD.shape, dy_MF.shape[1], len(sizes_E)
-    R, d, f = _rows_of_block(M, BLOCK_ROWS), _divisor(D, 1024), _divisor(F, 2048)
-    need = 2 * x_MD.dtype.itemsize * (R * d + R * f + d * f) + 4 * d * f
-    if need > VMEM_BYTES:
-        f = _divisor(F, 1024)
-        need = 2 * x_MD.dtype.itemsize * (R * d + R * f + d * f) + 4 * d * f
-    if need > VMEM_BYTES:
-        raise ValueError(
-            f"grouped matmul gradient ({D}, {F}): blocks of {need} bytes do not fit {VMEM_BYTES}; "
-            "widths that are multiples of 128 can be cut smaller"
-        )
+    R, d, f = _blocks_of_matrices(M, D, F, x_MD.dtype.itemsize)
     visits = _visits(sizes_E, M, R, every_group=True)
     return _call(
         _matrices_kernel,
@@ -299,6 +304,18 @@ def matrices_of_rows(x_MD, dy_MF, sizes_E, *, load: int | None = None, interpret
     )
 
 
+def check(x_MD, w_EDF, sizes_E) -> None:
+    """Raises ValueError for what :func:`grouped_matmul` or its gradients do not support.
+
+    Only shapes and dtypes are looked at.
+    """
+    rules.check_grouped_matmul("TPU kernel", x_MD, w_EDF, sizes_E, ("bfloat16", "float32"))
+    (M, D), F, size = x_MD.shape, w_EDF.shape[2], x_MD.dtype.itemsize
+    _blocks_of_rows(M, D, F, size)
+    _blocks_of_rows(M, F, D, size)
+    _blocks_of_matrices(M, D, F, size)
+
+
 def grouped_matmul(x_MD, w_EDF, sizes_E, load: int | None = None, interpret: bool = False):
     """:func:`rows_by_matrices` with gradients for the rows and the matrices.
 
@@ -312,10 +329,10 @@ def grouped_matmul(x_MD, w_EDF, sizes_E, load: int | None = None, interpret: boo
       (M, F) in the rows' dtype.
 
     Raises:
-      ValueError: a shape or dtype that the kernels do not support, or widths whose blocks do not
-        fit the on-chip memory.
+      ValueError: a shape or dtype that the kernels do not support, or widths whose blocks, those
+        of the gradients included, do not fit the on-chip memory.
     """
-    rules.check_grouped_matmul("TPU kernel", x_MD, w_EDF, sizes_E, ("bfloat16", "float32"))
+    check(x_MD, w_EDF, sizes_E)
     options = {"load": load, "interpret": interpret}
     kernels = (functools.partial(k, **options) for k in (rows_by_matrices, matrices_of_rows))
     return rules.grouped_matmul(*kernels, x_MD, w_EDF, sizes_E)

@@ -8,15 +8,14 @@ Rows past the sum of the sizes belong to no group: their results and gradients a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from step_jax.core.sharding import vary_alike
-from step_jax.ops import kernels
+from step_jax.ops import registry
 
 
 def group_of_row_M(sizes_E, rows: int):
@@ -171,32 +170,54 @@ def ragged_dot(x_MD, w_EDF, sizes_E):
     return jnp.where(used_M1, y_MF, 0.0)
 
 
-IMPLEMENTATIONS: dict[str, Callable] = {
-    "reference": reference,
-    "tiles": tiles,
-    "ragged_dot": ragged_dot,
-    "pallas_tpu": pallas_tpu,
-    "pallas_gpu": pallas_gpu,
+class Problem(NamedTuple):
+    """What decides whether an implementation can do it: the arrays, or their shapes and dtypes."""
+
+    x_MD: Any
+    w_EDF: Any
+    sizes_E: Any
+
+    @classmethod
+    def of(cls, rows: int, groups: int, width: int, result: int, dtype: str) -> Problem:
+        shapes = ((rows, width), dtype), ((groups, width, result), dtype), ((groups,), jnp.int32)
+        return cls(*(jax.ShapeDtypeStruct(*s) for s in shapes))
+
+
+def _pallas_tpu_unsupported(problem: Problem | None, device) -> str | None:
+    if (reason := registry.needs_tpu(device)) or problem is None:
+        return reason
+    from pallas_kernels.tpu import grouped_matmul as kernel
+
+    return registry.refusal(kernel.check, *problem)
+
+
+def _pallas_gpu_unsupported(problem: Problem | None, device) -> str | None:
+    if (reason := registry.needs_hopper(device)) or problem is None:
+        return reason
+    from pallas_kernels.gpu import grouped_matmul as kernel
+
+    return registry.refusal(kernel.check, *problem)
+
+
+#: compute: (x_MD, w_EDF, sizes_E[, device, load: kernels only]) -> y_MF. A problem of None asks
+#: about the device alone.
+IMPLEMENTATIONS = {
+    "reference": registry.Entry(reference),
+    "tiles": registry.Entry(tiles),
+    "ragged_dot": registry.Entry(ragged_dot),
+    "pallas_tpu": registry.Entry(pallas_tpu, _pallas_tpu_unsupported, kernel=True),
+    # asked for by name until it has been measured on a GPU
+    "pallas_gpu": registry.Entry(pallas_gpu, _pallas_gpu_unsupported, kernel=True),
 }
 Implementation = Literal["auto", "reference", "tiles", "ragged_dot", "pallas_tpu", "pallas_gpu"]
-
-
-def resolve(implementation: str, device: jax.Device | None = None) -> str:
-    """The implementation to compute with; what ``auto`` stands for (the run header prints it).
-
-    Args:
-      device: one of those compiled for, which need not be this machine's; None for the default.
-
-    Raises:
-      ConfigError: no implementation has the name, or the one named is not for the device.
-    """
-    device = jax.devices()[0] if device is None else device
-    if implementation == "auto":
-        # outside TPUs XLA makes of ragged_dot masked products of all rows with all matrices;
-        # pallas_gpu is asked for by name until it has been measured on a GPU
-        return "pallas_tpu" if device.platform == "tpu" else "tiles"
-    reason = functools.partial(kernels.unsupported, device=device)
-    return kernels.named("grouped matmul", implementation, IMPLEMENTATIONS, reason)
+OPERATION = registry.Operation(
+    "grouped matmul",
+    IMPLEMENTATIONS,
+    # outside TPUs XLA makes of ragged_dot masked products of all rows with all matrices
+    fallback="tiles",
+    automatic={"tpu": ("pallas_tpu",)},
+)
+resolve = OPERATION.resolve
 
 
 def grouped_matmul(
@@ -223,8 +244,8 @@ def grouped_matmul(
       (M, F) in ``x_MD.dtype``, accumulated in float32; differentiable in ``x_MD`` and ``w_EDF``.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit each other or the implementation, or see
-        :func:`resolve`.
+      ValueError: shapes or dtypes that do not fit each other, or see
+        ``registry.Operation.resolve``.
     """
     if x_MD.ndim != 2 or w_EDF.ndim != 3 or sizes_E.shape != w_EDF.shape[:1]:
         raise ValueError(
@@ -237,6 +258,7 @@ def grouped_matmul(
         )
     if sizes_E.dtype != jnp.int32:
         raise ValueError(f"sizes are int32, not {sizes_E.dtype}")
-    name = resolve(implementation, device)
-    options = {"device": device, "load": load} if name.startswith("pallas") else {}
-    return IMPLEMENTATIONS[name](x_MD, w_EDF, sizes_E, **options).astype(x_MD.dtype)
+    arrays = Problem(x_MD, w_EDF, sizes_E)
+    entry = IMPLEMENTATIONS[resolve(implementation, arrays, device)]
+    options = {"device": device, "load": load} if entry.kernel else {}
+    return entry.compute(*arrays, **options).astype(x_MD.dtype)

@@ -336,13 +336,28 @@ def implementations(config: PretrainConfig, sharding: Sharding) -> dict[str, str
       ConfigError: an implementation that was named cannot be had on these devices.
     """
     asked, device = config.execution, sharding.mesh.devices.flat[0]
-    blocks = [block for group in config.model.layers for block in group.blocks]
     names = ", ".join(attention_implementations(config, sharding))
     values = {"attention": f"{asked.attention} -> {names}"}
-    name = grouped_matmul.resolve(asked.grouped_matmul, device)
-    if any(isinstance(block.mlp, MoE) for block in blocks):
-        values["grouped matmul"] = f"{asked.grouped_matmul} -> {name}"
-    return values | {"loss": f"{asked.loss} -> {cross_entropy.resolve(asked.loss, device)}"}
+    names = ", ".join(grouped_matmul_implementations(config, sharding))
+    if names:
+        values["grouped matmul"] = f"{asked.grouped_matmul} -> {names}"
+    name = cross_entropy.resolve(asked.loss, cross_entropy.Problem.of(sharding), device)
+    return values | {"loss": f"{asked.loss} -> {name}"}
+
+
+def grouped_matmul_implementations(config: PretrainConfig, sharding: Sharding) -> list[str]:
+    """What the experts' products are computed with, each named once; none without experts."""
+    asked, device = config.execution, sharding.mesh.devices.flat[0]
+    grouped_matmul.resolve(asked.grouped_matmul, None, device)  # refused whether used or not
+    width, names = config.model.width, set()
+    for mlp in (block.mlp for group in config.model.layers for block in group.blocks):
+        for experts in mlp.experts if isinstance(mlp, MoE) else ():
+            rows = config.data.sequence_length * mlp.router.top_k  # at least
+            hidden = experts.hidden // sharding.ways("mlp")
+            for widths in ((width, hidden), (hidden, width)):
+                problem = grouped_matmul.Problem.of(rows, experts.count, *widths, asked.dtype)
+                names.add(grouped_matmul.resolve(asked.grouped_matmul, problem, device))
+    return sorted(names)
 
 
 def attention_implementations(config: PretrainConfig, sharding: Sharding) -> list[str]:
