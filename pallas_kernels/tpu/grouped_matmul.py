@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import rules
+from pallas_kernels.tpu.cuts import chunks, divisor
 
 BLOCK_ROWS = 512
 REGISTER_ROWS = 16  # of bfloat16; float32 has 8
@@ -70,21 +71,6 @@ def _parts(lo, hi, block: int, body):
         body(pl.ds(begin, part), (row_R1 >= lo) & (row_R1 < hi))
 
 
-def _chunks(size: int, other: int, body):
-    """``body(slice)`` over a dimension of a matrix of ``size * other``, in chunks."""
-    chunk = _divisor(size, max(CHUNK // other, 128))
-    if chunk == size:
-        body(pl.ds(0, size))
-    else:
-        pl.loop(0, size // chunk)(lambda i: body(pl.ds(pl.multiple_of(i * chunk, chunk), chunk)))
-
-
-def _dot(a, b, a_axis: int, b_axis: int):
-    return jax.lax.dot_general(
-        a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32
-    )
-
-
 def _rows_kernel(group_V, block_V, border_C, x_RD, w_Df, y_Rf, sum_Rf, *, transposed: bool):
     v, block = pl.program_id(1), x_RD.shape[0]
     lo, hi = _own(group_V, block_V, border_C, v, block)
@@ -96,9 +82,9 @@ def _rows_kernel(group_V, block_V, border_C, x_RD, w_Df, y_Rf, sum_Rf, *, transp
 
         def add(k):
             w = w_Df[:, k] if transposed else w_Df[k]
-            sum_Rf[rows] += _dot(x_RD[rows, k], w, 1, 1 if transposed else 0)
+            sum_Rf[rows] += rules.dot(x_RD[rows, k], w, 1, 1 if transposed else 0)
 
-        _chunks(x_RD.shape[1], y_Rf.shape[1], add)
+        chunks(x_RD.shape[1], CHUNK // y_Rf.shape[1], add)
         return sum_Rf[rows].astype(y_Rf.dtype)
 
     @pl.when(whole & grouped)
@@ -137,9 +123,9 @@ def _matrices_kernel(group_V, block_V, border_C, x_Rd, dy_Rf, dw_df, sum_df):
 
     def add(rows, keep):
         def chunk(k):
-            sum_df[:, k] += _dot(keep(x_Rd[rows]), keep(dy_Rf[rows, k]), 0, 0)
+            sum_df[:, k] += rules.dot(keep(x_Rd[rows]), keep(dy_Rf[rows, k]), 0, 0)
 
-        _chunks(dy_Rf.shape[1], x_Rd.shape[1], chunk)
+        chunks(dy_Rf.shape[1], CHUNK // x_Rd.shape[1], chunk)
 
     @pl.when(hi - lo == block)
     def _():
@@ -158,12 +144,6 @@ def _matrices_kernel(group_V, block_V, border_C, x_Rd, dy_Rf, dw_df, sum_df):
         dw_df[...] = sum_df[...].astype(dw_df.dtype)
 
 
-def _divisor(width: int, most: int) -> int:
-    """The largest multiple of 128 up to ``most`` that divides ``width``, else ``width``."""
-    sizes = [n for n in range(128, min(width, max(most, 128)) + 1, 128) if width % n == 0]
-    return max(sizes, default=width)
-
-
 def _rows_of_block(rows: int, most: int) -> int:
     """Few rows are one block of whole registers, which reaches past them."""
     return min(most, pl.cdiv(rows, REGISTER_ROWS) * REGISTER_ROWS)
@@ -176,7 +156,7 @@ def _blocks_of_rows(rows: int, D: int, F: int, bytes_each: int):
         return 2 * bytes_each * (R * D + D * f + R * f) + 4 * R * f
 
     for most in (2048, 1024, 512, 256, 128):
-        R, f = _rows_of_block(rows, BLOCK_ROWS if most > 256 else 256), _divisor(F, most)
+        R, f = _rows_of_block(rows, BLOCK_ROWS if most > 256 else 256), divisor(F, most)
         if need(R, f) <= VMEM_BYTES:
             return R, f
     raise ValueError(
@@ -187,9 +167,9 @@ def _blocks_of_rows(rows: int, D: int, F: int, bytes_each: int):
 
 def _blocks_of_matrices(rows: int, D: int, F: int, bytes_each: int):
     """(R, d, f) such that double-buffered (R, d), (R, f), (d, f) and a float32 (d, f) fit."""
-    R, d = _rows_of_block(rows, BLOCK_ROWS), _divisor(D, 1024)
+    R, d = _rows_of_block(rows, BLOCK_ROWS), divisor(D, 1024)
     for most in (2048, 1024):
-        f = _divisor(F, most)
+        f = divisor(F, most)
         need = 2 * bytes_each * (R * d + R * f + d * f) + 4 * d * f
         if need <= VMEM_BYTES:
             return R, d, f

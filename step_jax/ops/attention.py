@@ -361,8 +361,6 @@ class Problem:
 
 
 def _pallas_tpu_unsupported(problem: Problem, device) -> str | None:
-    if reason := registry.needs_tpu(device):
-        return reason
     if problem.alibi:
         return "it adds no ALiBi bias"
     from pallas_kernels.tpu import block_sizes
@@ -379,8 +377,6 @@ def _pallas_tpu_unsupported(problem: Problem, device) -> str | None:
 
 
 def _pallas_gpu_unsupported(problem: Problem, device) -> str | None:
-    if reason := registry.needs_hopper(device):
-        return reason
     from pallas_kernels.gpu.attention import WIDTHS
 
     if problem.alibi:
@@ -403,15 +399,15 @@ def _pallas_gpu_unsupported(problem: Problem, device) -> str | None:
 
 #: compute: (q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi[, device: kernels only]) -> o_BKGTV
 IMPLEMENTATIONS = {
-    "pallas_tpu": registry.Entry(
+    "pallas_tpu": registry.kernel(
         pallas_tpu,
+        registry.needs_tpu,
         _pallas_tpu_unsupported,
-        kernel=True,
         # a decoded token's rows would be padding but for one
         worthwhile=lambda problem: problem.queries >= 128,
     ),
     # asked for by name until it has been measured on a GPU
-    "pallas_gpu": registry.Entry(pallas_gpu, _pallas_gpu_unsupported, kernel=True),
+    "pallas_gpu": registry.kernel(pallas_gpu, registry.needs_hopper, _pallas_gpu_unsupported),
     "xla": registry.Entry(xla),
     "reference": registry.Entry(reference),
 }

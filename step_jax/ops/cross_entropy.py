@@ -220,7 +220,8 @@ class Problem:
         return cls() if sharding is None else cls(sharding.ways("vocab"))
 
 
-def _whole_vocabulary(problem: Problem) -> str | None:
+def whole_vocabulary(problem: Problem, device) -> str | None:
+    """What the kernels need of a mesh, if it is not so."""
     if problem.vocabulary_pieces == 1:
         return None
     return (
@@ -229,20 +230,12 @@ def _whole_vocabulary(problem: Problem) -> str | None:
     )
 
 
-def _pallas_tpu_unsupported(problem: Problem, device) -> str | None:
-    return registry.needs_tpu(device) or _whole_vocabulary(problem)
-
-
-def _pallas_gpu_unsupported(problem: Problem, device) -> str | None:
-    return registry.needs_hopper(device) or _whole_vocabulary(problem)
-
-
 #: compute: (x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunks, sharding) -> (total, nll_BT)
 IMPLEMENTATIONS = {
     "chunked": registry.Entry(chunked),
     # asked for by name: the kernels do more operations
-    "pallas_tpu": registry.Entry(pallas_tpu, _pallas_tpu_unsupported, kernel=True),
-    "pallas_gpu": registry.Entry(pallas_gpu, _pallas_gpu_unsupported, kernel=True),
+    "pallas_tpu": registry.kernel(pallas_tpu, registry.needs_tpu, whole_vocabulary),
+    "pallas_gpu": registry.kernel(pallas_gpu, registry.needs_hopper, whole_vocabulary),
 }
 Implementation = Literal["auto", "chunked", "pallas_tpu", "pallas_gpu"]
 OPERATION = registry.Operation("cross-entropy", IMPLEMENTATIONS, fallback="chunked")

@@ -10,6 +10,7 @@ one a ring of the newest S positions. Nothing but the lengths needs to be stored
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -71,11 +72,6 @@ def pallas_tpu(call: DecodeCall, device, interpret: bool = False):
     return tpu_decode.decode(call, splits=splits, interpret=interpret)
 
 
-def pallas_tpu_interpret(call: DecodeCall, device):
-    """The TPU kernel run by JAX's interpreter, for tests on machines without one."""
-    return pallas_tpu(call, device, interpret=True)
-
-
 def pallas_gpu(call: DecodeCall, device):
     """The kernel of ``pallas_kernels.gpu``."""
     return gpu_decode.decode(call, device=device)
@@ -92,25 +88,23 @@ class Problem:
     alibi: bool = False
 
 
-def _kernel(compute: Callable, lacks: Callable, check: Callable) -> registry.Entry:
-    """lacks: (device) -> why it cannot run there, or None. check: raises for what it lacks."""
+def _unsupported(check: Callable, problem: Problem, device) -> str | None:
+    """Why a kernel, whose ``check`` raises for what it lacks, cannot do this."""
+    return "it adds no ALiBi bias" if problem.alibi else registry.refusal(check, problem.call)
 
-    def unsupported(problem: Problem, device) -> str | None:
-        if reason := lacks(device):
-            return reason
-        if problem.alibi:
-            return "it adds no ALiBi bias"
-        return registry.refusal(check, problem.call)
 
-    return registry.Entry(compute, unsupported, kernel=True)
-
+_unsupported_tpu = functools.partial(_unsupported, tpu_decode.check)
+_unsupported_gpu = functools.partial(_unsupported, gpu_decode.check)
 
 #: compute: (call[, device: kernels only]) -> o_BTNH
 IMPLEMENTATIONS = {
     "reference": registry.Entry(reference),
-    "pallas_gpu": _kernel(pallas_gpu, registry.needs_hopper, gpu_decode.check),
-    "pallas_tpu": _kernel(pallas_tpu, registry.needs_tpu, tpu_decode.check),
-    "pallas_tpu_interpret": _kernel(pallas_tpu_interpret, lambda device: None, tpu_decode.check),
+    "pallas_gpu": registry.kernel(pallas_gpu, registry.needs_hopper, _unsupported_gpu),
+    "pallas_tpu": registry.kernel(pallas_tpu, registry.needs_tpu, _unsupported_tpu),
+    # by JAX's interpreter, for tests on machines without a TPU
+    "pallas_tpu_interpret": registry.Entry(
+        functools.partial(pallas_tpu, interpret=True), _unsupported_tpu, kernel=True
+    ),
 }
 OPERATION = registry.Operation(
     "decode attention",

@@ -68,6 +68,15 @@ class Operation:
         return implementation
 
 
+def kernel(compute: Callable, lacks: Callable, unsupported: Callable, **fields) -> Entry:
+    """The entry of a kernel; ``lacks``: (device) -> why it cannot run there at all, or None."""
+
+    def either(problem, device):
+        return lacks(device) or unsupported(problem, device)
+
+    return Entry(compute, either, kernel=True, **fields)
+
+
 def needs_tpu(device: jax.Device) -> str | None:
     """Why a kernel for TPUs cannot run on ``device``, or None."""
     if device.platform == "tpu":

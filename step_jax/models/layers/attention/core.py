@@ -100,16 +100,10 @@ def _decoded(q_BTNH, k_LBSKH, v_LBSKH, ctx: Context, scale, window, position: Po
     """One token over a cache by a kernel; None without a kernel."""
     sharding, device = ctx.sharding, ctx.device
     rotates = v_LBSKH is None and isinstance(position, Rope)
+    frequency_F = position.frequencies_F(q_BTNH.shape[-1]) if rotates else None
+    arrays = (q_BTNH, k_LBSKH, v_LBSKH, ctx.positions_BT, ctx.lengths_after_B())
     call = ops_decode.DecodeCall(
-        q_BTNH,
-        k_LBSKH,
-        v_LBSKH,
-        ctx.positions_BT,
-        ctx.lengths_after_B(),
-        scale=scale,
-        window=window,
-        frequency_F=position.frequencies_F(q_BTNH.shape[-1]) if rotates else None,
-        layer=ctx.layer,
+        *arrays, scale=scale, window=window, frequency_F=frequency_F, layer=ctx.layer
     )
     problem = ops_decode.Problem(call, alibi=alibi(position) is not None)
     name = ops_decode.kernel(ctx.execution.attention, problem, device)
@@ -131,14 +125,12 @@ def _decoded(q_BTNH, k_LBSKH, v_LBSKH, ctx: Context, scale, window, position: Po
 
     call = dataclasses.replace(call, heads_per_key=q_BTNH.shape[2] // k_LBSKH.shape[3])
     specs = dataclasses.replace(
-        call,
+        jax.tree.map(lambda _: whole, call),
         q_BTNH=heads,
         k_cache=keys,
         v_cache=None if v_LBSKH is None else keys,
         positions_BT=batch,
         lengths_B=batch,
-        frequency_F=whole if rotates else None,
-        layer=whole,
     )
     # the kernel's own results carry no mesh axes to check
     return jax.shard_map(
