@@ -138,7 +138,9 @@ def through_cache(new, cache, ctx: Context):
     slot_BT = jnp.where(kept_BT, ctx.positions_BT % slots, slots)
     rows_B1 = jnp.arange(B)[:, None]
     stored = tuple(
-        c.at[ctx.layer, rows_B1, slot_BT].set(n.astype(c.dtype), mode="drop", unique_indices=T == 1)
+        c.at[ctx.layer, rows_B1, slot_BT].set(
+            saturated(n, c.dtype), mode="drop", unique_indices=T == 1
+        )
         for c, n in zip(cache, new, strict=True)
     )
     if ctx.fresh:
@@ -151,6 +153,18 @@ def through_cache(new, cache, ctx: Context):
         for c, n in zip(cache, new, strict=True)
     )
     return both, jnp.concatenate([before_BS, ctx.positions_BT], axis=1), stored
+
+
+def saturated(x, dtype):
+    """``x`` in the dtype of a cache; what exceeds the range of a narrower float becomes its end.
+
+    A plain cast to float8_e4m3fn makes it NaN, and of a row with one NaN nothing else is left.
+    """
+    if jnp.issubdtype(dtype, jnp.floating):
+        most = float(jnp.finfo(dtype).max)
+        if most < float(jnp.finfo(x.dtype).max):
+            x = jnp.clip(x.astype(jnp.float32), -most, most)
+    return x.astype(dtype)
 
 
 def one_layer(keys, ctx: Context):

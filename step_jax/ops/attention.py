@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from step_jax.core.sharding import vary_alike
-from step_jax.ops import kernels
+from step_jax.ops import registry
 
 NEGATIVE = -1e30  # finite, so that a fully masked row has no NaN on its way to zero
 
@@ -361,9 +361,6 @@ class Problem:
 
 
 def _pallas_tpu_unsupported(problem: Problem, device) -> str | None:
-    reason = kernels.unsupported("pallas_tpu", device)
-    if reason is not None:
-        return reason
     if problem.alibi:
         return "it adds no ALiBi bias"
     from pallas_kernels.tpu import block_sizes
@@ -380,9 +377,6 @@ def _pallas_tpu_unsupported(problem: Problem, device) -> str | None:
 
 
 def _pallas_gpu_unsupported(problem: Problem, device) -> str | None:
-    reason = kernels.unsupported("pallas_gpu", device)
-    if reason is not None:
-        return reason
     from pallas_kernels.gpu.attention import WIDTHS
 
     if problem.alibi:
@@ -403,62 +397,25 @@ def _pallas_gpu_unsupported(problem: Problem, device) -> str | None:
     return None
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """compute: (q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi, device) -> o_BKGTV.
-
-    unsupported: why a problem cannot be computed for a device, or None.
-    kernel: the partitioner cannot cut it; on a mesh it runs in ``shard_map``.
-    automatic: ``auto`` considers it.
-    fewest_queries: ``auto`` passes it over below.
-    """
-
-    compute: Callable
-    unsupported: Callable[[Problem, jax.Device], str | None] = lambda problem, device: None
-    kernel: bool = False
-    automatic: bool = True
-    fewest_queries: int = 0
-
-
-def _anywhere(compute: Callable) -> Entry:
-    return Entry(lambda *args: compute(*args[:-1]))
-
-
-#: in the order in which ``auto`` considers them, but for the reference
-IMPLEMENTATIONS: dict[str, Entry] = {
-    # a decoded token's rows would be padding but for one
-    "pallas_tpu": Entry(pallas_tpu, _pallas_tpu_unsupported, kernel=True, fewest_queries=128),
+#: compute: (q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi[, device: kernels only]) -> o_BKGTV
+IMPLEMENTATIONS = {
+    "pallas_tpu": registry.kernel(
+        pallas_tpu,
+        registry.needs_tpu,
+        _pallas_tpu_unsupported,
+        # a decoded token's rows would be padding but for one
+        worthwhile=lambda problem: problem.queries >= 128,
+    ),
     # asked for by name until it has been measured on a GPU
-    "pallas_gpu": Entry(pallas_gpu, _pallas_gpu_unsupported, kernel=True, automatic=False),
-    "xla": _anywhere(xla),
-    "reference": _anywhere(reference),
+    "pallas_gpu": registry.kernel(pallas_gpu, registry.needs_hopper, _pallas_gpu_unsupported),
+    "xla": registry.Entry(xla),
+    "reference": registry.Entry(reference),
 }
 Implementation = Literal["auto", "pallas_tpu", "pallas_gpu", "xla", "reference"]
-
-
-def resolve(implementation: str, problem: Problem, device=None) -> str:
-    """The implementation to compute with; what ``auto`` stands for (the run header prints it).
-
-    Args:
-      device: one of those compiled for, which need not be this machine's; None for the default.
-
-    Raises:
-      ConfigError: no implementation has the name, or the one named cannot do this; says why.
-    """
-    device = jax.devices()[0] if device is None else device
-    if implementation == "auto":
-        return next(
-            name
-            for name, entry in IMPLEMENTATIONS.items()
-            if entry.automatic
-            and problem.queries >= entry.fewest_queries
-            and not entry.unsupported(problem, device)
-        )
-
-    def unsupported(name: str) -> str | None:
-        return IMPLEMENTATIONS[name].unsupported(problem, device)
-
-    return kernels.named("attention", implementation, IMPLEMENTATIONS, unsupported)
+OPERATION = registry.Operation(
+    "attention", IMPLEMENTATIONS, fallback="xla", automatic={"tpu": ("pallas_tpu",)}
+)
+resolve = OPERATION.resolve
 
 
 def problem_of(q_BTNH, k_BSKH, v_BSKV, mask: Mask, alibi) -> Problem:
@@ -492,13 +449,14 @@ def attention(
       (B, T, N, V) in ``q_BTNH.dtype``. Scores and softmax are float32.
 
     Raises:
-      ValueError: K does not divide N, or see :func:`resolve`.
+      ValueError: K does not divide N, or see ``registry.Operation.resolve``.
     """
     N, K = q_BTNH.shape[2], k_BSKH.shape[2]
     if N % K:
         raise ValueError(f"{N} query heads are not a multiple of {K} key/value heads")
     device = jax.devices()[0] if device is None else device
     name = resolve(implementation, problem_of(q_BTNH, k_BSKH, v_BSKV, mask, alibi), device)
-    arrays = _heads_first(q_BTNH, k_BSKH, v_BSKV)
-    o_BKGTV = IMPLEMENTATIONS[name].compute(*arrays, mask, scale, alibi, device)
+    arguments = (*_heads_first(q_BTNH, k_BSKH, v_BSKV), mask, scale, alibi)
+    entry = IMPLEMENTATIONS[name]
+    o_BKGTV = entry.compute(*arguments, device) if entry.kernel else entry.compute(*arguments)
     return _heads_last(o_BKGTV).astype(q_BTNH.dtype)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from step_jax.models.context import Context
+from step_jax.models.context import Context, saturated
 from step_jax.models.layers.attention import MFA, MHA, MLA
 from step_jax.models.layers.mlp import SwiGLU
 from step_jax.models.layers.moe import Experts, MoE
@@ -102,6 +102,18 @@ def test_cached_calls_of_a_mixture_equal_one_forward_pass(axes):
     )
     c = Decoder(small.WIDTH, layers, small.VOCAB)
     compare(c, None if axes is None else small.on_mesh(**axes))
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float16", "bfloat16"])
+@pytest.mark.parametrize("computed", ["float32", "bfloat16"])
+def test_a_cache_holds_the_largest_number_for_what_exceeds_its_range(computed, dtype):
+    most = float(jnp.finfo(dtype).max)
+    x = jnp.asarray([1.5, -0.25, 3e38, -3e38, jnp.nan, most], computed)
+    got = np.asarray(saturated(x, dtype), np.float32)
+    wanted = np.asarray([1.5, -0.25, min(most, float(x[2])), max(-most, float(x[3])), np.nan, most])
+    np.testing.assert_allclose(got, wanted, rtol=2**-7)  # the rounding of bfloat16
+    assert saturated(x, computed) is x  # as it is in its own dtype
+    assert saturated(x, "int8").dtype == jnp.int8
 
 
 def test_pattern_of_window_and_full_layers():

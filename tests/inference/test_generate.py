@@ -186,6 +186,21 @@ def test_on_a_mesh(kind, axes):
     np.testing.assert_allclose(split.logprobs_BN, alone.logprobs_BN, atol=2e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_value_beyond_the_range_of_the_cache_does_not_poison_what_follows(kind):
+    """float8_e4m3fn ends at 448; beyond it were NaN, and token 0 was written for ever."""
+    c, p = model(kind)
+
+    def loud(path, a):  # keys and values in the thousands
+        return 3e3 * a if "attention_norm" in jax.tree_util.keystr(path) else a
+
+    p = jax.tree_util.tree_map_with_path(loud, p)
+    options = {"max_length": 32, "execution": small.execution()}
+    got = engine.generate(p, c, PROMPTS, GREEDY, cache_dtype="float8_e4m3fn", **options)
+    assert all(np.isfinite(row).all() for row in got.logprobs)
+    assert not any(row.count(0) == len(row) for row in got.tokens)
+
+
 def test_generate_on_a_mesh_pads_the_batch():
     c, p = model()
     sharding = small.on_mesh(data=8)

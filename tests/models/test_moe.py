@@ -313,13 +313,14 @@ def test_the_configuration_names_the_grouped_matmul(monkeypatch):
     p = small.map_specs(lambda s: np.ones(s.shape, np.float32), c.specs(small.WIDTH, Fixed(0.1)))
     x_BTD = np.ones((1, 3, small.WIDTH), np.float32)
     for name in ("reference", "tiles"):
-        compute = grouped_matmul.IMPLEMENTATIONS[name]
+        entry = grouped_matmul.IMPLEMENTATIONS[name]
 
-        def record(*args, name=name, compute=compute):
+        def record(*args, name=name, compute=entry.compute):
             used.append(name)
             return compute(*args)
 
-        monkeypatch.setitem(grouped_matmul.IMPLEMENTATIONS, name, record)
+        recorded = replace(entry, compute=record)
+        monkeypatch.setitem(grouped_matmul.IMPLEMENTATIONS, name, recorded)
 
     def apply(name):
         ctx = Context(jnp.arange(3)[None], execution=small.execution(grouped_matmul=name))

@@ -51,13 +51,30 @@ def implementations(
       ConfigError: an implementation that was named cannot be had on these devices.
     """
     device = sharding.mesh.devices.flat[0]
-    blocks = [block for group in model.layers for block in group.blocks]
     names = ", ".join(attention_implementations(model, execution, tokens, sharding))
     values = {"attention": f"{execution.attention} -> {names}"}
-    name = grouped_matmul.resolve(execution.grouped_matmul, device)
-    if any(isinstance(block.mlp, MoE) for block in blocks):
-        values["grouped matmul"] = f"{execution.grouped_matmul} -> {name}"
-    return values | {"loss": f"{execution.loss} -> {cross_entropy.resolve(execution.loss, device)}"}
+    names = ", ".join(grouped_matmul_implementations(model, execution, tokens, sharding))
+    if names:
+        values["grouped matmul"] = f"{execution.grouped_matmul} -> {names}"
+    name = cross_entropy.resolve(execution.loss, cross_entropy.Problem.of(sharding), device)
+    return values | {"loss": f"{execution.loss} -> {name}"}
+
+
+def grouped_matmul_implementations(
+    model: Decoder, execution: Execution, tokens: int, sharding: Sharding
+) -> list[str]:
+    """What the experts' products are computed with, each named once; none without experts."""
+    asked, device = execution.grouped_matmul, sharding.mesh.devices.flat[0]
+    grouped_matmul.resolve(asked, None, device)  # refused whether used or not
+    names = set()
+    for mlp in (block.mlp for group in model.layers for block in group.blocks):
+        for experts in mlp.experts if isinstance(mlp, MoE) else ():
+            rows = tokens * mlp.router.top_k  # at least
+            hidden = experts.hidden // sharding.ways("mlp")
+            for widths in ((model.width, hidden), (hidden, model.width)):
+                problem = grouped_matmul.Problem.of(rows, experts.count, *widths, execution.dtype)
+                names.add(grouped_matmul.resolve(asked, problem, device))
+    return sorted(names)
 
 
 def attention_implementations(
