@@ -19,6 +19,7 @@ from step_jax.core.spec import ParamSpec, map_specs, path_name
 from step_jax.models.context import Context, Execution
 from step_jax.models.layers.norm import RMSNorm
 from step_jax.models.text.decoder import Block, BlockParams, Decoder, DecoderParams
+from step_jax.models.tokens import Tokens
 
 
 class Part(nnx.Module):
@@ -122,8 +123,8 @@ class DecoderModule(nnx.Module):
           positions_BT: of tokens in their document, None for 0, 1, ... in every row.
         """
         if positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        ctx = Context(positions_BT, segments_BT, execution=self.execution)
+            positions_BT = Tokens.in_order(*tokens_BT.shape).order_BT
+        ctx = Context(Tokens(positions_BT, segments_BT), execution=self.execution)
         top = self._top()
         x_BTD = self.config.embed(top, tokens_BT, ctx)
         for layer in self.layers:

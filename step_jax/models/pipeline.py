@@ -226,7 +226,7 @@ def _in_sets(held, sets: int):
     rows = x_BTD.shape[0] // (stages * sets)
     (batch,) = sharding.spec(("batch",), (rows,))
     padding = jax.tree.map(lambda _: 0, held)
-    padding = (padding[0], padding[1].replace(positions_BT=-1), padding[2])
+    padding = (padding[0], padding[1].replace(tokens=ctx.tokens.nowhere()), padding[2])
 
     def leaf(a, fill):
         a = jnp.moveaxis(a.reshape(stages, rows, sets, *a.shape[1:]), 2, 1)

@@ -31,6 +31,7 @@ from step_jax.models.layers.moe import MoE
 from step_jax.models.layers.positions import alibi
 from step_jax.models.text.decoder import Decoder
 from step_jax.models.text.loss import language_model_loss
+from step_jax.models.tokens import Tokens
 from step_jax.ops import attention, cross_entropy, grouped_matmul
 from step_jax.runs import plots
 from step_jax.runs.device_memory import available, fitting, needed
@@ -140,12 +141,7 @@ class PretrainConfig:
 
 def context(batch: dict[str, Any], execution: Execution, sharding: Sharding) -> Context:
     """The context of a packed batch."""
-    return Context(
-        positions_BT=batch["positions"],
-        segments_BT=batch["segments"],
-        execution=execution,
-        sharding=sharding,
-    )
+    return Context(Tokens.packed(batch), execution=execution, sharding=sharding)
 
 
 def make_loss(model: Decoder, execution: Execution, sharding: Sharding, z_loss: float = 0.0):

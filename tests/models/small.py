@@ -20,6 +20,7 @@ from step_jax.models.layers.mlp import SwiGLU
 from step_jax.models.layers.norm import RMSNorm
 from step_jax.models.text.decoder import MTP, Block, Decoder, Group
 from step_jax.models.text.loss import language_model_loss
+from step_jax.models.tokens import Tokens
 
 WIDTH, VOCAB, HEADS = 32, 64, 8
 MLP = SwiGLU(48)
@@ -93,12 +94,8 @@ def loss_and_gradient(c: Decoder, sharding: Sharding | None = None, z_loss=1e-2,
     """(params, batch) -> (loss sum, gradient tree), to be jitted."""
 
     def loss(p, batch):
-        ctx = Context(
-            batch["positions"],
-            batch["segments"],
-            sharding=sharding,
-            execution=execution(**changes),
-        )
+        tokens = Tokens.packed(batch)
+        ctx = Context(tokens, sharding=sharding, execution=execution(**changes))
         return language_model_loss(p, c, batch, ctx, z_loss)[0]
 
     return jax.value_and_grad(loss)

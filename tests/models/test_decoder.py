@@ -16,6 +16,7 @@ from step_jax.models.layers.attention import MFA, MHA
 from step_jax.models.layers.positions import Alibi
 from step_jax.models.text.decoder import Decoder, Group
 from step_jax.models.text.loss import language_model_loss, token_losses
+from step_jax.models.tokens import Tokens
 from tests.models import small
 
 ALL = tuple(small.KINDS)
@@ -129,7 +130,7 @@ def test_packed_equals_each_document_alone():
     packed, groups = two_lengths(np.random.default_rng(0))
 
     def alone(p, batch):
-        ctx = Context(batch["positions"], None, execution=small.execution())  # no segments at all
+        ctx = Context(Tokens(batch["positions"]), execution=small.execution())  # no segments at all
         return language_model_loss(p, c, batch, ctx, 1e-2)[0]
 
     got = small.run(small.loss_and_gradient(c), p, packed)
@@ -154,7 +155,7 @@ def test_prediction_heads_follow_their_equations():
         "weights": np.ones((1, T), np.float32),
         "segments": np.ones((1, T), np.int32),
     }
-    ctx = Context(positions, execution=small.execution())
+    ctx = Context(Tokens(positions), execution=small.execution())
 
     def nll(p, x, targets):
         logp = jax.nn.log_softmax(c.logits(p, x, ctx))
@@ -192,10 +193,10 @@ def test_cached_calls_equal_the_full_forward_pass():
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (2, T))
 
     def full(p):
-        return c.hidden(p, tokens, Context(positions, execution=small.execution()))[0]
+        return c.hidden(p, tokens, Context(Tokens(positions), execution=small.execution()))[0]
 
     def call(fresh, p, tokens, positions, cache):
-        ctx = Context(positions, fresh=fresh, execution=small.execution())
+        ctx = Context(Tokens(positions), fresh=fresh, execution=small.execution())
         return c.hidden(p, tokens, ctx, cache)[:2]
 
     expected = small.run(full, p)
@@ -225,7 +226,7 @@ def test_loss_of_tokens_is_that_of_the_logits(tied):
     c = small.decoder("mfa", repeat=1, tied=tied)
     p, batch = small.params(c), small.packed_batch(rows=2)
     assert (p.head_DV is None) == tied
-    ctx = Context(batch["positions"], batch["segments"], execution=small.execution())
+    ctx = Context(Tokens.packed(batch), execution=small.execution())
 
     def both(p):
         x, *_ = c.hidden(p, batch["tokens"], ctx)

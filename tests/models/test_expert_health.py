@@ -20,6 +20,7 @@ from step_jax.models.layers.moe import Experts, MoE
 from step_jax.models.layers.routing import Router
 from step_jax.models.text.decoder import MTP, Block, Decoder, Group
 from step_jax.models.text.loss import language_model_loss
+from step_jax.models.tokens import Tokens
 from step_jax.runs.expert_alarm import ExpertAlarm, ExpertHealth
 from step_jax.training.optimizers.build import make_optimizer
 from step_jax.training.optimizers.config import AdamW
@@ -40,7 +41,7 @@ def decoder(**changes) -> Decoder:
 
 def loss_fn(c: Decoder):
     def loss(params, batch, key):
-        ctx = Context(batch["positions"], batch["segments"], execution=small.execution())
+        ctx = Context(Tokens.packed(batch), execution=small.execution())
         return LossOutput(*language_model_loss(params, c, batch, ctx))
 
     return loss

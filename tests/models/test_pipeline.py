@@ -21,6 +21,7 @@ from step_jax.models.layers.moe import Experts, MoE
 from step_jax.models.layers.routing import Router
 from step_jax.models.text.decoder import MTP, Block, Decoder, Group
 from step_jax.models.text.loss import language_model_loss
+from step_jax.models.tokens import Tokens
 from step_jax.models.vision.image_transformer import ImageTransformer
 from tests.models import small
 
@@ -73,7 +74,7 @@ def loss(c: Decoder, sharding: Sharding | None, **changes):
 
     def f(p, batch):
         execution = small.execution(**changes)
-        ctx = Context(batch["positions"], batch["segments"], sharding=sharding, execution=execution)
+        ctx = Context(Tokens.packed(batch), sharding=sharding, execution=execution)
         total, _, _, experts = language_model_loss(p, c, batch, ctx, 1e-2)
         return total, experts
 
@@ -170,7 +171,7 @@ def test_idle_steps_keep_only_what_a_stage_was_handed():
     c, p, batch = problem("dense")
 
     def f(p, batch):
-        ctx = Context(batch["positions"], batch["segments"], sharding=sharding,
+        ctx = Context(Tokens.packed(batch), sharding=sharding,
                       execution=small.execution(remat="full"))  # fmt: skip
         return c.hidden(p, batch["tokens"], ctx)[0].sum()
 
@@ -193,7 +194,8 @@ def test_cached_and_recorded_calls_run_without_the_pipeline():
 
     def f(sharding):
         def cached(p, batch):
-            ctx = Context(batch["positions"], sharding=sharding, execution=small.execution(),
+            tokens, execution = Tokens(batch["positions"]), small.execution()
+            ctx = Context(tokens, sharding=sharding, execution=execution,
                           fresh=True, record_routing=True)  # fmt: skip
             cache = c.init_cache(16, 8, jnp.float32)
             x_BTD, cache, stats = c.hidden(p, batch["tokens"], ctx, cache)

@@ -22,6 +22,7 @@ from step_jax.models.context import Context, Execution
 from step_jax.models.layers.attention import AttentionKind
 from step_jax.models.layers.initialisation import FanIn, Initialisation
 from step_jax.models.layers.mlp import SwiGLU
+from step_jax.models.tokens import Tokens
 from step_jax.models.trunk import gather, run_layers
 from step_jax.ops.einsum import einsum
 from step_jax.ops.norm import rms_norm
@@ -122,9 +123,8 @@ class ImageTransformer:
           class_B: int32 below ``classes``.
         """
         pipeline.check([(self.depth, self.depth)], sharding)
-        B, T = x_BHWC.shape[0], self.patches
-        positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-        ctx = Context(positions_BT, causal=False, sharding=sharding, execution=execution)
+        tokens = Tokens.in_order(x_BHWC.shape[0], self.patches, causal=False)
+        ctx = Context(tokens, sharding=sharding, execution=execution)
         blocks, specs = p.blocks, self.specs().replace(blocks=None)
         p = gather(specs, p.replace(blocks=None), ctx)
         condition_BD = self._condition(p, time_B, class_B, execution.dtype)

@@ -78,7 +78,7 @@ def attend(
         v_BSKV = None if v_BSKV is None else v_BSKV[ctx.layer]
     k_BSKH = k_BSKH.astype(q_BTNH.dtype)
     if v_BSKV is None:
-        v_BSKV, k_BSKH = k_BSKH, rotate(position, k_BSKH, kv_positions_BS)
+        v_BSKV, k_BSKH = k_BSKH, rotate(position, k_BSKH, kv_positions_BS[..., None])
     v_BSKV = v_BSKV.astype(q_BTNH.dtype)
     mask = ctx.mask(kv_positions_BS, window)
     context = 1 if sharding is None else sharding.size("context")
@@ -112,7 +112,7 @@ def _decoder(q_BTNH, k_LBSKH, v_LBSKH, ctx: Context, position: Position | None):
     call: Callable = functools.partial(
         ops_decode.decode_attention, implementation=name, device=device, frequency_F=frequency_F
     )
-    args = (q_BTNH, k_LBSKH, v_LBSKH, ctx.positions_BT, ctx.lengths_after_B(), ctx.layer)
+    args = (q_BTNH, k_LBSKH, v_LBSKH, ctx.tokens.order_BT, ctx.lengths_after_B(), ctx.layer)
     if sharding is None or sharding.mesh.size == 1:
         return functools.partial(call, *args[:-1], layer=ctx.layer)
     heads = sharding.spec(("batch", None, "heads", None), q_BTNH.shape)
@@ -173,13 +173,8 @@ def _on_each_device(compute, q_BTNH, k_BSKH, v_BSKV, mask, sharding):
     q_spec = sharding.spec(("batch", "sequence", heads, None), (B, T, count, H))
     kv_spec = sharding.spec(("batch", None, "kv_heads", None), k_BSKH.shape)
     tokens, keys = PartitionSpec(*q_spec[:2]), PartitionSpec(kv_spec[0])
-    packed = mask.q_segments_BT is not None
-    masks = mask.replace(
-        q_positions_BT=tokens,
-        kv_positions_BS=keys,
-        q_segments_BT=tokens if packed else None,
-        kv_segments_BS=keys if packed else None,
-    )
+    masks = mask.with_queries(*jax.tree.map(lambda _: tokens, mask.of_queries()))
+    masks = masks.with_keys(*jax.tree.map(lambda _: keys, mask.of_keys()))
     return jax.shard_map(
         compute,
         mesh=sharding.mesh,
