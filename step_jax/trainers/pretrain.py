@@ -332,11 +332,10 @@ def implementations(config: PretrainConfig, sharding: Sharding) -> dict[str, str
       ConfigError: an implementation that was named cannot be had on these devices.
     """
     asked, device = config.execution, sharding.mesh.devices.flat[0]
-    blocks = [block for group in config.model.layers for block in group.blocks]
     names = ", ".join(attention_implementations(config, sharding))
     values = {"attention": f"{asked.attention} -> {names}"}
     name = grouped_matmul.resolve(asked.grouped_matmul, device)
-    if any(isinstance(block.mlp, MoE) for block in blocks):
+    if any(isinstance(stack.block.mlp, MoE) for stack in config.model.trunk.walk()):
         values["grouped matmul"] = f"{asked.grouped_matmul} -> {name}"
     return values | {"loss": f"{asked.loss} -> {cross_entropy.resolve(asked.loss, device)}"}
 
@@ -345,7 +344,7 @@ def attention_implementations(config: PretrainConfig, sharding: Sharding) -> lis
     """What the layers' attention is computed with, each named once."""
     T = config.data.sequence_length
     names = []
-    for kind in (block.attention for g in config.model.layers for block in g.blocks):
+    for kind in (stack.block.attention for stack in config.model.trunk.walk()):
         width, value_width = kind.score_and_value_widths()
         problem = attention.Problem(
             width,
@@ -367,11 +366,10 @@ def cache_bytes_per_token(model: Decoder, bytes_per_number: int = 2) -> int:
     ``bytes_per_number`` is 2 for a cache of 16 bits.
     """
     entries = (
-        (group.repeat, entry)
-        for group in model.layers
-        for block in group.blocks
-        if block.attention.window is None
-        for entry in block.attention.cache_entries()
+        (stack.repeat, entry)
+        for stack in model.trunk.walk()
+        if stack.block.attention.window is None
+        for entry in stack.block.attention.cache_entries()
     )
     return bytes_per_number * sum(repeat * math.prod(entry) for repeat, entry in entries)
 

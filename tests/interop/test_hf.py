@@ -80,7 +80,7 @@ def test_configuration_survives_the_round_trip(name):
     assert hf.config_from_hf(written) == config
     if name == "step3p7":  # written as the decoder alone, in the released files' keys
         theirs = {"hidden_act": "silu", "attention_bias": False, **g.released_config["text_config"]}
-        depth = config.depth
+        depth = config.trunk.depth
         theirs = {k: v[:depth] if isinstance(v, list) else v for k, v in theirs.items()}
         allowed = {"model_type", "architectures", "num_nextn_predict_layers"}
     else:

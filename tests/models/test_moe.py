@@ -21,8 +21,9 @@ from step_jax.models.layers.initialisation import Fixed
 from step_jax.models.layers.mlp import SwiGLU
 from step_jax.models.layers.moe import Experts, MoE
 from step_jax.models.layers.routing import Router
-from step_jax.models.text.decoder import Block, Decoder, Group, routing_of
+from step_jax.models.text.decoder import Block, Decoder, Group
 from step_jax.models.tokens import Tokens
+from step_jax.models.trunk import routing_of
 from step_jax.ops import grouped_matmul
 from tests.models import small
 

@@ -248,12 +248,12 @@ def test_microbatches():
 
 def test_the_largest_group_must_divide():
     sharding = on(pipeline=4, pipeline_rounds=2, fsdp=2)
-    pipeline.check([(3, 3), (16, 8)], sharding)
+    pipeline.check(8, sharding)
     with pytest.raises(ConfigError, match=r"repeat 12.*pipeline_rounds \[1, 3\].*\[1, 2, 3, 6\]"):
-        pipeline.check([(8, 8), (12, 12)], sharding)
+        pipeline.check(12, sharding)
     with pytest.raises(ConfigError, match=r"repeat 9.*of no size.*of no size"):
-        pipeline.check([(9, 9)], sharding)
-    pipeline.check([(9, 9)], on(fsdp=8))
+        pipeline.check(9, sharding)
+    pipeline.check(9, on(fsdp=8))
 
 
 @pytest.mark.parametrize(
