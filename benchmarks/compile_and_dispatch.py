@@ -23,6 +23,7 @@ from step_jax.models.layers.attention import MFA
 from step_jax.models.layers.mlp import SwiGLU
 from step_jax.models.layers.norm import RMSNorm
 from step_jax.models.text.decoder import Block, Decoder, Group
+from step_jax.models.tokens import Tokens
 from step_jax.training.losses.text import language_model_loss
 from step_jax.training.optimizers.build import make_optimizer
 from step_jax.training.optimizers.config import AdamW
@@ -44,7 +45,7 @@ def step_of(c: Decoder, remat: str):
     optimizer = make_optimizer(AdamW(learning_rate=1e-3), c.specs(), total_steps=10_000)
 
     def loss(params, batch, key):
-        ctx = Context(batch["positions"], batch["segments"], execution=Execution(remat=remat))
+        ctx = Context(Tokens.packed(batch), execution=Execution(remat=remat))
         return LossOutput(*language_model_loss(params, c, batch, ctx))
 
     return jax.jit(make_train_step(loss, optimizer, clip_norm=1.0), donate_argnums=0), optimizer

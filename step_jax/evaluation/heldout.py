@@ -20,6 +20,7 @@ from step_jax.data.batches import process_rows, to_mesh
 from step_jax.data.packing import text_schema
 from step_jax.models.context import Context, Execution
 from step_jax.models.text.decoder import Decoder
+from step_jax.models.tokens import Tokens
 from step_jax.training.losses.text import token_losses
 
 Evaluate = Callable[[Any, Heldout], dict[str, float]]
@@ -57,7 +58,7 @@ def make_evaluator(
     @jax.jit
     def sums(params, batch):
         params = spec_lib.cast(params, execution.dtype, decoder.specs())
-        ctx = Context(batch["positions"], batch["segments"], sharding=sharding, execution=execution)
+        ctx = Context(Tokens.packed(batch), sharding=sharding, execution=execution)
         x_BTD, *_ = decoder.hidden(params, batch["tokens"], ctx)
         total, _ = token_losses(params, decoder, x_BTD, batch["targets"], batch["weights"], ctx)
         return total, jnp.sum(batch["weights"])

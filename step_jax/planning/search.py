@@ -67,11 +67,9 @@ def _meshes(config: PretrainConfig, topology: Topology) -> Iterator[MeshConfig]:
     """Meshes of all devices, with the axes that the model can use."""
     recipe, T = config.parallel, config.data.sequence_length
     contexts = {n for n in _CONTEXT if T % n == 0 and T // n >= _SHORTEST_PIECE}
-    depth = max((group.repeat * len(group.blocks), group.repeat) for group in config.model.layers)[
-        1
-    ]
+    repeat = config.model.trunk.largest_repeat
     sizes = itertools.product(
-        [n for n in _STAGES if depth % n == 0],
+        [n for n in _STAGES if repeat % n == 0],
         sorted({1, topology.slices}),
         _divisors(_experts(config)),
         sorted({1, recipe.context} | contexts),
@@ -99,9 +97,8 @@ def _experts(config: PretrainConfig) -> int:
     """Into how many shards the experts of every layer can be cut; 1 without experts."""
     counts = [
         kind.count
-        for group in config.model.layers
-        for block in group.blocks
-        for kind in getattr(block.mlp, "experts", ())
+        for stack in config.model.trunk.walk()
+        for kind in getattr(stack.block.mlp, "experts", ())
     ]
     return math.gcd(*counts) if counts else 1
 

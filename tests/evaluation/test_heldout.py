@@ -12,9 +12,9 @@ import re
 import jax
 import numpy as np
 import pytest
+from step_jax.checkpoint.load import load_model
 
 from step_jax.checkpoint import Checkpointer
-from step_jax.checkpoint.load import load_model
 from step_jax.cli.main import main
 from step_jax.core.config import to_plain
 from step_jax.core.errors import DataError
@@ -22,6 +22,7 @@ from step_jax.data import DataConfig, Tokenizer
 from step_jax.evaluation.corpus import whole_corpus
 from step_jax.evaluation.heldout import figures, make_evaluator
 from step_jax.models.context import Context
+from step_jax.models.tokens import Tokens
 from step_jax.tokenizers.sentencepiece import train_sentencepiece
 from tests.models import small
 
@@ -86,7 +87,7 @@ def nats_of(c, p, tokenizer, document: str) -> float:
 @functools.cache
 def _log_probabilities(c):
     def f(p, tokens_1T):
-        ctx = Context(np.arange(LENGTH, dtype=np.int32)[None], execution=small.execution())
+        ctx = Context(Tokens.in_order(1, LENGTH), execution=small.execution())
         return jax.nn.log_softmax(c.logits(p, c.hidden(p, tokens_1T, ctx)[0], ctx))
 
     return jax.jit(f, compiler_options=small.FAST_COMPILE)

@@ -18,6 +18,7 @@ from step_jax.models.layers.norm import RMSNorm
 from step_jax.models.layers.positions import Alibi
 from step_jax.models.layers.routing import Router
 from step_jax.models.text.decoder import Block, Decoder, Group
+from step_jax.models.tokens import Tokens
 from tests.models import small
 
 WINDOW = 5  # far shorter than the texts
@@ -55,7 +56,8 @@ def compare(c: Decoder, sharding=None):
     calls += [call_positions(both + i, [1] * 4, 1) for i in range(STEPS)]
 
     def logits(p, tokens_BT, positions_BT, cache=None, fresh=False):
-        ctx = Context(positions_BT, fresh=fresh, execution=small.execution(), sharding=sharding)
+        tokens, execution = Tokens(positions_BT), small.execution()
+        ctx = Context(tokens, fresh=fresh, execution=execution, sharding=sharding)
         x_BTD, cache, _ = c.hidden(p, tokens_BT, ctx, cache)
         return c.logits(p, x_BTD, ctx), cache
 
@@ -130,7 +132,7 @@ def test_live_cache_against_mha_of_eight_times_the_width():
 
         def prefill(p):
             positions_BT = jnp.broadcast_to(jnp.arange(8, dtype=jnp.int32), (2, 8))
-            ctx = Context(positions_BT, fresh=True, execution=small.execution())
+            ctx = Context(Tokens(positions_BT), fresh=True, execution=small.execution())
             return c.hidden(p, prompt_BT, ctx, c.init_cache(2, 32))[1]
 
         cache = jax.jit(prefill, compiler_options=small.FAST_COMPILE)(small.params(c))

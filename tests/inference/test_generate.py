@@ -18,6 +18,7 @@ from step_jax.inference import generate as engine
 from step_jax.inference.sampling import SamplingConfig
 from step_jax.models.context import Context
 from step_jax.models.layers.attention import MFA, MHA, MLA
+from step_jax.models.tokens import Tokens
 from tests.models import small
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7], [9], [2, 7, 1, 8, 2, 8]]
@@ -81,7 +82,7 @@ def test_greedy_is_the_argmax_of_full_forward_passes(kind):
         )
         prompts_BT = jnp.pad(prompts_BT, ((0, 0), (0, 9)))
         text_BT = jnp.where(index_BT < lengths_B[:, None], prompts_BT, new_BT)
-        ctx = Context(index_BT, execution=small.execution())
+        ctx = Context(Tokens(index_BT), execution=small.execution())
         return written, text_BT, c.logits(p, c.hidden(p, text_BT, ctx)[0], ctx)
 
     lengths = np.array([len(prompt) for prompt in PROMPTS], np.int32)

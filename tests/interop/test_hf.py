@@ -24,6 +24,7 @@ from step_jax.models.layers.moe import Experts, MoE
 from step_jax.models.layers.norm import RMSNorm
 from step_jax.models.layers.positions import Alibi
 from step_jax.models.text.decoder import Block, Group
+from step_jax.models.tokens import Tokens
 from step_jax.trainers.pretrain import PretrainConfig
 from tests.golden import golden
 
@@ -33,7 +34,7 @@ safetensors = pytest.importorskip("safetensors.numpy")
 def logits(config, params, tokens_BT):
     def f(params, tokens_BT):
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        ctx = Context(positions_BT, execution=Execution(dtype="float32"))
+        ctx = Context(Tokens(positions_BT), execution=Execution(dtype="float32"))
         x_BTD, *_ = config.hidden(params, tokens_BT, ctx)
         return config.logits(params, x_BTD, ctx)
 
@@ -79,7 +80,7 @@ def test_configuration_survives_the_round_trip(name):
     assert hf.config_from_hf(written) == config
     if name == "step3p7":  # written as the decoder alone, in the released files' keys
         theirs = {"hidden_act": "silu", "attention_bias": False, **g.released_config["text_config"]}
-        depth = config.depth
+        depth = config.trunk.depth
         theirs = {k: v[:depth] if isinstance(v, list) else v for k, v in theirs.items()}
         allowed = {"model_type", "architectures", "num_nextn_predict_layers"}
     else:

@@ -13,13 +13,14 @@ import numpy as np
 
 from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
 from step_jax.core.spec import map_specs
-from step_jax.models.context import Context, Execution
+from step_jax.models.context import Execution
 from step_jax.models.layers.attention import MFA, MHA, MLA
 from step_jax.models.layers.initialisation import Fixed
 from step_jax.models.layers.mlp import SwiGLU
 from step_jax.models.layers.norm import RMSNorm
 from step_jax.models.text.decoder import MTP, Block, Decoder, Group
-from step_jax.training.losses.text import language_model_loss
+from step_jax.training.losses.text import packed_text_loss
+from step_jax.training.step import LossOutput
 
 WIDTH, VOCAB, HEADS = 32, 64, 8
 MLP = SwiGLU(48)
@@ -92,16 +93,15 @@ def execution(**changes) -> Execution:
 def loss_and_gradient(c: Decoder, sharding: Sharding | None = None, z_loss=1e-2, **changes):
     """(params, batch) -> (loss sum, gradient tree), to be jitted."""
 
-    def loss(p, batch):
-        ctx = Context(
-            batch["positions"],
-            batch["segments"],
-            sharding=sharding,
-            execution=execution(**changes),
-        )
-        return language_model_loss(p, c, batch, ctx, z_loss)[0]
+    loss = packed_text_loss(c, execution(**changes), sharding, z_loss)
+    return jax.value_and_grad(lambda p, batch: summed(loss(p, batch)))
 
-    return jax.value_and_grad(loss)
+
+def summed(out: LossOutput):
+    """A loss as a sum over its targets: it adds up over rows but for the experts' balance."""
+    parts = sum(part.coefficient * part.total for part in out.parts.values())
+    joint = {} if out.joint is None else out.joint(out.sums)
+    return parts + sum(joint.values()) * out.parts["next_token"].weight
 
 
 def abstract(c: Decoder, sharding: Sharding, tokens: int):

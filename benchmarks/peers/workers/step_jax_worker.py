@@ -22,6 +22,7 @@ from step_jax.models.layers.mlp import SwiGLU  # noqa: E402
 from step_jax.models.layers.moe import Experts, MoE  # noqa: E402
 from step_jax.models.layers.routing import Router  # noqa: E402
 from step_jax.models.text.decoder import Block, Decoder, Group  # noqa: E402
+from step_jax.models.tokens import Tokens  # noqa: E402
 from step_jax.training.losses.text import language_model_loss  # noqa: E402
 from step_jax.training.optimizers.build import make_optimizer  # noqa: E402
 from step_jax.training.optimizers.config import AdamW  # noqa: E402
@@ -49,7 +50,7 @@ def main() -> None:
     config = AdamW(learning_rate=3e-4, schedule=Constant())
 
     def loss(params, batch, key):
-        ctx = Context(batch["positions"], batch["segments"], execution=execution)
+        ctx = Context(Tokens.packed(batch), execution=execution)
         return LossOutput(*language_model_loss(params, decoder, batch, ctx))
 
     specs = decoder.specs()

@@ -16,7 +16,7 @@ from step_jax.models.text.decoder import Block, Decoder
 
 def layers_of(config: Decoder) -> list[Block]:
     """The blocks of all layers in turn."""
-    return [block for group in config.layers for block in group.blocks * group.repeat]
+    return [stack.block for stack, _ in config.trunk.layers()]
 
 
 def family_of(config: Decoder) -> str:

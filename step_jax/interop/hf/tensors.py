@@ -181,18 +181,14 @@ def _layout(config: Decoder, rope_interleave: bool) -> tuple[list[_Tensor], dict
     tensors = [
         _Tensor(name, (leaf,), (specs[leaf],)) for name, leaf in _TOP.items() if leaf in specs
     ]
-    first = 0
-    for g, group in enumerate(config.layers):
-        for j, block in enumerate(group.blocks):
-            for name, leaves, its, reorder, experts in _layer_tensors(
-                block, family, specs, f"groups/{g}/{j}", rope_interleave
-            ):
-                places = product(range(group.repeat), *([range(experts)] if experts else []))
-                for place in places:
-                    layer = first + place[0] * len(group.blocks) + j
-                    full = f"model.layers.{layer}.{name.replace('#', str(place[-1]))}"
-                    tensors.append(_Tensor(full, leaves, its, place, reorder))
-        first += group.repeat * len(group.blocks)
+    for stack in config.trunk.walk():
+        for name, leaves, its, reorder, experts in _layer_tensors(
+            stack.block, family, specs, stack.path, rope_interleave
+        ):
+            for place in product(range(stack.repeat), *([range(experts)] if experts else [])):
+                layer = stack.layer(place[0])
+                full = f"model.layers.{layer}.{name.replace('#', str(place[-1]))}"
+                tensors.append(_Tensor(full, leaves, its, place, reorder))
     if homeless := specs.keys() - {leaf for t in tensors for leaf in t.leaves}:
         raise ConfigError(
             f"no Hugging Face tensor for the parameters {', '.join(sorted(homeless))}"

@@ -1,6 +1,6 @@
 """How attention knows distance: rotary embeddings and ALiBi.
 
-Shape suffixes: B batch, T tokens, N heads, H head width.
+Shape suffixes: B batch, T tokens, A axes of a place, N heads, H head width, F rotated pairs.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import jax.numpy as jnp
+import numpy as np
 
 from step_jax.core.errors import ConfigError
 from step_jax.ops import rope
@@ -51,32 +52,75 @@ class Rope:
 
     The two coordinates of a rotation are half of the rotated width apart (the convention of Llama
     and of the released Step models).
+
+    axes: for places of several coordinates, the widths of the head's consecutive pieces, one for
+      each: piece a is rotated by coordinate a as a head of its own width would be. Step-Video has
+      [64, 32, 32] for (time, row, column) (arXiv 2502.10248). What is left over stays unrotated.
     """
 
     kind: ClassVar[str] = "rope"
     theta: float = 10_000.0
     fraction: float = 1.0
     scaling: RopeScaling | None = None
+    axes: tuple[int, ...] = ()
 
     def validate(self):
         if not 0.0 < self.fraction <= 1.0:
             raise ConfigError(f"rope fraction is {self.fraction}; it must be in (0, 1]")
         if self.theta <= 1.0:
             raise ConfigError(f"rope theta is {self.theta}; it must be above 1")
+        if not self.axes:
+            return
+        if len(self.axes) == 1 or any(width < 2 or width % 2 for width in self.axes):
+            raise ConfigError(
+                f"rope axes are {list(self.axes)}; they must be two or more even widths"
+            )
+        if self.fraction != 1.0:
+            raise ConfigError("rope axes say how much of a head is rotated: leave fraction at 1")
 
     def rotated_width(self, head_dim: int) -> int:
-        width = int(head_dim * self.fraction)
+        """How many of a head's coordinates are rotated.
+
+        Raises:
+          ConfigError: they are odd in number, or more than the head has.
+        """
+        width = sum(self.axes) if self.axes else int(head_dim * self.fraction)
+        if width > head_dim:
+            raise ConfigError(
+                f"rope axes {list(self.axes)} take {width} coordinates of a head of {head_dim}"
+            )
         if width % 2:
             raise ConfigError(f"rope rotates {width} of {head_dim} coordinates, an odd number")
         return width
 
-    def apply(self, x_BTNH, positions_BT):
-        """Rotates by angles ``position * theta**(-2i/width)``, scaled; computed in float32."""
-        return rope.rotate(x_BTNH, positions_BT, self.frequencies_F(x_BTNH.shape[-1]))
+    def apply(self, x_BTNH, places_BTA):
+        """Rotates by angles ``coordinate * theta**(-2i/width)``, scaled; computed in float32.
+
+        Raises:
+          ConfigError: the places have another number of coordinates than this has axes.
+        """
+        found, axes = places_BTA.shape[-1], len(self.axes) or 1
+        if found != axes:
+            raise ConfigError(
+                f"tokens have places of {found} coordinate(s), and rope rotates by {axes} "
+                f"(axes: {list(self.axes)})"
+            )
+        rotated = self.rotated_width(x_BTNH.shape[-1])
+        if not self.axes:
+            return rope.rotate(x_BTNH, places_BTA[..., 0], self._frequencies_F(rotated))
+        pieces = jnp.split(x_BTNH, np.cumsum(self.axes), axis=-1)
+        turned = [
+            rope.rotate(pieces[a], places_BTA[..., a], self._frequencies_F(width))
+            for a, width in enumerate(self.axes)
+        ]
+        return jnp.concatenate([*turned, pieces[-1]], axis=-1)
 
     def frequencies_F(self, head_dim: int):
-        """Radians per position of every rotated pair, float32."""
-        frequency_F = rope.frequencies_F(self.theta, self.rotated_width(head_dim) // 2)
+        """Radians per position of every rotated pair, float32; of a rope without ``axes``."""
+        return self._frequencies_F(self.rotated_width(head_dim))
+
+    def _frequencies_F(self, width: int):
+        frequency_F = rope.frequencies_F(self.theta, width // 2)
         return frequency_F if self.scaling is None else self.scaling.apply(frequency_F)
 
 
@@ -91,9 +135,15 @@ class Alibi:
 Position = Rope | Alibi
 
 
-def rotate(position: Position | None, x_BTNH, positions_BT):
+def check(position: Position | None, head_dim: int):
+    """Raises ConfigError if a head of the width cannot be rotated as ``position`` says."""
+    if isinstance(position, Rope):
+        position.rotated_width(head_dim)
+
+
+def rotate(position: Position | None, x_BTNH, places_BTA):
     """Applies ``position`` if it is rotary."""
-    return position.apply(x_BTNH, positions_BT) if isinstance(position, Rope) else x_BTNH
+    return position.apply(x_BTNH, places_BTA) if isinstance(position, Rope) else x_BTNH
 
 
 def alibi(position: Position | None):

@@ -33,11 +33,10 @@ def cache_bytes_per_token(model: Decoder, bytes_per_number: int = 2) -> int:
     ``bytes_per_number`` is 2 for a cache of 16 bits.
     """
     entries = (
-        (group.repeat, entry)
-        for group in model.layers
-        for block in group.blocks
-        if block.attention.window is None
-        for entry in block.attention.cache_entries()
+        (stack.repeat, entry)
+        for stack in model.trunk.walk()
+        if stack.block.attention.window is None
+        for entry in stack.block.attention.cache_entries()
     )
     return bytes_per_number * sum(repeat * math.prod(entry) for repeat, entry in entries)
 
@@ -67,7 +66,7 @@ def grouped_matmul_implementations(
     asked, device = execution.grouped_matmul, sharding.mesh.devices.flat[0]
     grouped_matmul.resolve(asked, None, device)  # refused whether used or not
     names = set()
-    for mlp in (block.mlp for group in model.layers for block in group.blocks):
+    for mlp in (stack.block.mlp for stack in model.trunk.walk()):
         for experts in mlp.experts if isinstance(mlp, MoE) else ():
             rows = tokens * mlp.router.top_k  # at least
             hidden = experts.hidden // sharding.ways("mlp")
@@ -82,7 +81,7 @@ def attention_implementations(
 ) -> list[str]:
     """What the layers' attention is computed with, each named once."""
     names = []
-    for kind in (block.attention for group in model.layers for block in group.blocks):
+    for kind in (stack.block.attention for stack in model.trunk.walk()):
         width, value_width = kind.score_and_value_widths()
         problem = attention.Problem(
             width,

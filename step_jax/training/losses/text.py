@@ -15,6 +15,7 @@ from step_jax.core.sharding import Sharding
 from step_jax.models import expert_health
 from step_jax.models.context import Context, Execution
 from step_jax.models.text.decoder import Decoder, DecoderParams
+from step_jax.models.tokens import Tokens
 from step_jax.models.trunk import gather
 from step_jax.ops.cross_entropy import cross_entropy
 from step_jax.training.step import LossOutput, Part
@@ -60,14 +61,14 @@ def packed_text_loss(c: Decoder, execution: Execution, sharding: Sharding, z_los
         return {"routing": expert_health.routing_loss(c, stats)}
 
     def loss(p: DecoderParams, batch: Mapping[str, Any]) -> LossOutput:
-        ctx = Context(batch["positions"], batch["segments"], sharding=sharding, execution=execution)
-        parts, metrics, stats = _token_parts(p, c, batch, ctx, z_loss)
+        ctx = Context(Tokens.packed(batch), sharding=sharding, execution=execution)
+        parts, metrics, stats = token_parts(p, c, batch, ctx, z_loss)
         return LossOutput(parts, metrics, stats, routing if balanced else None)
 
     return loss
 
 
-def _token_parts(p: DecoderParams, c: Decoder, batch, ctx: Context, z_loss: float):
+def token_parts(p: DecoderParams, c: Decoder, batch, ctx: Context, z_loss: float = 0.0):
     """(parts, metrics, the ExpertStats of every stack of layers) of packed text.
 
     The metrics are nats per token: ``nll`` and ``nll_mtp1``, ...
@@ -84,6 +85,7 @@ def _token_parts(p: DecoderParams, c: Decoder, batch, ctx: Context, z_loss: floa
     x_BTD, _, stats = c.hidden(p, batch["tokens"], ctx)
     weights_BT = batch["weights"]
     add("next_token", "nll", x_BTD, batch["targets"], weights_BT, 1.0)
+    assert c.mtp is not None or not p.mtp
     for k, head in enumerate(p.mtp, start=1):
         # the token k ahead is the target k - 1 ahead; nothing is predicted across documents
         embedded_BTD = c.embed(p, _ahead(batch["targets"], k - 1), ctx)

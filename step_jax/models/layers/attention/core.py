@@ -77,7 +77,7 @@ def attend(
         v_BSKV = None if v_BSKV is None else v_BSKV[ctx.layer]
     k_BSKH = k_BSKH.astype(q_BTNH.dtype)
     if v_BSKV is None:
-        v_BSKV, k_BSKH = k_BSKH, rotate(position, k_BSKH, kv_positions_BS)
+        v_BSKV, k_BSKH = k_BSKH, rotate(position, k_BSKH, kv_positions_BS[..., None])
     v_BSKV = v_BSKV.astype(q_BTNH.dtype)
     mask = ctx.mask(kv_positions_BS, window)
     context = 1 if sharding is None else sharding.size("context")
@@ -101,7 +101,7 @@ def _decoded(q_BTNH, k_LBSKH, v_LBSKH, ctx: Context, scale, window, position: Po
     sharding, device = ctx.sharding, ctx.device
     rotates = v_LBSKH is None and isinstance(position, Rope)
     frequency_F = position.frequencies_F(q_BTNH.shape[-1]) if rotates else None
-    arrays = (q_BTNH, k_LBSKH, v_LBSKH, ctx.positions_BT, ctx.lengths_after_B())
+    arrays = (q_BTNH, k_LBSKH, v_LBSKH, ctx.tokens.order_BT, ctx.lengths_after_B())
     call = ops_decode.DecodeCall(
         *arrays, scale=scale, window=window, frequency_F=frequency_F, layer=ctx.layer
     )
@@ -173,13 +173,8 @@ def _on_each_device(compute, q_BTNH, k_BSKH, v_BSKV, mask, sharding):
     q_spec = sharding.spec(("batch", "sequence", heads, None), (B, T, count, H))
     kv_spec = sharding.spec(("batch", None, "kv_heads", None), k_BSKH.shape)
     tokens, keys = PartitionSpec(*q_spec[:2]), PartitionSpec(kv_spec[0])
-    packed = mask.q_segments_BT is not None
-    masks = mask.replace(
-        q_positions_BT=tokens,
-        kv_positions_BS=keys,
-        q_segments_BT=tokens if packed else None,
-        kv_segments_BS=keys if packed else None,
-    )
+    masks = mask.with_queries(*jax.tree.map(lambda _: tokens, mask.of_queries()))
+    masks = masks.with_keys(*jax.tree.map(lambda _: keys, mask.of_keys()))
     return jax.shard_map(
         compute,
         mesh=sharding.mesh,

@@ -17,7 +17,7 @@ from step_jax.models.context import Context, through_cache
 from step_jax.models.layers.attention.core import attend
 from step_jax.models.layers.initialisation import Initialisation
 from step_jax.models.layers.norm import RMSNorm
-from step_jax.models.layers.positions import Position, Rope, rotate
+from step_jax.models.layers.positions import Position, Rope, check, rotate
 from step_jax.ops.einsum import einsum
 
 
@@ -55,6 +55,7 @@ class MHA:
             raise ConfigError(f"kv_heads {self.kv} does not divide heads {self.heads}")
         if self.window is not None and self.window < 1:
             raise ConfigError(f"the attention window is {self.window}; it must be at least 1")
+        check(self.position, self.head_dim)
 
     @property
     def kv(self) -> int:
@@ -90,8 +91,8 @@ class MHA:
         if self.qk_norm is not None:
             q_BTNH = self.qk_norm.apply(p.query_norm_H, q_BTNH)
             k_BTKH = self.qk_norm.apply(p.key_norm_H, k_BTKH)
-        q_BTNH = rotate(self.position, q_BTNH, ctx.positions_BT)
-        k_BTKH = rotate(self.position, k_BTKH, ctx.positions_BT)
+        q_BTNH = rotate(self.position, q_BTNH, ctx.tokens.places_BTA)
+        k_BTKH = rotate(self.position, k_BTKH, ctx.tokens.places_BTA)
         (k_BSKH, v_BSKH), kv_positions_BS, cache = through_cache((k_BTKH, v_BTKH), cache, ctx)
         o_BTNH = attend(
             q_BTNH,

@@ -19,7 +19,7 @@ from step_jax.models.context import Context, one_layer, through_cache
 from step_jax.models.layers.attention.core import attend
 from step_jax.models.layers.initialisation import Initialisation
 from step_jax.models.layers.norm import RMSNorm
-from step_jax.models.layers.positions import Rope, rotate
+from step_jax.models.layers.positions import Rope, check, rotate
 from step_jax.ops.einsum import einsum
 
 
@@ -63,6 +63,7 @@ class MLA:
             raise ConfigError(f"the attention window is {self.window}; it must be at least 1")
         if self.rope_dim % 2:
             raise ConfigError(f"rope_dim is {self.rope_dim}; it must be even")
+        check(self.position, self.rope_dim)
 
     def specs(self, width: int, init: Initialisation) -> MLAParams:
         N, R, Q, V = self.heads, self.kv_rank, self.query_rank, self.value_dim
@@ -97,7 +98,7 @@ class MLA:
             latent_BTQ = einsum("BTD,DQ->BTQ", x_BTD, p.query_down_DQ)
             latent_BTQ = self.norm.apply(p.query_norm_Q, latent_BTQ)
             q_BTNH = einsum("BTQ,QNH->BTNH", latent_BTQ, p.query_up_QNH)
-        rotated_BTNE = rotate(self.position, q_BTNH[..., self.nope_dim :], ctx.positions_BT)
+        rotated_BTNE = rotate(self.position, q_BTNH[..., self.nope_dim :], ctx.tokens.places_BTA)
         return q_BTNH[..., : self.nope_dim], rotated_BTNE
 
     def apply(self, p: MLAParams, x_BTD, ctx: Context, cache=None):
@@ -105,7 +106,7 @@ class MLA:
         latent_BTR = einsum("BTD,DR->BTR", x_BTD, p.latent_DR)
         latent_BTR = self.norm.apply(p.latent_norm_R, latent_BTR)
         k_BTE = einsum("BTD,DE->BTE", x_BTD, p.rotated_key_DE)
-        k_BTE = rotate(self.position, k_BTE[:, :, None], ctx.positions_BT)[:, :, 0]
+        k_BTE = rotate(self.position, k_BTE[:, :, None], ctx.tokens.places_BTA)[:, :, 0]
         keys, kv_positions_BS, cache = through_cache((latent_BTR, k_BTE), cache, ctx)
         c_BSR, k_BSE = (a.astype(x_BTD.dtype) for a in one_layer(keys, ctx))
         if kv_positions_BS is None:
