@@ -13,9 +13,11 @@ from step_jax.core import spec as spec_lib
 from step_jax.core.config import parse_config
 from step_jax.core.errors import CheckpointError, ConfigError
 from step_jax.core.sharding import Sharding
-from step_jax.data import DataConfig, Tokenizer
+from step_jax.data import DataConfig
 from step_jax.models.context import Execution
 from step_jax.models.text.decoder import Decoder, DecoderParams
+from step_jax.tokenizers.base import Tokenizer
+from step_jax.tokenizers.files import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def load_model(path: str | Path, sharding: Sharding, step: int | None = None) ->
     meta = checkpointer.meta(step)
     config = meta["config"]
     decoder = _group(Decoder, config, "model", directory)
-    tokenizer = Tokenizer.load(directory / "tokenizer.model")
+    tokenizer = load_tokenizer(directory / "tokenizer")
     tokenizer.require(meta["tokenizer"], f"the checkpoint of step {step}")
     averaged = config["training"]["ema_decay"] is not None
     specs = decoder.specs()

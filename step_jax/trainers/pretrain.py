@@ -235,7 +235,7 @@ def run(config: PretrainConfig, force: bool = False) -> dict[str, float]:
         )
         session.watch = ExpertAlarm(config.expert_health).check
         if session.primary:  # not before the run is known to go on where its checkpoint stopped
-            dataset.tokenizer.save(session.directory.path / "tokenizer.model")
+            dataset.tokenizer.save(session.directory.path / "tokenizer")
         evaluate = make_evaluator(
             model, config.execution, sharding, rows, config.data.sequence_length
         )
@@ -386,7 +386,11 @@ def finish(session: Session, config: PretrainConfig, dataset, evaluate, params):
     result = evaluate(params, dataset.heldout) if dataset.heldout.documents else {}
     if result:
         report.evaluation(session.total_steps, result | {"loss": result["nll"]}, "final")
-    baselines = dataset.heldout.compressed_bits_per_byte() if session.primary else {}
+    baselines: dict[str, Any] = {}
+    if dataset.heldout.lossy:
+        baselines["held-out"] = f"not available: the tokenizer loses text ({dataset.heldout.lossy})"
+    elif session.primary:
+        baselines = dataset.heldout.compressed_bits_per_byte()
     texts = write_samples(config, session.sharding, dataset.tokenizer, params)
     if session.primary:
         directory.samples.mkdir(exist_ok=True)
@@ -419,10 +423,11 @@ def write_samples(config: PretrainConfig, sharding: Sharding, tokenizer, params)
     sample, length = config.sample, config.data.sequence_length
     if not sample.tokens:
         return []
+    prompts = [tokenizer.encode(prompt).tolist() for prompt in sample.prompts]
     written = generate(
         params,
         config.model,
-        [tokenizer.encode(prompt).tolist() for prompt in sample.prompts],
+        prompts,
         SamplingConfig(
             max_new_tokens=sample.tokens,
             temperature=sample.temperature,
@@ -430,9 +435,12 @@ def write_samples(config: PretrainConfig, sharding: Sharding, tokenizer, params)
             seed=config.run.seed,
         ),
         max_length=length,
-        stop_ids=(tokenizer.eos_id,),
-        start_id=tokenizer.bos_id,
+        stop_ids=tokenizer.stop_ids,
+        start_id=tokenizer.start_id,
         execution=config.execution,
         sharding=sharding,
     )
-    return [p + tokenizer.decode(t) for p, t in zip(sample.prompts, written.tokens, strict=True)]
+    return [
+        prompt + tokenizer.decode_continuation(ids, tokens)
+        for prompt, ids, tokens in zip(sample.prompts, prompts, written.tokens, strict=True)
+    ]
