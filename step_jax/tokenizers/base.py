@@ -31,6 +31,7 @@ FILES = (
 )
 SPACE_MARK = "\u2581"  # what SentencePiece and its relatives write for a space
 _BROKEN = "\ufffd"
+_MOST_BYTES = 4  # of a character: as many tokens may pass until it is whole
 # Texts on which tokenizers are known to lose something: runs and kinds of white space, ligatures,
 # wide and half-wide forms, case, accents, unseen scripts, control and invisible characters.
 _PROBES = (
@@ -232,6 +233,8 @@ class TextStream:
         """What can be shown now, perhaps nothing."""
         self._new += map(int, ids)
         text = self._decode(self._before + self._new)
+        if text.endswith(_BROKEN) and len(self._new) < _MOST_BYTES:
+            return ""
         whole = _whole(text)
         given = text[self._shown : whole]
         self._shown = max(self._shown, whole)
@@ -246,8 +249,8 @@ class TextStream:
 
 
 def _whole(text: str) -> int:
-    """Characters of a text before the at most 3 bytes of one that is not whole yet."""
-    return len(text) - min(3, len(text) - len(text.rstrip(_BROKEN)))
+    """Characters of a text before the bytes of one that is not whole yet."""
+    return len(text) - min(_MOST_BYTES - 1, len(text) - len(text.rstrip(_BROKEN)))
 
 
 def _check_text(text: str) -> None:
