@@ -29,7 +29,7 @@ BUILT_IN = ("chatml", "plain")
 MAX_TEMPLATE_CHARACTERS = 512 * 1024
 MAX_OUTPUT_CHARACTERS = 16 * 2**20
 MAX_SECONDS = 10.0
-MAX_BYTES = 2**30
+MAX_BYTES = 2**29
 _WORKER = Path(__file__).with_name("template_worker.py")
 
 Message = Mapping[str, Any]
@@ -249,7 +249,7 @@ class _Worker:
             except TimeoutError:
                 problem = f"did not end within {MAX_SECONDS:.0f} s"
             except (OSError, EOFError):
-                problem = f"needed more than {MAX_BYTES / 2**30:.0f} GiB of memory, or crashed"
+                problem = f"needed more than {MAX_BYTES // 2**20} MiB of memory, or crashed"
             else:
                 return json.loads(reply)
             _stop(self._process, self._owner)

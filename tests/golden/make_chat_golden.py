@@ -5,7 +5,7 @@ Command (needs `transformers>=5`, without torch; no network, a second):
     python tests/golden/make_chat_golden.py
 
 `chat_tokenizer/` is a folder as `save_pretrained` writes it: a byte-level BPE of 400 tokens with
-NFC as its normaliser. `expected.json` there holds what transformers makes of texts and conversations:
+NFC as its normaliser. `expected.json` there holds what transformers makes of texts and chats:
 
   texts   [{text, ids (special tokens read), plain (special tokens left as text), decoded}]
   chats   [{template, messages, options, text, ids, assistant (mask, null without blocks)}]

@@ -33,7 +33,16 @@ def byte_level(normalizer=None) -> tokenizers.Tokenizer:
 def metaspace() -> tokenizers.Tokenizer:
     """As Llama 2 has it: a mark before the first word, bytes for what is unknown."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    pieces += ["\u2581", *"abcdefghijklmnopqrstuvwxyz.", "qu", "th", "the", "\u2581the", "fo", "fox"]
+    pieces += [
+        "\u2581",
+        *"abcdefghijklmnopqrstuvwxyz.",
+        "qu",
+        "th",
+        "the",
+        "\u2581the",
+        "fo",
+        "fox",
+    ]
     pieces += ["\u2581fo", "\u2581fox", "\u2581\u2581"]
     merges = [("q", "u"), ("t", "h"), ("th", "e"), ("\u2581", "the"), ("f", "o"), ("fo", "x")]
     merges += [("\u2581", "fo"), ("\u2581", "fox"), ("\u2581", "\u2581")]

@@ -205,7 +205,15 @@ def test_a_line_end_may_be_a_symbol():
 
 @pytest.mark.parametrize(
     "content",
-    [b"{", b"[]", b"{}", b'{"model": {}}', b"\xff\xfe", b"[" * 10**5, b'{"model": {"type": "BPE"}}'],
+    [
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"model": {}}',
+        b"\xff\xfe",
+        b"[" * 10**5,
+        b'{"model": {"type": "BPE"}}',
+    ],
 )
 def test_what_is_no_tokenizer_json(tmp_path, content):
     (tmp_path / "tokenizer.json").write_bytes(content)
