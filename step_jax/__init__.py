@@ -36,7 +36,8 @@ _EXPORTS = {
     # Data
     "DataConfig": "step_jax.data.config",
     "TextDataset": "step_jax.data.dataset",
-    "Tokenizer": "step_jax.tokenizers.sentencepiece",
+    "Tokenizer": "step_jax.tokenizers.base",
+    "load_tokenizer": "step_jax.tokenizers.files",
     # Training
     "LossOutput": "step_jax.training.step",
     "TrainState": "step_jax.training.state",

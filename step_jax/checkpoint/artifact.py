@@ -23,7 +23,7 @@ from step_jax.core.errors import CheckpointError, ConfigError
 from step_jax.core.sharding import Sharding
 from step_jax.models.context import Execution
 from step_jax.models.kinds import Model
-from step_jax.tokenizers import load_tokenizer
+from step_jax.tokenizers.files import load_tokenizer
 from step_jax.training.learner import LoRA, tables, view
 
 #: name of a processor -> how it is read from its folder

@@ -63,7 +63,12 @@ def main(argv: list[str]) -> None:
         trained.decoder, trained.execution, sharding, rows, trained.data.sequence_length
     )
     figures = evaluate(trained.params, heldout)
-    baselines = heldout.compressed_bits_per_byte()
+    if heldout.lossy:
+        bits = [("bits per byte", f"not available: the tokenizer loses text ({heldout.lossy})")]
+    else:
+        baselines = heldout.compressed_bits_per_byte().items()
+        bits = [("bits per byte", f"{figures['bits_per_byte']:.4f}")]
+        bits += [(f"bits per byte, {name}", f"{value:.4f}") for name, value in baselines]
     table = [
         ("run", f"{run}, step {trained.step}"),
         ("text", config.data.path or "held-out documents of the run"),
@@ -72,8 +77,7 @@ def main(argv: list[str]) -> None:
         ("tokens", f"{figures['tokens']:,.0f}"),
         ("nll (nats per token)", f"{figures['nll']:.4f}"),
         ("perplexity", f"{figures['perplexity']:.3f}"),
-        ("bits per byte", f"{figures['bits_per_byte']:.4f}"),
-        *((f"bits per byte, {name}", f"{value:.4f}") for name, value in baselines.items()),
+        *bits,
     ]
     width = max(len(name) for name, _ in table)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in table))
@@ -93,6 +97,6 @@ def _text(config: EvaluateConfig, trained, run: str):
         )
         heldout, skips = whole_corpus(data, trained.tokenizer)
         return heldout, len(skips)
-    tokenizer = str(run_directory_of(run)[0] / "tokenizer.model")
+    tokenizer = str(run_directory_of(run)[0] / "tokenizer")
     caches = prepare(replace(trained.data, tokenizer=tokenizer)).caches
     return Heldout.of(caches, trained.tokenizer), 0

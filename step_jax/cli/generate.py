@@ -11,6 +11,7 @@ from step_jax.core.command_line import load_config
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.inference.sampling import SamplingConfig
+from step_jax.tokenizers.base import TextStream, Tokenizer
 
 _DESCRIPTION = """Write text with the model of a run: step-jax generate RUN [--prompt TEXT] ...
 RUN is a run directory or one of its checkpoints/STEP."""
@@ -77,15 +78,16 @@ def _write(trained, sharding: Sharding, sampling: SamplingConfig, prompts: list[
     from step_jax.inference.generate import generate
 
     tokenizer, alone = trained.tokenizer, len(prompts) == 1
-    screen = _Screen(tokenizer, prompts[0])
+    ids = [tokenizer.encode(prompt).tolist() for prompt in prompts]
+    screen = _Screen(tokenizer, prompts[0], ids[0])
     generation = generate(
         trained.params,
         trained.decoder,
-        [tokenizer.encode(prompt).tolist() for prompt in prompts],
+        ids,
         sampling,
         max_length=trained.data.sequence_length,
-        stop_ids=(tokenizer.eos_id,),
-        start_id=tokenizer.bos_id,
+        stop_ids=tokenizer.stop_ids,
+        start_id=tokenizer.start_id,
         execution=trained.execution,
         sharding=sharding,
         requests=range(first, first + len(prompts)),
@@ -95,7 +97,8 @@ def _write(trained, sharding: Sharding, sampling: SamplingConfig, prompts: list[
     if alone:
         screen.end()
     for row, prompt in enumerate(prompts if not alone else []):
-        print(f"--- {first + row}\n{prompt}{tokenizer.decode(generation.tokens[row])}", flush=True)
+        text = prompt + tokenizer.decode_continuation(ids[row], generation.tokens[row])
+        print(f"--- {first + row}\n{text}", flush=True)
     for row, reason in enumerate(generation.reasons):
         if reason == "context":
             print(
@@ -108,18 +111,12 @@ def _write(trained, sharding: Sharding, sampling: SamplingConfig, prompts: list[
 class _Screen:
     """Prints a text as its tokens come, each character once it is whole."""
 
-    def __init__(self, tokenizer, prompt: str):
-        self.tokenizer, self.prompt, self.shown = tokenizer, prompt, 0
-        self.tokens: list[int] = []
+    def __init__(self, tokenizer: Tokenizer, prompt: str, ids: list[int]):
+        self.unseen, self.stream = prompt, TextStream(tokenizer.decode, ids)
 
     def show(self, tokens: list[int]) -> None:
-        self.tokens += tokens
-        text = self._text().rstrip("\ufffd")
-        print(text[self.shown :], end="", flush=True)
-        self.shown = max(self.shown, len(text))
+        print(self.unseen + self.stream.push(tokens), end="", flush=True)
+        self.unseen = ""
 
     def end(self) -> None:
-        print(self._text()[self.shown :], flush=True)
-
-    def _text(self) -> str:
-        return self.prompt + self.tokenizer.decode(self.tokens)
+        print(self.unseen + self.stream.end(), flush=True)

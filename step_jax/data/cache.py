@@ -41,7 +41,9 @@ from step_jax.data.sources import (
     read_file,
     split_documents,
 )
-from step_jax.tokenizers.sentencepiece import Tokenizer, train_sentencepiece
+from step_jax.tokenizers.base import Tokenizer
+from step_jax.tokenizers.files import load_tokenizer
+from step_jax.tokenizers.sentencepiece import train_sentencepiece
 
 _VERSION = 1
 _TRAINING_SAMPLE_BYTES = 24 * 2**20  # more text changes a BPE vocabulary little
@@ -117,7 +119,7 @@ def prepare(
 def train_tokenizer(
     paths: Iterable[str], out: str | Path, vocab_size: int = 4096, *, text_field: str = "text"
 ) -> Tokenizer:
-    """Trains a SentencePiece model on files or folders and writes it to ``out``."""
+    """Trains a SentencePiece model on files or folders and writes it to the folder ``out``."""
     sources = [Source(path=str(path), text_field=text_field) for path in paths]
     tokenizer = _train(sources, vocab_size, DataConfig())
     tokenizer.save(out)
@@ -126,18 +128,31 @@ def train_tokenizer(
 
 def _tokenizer(config: DataConfig, report: Report) -> Tokenizer:
     if config.tokenizer != TRAIN_TOKENIZER:
-        return Tokenizer.load(config.tokenizer)
+        return _usable(load_tokenizer(config.tokenizer), config)
     sources = config.resolved_sources
     listed = [_file_key(list_files(source)[0]) for source in sources]
     weights = [source.weight for source in sources]
     fields = [source.text_field for source in sources]
     options = [config.vocab_size, config.heldout_fraction, config.max_document_bytes]
-    path = config.cache_path / f"tokenizer-{_key(listed, weights, fields, options)}.model"
+    path = config.cache_path / f"tokenizer-{_key(listed, weights, fields, options)}"
     with _lock(path, report):
-        if not path.exists():
+        if not (path / "tokenizer.model").exists():
             report(f"training a tokenizer of {config.vocab_size} pieces")
             _train(sources, config.vocab_size, config).save(path)
-    return Tokenizer.load(path)
+    return load_tokenizer(path)
+
+
+def _usable(tokenizer: Tokenizer, config: DataConfig) -> Tokenizer:
+    """The tokenizer, if documents can be made of its tokens."""
+    tokenizer.document_borders()
+    if tokenizer.lossy and not config.lossy_tokenizer:
+        raise DataError(
+            f"{config.tokenizer} loses part of the text: {tokenizer.lossy}. A model would be "
+            "trained on what is left, and its bits per byte would divide the loss by bytes that it "
+            "never saw. Take another tokenizer (data.tokenizer: train makes one that loses "
+            "nothing), or set data.lossy_tokenizer: true to go on without bits per byte"
+        )
+    return tokenizer
 
 
 def _train(sources: Iterable[Source], vocab_size: int, config: DataConfig) -> Tokenizer:
@@ -294,8 +309,9 @@ class _Writer:
             )
 
     def add(self, document: Document, held: bool) -> None:
-        data = document.text.encode()
-        self.waiting.append((data, document.text, held))
+        text = self.tokenizer.as_read(document.text)
+        data = text.encode()
+        self.waiting.append((data, text, held))
         self.waiting_bytes += len(data)
         self.counters["documents_truncated"] += document.truncated_bytes > 0
         self.counters["bytes_truncated"] += document.truncated_bytes
@@ -303,10 +319,11 @@ class _Writer:
             self._encode()
 
     def _encode(self) -> None:
+        _, eos_id = self.tokenizer.document_borders()
         ids = self.tokenizer.encode_batch([text for _, text, _ in self.waiting])
         for (data, _, held), tokens in zip(self.waiting, ids, strict=True):
             split = self.heldout if held else self.train
-            split.add(tokens, self.tokenizer.eos_id, len(data))
+            split.add(tokens, eos_id, len(data))
             if held:
                 self.raw.write(data)
         self.waiting, self.waiting_bytes = [], 0

@@ -56,7 +56,9 @@ class DataConfig:
       format: format of ``path`` (see `Source`).
       text_field: field or column with the text, for ``path``.
       tokenizer: ``train`` (SentencePiece BPE on the training documents), or the path of a
-        SentencePiece ``.model``.
+        tokenizer: a SentencePiece ``.model``, or a folder as Hugging Face writes it.
+      lossy_tokenizer: accept a tokenizer that loses part of the text (spaces, case, unknown
+        characters); held-out figures then have no bits per byte.
       vocab_size: size of a tokenizer that is trained; one that is loaded brings its own.
       sequence_length: tokens in a row.
       packing: ``split`` cuts the stream of documents at row borders (no padding but at the
@@ -78,6 +80,7 @@ class DataConfig:
     format: Format = "auto"
     text_field: str = "text"
     tokenizer: str = TRAIN_TOKENIZER
+    lossy_tokenizer: bool = False
     vocab_size: int = 4096
     sequence_length: int = 512
     packing: Literal["split", "fit"] = "split"

@@ -18,7 +18,7 @@ from step_jax.data.config import DataConfig
 from step_jax.data.heldout import Heldout, row_slice
 from step_jax.data.mixture import Mixture, MixtureStage, integer_weights
 from step_jax.data.packing import Batch, Plan, derive_key, empty_batch, fill, make_plan
-from step_jax.tokenizers.sentencepiece import Tokenizer
+from step_jax.tokenizers.base import Tokenizer
 
 _ORDER_VERSION = 1  # raise when the same configuration would give another order
 _COUNT_ROWS = 2**18  # rows looked at together, to bound the memory
@@ -224,7 +224,7 @@ class TextDataset:
                     slots,
                     corpus.plan_of(int(epoch)).pieces(row_b[slots]),
                     corpus.tokens,
-                    bos_id=self.tokenizer.bos_id,
+                    bos_id=self.tokenizer.document_borders()[0],
                     pad_id=self.tokenizer.pad_id,
                     isolate=self.config.isolate,
                 )

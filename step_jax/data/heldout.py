@@ -5,14 +5,14 @@ from __future__ import annotations
 import gzip
 import lzma
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from step_jax.core.errors import ConfigError
 from step_jax.data.cache import Documents, TokenCache
 from step_jax.data.packing import Batch, FitPlan, empty_batch, fill, permutation
-from step_jax.tokenizers.sentencepiece import Tokenizer
+from step_jax.tokenizers.base import Tokenizer
 
 _COMPRESS_BYTES = 64 * 2**20
 
@@ -26,6 +26,7 @@ class Heldout:
       bytes: UTF-8 bytes of the documents. Bits per byte is the summed loss over all batches
         in nats / ln 2 / bytes.
       tokens: targets in all batches together, the closing eos of each document included.
+      lossy: what the tokenizer loses of the text; bits per byte then mean nothing.
     """
 
     corpora: tuple[Documents, ...]
@@ -33,6 +34,7 @@ class Heldout:
     bytes_of: tuple[np.ndarray, ...]
     bos_id: int
     pad_id: int
+    lossy: str | None = None
 
     @classmethod
     def of(cls, caches: tuple[TokenCache, ...], tokenizer: Tokenizer) -> Heldout:
@@ -41,8 +43,9 @@ class Heldout:
             corpora=tuple(cache.heldout for cache in caches),
             raws=tuple(cache.heldout_raw for cache in caches),
             bytes_of=tuple(cache.heldout_bytes for cache in caches),
-            bos_id=tokenizer.bos_id,
+            bos_id=tokenizer.document_borders()[0],
             pad_id=tokenizer.pad_id,
+            lossy=tokenizer.lossy,
         )
 
     @property
@@ -80,7 +83,7 @@ class Heldout:
             ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
             raws.append(_select(raw, ends, sorted(chosen))[0])
         bytes_of = [b[sorted(chosen)] for b, chosen in zip(self.bytes_of, picked, strict=True)]
-        return Heldout(tuple(corpora), tuple(raws), tuple(bytes_of), self.bos_id, self.pad_id)
+        return replace(self, corpora=tuple(corpora), raws=tuple(raws), bytes_of=tuple(bytes_of))
 
     def batches(
         self,

@@ -358,7 +358,11 @@ def finish(session: Session, config: Config, dataset: TextDataset, evaluate, par
     result = evaluate(params, dataset.heldout) if dataset.heldout.documents else {}
     if result:
         report.evaluation(session.total_steps, result | {"loss": result["nll"]}, "final")
-    baselines = dataset.heldout.compressed_bits_per_byte() if session.primary else {}
+    baselines: dict[str, Any] = {}
+    if dataset.heldout.lossy:
+        baselines["held-out"] = f"not available: the tokenizer loses text ({dataset.heldout.lossy})"
+    elif session.primary:
+        baselines = dataset.heldout.compressed_bits_per_byte()
     texts = write_samples(config, session.sharding, dataset.tokenizer, params)
     if session.primary:
         directory.samples.mkdir(exist_ok=True)
@@ -391,15 +395,19 @@ def write_samples(config: Config, sharding: Sharding, tokenizer, params) -> list
     sample = config.sample
     if not sample.tokens:
         return []
+    prompts = [tokenizer.encode(prompt).tolist() for prompt in sample.prompts]
     written = generate(
         params,
         config.model,
-        [tokenizer.encode(prompt).tolist() for prompt in sample.prompts],
+        prompts,
         sample.sampling(config.run.seed),
         max_length=config.data.sequence_length,
-        stop_ids=(tokenizer.eos_id,),
-        start_id=tokenizer.bos_id,
+        stop_ids=tokenizer.stop_ids,
+        start_id=tokenizer.start_id,
         execution=config.execution,
         sharding=sharding,
     )
-    return [p + tokenizer.decode(t) for p, t in zip(sample.prompts, written.tokens, strict=True)]
+    return [
+        prompt + tokenizer.decode_continuation(ids, tokens)
+        for prompt, ids, tokens in zip(sample.prompts, prompts, written.tokens, strict=True)
+    ]

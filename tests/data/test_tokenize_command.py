@@ -1,11 +1,11 @@
 import pytest
 
 from step_jax.cli.main import main
-from step_jax.data import Tokenizer
+from step_jax.tokenizers.files import load_tokenizer
 
 
 def test_tokenize_trains_prepares_and_prints_the_counters(corpus, tmp_path, capsys):
-    out = tmp_path / "kept.model"
+    out = tmp_path / "kept"
     (corpus / "image.png").write_bytes(b"\0")
     argv = ["tokenize", "--data.path", str(corpus), "--data.vocab-size", "330"]
     argv += ["--data.cache-dir", str(tmp_path / "cache"), "--out", str(out)]
@@ -16,7 +16,7 @@ def test_tokenize_trains_prepares_and_prints_the_counters(corpus, tmp_path, caps
     assert table["files"] == "61" and table["skipped binary"] == "1"
     assert int(table["documents"]) + int(table["heldout documents"]) == 60
     assert table["tokens dropped"] == "0"
-    trained = Tokenizer.load(out)
+    trained = load_tokenizer(out)
     assert trained.vocab_size == 330 and table["tokenizer hash"] == trained.hash[:16]
     assert main(argv) == 0
     assert "training a tokenizer" not in capsys.readouterr().out

@@ -23,6 +23,7 @@ from step_jax.evaluation.corpus import whole_corpus
 from step_jax.evaluation.heldout import figures, make_evaluator
 from step_jax.models.context import Context
 from step_jax.models.tokens import Tokens
+from step_jax.tokenizers.files import load_tokenizer
 from step_jax.tokenizers.sentencepiece import train_sentencepiece
 from tests.models import small
 
@@ -66,7 +67,7 @@ def run(tokenizer, folder, tmp_path_factory):
     with Checkpointer(path / "checkpoints") as checkpointer:
         meta = {"config": config, "tokenizer": tokenizer.hash}
         checkpointer.save(7, {"params": wrong, "ema": p}, meta)
-    tokenizer.save(path / "tokenizer.model")
+    tokenizer.save(path / "tokenizer")
     return path, c, p
 
 
@@ -135,7 +136,7 @@ def test_eval_command(run, folder, capsys):
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     rows = {key.strip(): value.strip() for key, value in lines.items()}
     assert rows["documents"] == "6 (1 left out)"
-    tokenizer = Tokenizer.load(path / "tokenizer.model")
+    tokenizer = load_tokenizer(path / "tokenizer")
     size = sum(len(text(i).encode()) for i in range(6))
     assert rows["bytes"] == f"{size:,}"
     bits = sum(nats_of(c, p, tokenizer, text(i)) for i in range(6)) / math.log(2) / size

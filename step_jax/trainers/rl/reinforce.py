@@ -28,7 +28,7 @@ from step_jax.models.text.decoder import Decoder
 from step_jax.runs import plots
 from step_jax.runs.device_memory import fitting
 from step_jax.runs.session import RunConfig, Session
-from step_jax.tokenizers.characters import character_tokenizer
+from step_jax.tokenizers.huggingface import character_tokenizer
 from step_jax.trainers.rl.policy import weighted_nll, write_answers
 from step_jax.trainers.rl.tasks import SYMBOLS, Sorting
 from step_jax.training.learner import Learning, tables
