@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from step_jax.cli.arguments import run_and_options
 from step_jax.core.command_line import load_config
-from step_jax.core.errors import ConfigError
+from step_jax.core.errors import ConfigError, DataError
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.data.config import Format
 
 _DESCRIPTION = """Score the model of a run: step-jax eval RUN [--data.path PATH] ...
 RUN is a run directory or one of its checkpoints/STEP. Without --data.path, the documents that the
-run held out are scored; with it, every document of that file or folder."""
+run held out and keeps are scored; with it, every document of that file or folder."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,8 @@ def main(argv: list[str]) -> None:
 
 def _text(config: EvaluateConfig, trained, run: str):
     """(documents to score, how many things were left out)."""
-    from dataclasses import replace
-
     from step_jax.checkpoint.load import run_directory_of
-    from step_jax.data import DataConfig, Heldout, prepare
+    from step_jax.data import DataConfig, Heldout
     from step_jax.evaluation.corpus import whole_corpus
 
     if config.data.path is not None:
@@ -93,6 +91,16 @@ def _text(config: EvaluateConfig, trained, run: str):
         )
         heldout, skips = whole_corpus(data, trained.tokenizer)
         return heldout, len(skips)
-    tokenizer = str(run_directory_of(run)[0] / "tokenizer.model")
-    caches = prepare(replace(trained.data, tokenizer=tokenizer)).caches
-    return Heldout.of(caches, trained.tokenizer), 0
+    folder = run_directory_of(run)[0] / "heldout"
+    if not folder.exists():
+        raise DataError(
+            f"{run} does not keep what it held out (there is no {folder}), and the texts of today "
+            "may be others. Give --data.path to score a text that the run was not trained on"
+        )
+    heldout = Heldout.load(folder, trained.tokenizer)
+    if not heldout.documents:
+        raise DataError(
+            f"{run} held out nothing (data.heldout_fraction was 0): give --data.path to score a "
+            "text that it was not trained on"
+        )
+    return heldout, 0

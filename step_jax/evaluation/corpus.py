@@ -40,5 +40,6 @@ def whole_corpus(data: DataConfig, tokenizer: Tokenizer) -> tuple[Heldout, list[
         bytes_of=(np.array([len(text) for text in raw], np.int64),),
         bos_id=tokenizer.bos_id,
         pad_id=tokenizer.pad_id,
+        tokenizer=tokenizer.hash,
     )
     return heldout, skips

@@ -134,6 +134,7 @@ class PretrainConfig:
         tokens = training.rows(T, 1) * T
         steps = training.total_steps(tokens)
         check_optimizer(self.optimizer, steps, steps * tokens)
+        self.run.profile.check(steps)
         if self.data.tokenizer == TRAIN_TOKENIZER:
             with_vocabulary(self.model, self.data.vocab_size)
 
@@ -236,6 +237,9 @@ def run(config: PretrainConfig, force: bool = False) -> dict[str, float]:
         session.watch = ExpertAlarm(config.expert_health).check
         if session.primary:  # not before the run is known to go on where its checkpoint stopped
             dataset.tokenizer.save(session.directory.path / "tokenizer.model")
+        dataset.heldout = dataset.heldout.kept(
+            session.directory.heldout, dataset.tokenizer, write=session.primary
+        )
         evaluate = make_evaluator(
             model, config.execution, sharding, rows, config.data.sequence_length
         )
@@ -324,7 +328,7 @@ def header(
             f"{need / 1e9:.3g} GB predicted of {limit / 1e9:.3g} GB "
             f"(whole state {state / 1e9:.3g} GB)"
         )
-    for i, note in enumerate(optimizer.notes, 1):
+    for i, note in enumerate([*optimizer.notes, *dataset.notes(total_steps)], 1):
         values[f"note {i}"] = note
     return values
 
