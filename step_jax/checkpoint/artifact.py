@@ -75,6 +75,7 @@ class Artifact:
 
     Attributes:
       name: what it was asked for as.
+      directory: where it lies.
       model: its configuration.
       params: float32, laid out on the mesh; the moving average if the run kept one. None if they
         were left out.
@@ -86,6 +87,7 @@ class Artifact:
     """
 
     name: str
+    directory: Path
     model: Any
     params: Any
     processor: Mapping[str, Any]
@@ -97,7 +99,7 @@ class Artifact:
     @property
     def execution(self) -> Execution:
         """How to compute it here: in its dtype, with whatever this machine has."""
-        return Execution(dtype=self.dtype)  # type: ignore[arg-type]
+        return Execution(dtype=self.dtype)
 
     @property
     def tokenizer(self):
@@ -118,7 +120,7 @@ class Artifact:
         if not isinstance(self.model, kind):
             raise CheckpointError(
                 f"{self.name} is a model of kind {self.model.kind}; {purpose} needs one of kind "
-                f"{kind.kind}"  # type: ignore[attr-defined]
+                f"{kind.kind}"
             )
         return self.model
 
@@ -185,6 +187,7 @@ def load_run(
     }
     return Artifact(
         name=name,
+        directory=directory,
         model=held.model,
         params=_params(checkpointer, step, f"learners.{part}", held, sharding) if arrays else None,
         processor=processor,

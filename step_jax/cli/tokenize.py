@@ -52,9 +52,9 @@ def _take_out(argv: list[str]) -> tuple[str | None, list[str]]:
 
 def _schema(argv: list[str]) -> type:
     if any(not word.startswith("-") and word.endswith((".yaml", ".yml")) for word in argv):
-        from step_jax.trainers.pretrain import PretrainConfig
+        from step_jax.trainers.pretrain import Config
 
-        return PretrainConfig
+        return Config
     return DataOnly
 
 

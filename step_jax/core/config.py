@@ -6,6 +6,10 @@ in a flag. Supported types: bool, int, float, str, Path, Enum, Literal, None, un
 ``tuple[X, ...]``, ``tuple[X, Y]``, ``dict[str, X]``, and dataclasses. A union of dataclasses is
 told apart by the key ``kind``, which each of them defines as ``kind: ClassVar[str]``.
 
+A dataclass may name keys that stand instead of each other: ``alternatives`` is a class variable
+``{key: (keys that belong to it, ...)}``. Of several that are set, those of the uppermost file (or
+of the command line) count; the others, and what belongs to them, are as if nobody had set them.
+
 A dataclass may define ``validate(self)``; it is called once the whole configuration is known, and
 its ``ValueError`` is reported with the key and the place in the file.
 
@@ -229,12 +233,14 @@ class _Converter:
                 self.fail(key_origin, "", f"unknown key '{prefix}{key}'{hint}")
         values = {}
         errors_before = len(self.errors)
+        replaced = _replaced(cls, node)
         for field in dataclasses.fields(cls):
             if field.name not in hints:
                 continue
             sub_path = prefix + field.name
-            standing = _standing(field, default if type(default) is cls else None)
-            if field.name in node.entries:
+            in_place = type(default) is cls and field.name not in replaced
+            standing = _standing(field, default if in_place else None)
+            if field.name in node.entries and field.name not in replaced:
                 sub_node = node.entries[field.name]
                 values[field.name] = self.value(hints[field.name], sub_node, sub_path, standing)
             elif standing is not dataclasses.MISSING:
@@ -279,6 +285,30 @@ class _Converter:
         self.origins[path] = DEFAULT
         for key, item in _children(value):
             self.record_default(item, f"{path}.{key}")
+
+
+def _replaced(cls: Any, node: Mapping) -> set[str]:
+    """Keys that alternatives from a layer above put out of force."""
+    alternatives: dict[str, tuple[str, ...]] = getattr(cls, "alternatives", {})
+    given = [key for key in alternatives if _is_set(node.entries.get(key))]
+    top = max((node.layers.get(key, 0) for key in given), default=0)
+    counting = [key for key in given if node.layers.get(key, 0) == top]
+    return {
+        key
+        for head, followers in alternatives.items()
+        if counting and head not in counting
+        for key in (head, *followers)
+        # one that stands beside the winner was meant: `validate` says that it does not fit
+        if node.layers.get(key, 0) < top or key not in node.entries
+    }
+
+
+def _is_set(node: Node | None) -> bool:
+    if isinstance(node, Sequence):
+        return bool(node.items)
+    return node is not None and not (
+        isinstance(node, Scalar) and not node.quoted and node.text.lower() in _NULL
+    )
 
 
 def _standing(field: dataclasses.Field, instance: Any) -> Any:

@@ -7,7 +7,8 @@ import numpy as np
 from step_jax.core.errors import DataError
 from step_jax.data import DataConfig, Heldout, Tokenizer
 from step_jax.data.cache import Documents
-from step_jax.data.sources import Document, Skip, list_files, read_file
+from step_jax.data.files import Skip, list_files
+from step_jax.data.sources import Document, read_file
 
 
 def whole_corpus(data: DataConfig, tokenizer: Tokenizer) -> tuple[Heldout, list[Skip]]:
@@ -41,5 +42,6 @@ def whole_corpus(data: DataConfig, tokenizer: Tokenizer) -> tuple[Heldout, list[
         bos_id=start_id,
         pad_id=tokenizer.pad_id,
         lossy=tokenizer.lossy,
+        tokenizer=tokenizer.hash,
     )
     return heldout, skips

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from step_jax.core import checks
 from step_jax.core.sharding import Sharding
 from step_jax.models.tokens import Tokens
 from step_jax.ops import attention as attention_ops
@@ -45,6 +46,9 @@ class Execution:
     loss: cross_entropy_ops.Implementation = "auto"
     loss_chunks: int = 8
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def validate(self):
+        checks.at_least(self, loss_chunks=1)
 
 
 @struct.dataclass

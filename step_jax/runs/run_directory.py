@@ -29,6 +29,7 @@ class RunDirectory:
       config: the resolved configuration (``config.yaml``).
       metrics: ``metrics.jsonl``, see :mod:`step_jax.runs.metrics_log`.
       log: ``log.txt``, what was printed, with times.
+      heldout: the documents that the run held out (see :class:`step_jax.data.Heldout`).
       checkpoints, tensorboard, plots, samples, profile: subdirectories, made by who writes.
     """
 
@@ -44,6 +45,7 @@ class RunDirectory:
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.log = self.path / "log.txt"
+        self.heldout = self.path / "heldout"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.plots = self.path / "plots"

@@ -17,7 +17,7 @@ import jax
 
 from step_jax.checkpoint import CheckpointConfig, Checkpointer
 from step_jax.checkpoint.artifact import Description
-from step_jax.core import distributed, rng
+from step_jax.core import checks, distributed, rng
 from step_jax.core.config import config_hash, to_plain, to_yaml
 from step_jax.core.errors import CheckpointError, ConfigError, ExitCode, RestartRequested
 from step_jax.core.sharding import Sharding
@@ -50,6 +50,7 @@ class RunConfig:
     def validate(self):
         if self.max_skipped < 0:
             raise ConfigError(f"max_skipped is {self.max_skipped}; it must be 0 or more")
+        checks.seed(self.seed)
 
 
 class Processor(Protocol):

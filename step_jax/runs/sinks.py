@@ -126,7 +126,8 @@ def check_installed(names: tuple[str, ...]) -> None:
     for name in names:
         if importlib.util.find_spec(_PACKAGES.get(name, name)) is None:
             raise ConfigError(
-                f"the metrics sink '{name}' is not installed: pip install 'step-jax[{name}]'"
+                f"the metrics sink '{name}' needs a package that is not installed: "
+                f"pip install {_PACKAGES.get(name, name)}"
             )
 
 

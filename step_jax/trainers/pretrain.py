@@ -157,6 +157,7 @@ class Config:
         tokens = training.rows(T, 1) * T
         steps = training.total_steps(tokens)
         check_optimizer(self.optimizer, steps, steps * tokens)
+        self.run.profile.check(steps)
         if self.model is None and self.init_from is None:
             raise ConfigError("give a model, or init_from: what to start from")
         if self.model is not None and self.init_from is None and self.trains_tokenizer:
@@ -206,6 +207,9 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         )
         session.watch = ExpertAlarm(config.expert_health).check
         best = built.learnings[LEARNER].best
+        dataset.heldout = dataset.heldout.kept(
+            session.directory.heldout, dataset.tokenizer, write=session.primary
+        )
         evaluate = make_evaluator(
             config.model,
             config.execution,
@@ -347,7 +351,7 @@ def header(
             f"{need / 1e9:.3g} GB predicted of {limit / 1e9:.3g} GB "
             f"(whole state {state / 1e9:.3g} GB)"
         )
-    for i, note in enumerate(learning.optimizer.notes, 1):
+    for i, note in enumerate([*learning.optimizer.notes, *dataset.notes(steps)], 1):
         values[f"note {i}"] = note
     return values
 

@@ -18,6 +18,7 @@ import numpy as np
 from flax import struct
 from jax.sharding import PartitionSpec
 
+from step_jax.core import checks
 from step_jax.core.errors import ConfigError
 from step_jax.core.hardware import has_ragged_all_to_all
 from step_jax.core.sharding import varying_axes
@@ -110,6 +111,8 @@ class MoE:
         self.router.check(self.total)
         if self.capacity is not None and self.capacity <= 0:
             raise ConfigError(f"capacity is {self.capacity}; use a positive number or null")
+        checks.at_least(self, shared=0, common=0)
+        checks.above(self, clamp=0, shared_clamp=0)
 
     @property
     def total(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import struct
 
+from step_jax.core import checks
 from step_jax.core import spec as specs_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.fsdp import gathered
@@ -45,6 +46,9 @@ class MTP:
     heads: int
     block: Block
     weight: float = 0.3
+
+    def validate(self):
+        checks.at_least(self, heads=1, weight=0)
 
     def specs(self, width: int, norm: RMSNorm, init: Initialisation) -> MTPParams:
         return MTPParams(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from step_jax.core import checks
 from step_jax.core import spec as specs_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import Sharding
@@ -100,6 +101,7 @@ class ImageTransformer:
     init: Initialisation = field(default_factory=FanIn)
 
     def validate(self):
+        checks.at_least(self, size=1, channels=1, classes=1)
         if self.width < 2 or self.width % 2 or self.depth < 1:
             raise ConfigError("an image transformer needs an even width and at least one layer")
         if self.patch < 1 or self.size % self.patch:

@@ -85,15 +85,16 @@ def token_parts(p: DecoderParams, c: Decoder, batch, ctx: Context, z_loss: float
     x_BTD, _, stats = c.hidden(p, batch["tokens"], ctx)
     weights_BT = batch["weights"]
     add("next_token", "nll", x_BTD, batch["targets"], weights_BT, 1.0)
-    assert c.mtp is not None or not p.mtp
-    for k, head in enumerate(p.mtp, start=1):
+    mtp = c.mtp
+    for k, head in enumerate(p.mtp if mtp else (), start=1):
+        assert mtp is not None
         # the token k ahead is the target k - 1 ahead; nothing is predicted across documents
         embedded_BTD = c.embed(p, _ahead(batch["targets"], k - 1), ctx)
         same_BT = _ahead(batch["segments"], k) == batch["segments"]
-        specs = c.mtp.specs(c.width, c.norm, c.init)
-        x_BTD, head_stats = c.mtp.apply(gather(specs, head, ctx), c.norm, x_BTD, embedded_BTD, ctx)
+        specs = mtp.specs(c.width, c.norm, c.init)
+        x_BTD, head_stats = mtp.apply(gather(specs, head, ctx), c.norm, x_BTD, embedded_BTD, ctx)
         stats = (stats, head_stats)
         targets_BT, weights_k_BT = _ahead(batch["targets"], k), _ahead(weights_BT, k) * same_BT
-        coefficient = c.mtp.weight / c.mtp.heads
+        coefficient = mtp.weight / mtp.heads
         add(f"mtp{k}", f"nll_mtp{k}", x_BTD, targets_BT, weights_k_BT, coefficient)
     return parts, metrics, expert_health.layers(stats)

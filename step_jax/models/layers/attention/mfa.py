@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 
 from flax import struct
 
+from step_jax.core import checks
 from step_jax.core.errors import ConfigError
 from step_jax.core.spec import ZEROS, ParamSpec
 from step_jax.models.context import Context, through_cache
@@ -66,6 +67,7 @@ class MFA:
     position: Position | None = Rope()
 
     def validate(self):
+        checks.at_least(self, heads=1, head_dim=1, query_rank=1)
         if self.window is not None and self.window < 1:
             raise ConfigError(f"the attention window is {self.window}; it must be at least 1")
         check(self.position, self.head_dim)

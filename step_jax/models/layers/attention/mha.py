@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import jax
 from flax import struct
 
+from step_jax.core import checks
 from step_jax.core.errors import ConfigError
 from step_jax.core.spec import ParamSpec
 from step_jax.models.context import Context, through_cache
@@ -51,6 +52,7 @@ class MHA:
     position: Position | None = Rope()
 
     def validate(self):
+        checks.at_least(self, heads=1, head_dim=1, kv_heads=1)
         if self.heads % self.kv:
             raise ConfigError(f"kv_heads {self.kv} does not divide heads {self.heads}")
         if self.window is not None and self.window < 1:

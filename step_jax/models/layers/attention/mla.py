@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from flax import struct
 
+from step_jax.core import checks
 from step_jax.core.errors import ConfigError
 from step_jax.core.spec import ParamSpec
 from step_jax.models.context import Context, one_layer, through_cache
@@ -59,6 +60,8 @@ class MLA:
     position: Rope = Rope()
 
     def validate(self):
+        checks.at_least(self, heads=1, kv_rank=1, query_rank=1, value_dim=1)
+        checks.at_least(self, nope_dim=0, rope_dim=0)
         if self.window is not None and self.window < 1:
             raise ConfigError(f"the attention window is {self.window}; it must be at least 1")
         if self.rope_dim % 2:
