@@ -16,6 +16,7 @@ from step_jax.runs.console import format_value, si
 _COLUMNS = (
     *("run", "status", "steps", "trained", "params", "loss", "reward", "held out", "bpb", "pace"),
 )
+_MAX_DIFFERENCES = 10  # in the table; unlike loops have little in common, and --json has all
 
 
 def main(argv: list[str]) -> int:
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> int:
     differences = config_differences([read_config(d) for d in directories])
     for row, label, difference in zip(rows, labels, differences, strict=True):
         row["run"] = label
-        row["config"] = "  ".join(f"{key}={value}" for key, value in difference.items())
+        row["config"] = difference
     if args.json:
         print(json.dumps([_finite(row) for row in rows], indent=1))
     else:
@@ -101,8 +102,8 @@ def _labels(directories: Sequence[Path]) -> list[str]:
 def summarise(directory: Path) -> dict[str, Any]:
     """What the records of a run say; a key is None where they say nothing.
 
-    ``status`` and ``reason``: see :func:`step_jax.runs.history.outcome`. ``trained`` counts ``unit``s
-    and ``pace`` those of a second, the median over the second half of the steps.
+    ``status`` and ``reason``: see :func:`step_jax.runs.history.outcome`. ``trained`` counts what
+    ``unit`` names; ``pace`` is that of a second, the median over the second half of the steps.
     """
     from step_jax.runs.history import outcome
     from step_jax.runs.metrics_log import read_metrics, work_unit
@@ -156,8 +157,8 @@ def read_config(directory: Path) -> dict[str, str]:
 
 
 def config_differences(configs: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """What each configuration says where not all of them say the same."""
-    keys = dict.fromkeys(key for config in configs for key in config)
+    """What each configuration says where not all say the same, but for the run's directory."""
+    keys = dict.fromkeys(key for c in configs for key in c if key != "run.directory")
     varying = [key for key in keys if len({config.get(key) for config in configs}) > 1]
     return [{key: config[key] for key in varying if key in config} for config in configs]
 
@@ -170,7 +171,7 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     from rich.text import Text
 
     shown = (*_COLUMNS, "reason", "config")
-    columns = [c for c in shown if any(row[c] not in (None, "") for row in rows)]
+    columns = [c for c in shown if any(row[c] not in (None, "", {}) for row in rows)]
     table = Table(box=box.SIMPLE_HEAD, header_style="bold")
     for column in columns:
         is_text = column in ("run", "status", "reason", "config")
@@ -193,6 +194,10 @@ def _cell(column: str, row: Mapping[str, Any]) -> str:
         return f"{si(value)}/s"
     if column == "params":
         return si(value)
+    if column == "config":
+        words = [f"{key}={text}" for key, text in value.items()]
+        more = len(words) - _MAX_DIFFERENCES
+        return "  ".join(words[:_MAX_DIFFERENCES]) + (f"  and {more} more" if more > 0 else "")
     if isinstance(value, float):
         return f"{value:.4f}"
     return format_value(column, value)

@@ -1,8 +1,8 @@
 """What a run has been through: how its processes left, and what it was trained with.
 
 A run is started, stopped, killed and started again. Its records say what became of it
-(:func:`outcome`); its configuration is that of the steps that it has done, which a later start cannot
-change (:func:`continue_configuration`).
+(:func:`outcome`); its configuration is that of the steps that it has done, which a later start
+cannot change (:func:`continue_configuration`).
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def ending(error: BaseException | None) -> Outcome:
 
 #: Groups that a run may continue with otherwise, because they do not say what is trained: where it
 #: is written and watched, how it is computed, what is evaluated. Whatever is not named here stays,
-#: so that a new setting is safe until somebody decides. ``data`` have a check of their own: they may
-#: grow, but what was read must be the same.
+#: so that a new setting is safe until somebody decides. ``data`` have a check of their own: they
+#: may grow, but what was read must be the same.
 MAY_CHANGE = (
     "run.directory",
     "run.max_skipped",
@@ -109,8 +109,8 @@ def continue_configuration(
 ) -> list[str]:
     """Stores a run's configuration, if the run may go on with it.
 
-    Nothing is written if it may not. One that differs is kept as ``config.1.yaml``, ``config.2.yaml``
-    and so on. Every process of the run calls this; the primary one writes.
+    Nothing is written if it may not. One that differs is kept as ``config.1.yaml``,
+    ``config.2.yaml`` and so on. Every process of the run calls this; the primary one writes.
 
     Args:
       directory: the open directory of the run.
@@ -122,7 +122,8 @@ def continue_configuration(
       One line for every setting that is another one from here on, to be reported as an event.
 
     Raises:
-      ConfigError: the finished steps were made with other settings, or are more than ``total_steps``.
+      ConfigError: the finished steps were made with other settings, or are more than
+        ``total_steps``.
     """
     text = to_yaml(config)
     was = _stored(directory, config)
@@ -143,7 +144,7 @@ def continue_configuration(
 
 
 def _stored(directory: RunDirectory, config: Any) -> dict[str, str]:
-    """The stored configuration, flat; settings that it is too old to have stand at their default."""
+    """The stored configuration, flat; what it is too old to have stands at its default."""
     if not directory.config.exists():
         return {}
     text = directory.config.read_text(encoding="utf-8")

@@ -192,8 +192,8 @@ class Reporter:
         self.close()
 
     def _to_sinks(self, kind: str, step: int, numbers: Mapping[str, float]) -> None:
-        """``kind``: see :class:`step_jax.runs.metrics_log.Resumed`. What a sink was given before the
-        run went on from an older checkpoint it is not given again."""
+        """``kind``: see :class:`step_jax.runs.metrics_log.Resumed`. What a sink was given before
+        the run went on from an older checkpoint it is not given again."""
         if self._sinks is None:
             self._sinks = [self._open(name) for name in self.config.sinks]
         for sink, known in self._sinks:

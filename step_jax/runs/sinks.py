@@ -29,8 +29,8 @@ _CLOSE_SECONDS = 10.0
 class RunInfo:
     """What a service wants to know about a run.
 
-    identity: see :class:`~step_jax.runs.run_directory.RunDirectory`. Every sink goes on in the run of
-      this identity, so that a resumed run is one curve.
+    identity: see :class:`~step_jax.runs.run_directory.RunDirectory`. Every sink goes on in the run
+      of this identity, so that a resumed run is one curve.
     config: given to a service once, when it first hears of the run.
     resumed_after: the step behind which a run with records goes on; None for a new one.
     """
