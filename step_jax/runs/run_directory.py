@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -95,7 +96,8 @@ class RunDirectory:
         self._descriptor = descriptor
         _held.add(identity)
         if not self.identity.exists():
-            write_whole(self.identity, uuid.uuid4().hex[:16])
+            name = re.sub(r"[^A-Za-z0-9_.-]+", "_", self.path.resolve().name)[:40]
+            write_whole(self.identity, f"{name}-{uuid.uuid4().hex[:8]}")
         return self
 
     def _refusal(self, descriptor: int | None) -> str:

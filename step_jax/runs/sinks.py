@@ -41,11 +41,6 @@ class RunInfo:
     config: Mapping[str, Any]
     resumed_after: int | None = None
 
-    @property
-    def name(self) -> str:
-        """For services that know runs by name alone; runs of one project may be called alike."""
-        return f"{self.path.resolve().name}-{self.identity[:8]}"
-
 
 class Sink(Protocol):
     """To add a service: a class with this constructor and these two methods, and a line below.
@@ -73,6 +68,7 @@ class TensorBoard:
         self.writer = SummaryWriter(
             str(run.path / "tensorboard"),
             flush_secs=10,
+            filename_suffix=f".{time.time_ns()}",  # its own names a second
             purge_step=None if after is None else after + 1,
         )
 
@@ -115,7 +111,7 @@ class Trackio:
 
         self.run = trackio.init(
             project=run.project,
-            name=run.name,
+            name=run.identity,
             config=dict(run.config),
             resume="allow",
         )
