@@ -6,9 +6,11 @@ import errno
 import fcntl
 import json
 import os
+import re
 import socket
 import sys
 import time
+import uuid
 from pathlib import Path
 
 from step_jax.core.errors import ConfigError
@@ -30,6 +32,8 @@ class RunDirectory:
       metrics: ``metrics.jsonl``, see :mod:`step_jax.runs.metrics_log`.
       log: ``log.txt``, what was printed, with times.
       heldout: the documents that the run held out (see :class:`step_jax.data.Heldout`).
+      identity: holds the name that services know the run by: the same for every start, wherever the
+        directory is moved, and another one for a new run in the same place.
       checkpoints, tensorboard, plots, samples, profile: subdirectories, made by who writes.
     """
 
@@ -46,6 +50,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.log = self.path / "log.txt"
         self.heldout = self.path / "heldout"
+        self.identity = self.path / "identity"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.plots = self.path / "plots"
@@ -92,6 +97,9 @@ class RunDirectory:
         os.pwrite(descriptor, json.dumps(owner).encode(), 0)
         self._descriptor = descriptor
         _held.add(identity)
+        if not self.identity.exists():
+            name = re.sub(r"[^A-Za-z0-9_.-]+", "_", self.path.resolve().name)[:40]
+            write_whole(self.identity, f"{name}-{uuid.uuid4().hex[:8]}")
         return self
 
     def _refusal(self, descriptor: int | None) -> str:
@@ -114,18 +122,24 @@ class RunDirectory:
         self._descriptor = None
         _held.discard(self._lock_file.resolve())
 
-    def write_config(self, yaml_text: str) -> None:
-        """Store the resolved configuration. One that differs is kept (``config.1.yaml``)."""
+    def write_config(self, yaml_text: str) -> Path | None:
+        """Store the resolved configuration.
+
+        Returns:
+          The name under which one that differs is kept now (``config.1.yaml``).
+        """
         if not self.primary:
-            return
+            return None
+        older = None
         if self.config.exists():
-            if self.config.read_text(encoding="utf-8") == yaml_text:
-                return
+            if (before := self.config.read_text(encoding="utf-8")) == yaml_text:
+                return None
             number = 1
             while (older := self.path / f"config.{number}.yaml").exists():
                 number += 1
-            self.config.rename(older)
-        write_whole(self.config, yaml_text)
+            write_whole(older, before)
+        write_whole(self.config, yaml_text)  # a kill in between leaves a configuration
+        return older
 
 
 def is_locked(path: Path | str) -> bool:
