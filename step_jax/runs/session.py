@@ -18,9 +18,10 @@ import jax
 from step_jax.checkpoint import CheckpointConfig, Checkpointer
 from step_jax.checkpoint.artifact import Description
 from step_jax.core import checks, distributed, rng
-from step_jax.core.config import config_hash, to_plain, to_yaml
+from step_jax.core.config import config_hash, to_plain
 from step_jax.core.errors import CheckpointError, ConfigError, ExitCode, RestartRequested
 from step_jax.core.sharding import Sharding
+from step_jax.runs.history import continue_configuration
 from step_jax.runs.preemption import StopSignal
 from step_jax.runs.profiling import ProfileConfig, ProfilerWindow
 from step_jax.runs.reporter import LoggingConfig, Reporter, environment
@@ -84,6 +85,7 @@ class Session:
         self._stack = ExitStack()
         self._pending: tuple[int, Any, float] | None = None
         self._leave = False
+        self._finished = 0
         self._meta: dict[str, Any] = {}
         #: (step, metrics) -> what to say about a finished step besides its numbers
         self.watch: Callable[[int, Mapping[str, float]], Iterable[str]] = lambda step, metrics: ()
@@ -150,6 +152,7 @@ class Session:
             raise CheckpointError(f"run.seed was {seed} and is {self._run.seed}: set it back")
         check(meta, step)
         state, _ = self._checkpointer.restore(step, program.state_like)
+        self._finished = step
         self.reporter.resumed(step)
         return state, step
 
@@ -159,6 +162,8 @@ class Session:
         artifact: Description,
         processor: Mapping[str, Processor],
         header: Mapping[str, Any],
+        *,
+        units: Mapping[str, str] | None = None,
         meta: Mapping[str, Any] | None = None,
     ):
         """Fixes what the run is, once it is known to be able to go on, and shows the header.
@@ -168,7 +173,11 @@ class Session:
           artifact: what every checkpoint is, for whoever loads it.
           processor: what the artifact names, kept with the run.
           header: what to show.
+          units: metric -> what it is measured in (``nats per token``), for pictures.
           meta: JSON-able facts that a resumed run must agree with (see ``start``).
+
+        Raises:
+          ConfigError: the finished steps were made with other settings.
         """
         self._meta = {
             "config": to_plain(config),
@@ -176,10 +185,12 @@ class Session:
             "artifact": artifact.plain(),
             **(meta or {}),
         }
+        changed = continue_configuration(
+            self.directory, config, self._finished, self._program.total_steps
+        )
         if self.primary:
             for name, part in processor.items():
                 part.save(self.directory.path / name)
-        self.directory.write_config(to_yaml(config))
         devices = self.sharding.mesh.devices.flat
         sizes = [f"{axis} {n}" for axis, n in self.sharding.mesh.shape.items() if n > 1]
         self.reporter.header(
@@ -189,8 +200,11 @@ class Session:
                 "mesh": " x ".join(sizes) or "one device",
                 "processes": jax.process_count(),
                 **header,
-            }
+            },
+            units=units,
         )
+        for text in changed:
+            self.reporter.event(text)
         self._clock = time.perf_counter()
 
     # --- every step ----------------------------------------------------------------------------

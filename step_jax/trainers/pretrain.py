@@ -29,6 +29,7 @@ from step_jax.models.flops import train_flops_per_token
 from step_jax.models.text.decoder import Decoder
 from step_jax.models.text.facts import cache_bytes_per_token, implementations, with_vocabulary
 from step_jax.runs import plots
+from step_jax.runs.console import Shown
 from step_jax.runs.device_memory import available, fitting, needed
 from step_jax.runs.expert_alarm import ExpertAlarm, ExpertHealth
 from step_jax.runs.session import RunConfig, Session
@@ -203,6 +204,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             describe(config, begin, dataset),
             {"tokenizer": dataset.tokenizer},
             header(config, built, dataset, train_step, chosen),
+            units={"loss": "nats per token", "nll": "nats per token"},
             meta={"data": dataset.fingerprint},
         )
         session.watch = ExpertAlarm(config.expert_health).check
@@ -334,16 +336,19 @@ def header(
     trained = spec_lib.count(spec_lib.trained(learning.specs))
     whole = spec_lib.count(learning.specs)
     values: dict[str, Any] = {
-        "parameters": f"{spec_lib.count(learning.model_specs):,}",
-        "active for a token": f"{spec_lib.count(learning.model_specs, active=True):,}",
-        "of which in matrices": f"{spec_lib.count(learning.model_specs, roles=('matrix',)):,}",
-        **({"trained": f"{trained:,}"} if trained < whole else {}),
+        "parameters": spec_lib.count(learning.model_specs),
+        "active for a token": spec_lib.count(learning.model_specs, active=True),
+        "of which in matrices": spec_lib.count(learning.model_specs, roles=("matrix",)),
+        **({"trained": trained} if trained < whole else {}),
         **chosen,
-        "tokens per step": f"{tokens:,} ({dataset.batch_size} rows of {T})",
-        "steps": f"{steps:,} ({steps * tokens:,} tokens, "
-        f"{steps * tokens / max(1, dataset.tokens_per_epoch):.2f} epochs)",
-        "peak learning rate": f"{learning.optimizer.peak:.3g}",
-        "cache per token": f"{cache_bytes_per_token(config.model):,} bytes",
+        "tokens per step": Shown(tokens, f"{tokens:,} ({dataset.batch_size} rows of {T})"),
+        "steps": Shown(
+            steps,
+            f"{steps:,} ({steps * tokens:,} tokens, "
+            f"{steps * tokens / max(1, dataset.tokens_per_epoch):.2f} epochs)",
+        ),
+        "peak learning rate": learning.optimizer.peak,
+        "cache bytes per token": cache_bytes_per_token(config.model),
     }
     if need is not None and limit is not None:
         state = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(built.state_like))

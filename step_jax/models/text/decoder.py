@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import struct
@@ -87,6 +87,7 @@ class Decoder:
     tied: the output head is the transposed embedding.
     """
 
+    kind: ClassVar[str] = "decoder"
     width: int
     layers: tuple[Group, ...]
     vocab: int = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +90,7 @@ class ImageTransformer:
     size, channels, classes: of the images.
     """
 
+    kind: ClassVar[str] = "image_transformer"
     width: int
     depth: int
     attention: AttentionKind

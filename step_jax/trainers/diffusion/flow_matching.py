@@ -147,8 +147,9 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             origin=begin.origin,
         )
         learning = built.learnings[LEARNER]
-        header = {"parameters": f"{spec_lib.count(learning.model_specs):,}", "steps": steps}
-        session.describe(config, description, {}, header)
+        header = {"parameters": spec_lib.count(learning.model_specs), "steps": steps}
+        units = {"loss": "squared error of a number"}
+        session.describe(config, description, {}, header, units=units)
         part = process_rows(sharding, rows)
         for step in range(start, steps):
             batch = to_mesh(sharding, built.schema, digits.batch(seed, step, rows, *part))

@@ -179,8 +179,11 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             dtype=config.execution.dtype,
             origin=begin.origin,
         )
-        session.describe(config, description, {"tokenizer": tokenizer}, {"steps": c.steps})
-        best = built.learnings[LEARNER].best
+        learning = built.learnings[LEARNER]
+        header = {"parameters": spec_lib.count(learning.model_specs), "steps": c.steps}
+        units = {"loss": "policy gradient per token", "reward": "share of places right"}
+        session.describe(config, description, {"tokenizer": tokenizer}, header, units=units)
+        best = learning.best
         roll = jax.jit(
             make_roll(config, model, task, sharding), out_shardings=shardings_of(built.batch_like)
         )
