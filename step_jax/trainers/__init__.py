@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,6 +63,7 @@ def find_loop(name: str) -> Loop:
     spec = importlib.util.spec_from_file_location(f"step_jax_loop_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
     spec.loader.exec_module(module)
     if missing := [part for part in ("Config", "program", "run") if not hasattr(module, part)]:
         raise ConfigError(f"{name} is no loop: it lacks {', '.join(missing)}")

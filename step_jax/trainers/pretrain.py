@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import jax
 
-from step_jax.checkpoint.artifact import Description, Part
+from step_jax.checkpoint.artifact import Description
 from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
@@ -33,9 +33,8 @@ from step_jax.runs.console import Shown
 from step_jax.runs.device_memory import available, fitting, needed
 from step_jax.runs.expert_alarm import ExpertAlarm, ExpertHealth
 from step_jax.runs.session import RunConfig, Session
-from step_jax.training.learner import Learning, tables
+from step_jax.training.learner import learn
 from step_jax.training.losses.text import packed_text_loss
-from step_jax.training.optimizers.build import make_optimizer
 from step_jax.training.optimizers.config import AdamW, OptimizerConfig, check_optimizer
 from step_jax.training.program import Program, Work
 from step_jax.training.scaling_laws import step_law_batch_rows
@@ -196,7 +195,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         )
         state, start = session.start(
             built,
-            {} if begin.params is None else {LEARNER: begin.params},
+            begin.given(LEARNER),
             check=lambda meta, step: dataset.check(meta["data"], step),
         )
         session.describe(
@@ -280,18 +279,15 @@ def make_program(config: Config, sharding: Sharding) -> Program:
     tokens = rows * T
     total_steps = training.total_steps(tokens)
     init = config.init_from
-    model_specs, specs = tables(
-        model.specs(), init.freeze if init else (), init.lora if init else None
-    )
-    optimizer = make_optimizer(
+    learning = learn(
+        model,
         config.optimizer,
-        specs,
         total_steps=total_steps,
-        tokens=float(total_steps * tokens),
         sharding=sharding,
-    )
-    learning = Learning(
-        model_specs, specs, optimizer, training.ema_decay, init.lora if init else None
+        tokens=float(total_steps * tokens),
+        average=training.ema_decay,
+        freeze=init.freeze if init else (),
+        lora=init.lora if init else None,
     )
     text_loss = packed_text_loss(model, config.execution, sharding, training.z_loss)
     return Program.build(
@@ -315,7 +311,7 @@ def make_program(config: Config, sharding: Sharding) -> Program:
 
 def describe(config: Config, begin: Start, dataset: TextDataset) -> Description:
     """What every checkpoint of the run is."""
-    part = Part(config.model, config.training.ema_decay is not None, begin.freeze, begin.lora)
+    part = begin.part(config.model, average=config.training.ema_decay is not None)
     return Description(
         loop=config.loop,
         parts={LEARNER: part},
