@@ -1,18 +1,20 @@
 """Scores and texts of runs whose tokenizer loses text, or puts a mark before the first word."""
 
+from types import SimpleNamespace
+
 import pytest
 from tokenizers import normalizers
 
 from step_jax.checkpoint import Checkpointer
-from step_jax.cli.generate import _Screen
+from step_jax.cli.generate import _Screen, _write
 from step_jax.cli.main import main
 from step_jax.core.config import to_plain
 from step_jax.data import DataConfig
 from step_jax.evaluation.heldout import figures
-from step_jax.inference.generate import generate
+from step_jax.inference.generate import Generation
 from step_jax.inference.sampling import SamplingConfig
 from tests.models import small
-from tests.tokenizers.made import byte_level, metaspace, ours, unigram
+from tests.tokenizers.made import byte_level, metaspace, ours
 
 LENGTH = 32
 
@@ -56,26 +58,23 @@ def test_bits_per_byte_are_not_given_where_the_tokenizer_loses_text(tmp_path, da
     assert "not available: the tokenizer loses text (its normaliser Lowercase" in line
 
 
-def test_generate_keeps_the_space_between_prompt_and_answer(tmp_path, data, capsys):
-    tokenizer = ours(unigram(), tokenizer_config={"eos_token": "</s>"})
-    path, c, p = run_of(tokenizer, tmp_path, data)
-    prompt, count = tokenizer.encode("the").tolist(), 16
-    answers = generate(
-        *(p, c, [prompt] * count, SamplingConfig(max_new_tokens=9, seed=1)),
-        max_length=LENGTH,
-        start_id=tokenizer.start_id,
-        stop_ids=tokenizer.stop_ids,
-        execution=small.execution(),
-    ).tokens
-    together = [tokenizer.decode(prompt + answer) for answer in answers]
-    assert any(
-        text != "the" + tokenizer.decode(a) for text, a in zip(together, answers, strict=True)
-    )
-    (tmp_path / "prompts").write_text("the\n" * count)
-    options = ["--max-new-tokens", "9", "--seed", "1", "--temperature", "1"]
-    assert main(["generate", str(path), "--prompts-file", str(tmp_path / "prompts"), *options]) == 0
-    printed = "".join(f"--- {row}\n{text}\n" for row, text in enumerate(together))
-    assert capsys.readouterr().out == printed
+@pytest.mark.parametrize("prompts", [["the"], ["the", "a"]])
+def test_generate_keeps_the_space_between_prompt_and_answer(monkeypatch, capsys, prompts):
+    tokenizer = ours(metaspace())
+    answer = tokenizer.encode("fox").tolist()
+    assert tokenizer.decode(answer) == "fox"
+
+    def write(params, decoder, ids, sampling, *, on_tokens, stop_ids, start_id, **_):
+        if on_tokens:
+            on_tokens(0, answer)
+        return Generation([answer] * len(ids), [], ["stop"] * len(ids))
+
+    monkeypatch.setattr("step_jax.inference.generate.generate", write)
+    data = SimpleNamespace(sequence_length=LENGTH)
+    trained = SimpleNamespace(tokenizer=tokenizer, data=data, params=0, decoder=0, execution=0)
+    _write(trained, None, SamplingConfig(), prompts, first=4)
+    printed = capsys.readouterr().out
+    assert printed == ("the fox\n" if len(prompts) == 1 else "--- 4\nthe fox\n--- 5\na fox\n")
 
 
 def test_a_single_answer_is_shown_with_its_space_as_it_comes(capsys):
