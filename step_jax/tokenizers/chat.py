@@ -69,7 +69,8 @@ class ChatTemplate:
         if which not in BUILT_IN:
             raise DataError(f"there is no chat template {which!r}; there are {', '.join(BUILT_IN)}")
         if which == "chatml":
-            lacking = [t for t in ("<|im_start|>", "<|im_end|>") if t not in tokenizer.special]
+            ends = ("<|im_start|>", "<|im_end|>")
+            lacking = [text for text in ends if len(tokenizer.encode(text, special=True)) != 1]
         else:
             lacking = [] if tokenizer.eos_id is not None else ["an end-of-text token"]
         if lacking:

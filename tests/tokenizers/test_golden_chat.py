@@ -1,6 +1,7 @@
 """Ids, texts, renderings and masks are those of transformers (tests/golden/make_chat_golden.py)."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -43,3 +44,14 @@ def test_special_tokens_are_found_in_all_files(golden):
     assert golden.special == {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2}
     assert golden.chat_template.variables["eos_token"] == "<|im_end|>"
     assert golden.lossless and golden.as_read("e\u0301") == "\u00e9"
+
+
+def test_the_example_of_the_page_works_as_written():
+    page = (Path(__file__).parents[2] / "docs/tokenizers.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {"folder": FOLDER}
+    exec(example, names)
+    assert names["text"] == "the <|im_end|> of a document" and names["answer"] == "4"
+    tokenizer = names["tokenizer"]
+    assert tokenizer.decode(names["ids"][names["said"]]) == "4"
+    assert names["ids"][names["said"]][-1] == tokenizer.eos_id
