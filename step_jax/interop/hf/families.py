@@ -81,7 +81,9 @@ def _head_dim(c: Keys, heads: int) -> int:
 def _kinds(c: Keys, depth: int) -> list[str]:
     """``layer_types``: full or sliding attention, for every layer."""
     known = (_FULL, _SLIDING)
-    return c.per_layer("layer_types", depth, known.__contains__, " or ".join(map(repr, known)), _FULL)
+    return c.per_layer(
+        "layer_types", depth, known.__contains__, " or ".join(map(repr, known)), _FULL
+    )
 
 
 # --- Llama and Qwen ------------------------------------------------------------------------------
@@ -138,9 +140,7 @@ def _qwen3_moe(c: Keys) -> list[Block]:
         attention = replace(attention, window=c.integer("sliding_window"))
     c.without_effect("sliding_window", "max_window_layers", "router_aux_loss_coef")
     experts = c.one_of(("num_experts", "num_local_experts"), c.integer)
-    router = Router(
-        c.integer("num_experts_per_tok"), normalise=c.flag("norm_topk_prob", False)
-    )
+    router = Router(c.integer("num_experts_per_tok"), normalise=c.flag("norm_topk_prob", False))
     moe = MoE((Experts(experts, c.integer("moe_intermediate_size")),), router)
     step, dense = c.integer("decoder_sparse_step", 1), c.integers("mlp_only_layers") or ()
     mlp = SwiGLU(c.integer("intermediate_size"))

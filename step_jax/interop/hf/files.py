@@ -91,7 +91,9 @@ def _read_shards(folder: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{index} has no weight_map from tensors to files")
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file.endswith(".safetensors"):
-            raise CheckpointError(f"{index} puts {name} into {file!r}, which is no .safetensors file")
+            raise CheckpointError(
+                f"{index} puts {name} into {file!r}, which is no .safetensors file"
+            )
         path = PurePosixPath(file)
         if path.is_absolute() or ".." in path.parts or "\\" in file or "\0" in file:
             raise CheckpointError(f"{index} puts {name} into {file!r}, outside of its folder")
@@ -111,7 +113,9 @@ def _read_shards(folder: Path) -> dict[str, Stored]:
             )
         out |= tensors
     if lost := sorted(weight_map.keys() - out.keys()):
-        raise CheckpointError(f"{folder / weight_map[lost[0]]} lacks {_few(lost)}, which its index names")
+        raise CheckpointError(
+            f"{folder / weight_map[lost[0]]} lacks {_few(lost)}, which its index names"
+        )
     return out
 
 
@@ -218,7 +222,9 @@ def _indices(x: Any) -> bool:
 def _check_extents(path: Path, tensors: dict[str, Stored], data: int, size: int) -> None:
     """The tensors lie one after another and fill the file."""
     end = data
-    for name, t in sorted(tensors.items(), key=lambda item: (item[1].start, math.prod(item[1].shape))):
+    for name, t in sorted(
+        tensors.items(), key=lambda item: (item[1].start, math.prod(item[1].shape))
+    ):
         if t.start != end:
             what = "overlaps another tensor" if t.start < end else "follows bytes of no tensor"
             raise CheckpointError(f"{path} is damaged: {name} {what}")

@@ -42,7 +42,9 @@ def check_quantization(c: Keys) -> tuple[int, int] | None:
     )
     block = q.get("weight_block_size", [128, 128])
     if not (isinstance(block, list) and [type(n) for n in block] == [int, int] and min(block) > 0):
-        raise ConfigError(f"{q.where} has weight_block_size {block!r}; it must be two positive integers")
+        raise ConfigError(
+            f"{q.where} has weight_block_size {block!r}; it must be two positive integers"
+        )
     q.note_unread()
     return block[0], block[1]
 

@@ -141,7 +141,9 @@ def _float_view(stored: Any, tensor: Tensor) -> np.ndarray:
         with np.errstate(over="ignore"):
             narrow = w.astype(np.float32)
         if not np.array_equal(np.isfinite(narrow), np.isfinite(w)):
-            raise CheckpointError(f"{tensor.name} has float64 values that are too large for float32")
+            raise CheckpointError(
+                f"{tensor.name} has float64 values that are too large for float32"
+            )
         w = narrow
     return w.reshape(tensor.apart)
 

@@ -232,5 +232,3 @@ def left_out(hf_config: Mapping[str, Any]) -> re.Pattern:
     if text is not hf_config:
         patterns += [r"(model\.)?vision_model\.", r"(model\.)?vit_large_projector\."]
     return re.compile("|".join(patterns) or r"(?!)")
-
-
