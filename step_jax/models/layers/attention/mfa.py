@@ -26,7 +26,7 @@ from step_jax.models.layers.attention.core import attend
 from step_jax.models.layers.attention.mha import gate_specs, gated
 from step_jax.models.layers.initialisation import Initialisation
 from step_jax.models.layers.norm import RMSNorm
-from step_jax.models.layers.positions import Position, Rope, check, rotate
+from step_jax.models.layers.positions import Position, Rope, check, rotate, rotate_queries
 from step_jax.ops.einsum import einsum
 
 
@@ -106,7 +106,7 @@ class MFA:
         if self.query_norm is not None:
             latent_BTR = self.query_norm.apply(p.query_norm_R, latent_BTR)
         q_BTNC = einsum("BTR,RNC->BTNC", latent_BTR, p.query_up_RNC)
-        q_BTNC = rotate(self.position, q_BTNC, ctx.tokens.places_BTA)
+        q_BTNC = rotate_queries(self.position, q_BTNC, ctx.tokens.places_BTA)
         k_BTC = einsum("BTD,DC->BTC", x_BTD, p.key_DC)
         if self.value == "projected":
             o_BTNC, cache = self._projected(p, x_BTD, q_BTNC, k_BTC, ctx, cache)

@@ -20,7 +20,7 @@ from step_jax.models.context import Context, one_layer, through_cache
 from step_jax.models.layers.attention.core import attend
 from step_jax.models.layers.initialisation import Initialisation
 from step_jax.models.layers.norm import RMSNorm
-from step_jax.models.layers.positions import Rope, check, rotate
+from step_jax.models.layers.positions import Rope, check, rotate, rotate_queries
 from step_jax.ops.einsum import einsum
 
 
@@ -101,7 +101,8 @@ class MLA:
             latent_BTQ = einsum("BTD,DQ->BTQ", x_BTD, p.query_down_DQ)
             latent_BTQ = self.norm.apply(p.query_norm_Q, latent_BTQ)
             q_BTNH = einsum("BTQ,QNH->BTNH", latent_BTQ, p.query_up_QNH)
-        rotated_BTNE = rotate(self.position, q_BTNH[..., self.nope_dim :], ctx.tokens.places_BTA)
+        q_BTNE = q_BTNH[..., self.nope_dim :]
+        rotated_BTNE = rotate_queries(self.position, q_BTNE, ctx.tokens.places_BTA)
         return q_BTNH[..., : self.nope_dim], rotated_BTNE
 
     def apply(self, p: MLAParams, x_BTD, ctx: Context, cache=None):
@@ -125,7 +126,7 @@ class MLA:
             v,
             ctx,
             kv_positions_BS,
-            scale=(self.nope_dim + self.rope_dim) ** -0.5,
+            scale=(self.nope_dim + self.rope_dim) ** -0.5 * self.position.score_factor,
             window=self.window,
             position=self.position,
         )
