@@ -108,6 +108,13 @@ class Artifact:
             raise CheckpointError(f"{self.name} has no tokenizer: its model reads no text")
         return self.processor["tokenizer"]
 
+    @property
+    def context_of_text(self) -> int:
+        """``context``. Raises CheckpointError if the model is one of no text."""
+        if self.context is None:
+            raise CheckpointError(f"{self.name} does not say how many tokens a text may have")
+        return self.context
+
     def require[T](self, kind: type[T], purpose: str) -> T:
         """The model, if it is of this kind.
 

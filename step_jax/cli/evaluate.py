@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     model = artifact.require(Decoder, "step-jax eval")
     heldout, left_out = _text(config, artifact)
     rows = -(-config.batch_size // sharding.ways("batch")) * sharding.ways("batch")
-    evaluate = make_evaluator(model, artifact.execution, sharding, rows, artifact.context)
+    evaluate = make_evaluator(model, artifact.execution, sharding, rows, artifact.context_of_text)
     figures = evaluate(artifact.params, heldout)
     lossy = f"not available: the tokenizer loses text ({heldout.lossy})"
     baselines = {} if heldout.lossy else heldout.compressed_bits_per_byte()

@@ -18,6 +18,7 @@ from step_jax.trainers import LOOPS, is_file
 COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("step_jax.cli.plan", "compile a recipe for a pod: memory, speed, cost"),
     "generate": ("step_jax.cli.generate", "write text with a trained model"),
+    "export": ("step_jax.cli.export", "write a decoder as Hugging Face's libraries read it"),
     "sample-images": ("step_jax.cli.sample_images", "draw with a flow-matching model"),
     "eval": ("step_jax.cli.evaluate", "held-out loss, perplexity and bits per byte of a model"),
     "tokenize": ("step_jax.cli.tokenize", "train a tokenizer, or look at what one does"),

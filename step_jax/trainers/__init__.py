@@ -52,7 +52,7 @@ def find_loop(name: str) -> Loop:
       ConfigError: there is none, or the file lacks a part of one.
     """
     if name in LOOPS:
-        return importlib.import_module(LOOPS[name][0])  # type: ignore[return-value]
+        return importlib.import_module(LOOPS[name][0])
     if not is_file(name):
         close = difflib.get_close_matches(name, LOOPS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -67,4 +67,4 @@ def find_loop(name: str) -> Loop:
     spec.loader.exec_module(module)
     if missing := [part for part in ("Config", "program", "run") if not hasattr(module, part)]:
         raise ConfigError(f"{name} is no loop: it lacks {', '.join(missing)}")
-    return module  # type: ignore[return-value]
+    return module

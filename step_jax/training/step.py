@@ -148,7 +148,8 @@ def make_train_step(
         whole = _whole(out_of, trained, rows_and_key, accumulation)
 
         def micro(i):
-            grads, out = _gradient(out_of, trained, *rows_and_key(i), whole=whole)
+            rows, key = rows_and_key(i)
+            grads, out = _gradient(out_of, trained, rows, key, whole)
             return constrain(grads), out
 
         grads, out = _sum(micro, accumulation, lambda zeros: (constrain(zeros[0]), zeros[1]))
