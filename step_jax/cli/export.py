@@ -52,6 +52,7 @@ def main(argv: list[str]) -> None:
     artifact = load_artifact(name, Sharding.build(config.parallel), config.part)
     model = artifact.require(Decoder, "step-jax export")
     tokenizer, kept = artifact.processor.get("tokenizer"), artifact.directory / "tokenizer"
+    folder_of = kept if kept.is_dir() else artifact.directory
     exported = save_hf(
         folder,
         artifact.params,

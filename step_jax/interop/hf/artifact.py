@@ -35,8 +35,8 @@ def load_hf_artifact(path: str, sharding: Sharding, *, arrays: bool = True) -> A
     context = text.get("max_position_embeddings")
     if not isinstance(context, int) or context < 1:
         raise DataError(
-            f"{folder / 'config.json'}: max_position_embeddings is {context!r}; it must say how many "
-            "tokens a text may have"
+            f"{folder / 'config.json'}: max_position_embeddings is {context!r}; it must say how "
+            "many tokens a text may have"
         )
     return Artifact(
         name=f"hf:{path}",
