@@ -58,11 +58,7 @@ def main(argv: list[str]) -> None:
         artifact.params,
         model,
         dtype=config.dtype,
-        tokenizer_folder=None
-        if tokenizer is None
-        else kept
-        if kept.is_dir()
-        else artifact.directory,
+        tokenizer_folder=None if tokenizer is None else folder_of,
         context_length=artifact.context_of_text,
         bos_id=None if tokenizer is None else tokenizer.start_id,
         eos_ids=() if tokenizer is None else tokenizer.stop_ids,
