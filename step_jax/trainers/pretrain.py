@@ -135,6 +135,11 @@ class PretrainConfig:
         tokens = training.rows(T, 1) * T
         steps = training.total_steps(tokens)
         check_optimizer(self.optimizer, steps, steps * tokens)
+        if self.model.mtp is not None and not self.data.isolate:
+            raise ConfigError(
+                "model.mtp would predict across documents that data.isolate: false joins in a row, "
+                "where a batch does not tell them apart; set data.isolate: true"
+            )
         if self.data.tokenizer == TRAIN_TOKENIZER:
             with_vocabulary(self.model, self.data.vocab_size)
 
