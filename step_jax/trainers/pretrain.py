@@ -160,13 +160,24 @@ class Config:
         self.run.profile.check(steps)
         if self.model is None and self.init_from is None:
             raise ConfigError("give a model, or init_from: what to start from")
-        if self.model is not None and self.init_from is None and self.trains_tokenizer:
+        if self.model is not None:
+            check_documents(self.model, self.data)
+        if self.model is not None and self.trains_tokenizer:
             with_vocabulary(self.model, self.data.vocab_size)
 
     @property
     def trains_tokenizer(self) -> bool:
         """Whether the tokenizer is made of the text: none is named, nor comes with a model."""
         return self.data.tokenizer == TRAIN_TOKENIZER and self.init_from is None
+
+
+def check_documents(model: Decoder, data: DataConfig) -> None:
+    """Raises ConfigError for a model that must know where documents end, and data that do not say."""
+    if model.mtp is not None and not data.isolate:
+        raise ConfigError(
+            "model.mtp would predict across documents that data.isolate: false joins in a row, "
+            "where a batch does not tell them apart; set data.isolate: true"
+        )
 
 
 def run(config: Config, force: bool = False) -> dict[str, float]:
@@ -184,6 +195,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         begin = starting_point(
             config.model, config.init_from, sharding, Decoder, session.directory.path
         )
+        check_documents(begin.model, config.data)
         chosen = implementations(
             begin.model, config.execution, config.data.sequence_length, sharding
         )  # refuses before the data are prepared

@@ -162,7 +162,7 @@ def test_mfa_decoding_one_token_at_a_time(value):
             def step(cache, inputs):
                 x_BD, t = inputs
                 ctx_t = ctx.replace(
-                    positions_BT=jnp.full((B, 1), t),
+                    tokens=Tokens(jnp.full((B, 1), t)),
                     lengths_B=jnp.full((B,), t, jnp.int32),
                     layer=jnp.int32(0),
                 )

@@ -54,18 +54,22 @@ def packed_text_loss(c: Decoder, execution: Execution, sharding: Sharding, z_los
     Args:
       z_loss: coefficient of the squared log-partition.
     """
-    routers = [mixture.router for mixture in expert_health.mixtures(c)]
-    balanced = any(not r.frozen and (r.balance_loss or r.group_loss or r.z_loss) for r in routers)
-
-    def routing(stats) -> dict[str, jax.Array]:
-        return {"routing": expert_health.routing_loss(c, stats)}
+    joint = routing_loss(c)
 
     def loss(p: DecoderParams, batch: Mapping[str, Any]) -> LossOutput:
         ctx = Context(Tokens.packed(batch), sharding=sharding, execution=execution)
         parts, metrics, stats = token_parts(p, c, batch, ctx, z_loss)
-        return LossOutput(parts, metrics, stats, routing if balanced else None)
+        return LossOutput(parts, metrics, stats, joint)
 
     return loss
+
+
+def routing_loss(c: Decoder):
+    """What mixtures of experts add to the loss, as ``LossOutput.joint``; None if they add nothing."""
+    routers = [mixture.router for mixture in expert_health.mixtures(c)]
+    if all(r.frozen or not (r.balance_loss or r.group_loss or r.z_loss) for r in routers):
+        return None
+    return lambda stats: {"routing": expert_health.routing_loss(c, stats)}
 
 
 def token_parts(p: DecoderParams, c: Decoder, batch, ctx: Context, z_loss: float = 0.0):
