@@ -62,8 +62,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise _unknown(argv[0])
+        from step_jax.core.command_line import as_word
+
+        words = [as_word(word) for word in argv[1:]]  # refuses bytes that are no text
         module = importlib.import_module(COMMANDS[argv[0]][0])
-        return module.main(argv[1:]) or ExitCode.OK
+        return module.main(words) or ExitCode.OK
     except StepError as error:
         if os.environ.get("STEP_JAX_TRACEBACK"):
             raise

@@ -20,6 +20,7 @@ from typing import Any
 
 from step_jax.core import config, yaml_strict
 from step_jax.core.errors import ConfigError
+from step_jax.core.text import is_utf8, printable
 from step_jax.core.yaml_strict import (
     COMMAND_LINE,
     DEFAULT,
@@ -91,11 +92,10 @@ def as_word(value: object) -> str:
             f"{COMMAND_LINE}: {value!r} is {type(value).__name__}; an option takes text, a number, "
             "a boolean, None, a path, or a list or dictionary of these"
         )
-    if not yaml_strict.is_utf8(word):
-        shown = word.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    if not is_utf8(word):
         raise ConfigError(
-            f"{COMMAND_LINE}: {shown!r} is not UTF-8 text and cannot be kept with a run. Rename "
-            "the file or folder, or write the text as UTF-8"
+            f"{COMMAND_LINE}: {printable(word)!r} is not UTF-8 text and cannot be kept with a run. "
+            "Rename the file or folder, or write the text as UTF-8"
         )
     return word
 
