@@ -47,8 +47,15 @@ class GenerateConfig(SamplingConfig):
         if self.prompts_file is None:
             return self.prompt
         try:
-            lines = self.prompts_file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            data = self.prompts_file.read_bytes()
+            lines = data.decode().splitlines()
+        except UnicodeDecodeError as error:
+            line = data.count(b"\n", 0, error.start) + 1
+            raise ConfigError(
+                f"prompts file {self.prompts_file}, line {line}: byte 0x{data[error.start]:02x} is "
+                "not UTF-8 text; save the file as UTF-8"
+            ) from error
+        except OSError as error:
             raise ConfigError(f"prompts file {self.prompts_file}: {error}") from error
         prompts = tuple(line for line in lines if line.strip())
         if not prompts:

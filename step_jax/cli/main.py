@@ -63,7 +63,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"step-jax {__version__}")
         return ExitCode.OK
     try:
-        name, rest = argv[0], argv[1:]
+        from step_jax.core.command_line import as_word
+
+        name = argv[0]
+        rest = [as_word(word) for word in argv[1:]]  # refuses bytes that are no text
         if name in LOOPS or is_file(name):
             from step_jax.cli import loop
 

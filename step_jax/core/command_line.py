@@ -20,6 +20,7 @@ from typing import Any
 
 from step_jax.core import config, yaml_strict
 from step_jax.core.errors import ConfigError
+from step_jax.core.text import is_utf8, printable
 from step_jax.core.yaml_strict import (
     COMMAND_LINE,
     DEFAULT,
@@ -75,39 +76,40 @@ def load_config[T](
 
 
 def as_word(value: object) -> str:
-    """A word of a command line for a Python value. Raises ConfigError for what has none."""
-    if isinstance(value, str | Path):
-        word = str(value)
-    elif value is None or isinstance(value, bool):
-        word = {None: "null", True: "true", False: "false"}[value]
-    elif isinstance(value, numbers.Integral):  # numpy's numbers are registered as these
-        word = str(int(value))
-    elif isinstance(value, numbers.Real):
-        word = repr(float(value))
-    elif isinstance(value, list | tuple | dict):
-        word = json.dumps(value, default=_plain_number)
+    """A word of a command line for a Python value.
+
+    Raises:
+      ConfigError: there is none, or the text holds bytes that are not UTF-8.
+    """
+    value = _plain(value)
+    if isinstance(value, str):
+        word = value
+    elif isinstance(value, float):
+        word = repr(value)  # JSON writes infinities in a way of its own
     else:
+        word = json.dumps(value, default=_plain, ensure_ascii=False)
+    if not is_utf8(word):
         raise ConfigError(
-            f"{COMMAND_LINE}: {value!r} is {type(value).__name__}; an option takes text, a number, "
-            "a boolean, None, a path, or a list or dictionary of these"
-        )
-    if not yaml_strict.is_utf8(word):
-        shown = word.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        raise ConfigError(
-            f"{COMMAND_LINE}: {shown!r} is not UTF-8 text and cannot be kept with a run. Rename "
-            "the file or folder, or write the text as UTF-8"
+            f"{COMMAND_LINE}: {printable(word)!r} is not UTF-8 text and cannot be kept with a run. "
+            "Rename the file or folder, or write the text as UTF-8"
         )
     return word
 
 
-def _plain_number(value: object) -> object:
-    if isinstance(value, numbers.Integral):
+def _plain(value: object) -> object:
+    """A value as one that JSON knows. Raises ConfigError if there is none."""
+    if value is None or isinstance(value, str | bool | list | tuple | dict):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, numbers.Integral):  # numpy's numbers are registered as these
         return int(value)
     if isinstance(value, numbers.Real):
         return float(value)
-    if isinstance(value, Path):
-        return str(value)
-    raise ConfigError(f"{COMMAND_LINE}: {value!r} in a list is {type(value).__name__}")
+    raise ConfigError(
+        f"{COMMAND_LINE}: {value!r} is {type(value).__name__}; an option takes text, a number, "
+        "a boolean, None, a path, or a list or dictionary of these"
+    )
 
 
 @dataclass(frozen=True)

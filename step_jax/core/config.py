@@ -288,19 +288,18 @@ class _Converter:
 
 
 def _replaced(cls: Any, node: Mapping) -> set[str]:
-    """Keys that alternatives from a layer above put out of force."""
+    """Keys that are out of force because an alternative to them was set in a layer above."""
     alternatives: dict[str, tuple[str, ...]] = getattr(cls, "alternatives", {})
-    given = [key for key in alternatives if _is_set(node.entries.get(key))]
-    top = max((node.layers.get(key, 0) for key in given), default=0)
-    counting = [key for key in given if node.layers.get(key, 0) == top]
-    return {
-        key
-        for head, followers in alternatives.items()
-        if counting and head not in counting
-        for key in (head, *followers)
-        # one that stands beside the winner was meant: `validate` says that it does not fit
-        if node.layers.get(key, 0) < top or key not in node.entries
-    }
+
+    def layer(key: str) -> int:  # defaults lie below all files
+        return node.layers.get(key, 0) if key in node.entries else -1
+
+    given = [head for head in alternatives if _is_set(node.entries.get(head))]
+    replaced = set()
+    for head, followers in alternatives.items():
+        above = max((layer(other) for other in given if other != head), default=-1)
+        replaced |= {key for key in (head, *followers) if layer(key) < above}
+    return replaced
 
 
 def _is_set(node: Node | None) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from step_jax.core.errors import ConfigError
+from step_jax.core.text import is_utf8, printable
 
 BASE_KEY = "base"
 KIND_KEY = "kind"
@@ -53,15 +54,6 @@ class Mapping:
 
 
 Node = Scalar | Sequence | Mapping
-
-
-def is_utf8(text: str) -> bool:
-    """Whether text can be kept in a file: not if it holds bytes or halves of characters."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
@@ -112,7 +104,7 @@ def _convert(node: yaml.Node, name: str, seen: set[int]) -> Node:
         raise ConfigError(f"{origin}: tags such as '{node.tag}' are not supported")
     if isinstance(node, yaml.ScalarNode):
         if not is_utf8(node.value):  # half of a character, written as an escape
-            raise ConfigError(f"{origin}: {node.value!r} is not Unicode text")
+            raise ConfigError(f"{origin}: {printable(node.value)!r} is not Unicode text")
         return Scalar(node.value, node.style is not None, origin)
     if isinstance(node, yaml.SequenceNode):
         return Sequence(tuple(_convert(child, name, seen) for child in node.value), origin)

@@ -35,6 +35,7 @@ import numpy as np
 
 from step_jax.core.errors import DataError, DiskFullError
 from step_jax.core.files import write_whole
+from step_jax.core.text import printable
 from step_jax.data.config import TRAIN_TOKENIZER, DataConfig, Source
 from step_jax.data.files import (
     CACHE_TAG,
@@ -45,7 +46,6 @@ from step_jax.data.files import (
     count_skips,
     list_files,
     list_skips,
-    printable,
     root_of,
     stamp_of,
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from step_jax.core.errors import ConfigError
+from step_jax.core.text import is_utf8, printable
 
 PYTHON_STDLIB = "python:stdlib"
 TRAIN_TOKENIZER = "train"
@@ -104,6 +105,9 @@ class DataConfig:
             raise ConfigError("path and sources are both set: keep one of them")
         if self.sources and (self.format, self.text_field) != ("auto", "text"):
             raise ConfigError("format and text_field belong to path: give them in each source")
+        for path in (source.path for source in self._all_sources):
+            if not is_utf8(path):
+                raise ConfigError(f"{printable(path)!r} is not UTF-8: rename the file or folder")
         if self.sequence_length < 2:
             raise ConfigError(f"sequence_length is {self.sequence_length}; it must be >= 2")
         if not 0 <= self.heldout_fraction < 1:

@@ -17,6 +17,7 @@ import xxhash
 
 from step_jax.core.errors import DataError
 from step_jax.core.files import write_whole
+from step_jax.core.text import printable
 from step_jax.data.config import PYTHON_STDLIB, Source
 
 CACHE_TAG = "CACHEDIR.TAG"
@@ -99,8 +100,8 @@ def list_files(source: Source) -> tuple[list[SourceFile], list[Skip]]:
     root = root_of(source)
     try:
         is_file, exists = root.is_file(), root.exists()
-    except (OSError, ValueError) as error:  # no permission; a NUL byte in the path
-        raise DataError(f"data path {printable(source.path)!r} cannot be read: {error}") from error
+    except OSError as error:  # no permission on the way there
+        raise DataError(f"data path {source.path!r} cannot be read: {error.strerror}") from error
     if not exists:
         raise DataError(
             f"data path {source.path!r} does not exist. Give a file or a folder of text "
@@ -127,11 +128,6 @@ def list_files(source: Source) -> tuple[list[SourceFile], list[Skip]]:
             "Point data.path at a folder with text files"
         )
     return files, skips
-
-
-def printable(name: str) -> str:
-    """A file name as text that can be printed and stored."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def list_skips(skips: Sequence[Skip], most: int = 5) -> str:

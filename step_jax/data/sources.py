@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from step_jax.core.errors import DataError
-from step_jax.data.files import Skip, SourceFile, printable
+from step_jax.core.text import printable
+from step_jax.data.files import Skip, SourceFile
 
 _SNIFF_BYTES = 8192
 

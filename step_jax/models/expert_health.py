@@ -46,7 +46,7 @@ def report(c: Decoder, p: DecoderParams, stats: list[ExpertStats]) -> dict[str, 
 
     Args:
       p: float32 parameters.
-      stats: sums over the step's microbatches, as ``language_model_loss`` gives them.
+      stats: sums over the step's microbatches, as ``packed_text_loss`` gives them.
 
     Returns:
       Over all layers: ``moe/load_max`` and ``moe/load_min`` (the most and least loaded expert of

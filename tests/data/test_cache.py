@@ -169,6 +169,8 @@ def test_all_held_out(config, tmp_path):
     ("changes", "message"),
     [
         ({"path": "x", "sources": (Source("y"),)}, "path and sources"),
+        ({"text_field": "x", "sources": (Source("y"),)}, "text_field belong to path"),
+        ({"format": "text", "sources": (Source("y"),)}, "text_field belong to path"),
         ({"sequence_length": 1}, "sequence_length is 1"),
         ({"heldout_fraction": 1.0}, "heldout_fraction is 1.0"),
         ({"max_document_bytes": 0}, "max_document_bytes"),
