@@ -308,9 +308,9 @@ def header(
     tokens = dataset.batch_size * T
     need, limit = needed(train_step), available(jax.local_devices()[0])
     values: dict[str, Any] = {
-        "parameters": f"{spec_lib.count(specs):,}",
-        "active for a token": f"{spec_lib.count(specs, active=True):,}",
-        "of which in matrices": f"{spec_lib.count(specs, roles=('matrix',)):,}",
+        "parameters": spec_lib.count(specs),
+        "active for a token": spec_lib.count(specs, active=True),
+        "of which in matrices": spec_lib.count(specs, roles=("matrix",)),
         **chosen,
         "tokens per step": f"{tokens:,} ({dataset.batch_size} rows of {T})",
         "steps": f"{total_steps:,} ({total_steps * tokens:,} tokens, "

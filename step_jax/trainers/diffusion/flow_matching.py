@@ -121,7 +121,7 @@ def run(config: FlowMatchingConfig) -> dict[str, float]:
             compute_dtype=config.execution.dtype,
             seed=seed,
         )
-        header = {"parameters": f"{spec_lib.count(specs):,}", "steps": steps}
+        header = {"parameters": spec_lib.count(specs), "steps": steps}
         session.describe(config, steps, Work(rows), {}, header)
         for step in range(start, steps):
             batch = to_mesh(sharding, digits.batch(seed, step, rows, *part), rows, ROWS)
