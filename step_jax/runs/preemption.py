@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -70,7 +70,7 @@ class StopSignal:
         self._stop_at: int | None = None
         self._handlers: dict[int, Any] = {}
         self._interactive = is_interactive()
-        self._interrupts = 0
+        self._leaving: Literal["", "asked", "raised"] = ""  # by KeyboardInterrupt, once
         self._reader, self._writer = -1, -1
         self._old_wakeup = -1
 
@@ -127,8 +127,8 @@ class StopSignal:
                 self._processes.publish("decision", _FINISHED)
 
     def _in_main_thread(self, number: int, _: Any) -> None:
-        self._interrupts += number == signal.SIGINT
-        if self._interactive and self._interrupts > 1:
+        if self._leaving == "asked":
+            self._leaving = "raised"
             raise KeyboardInterrupt
 
     def _report(self, state: str) -> None:
@@ -156,16 +156,19 @@ class StopSignal:
         stays = self._interactive and number == signal.SIGINT  # see _in_main_thread
         if self._asked.is_set() and self._signal:
             if stays:
+                # Only this thread can count signals: the main thread is told of two as of one if it
+                # was not scheduled in between.
+                if not self._leaving:
+                    self._leaving = "asked"
+                    signal.pthread_kill(threading.main_thread().ident or 0, number)
                 return
             sys.stderr.write(f"second signal ({name}): exiting without saving\n")
             sys.stderr.flush()
             os._exit(128 + number)
         self._signal = self._signal or number
-        second = "a second one stops at once without saving"
+        code, second = self.exit_code, "a second one stops at once without saving"
         if not stays:
-            second = (
-                f"then exit code {self.exit_code}; a second signal exits at once without saving"
-            )
+            second = f"then exit code {code}; a second signal exits at once without saving"
         self._event(f"{name} received: saving at the next step, {second}")
         if not self._alone:
             self._processes.publish("request", str(number))
