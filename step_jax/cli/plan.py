@@ -6,9 +6,12 @@ import argparse
 import itertools
 import os
 from pathlib import Path
+from typing import Any
 
-from step_jax.core.command_line import load_config
+from step_jax.core import yaml_strict
+from step_jax.core.command_line import load_config, split
 from step_jax.core.errors import ConfigError
+from step_jax.trainers import DEFAULT, Loop, find_loop, is_file
 
 
 def main(argv: list[str]) -> None:
@@ -19,20 +22,19 @@ def main(argv: list[str]) -> None:
     from step_jax.planning.plan import make_plan
     from step_jax.runs.console import make_console
     from step_jax.runs.device_memory import DoesNotFit
-    from step_jax.trainers.pretrain import PretrainConfig
 
-    config = load_config(PretrainConfig, [*files, *overrides], prog="step-jax plan").config
+    loop, config = _load(files, overrides)
     if args.topology is None:
         raise ConfigError(f"say where: --topology NAME; there are:\n{topology_lib.describe_all()}")
     topology = topology_lib.parse(args.topology, args.slices)
     console = make_console(every=1)
     recipe = Path(files[-1]).stem
     if args.search or topology.devices is None:
-        found = search.search(config, topology, compiled=args.search)
+        found = search.search(loop, config, topology, compiled=args.search)
         search.show(found, topology, console)
         console.close()
         return
-    plan = make_plan(config, topology, recipe)
+    plan = make_plan(loop, config, topology, recipe)
     report.show(plan, console)
     name = f"{recipe}_{topology.name.replace(':', '_').replace(' ', '_')}"
     plan.save(args.output / f"{name}.json")
@@ -45,6 +47,28 @@ def main(argv: list[str]) -> None:
             f"{report.gigabytes(plan.memory_limit)} of a device of {topology.name} "
             "(--force for exit code 0 all the same; --search looks for what fits)"
         )
+
+
+def _load(files: list[str], overrides: list[str]) -> tuple[Loop, Any]:
+    """(loop, configuration) of a recipe, whose key ``loop`` names the loop or its file."""
+    name = _loop_of(files, overrides)
+    loop = find_loop(name or DEFAULT)
+    if name and is_file(name):  # what the file calls itself is what its configuration knows
+        overrides = [*overrides, "--loop", getattr(loop.Config, "loop", name)]
+    try:
+        return loop, load_config(loop.Config, [*files, *overrides], prog="step-jax plan").config
+    except ConfigError as error:
+        if name:
+            raise
+        raise ConfigError(f"{error}\n(read as of {DEFAULT}: the recipe has no `loop:`)") from None
+
+
+def _loop_of(files: list[str], overrides: list[str]) -> str | None:
+    """What the last of the files or flags that says so names as the loop."""
+    nodes = [yaml_strict.load_yaml(Path(file)).entries.get("loop") for file in files]
+    named = [node.text for node in nodes if isinstance(node, yaml_strict.Scalar)]
+    named += [words[0] for flag, words in split(overrides).flags if flag == "loop" and words]
+    return named[-1] if named else None
 
 
 def _before_jax(topology: str) -> None:
@@ -61,9 +85,10 @@ def _parse(argv: list[str]) -> tuple[list[str], argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="step-jax plan",
         usage="step-jax plan FILE.yaml --topology NAME [options] [--group.key VALUE ...]",
-        description="Compile a pretraining recipe's train step for a pod on this machine's CPU, "
-        "and say whether it fits, how fast it can go and what limits it. --group.key VALUE changes "
-        "the recipe; `step-jax pretrain FILE.yaml --help` lists them.",
+        description="Compile the train step of a recipe (of the loop that its key `loop` names, "
+        f"{DEFAULT} without one) for a pod on this machine's CPU, and say whether it fits, how "
+        "fast it can go and what limits it. --group.key VALUE changes the recipe; `step-jax LOOP "
+        "FILE.yaml --help` lists them.",
         allow_abbrev=False,
     )
     parser.add_argument("--topology", metavar="NAME", help="v5p:8x8x16, tpu7x:4x4x4, cpu:8, ...")

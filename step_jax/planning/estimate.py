@@ -1,6 +1,6 @@
-"""Memory and time of a step as expected before compiling, from the recipe and the mesh alone.
+"""Memory and time of a decoder's step as expected before compiling, from shapes and the mesh alone.
 
-Good enough to rank meshes; the compiled program has the last word.
+Good enough to rank meshes; the compiled program has the last word. Other models have no estimates.
 
 Shape suffixes as in the models: B rows, T tokens, D width.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,106 @@ from step_jax.models.context import Execution
 from step_jax.models.flops import attention_core_flops, forward_flops_per_token
 from step_jax.models.layers.expert_parallel import rows_needed
 from step_jax.models.layers.moe import MoE
+from step_jax.models.text.decoder import Decoder
 from step_jax.planning import roofline
 from step_jax.planning import topology as topology_lib
+from step_jax.planning.compiled import extent
 from step_jax.planning.topology import Topology
-from step_jax.trainers.pretrain import PretrainConfig, optimizer_and_state
+from step_jax.training.learner import Learner, Learning
+from step_jax.training.program import Program
+from step_jax.training.state import state_shardings
 
 Axes = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of a state on one device: parameters, those of them that learn, and what is beside."""
+
+    parameters: float
+    trained: float
+    optimizer: float
+    average: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """What estimates are made of: one decoder's step on a mesh.
+
+    Attributes:
+      rows, sequence: of a batch of texts.
+      accumulation: microbatches of it.
+    """
+
+    model: Decoder
+    execution: Execution
+    rows: int
+    sequence: int
+    accumulation: int
+    sharding: Sharding
+    held: Held
+
+    @property
+    def tokens(self) -> int:
+        """Of a step, over all devices."""
+        return self.rows * self.sequence
+
+    @property
+    def local_tokens(self) -> float:
+        """Of a step, on one device."""
+        return self.tokens / self.sharding.ways("batch") / self.sharding.ways("sequence")
+
+
+def case_of(
+    program: Program,
+    execution: Execution | None,
+    sharding: Sharding | None = None,
+    held: Held | None = None,
+) -> Case | None:
+    """The case of a program; None unless it is one decoder that learns from texts.
+
+    Args:
+      execution: how it is computed, None if that is not known.
+      sharding: another mesh than the program's.
+      held: ``held_bytes`` of it, if they are known.
+
+    Raises:
+      ConfigError: a size that the mesh does not divide.
+    """
+    rows, sequence = extent(program.schema)
+    models = list(program.models.values())
+    if len(models) != 1 or not isinstance(models[0], Decoder):
+        return None
+    if execution is None or rows is None or sequence is None:
+        return None
+    sharding = program.sharding if sharding is None else sharding
+    held = held_bytes(program, sharding) if held is None else held
+    return Case(models[0], execution, rows, sequence, program.accumulation, sharding, held)
+
+
+def held_bytes(program: Program, sharding: Sharding) -> Held:
+    """What a program's state takes of a device of a mesh."""
+    state, learnings = program.state_like, program.learnings
+    shardings = state_shardings(state, learnings, sharding)
+    total = [0.0] * 4
+    for name, how in learnings.items():
+        of_learner = _held(state.learners[name], shardings.learners[name], how)
+        total = [a + b for a, b in zip(total, of_learner, strict=True)]
+    return Held(*total)
+
+
+def _held(held: Learner, layout: Learner, how: Learning) -> list[float]:
+    def local(tree, layout) -> float:
+        pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(layout), strict=True)
+        return float(sum(math.prod(s.shard_shape(a.shape)) * a.dtype.itemsize for a, s in pairs))
+
+    trained = (spec_lib.trained(how.specs, tree) for tree in (held.params, layout.params))
+    return [
+        local(held.params, layout.params),
+        local(*trained),
+        local(held.opt_state, layout.opt_state),
+        local(held.average, layout.average),
+    ]
 
 
 @dataclass(frozen=True)
@@ -103,53 +197,26 @@ def _blocks(model, dtype: str, sharding: Sharding) -> tuple[_Block, ...]:
     return tuple(found)
 
 
-@functools.lru_cache(maxsize=512)
-def _state_bytes(config: PretrainConfig, sharding: Sharding, rows: int) -> tuple[float, ...]:
-    """Bytes on a device of (parameters, optimizer, moving average)."""
-    _, state = optimizer_and_state(config, sharding, rows)
-
-    def local(tree) -> float:
-        shapes = (
-            (a.sharding.shard_shape(a.shape), a.dtype.itemsize) for a in jax.tree.leaves(tree)
-        )
-        return float(sum(math.prod(shape) * itemsize for shape, itemsize in shapes))
-
-    return local(state.params), local(state.opt_state), local(state.ema)
-
-
-def local_tokens(config: PretrainConfig, sharding: Sharding, rows: int) -> float:
-    """Tokens of a step that one device has."""
-    return rows * config.data.sequence_length / sharding.ways("batch") / sharding.ways("sequence")
-
-
-def memory(config: PretrainConfig, sharding: Sharding, rows: int) -> dict[str, float]:
-    """Bytes of a device by class (see ``planning.memory.CLASSES``), as expected.
-
-    Raises:
-      ConfigError: a size that the mesh does not divide.
-    """
-    # of the state nothing depends on how the step is computed
-    plain = replace(
-        config, execution=Execution(), training=replace(config.training, accumulation=1)
-    )
-    parameters, optimizer, average = _state_bytes(plain, sharding, rows)
-    itemsize = jnp.dtype(config.execution.dtype).itemsize
-    copies = parameters / 4 * itemsize if itemsize < 4 else 0.0
-    local_BT = local_tokens(config, sharding, rows) / config.training.accumulation
-    blocks = _blocks(config.model, config.execution.dtype, sharding)
-    D = config.model.width
-    kept = {"full": 0.0, "dots": 1.0, "none": 2.5}[config.execution.remat]
+def memory(case: Case) -> dict[str, float]:
+    """Bytes of a device by class (see ``planning.memory.CLASSES``), as expected."""
+    execution, sharding, held = case.execution, case.sharding, case.held
+    itemsize = jnp.dtype(execution.dtype).itemsize
+    cast = itemsize / 4 if itemsize < 4 else 0.0  # copies in the compute dtype
+    local_BT = case.local_tokens / case.accumulation
+    blocks = _blocks(case.model, execution.dtype, sharding)
+    D, V = case.model.width, case.model.vocab
+    kept = {"full": 0.0, "dots": 1.0, "none": 2.5}[execution.remat]
     activations = sum(b.repeat * local_BT * (D * itemsize + kept * b.outputs) for b in blocks)
     widest = max(b.outputs for b in blocks)
-    logits = local_BT / config.execution.loss_chunks * config.model.vocab * 4
+    logits = local_BT / execution.loss_chunks * V * 4
     temporaries = max(b.nbytes for b in blocks) * 2
     temporaries += max(2 * logits / sharding.size("tensor"), 3 * local_BT * widest)
-    head = D * config.model.vocab / sharding.size("tensor")
+    head = D * V / sharding.size("tensor")
     temporaries += head * (4 + itemsize)  # the head's gradient is summed whole, see cross_entropy
     return {
-        "parameters": parameters + copies + average,
-        "optimizer": optimizer,
-        "gradients": parameters + copies,
+        "parameters": held.parameters * (1 + cast) + held.average,
+        "optimizer": held.optimizer,
+        "gradients": held.trained * (1 + cast),
         "activations": activations,
         "temporaries": temporaries,
         "gaps": 0.0,
@@ -160,64 +227,65 @@ def memory(config: PretrainConfig, sharding: Sharding, rows: int) -> dict[str, f
 # --- Time ---------------------------------------------------------------------------------------
 
 
-def bubble(config: PretrainConfig, sharding: Sharding, rows: int) -> tuple[int, float]:
+def bubble(rows: int | None, accumulation: int, sharding: Sharding) -> tuple[int, float]:
     """(microbatches of the pipeline, share of its steps that a device idles); (0, 0) without one.
+
+    Args:
+      rows: of a batch; None if it has no one number of them, and nothing is known.
 
     Raises:
       ConfigError: rows that do not make microbatches.
     """
     stages = sharding.size(pipeline.AXIS)
-    if stages == 1:
+    if stages == 1 or rows is None:
         return 0, 0.0
-    pieces = pipeline.microbatches(rows // config.training.accumulation, sharding)
+    pieces = pipeline.microbatches(rows // accumulation, sharding)
     return pieces, pipeline.bubble_fraction(stages, sharding.rounds, pieces)
 
 
-def expert_excess(config: PretrainConfig, sharding: Sharding, rows: int) -> float:
+def expert_excess(case: Case) -> float:
     """Operations of a step that a shard of experts has beyond an even load if its buffers are full.
 
     All others wait for it: the most that unlike loads can cost before assignments are dropped.
     """
-    shards = sharding.size("expert")
-    N = round(local_tokens(config, sharding, rows)) // config.training.accumulation
-    passes = 3 if config.execution.remat == "none" else 4  # no policy keeps the experts' products
+    shards = case.sharding.size("expert")
+    N = round(case.local_tokens) // case.accumulation
+    passes = 3 if case.execution.remat == "none" else 4  # no policy keeps the experts' products
     total = 0.0
-    for b in _blocks(config.model, config.execution.dtype, sharding):
+    for b in _blocks(case.model, case.execution.dtype, case.sharding):
         if b.experts is None:
             continue
         K, E = b.experts.router.top_k, b.experts.total
         full = rows_needed(N, K, shards, E // shards, b.experts.capacity) / (N * K)
         total += b.repeat * passes * b.expert_flops * (full - 1)
-    tokens = rows * config.data.sequence_length
-    return total * tokens / sharding.mesh.size
+    return total * case.tokens / case.sharding.mesh.size
 
 
-def operations(config: PretrainConfig, sharding: Sharding, rows: int) -> float:
+def operations(case: Case) -> float:
     """Operations of a step on one device: forward, backward, recomputed, and on padding."""
-    T, model, remat = config.data.sequence_length, config.model, config.execution.remat
+    T, model, remat = case.sequence, case.model, case.execution.remat
     forward = forward_flops_per_token(model, T)
-    blocks = _blocks(model, config.execution.dtype, sharding)
+    blocks = _blocks(model, case.execution.dtype, case.sharding)
     head = 2.0 * model.vocab * model.width  # computed with its gradients, once
     kernels = sum(b.repeat * b.expert_flops for b in blocks)
     kernels += sum(s.repeat * attention_core_flops(s.block, T) for s in model.trunk.walk())
     again = {"none": 0.0, "dots": kernels, "full": forward - head}[remat]
     if any(b.pipelined for b in blocks) and remat != "none":
         again += forward - head  # a stage is run again before its layers are
-    _, idle = bubble(config, sharding, rows)
+    _, idle = bubble(case.rows, case.accumulation, case.sharding)
     per_token = 3 * head + (3 * (forward - head) + again) / (1 - idle)
-    return rows * T * per_token / sharding.mesh.size
+    return case.tokens * per_token / case.sharding.mesh.size
 
 
-def sent(
-    config: PretrainConfig, topology: Topology, sharding: Sharding, rows: int
-) -> dict[Axes, float]:
+def sent(case: Case, topology: Topology) -> dict[Axes, float]:
     """Mesh axes -> bytes that a device sends along them in a step, as ``collectives.sent``."""
-    ragged = topology.devices is not None and has_ragged_all_to_all(topology.devices[0])
+    sharding = case.sharding
+    ragged = has_ragged_all_to_all(topology.devices[0])
     bytes_by: dict[Axes, float] = defaultdict(float)
-    itemsize = jnp.dtype(config.execution.dtype).itemsize
-    local_BT = local_tokens(config, sharding, rows)
-    pieces, idle = bubble(config, sharding, rows)
-    A, D, remat = config.training.accumulation, config.model.width, config.execution.remat
+    itemsize = jnp.dtype(case.execution.dtype).itemsize
+    local_BT = case.local_tokens
+    pieces, idle = bubble(case.rows, case.accumulation, sharding)
+    A, D, remat = case.accumulation, case.model.width, case.execution.remat
     tokens = (*sharding.mesh_axes("batch"), *sharding.mesh_axes("sequence"))
 
     def send(axes: Axes, nbytes: float, round_trips: int):
@@ -235,7 +303,7 @@ def sent(
             nbytes /= sharding.size(axis)
         send(tuple(a for a in along if a not in cut), nbytes, 2)
 
-    for b in _blocks(config.model, config.execution.dtype, sharding):
+    for b in _blocks(case.model, case.execution.dtype, sharding):
         turns, along, stretch = float(A * b.repeat), tokens, 1.0
         forwards = 1 if remat == "none" else 2
         if b.pipelined:
@@ -257,7 +325,7 @@ def sent(
         if b.experts is not None:
             axes, nbytes = _exchanged(b.experts, x * D * itemsize, sharding, forwards, ragged)
             bytes_by[axes] += nbytes
-    for s in jax.tree.leaves(config.model.specs(), is_leaf=spec_lib.is_spec):
+    for s in jax.tree.leaves(case.model.specs(), is_leaf=spec_lib.is_spec):
         if s.role in ("embedding", "head"):
             fsdp(_weight(s, sharding, itemsize), A, 1, tokens)
     if pieces:  # hidden states to the neighbour and rows to their stage, there and back
@@ -281,13 +349,12 @@ def _exchanged(
     return ("expert",), (forwards + 1) * nbytes * (K + room)
 
 
-def step_seconds(
-    config: PretrainConfig, topology: Topology, sharding: Sharding, rows: int
-) -> tuple[float, float]:
+def step_seconds(case: Case, topology: Topology) -> tuple[float, float]:
     """(all overlapped, communication overlapped with nothing) seconds of a step, as expected."""
-    compute = operations(config, sharding, rows) / roofline.peak(topology, config.execution.dtype)
+    sharding = case.sharding
+    compute = operations(case) / roofline.peak(topology, case.execution.dtype)
     network = []
-    for axes, nbytes in sent(config, topology, sharding, rows).items():
+    for axes, nbytes in sent(case, topology).items():
         network.append(nbytes / topology_lib.bandwidth(topology, sharding.mesh, axes))
         if topology.slices > 1 and topology_lib.crosses_slices(sharding.mesh, axes):
             # first inside every slice, so that each device has its part to send to the next one

@@ -152,7 +152,7 @@ def analyse(
     Args:
       module: the compiled program.
       assignment, live_range: see ``parse_assignment``.
-      parameter_shapes: a device's piece of every parameter of the model.
+      parameter_shapes: a device's piece of every parameter.
       program_bytes: size of the program itself, which lies in the same memory.
       compiler: the compiler's own total; None (it gave up) for that of its assignment.
     """
@@ -186,7 +186,7 @@ def analyse(
 
 
 def _argument_class(source: str) -> str:
-    if ".params" in source or ".ema" in source:
+    if ".params" in source or ".average" in source:
         return "parameters"
     return "optimizer" if ".opt_state" in source else "temporaries"
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from step_jax.core.errors import StepError
 from step_jax.core.sharding import Sharding
 from step_jax.planning import estimate, hlo
+from step_jax.planning.compiled import Loop, execution_of
 from step_jax.planning.memory import CLASSES, Buffer, largest, out_of_memory
 from step_jax.planning.plan import Plan, advice
-from step_jax.planning.program import resolved, rows_of
 from step_jax.runs.console import Console, duration, si
 from step_jax.runs.device_memory import DoesNotFit
-from step_jax.trainers.pretrain import PretrainConfig
 
 #: Okabe-Ito, which colour-blind readers can tell apart.
 _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#999999")
@@ -38,7 +38,7 @@ def show(plan: Plan, console: Console) -> None:
 def show_overflow(plan: Plan, console: Console) -> None:
     """Names the largest buffers of a plan that does not fit, and what would help."""
     console.table("the largest buffers", _buffers([Buffer(**b) for b in plan.buffers[:8]]))
-    for line in advice(plan.memory, plan.remat):
+    for line in plan.advice:
         console.line(f"would help: {line}")
 
 
@@ -49,40 +49,54 @@ def _buffers(buffers: list[Buffer]) -> dict[str, str]:
     }
 
 
-def overflow(config: PretrainConfig, error: DoesNotFit) -> str:
+def overflow(loop: Loop, config: Any, error: DoesNotFit) -> str:
     """The same for a step that was about to run on this process's devices, as text."""
-    sharding = Sharding.build(config.parallel)
-    config = resolved(config, sharding.mesh.size)
     if error.program is None:
         _, _, buffers = out_of_memory(str(error)) or (None, None, [])
     else:
         buffers = largest(hlo.parse(error.program.as_text() or ""))
     lines = [str(error), *(f"  {n:<12} {text}" for n, text in _buffers(buffers).items())]
-    classes = estimate.memory(config, sharding, rows_of(config, sharding))
-    lines += [f"would help: {line}" for line in advice(classes, config.execution.remat)]
+    lines += [f"would help: {line}" for line in _expected_advice(loop, config)]
     return "\n".join([*lines, "--force tries it all the same"])
+
+
+def _expected_advice(loop: Loop, config: Any) -> list[str]:
+    """What would help by the estimate; nothing for what has none."""
+    try:
+        program = loop.program(config, Sharding.build(config.parallel))
+    except StepError:  # a run may know what no plan does: the tokenizer's vocabulary
+        return []
+    case = estimate.case_of(program, execution_of(config))
+    return [] if case is None else advice(estimate.memory(case), config, case.sequence)
 
 
 def _what(plan: Plan) -> dict[str, str]:
     mesh = " x ".join(f"{a}={n}" for a, n in plan.mesh.items()) or "1 device"
     active = f", {si(plan.active)} active" if plan.active != plan.parameters else ""
+    trained = f", {si(plan.trained)} trained" if plan.trained != plan.parameters else ""
+    rows = ""
+    if plan.rows is not None and plan.sequence is not None:
+        rows = f" ({plan.rows:,} rows of {plan.sequence:,})"
+    remat = "" if plan.remat is None else f", remat {plan.remat}"
     return {
-        "parameters": f"{si(plan.parameters)}{active}",
+        "parameters": f"{si(plan.parameters)}{active}{trained}",
         "chips": f"{plan.chips:,} ({plan.devices:,} devices): {mesh}",
-        "a step": f"{plan.rows:,} rows of {plan.sequence:,} tokens, accumulation "
-        f"{plan.accumulation}, remat {plan.remat}",
+        "a step": f"{plan.work:,} {plan.unit}{rows}, accumulation {plan.accumulation}{remat}",
         "compiled in": f"{plan.compile_cpu_s:.0f} CPU-seconds",
     }
 
 
 def _memory(plan: Plan) -> dict[str, str]:
+    expected = plan.memory_estimate or {}
+
+    def before(nbytes: float | None) -> str:
+        return "" if nbytes is None else f"   before compiling: {gigabytes(nbytes)}"
+
     rows = {
-        name: f"{gigabytes(plan.memory[name]):>9}   before compiling: "
-        f"{gigabytes(plan.memory_estimate[name])}"
-        for name in CLASSES
+        name: f"{gigabytes(plan.memory[name]):>9}{before(expected.get(name))}" for name in CLASSES
     }
-    estimate = sum(plan.memory_estimate.values())
-    rows["sum"] = f"{gigabytes(plan.memory_total):>9}   before compiling: {gigabytes(estimate)}"
+    total = sum(expected.values()) if expected else None
+    rows["sum"] = f"{gigabytes(plan.memory_total):>9}{before(total)}"
     rows["compiler's total"] = (
         f"{gigabytes(plan.memory_compiler):>9}   the sum is "
         f"{plan.memory_total / plan.memory_compiler - 1:+.1%} of it"
@@ -94,11 +108,13 @@ def _memory(plan: Plan) -> dict[str, str]:
 
 
 def _work(plan: Plan) -> dict[str, str]:
-    rows = {
-        "operations": f"{si(plan.flops)}FLOP compiled, {si(plan.flops_model)}FLOP needed by the "
-        f"model (ratio {plan.flops / plan.flops_model:.3f})",
-        "memory traffic": f"{si(plan.traffic)}B",
-    }
+    compiled = f"{si(plan.flops)}FLOP compiled"
+    if plan.flops_model is not None:
+        compiled += (
+            f", {si(plan.flops_model)}FLOP needed by the model (ratio "
+            f"{plan.flops / plan.flops_model:.3f})"
+        )
+    rows = {"operations": compiled, "memory traffic": f"{si(plan.traffic)}B"}
     smallest = 1e-3 * max((c["nbytes"] for c in plan.collectives), default=0.0)
     for c in plan.collectives:
         if c["nbytes"] >= smallest:
@@ -124,10 +140,10 @@ def _time(plan: Plan) -> dict[str, str]:
     rows |= {
         "step": f"{duration(plan.step_s)} with perfect overlap, bound by {plan.bound_by}; "
         f"{duration(plan.serial_s)} with none for communication",
-        "MFU bound": f"{plan.mfu_bound:.1%}",
-        "tokens per day": si(plan.tokens_per_day),
-        "the run": f"{si(plan.tokens)} tokens in {plan.steps:,} steps: {plan.days:.3g} days, "
-        f"{si(plan.chip_hours)} chip-hours at least",
+        **({} if plan.mfu_bound is None else {"MFU bound": f"{plan.mfu_bound:.1%}"}),
+        f"{plan.unit} per day": si(plan.work_per_day),
+        "the run": f"{si(plan.work_total)} {plan.unit} in {plan.steps:,} steps: "
+        f"{plan.days:.3g} days, {si(plan.chip_hours)} chip-hours at least",
     }
     return rows
 
@@ -152,19 +168,18 @@ def draw(plan: Plan, path: Path) -> Path:
 
 
 def _draw_memory(plan: Plan, axes: Any) -> None:
-    rows = (
-        ("before compiling", plan.memory_estimate),
-        ("compiled program", plan.memory),
-    )
+    rows = [("compiled program", plan.memory)]
+    if plan.memory_estimate is not None:
+        rows.insert(0, ("before compiling", plan.memory_estimate))
+    last = len(rows) - 1
     for y, (_, classes) in enumerate(rows):
         left = 0.0
         for name, colour in zip(CLASSES, _COLOURS, strict=True):
-            width = classes[name] / 1e9
-            axes.barh(y, width, left=left, color=colour, label=name if y else None, height=0.6)
+            width, label = classes[name] / 1e9, name if y == last else None
+            axes.barh(y, width, left=left, color=colour, label=label, height=0.6)
             left += width
-    axes.plot(
-        [plan.memory_compiler / 1e9] * 2, [0.6, 1.4], color=_INK, lw=2, label="compiler's total"
-    )
+    total = [plan.memory_compiler / 1e9] * 2
+    axes.plot(total, [last - 0.4, last + 0.4], color=_INK, lw=2, label="compiler's total")
     if plan.memory_limit is not None:
         axes.axvline(plan.memory_limit / 1e9, color="#CC0000", ls="--", label="device has")
     axes.set_yticks(range(len(rows)), [name for name, _ in rows])
@@ -182,9 +197,8 @@ def _draw_time(plan: Plan, axes: Any) -> None:
     axes.barh(names, [times[n] for n in names], color=colours, height=0.6)
     for y, name in enumerate(names):
         axes.text(times[name], y, f" {duration(times[name])}", va="center", fontsize=7, color=_INK)
-    axes.set_xlabel(
-        f"seconds of a step, each alone; MFU at most {plan.mfu_bound:.1%}", fontsize=8, color=_MUTED
-    )
+    mfu = "" if plan.mfu_bound is None else f"; MFU at most {plan.mfu_bound:.1%}"
+    axes.set_xlabel(f"seconds of a step, each alone{mfu}", fontsize=8, color=_MUTED)
     _plain(axes)
 
 

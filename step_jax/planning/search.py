@@ -7,19 +7,19 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
-
-from jax.sharding import AbstractMesh, AxisType
+from typing import Any, Literal
 
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import AXES, MeshConfig, Sharding
+from step_jax.data.batches import abstract_batch
 from step_jax.models.flops import train_flops_per_token
+from step_jax.models.text.decoder import Decoder
 from step_jax.planning import estimate, roofline
+from step_jax.planning.compiled import Loop, check_rows, execution_of
 from step_jax.planning.plan import Plan, make_plan
-from step_jax.planning.program import rows_of, with_known_vocabulary
-from step_jax.planning.topology import Topology
+from step_jax.planning.topology import Topology, paper_devices
 from step_jax.runs.console import Console, duration
-from step_jax.trainers.pretrain import PretrainConfig
+from step_jax.training.program import Program
 
 COMPILED = 2  # of the best few
 SHOWN = 8
@@ -41,37 +41,50 @@ class Proposal:
     Attributes:
       flags: what to write after the recipe to get this variant, "" for the recipe itself.
       nbytes, step_s, serial_s: of a device; see ``estimate``.
+      mfu: the model's operations at ``step_s`` over the peak.
     """
 
-    config: PretrainConfig
+    config: Any
     flags: str
     nbytes: float
     step_s: float
     serial_s: float
+    mfu: float
     plan: Plan | None = None
 
 
-def variants(config: PretrainConfig, topology: Topology) -> Iterator[PretrainConfig]:
-    """Every variant that is considered, whether or not its sizes divide."""
-    for parallel in _meshes(config, topology):
-        for remat, accumulation in itertools.product(_REMAT, _ACCUMULATION):
-            yield replace(
-                config,
-                parallel=parallel,
-                execution=replace(config.execution, remat=remat),
-                training=replace(config.training, accumulation=accumulation),
+def variants(config: Any, case: estimate.Case, topology: Topology) -> Iterator[Any]:
+    """Every variant that is considered, whether or not its sizes divide.
+
+    Args:
+      case: of the recipe as it stands, on any mesh.
+    """
+    counts = _ACCUMULATION if _accumulation(config) else (None,)
+    for parallel in _meshes(config.parallel, case, topology):
+        for remat, accumulation in itertools.product(_REMAT, counts):
+            variant = replace(
+                config, parallel=parallel, execution=replace(config.execution, remat=remat)
             )
+            if accumulation:
+                training = replace(config.training, accumulation=accumulation)
+                variant = replace(variant, training=training)
+            yield variant
 
 
-def _meshes(config: PretrainConfig, topology: Topology) -> Iterator[MeshConfig]:
+def _accumulation(config: Any) -> int | None:
+    """None for a loop that always takes its batch at once."""
+    return getattr(getattr(config, "training", None), "accumulation", None)
+
+
+def _meshes(recipe: MeshConfig, case: estimate.Case, topology: Topology) -> Iterator[MeshConfig]:
     """Meshes of all devices, with the axes that the model can use."""
-    recipe, T = config.parallel, config.data.sequence_length
+    T = case.sequence
     contexts = {n for n in _CONTEXT if T % n == 0 and T // n >= _SHORTEST_PIECE}
-    repeat = config.model.trunk.largest_repeat
+    repeat = case.model.trunk.largest_repeat
     sizes = itertools.product(
         [n for n in _STAGES if repeat % n == 0],
         sorted({1, topology.slices}),
-        _divisors(_experts(config)),
+        _divisors(_experts(case.model)),
         sorted({1, recipe.context} | contexts),
         _TENSOR,
     )
@@ -93,11 +106,11 @@ def _meshes(config: PretrainConfig, topology: Topology) -> Iterator[MeshConfig]:
         )
 
 
-def _experts(config: PretrainConfig) -> int:
+def _experts(model: Decoder) -> int:
     """Into how many shards the experts of every layer can be cut; 1 without experts."""
     counts = [
         kind.count
-        for stack in config.model.trunk.walk()
+        for stack in model.trunk.walk()
         for kind in getattr(stack.block.mlp, "experts", ())
     ]
     return math.gcd(*counts) if counts else 1
@@ -107,73 +120,101 @@ def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-def _flags(variant: PretrainConfig, recipe: PretrainConfig) -> str:
+def _flags(variant: Any, recipe: Any) -> str:
     names = [*AXES, "pipeline_rounds", "pipeline_microbatches"]
     pairs = [
         (f"parallel.{name}", getattr(variant.parallel, name), getattr(recipe.parallel, name))
         for name in names
     ]
     pairs.append(("execution.remat", variant.execution.remat, recipe.execution.remat))
-    pairs.append(
-        ("training.accumulation", variant.training.accumulation, recipe.training.accumulation)
-    )
+    pairs.append(("training.accumulation", _accumulation(variant), _accumulation(recipe)))
     return " ".join(f"--{name} {new}" for name, new, old in pairs if new != old)
 
 
-def _on_paper(parallel: MeshConfig) -> Sharding:
-    """A sharding for arithmetic alone: nothing can be placed on its mesh."""
-    sizes = parallel.sizes()
-    mesh = AbstractMesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
-    )
-    return Sharding(
-        mesh,  # type: ignore[arg-type]
-        ring=parallel.ring,
-        rounds=parallel.pipeline_rounds,
-        microbatches=parallel.pipeline_microbatches,
-    )
-
-
 class _Estimator:
-    """Estimates variants of one recipe; what depends on the mesh alone is made once for each."""
+    """Estimates variants of one recipe; what depends on less than all of it is made once for each.
 
-    def __init__(self, config: PretrainConfig, topology: Topology):
-        self.recipe, self.topology = config, topology
-        self._paper = functools.cache(_on_paper)
-        self._real = functools.cache(lambda p: Sharding.build(p, topology.devices))
+    Of a program only the batch can depend on the mesh: on how many devices share its rows. So it is
+    made for a mesh of so many, on paper, and its state is laid out on the variant's own.
+    """
 
-    def __call__(self, variant: PretrainConfig) -> Proposal | None:
+    def __init__(self, loop: Loop, config: Any, topology: Topology):
+        self.loop, self.recipe, self.topology = loop, config, topology
+        self._sharding = functools.cache(lambda p: Sharding.build(p, topology.devices))
+        self._held = functools.cache(self._held_of)
+        self._programs: dict[tuple[int, int | None], Program | None] = {}
+
+    def program(self, config: Any, ways: int = 1) -> Program:
+        """The program of a configuration for ``ways`` devices that share the rows."""
+        parallel, kind = MeshConfig(data=ways), self.topology.devices[0]
+        devices = paper_devices(kind.platform, kind.device_kind, ways)
+        return self.loop.program(
+            replace(config, parallel=parallel), Sharding.build(parallel, devices)
+        )
+
+    def _known(self, variant: Any, ways: int) -> Program | None:
+        key = ways, _accumulation(variant)
+        if key not in self._programs:
+            try:
+                self._programs[key] = self.program(variant, ways)
+            except ConfigError:  # a size that does not divide
+                self._programs[key] = None
+        return self._programs[key]
+
+    def _held_of(self, parallel: MeshConfig) -> estimate.Held:
+        sharding = self._sharding(parallel)
+        program = next(p for p in self._programs.values() if p is not None)
+        return estimate.held_bytes(program, sharding)
+
+    def __call__(self, variant: Any) -> Proposal | None:
         """The variant with its estimates, None if it cannot be laid out."""
         try:
-            paper = self._paper(variant.parallel)
-            rows = rows_of(variant, paper)
-            nbytes = sum(estimate.memory(variant, paper, rows).values())
-            on_devices = self.topology.devices is not None
-            sharding = self._real(variant.parallel) if on_devices else paper
-            times = estimate.step_seconds(variant, self.topology, sharding, rows)
+            sharding = self._sharding(variant.parallel)
+            program = self._known(variant, sharding.ways("batch"))
+            if program is None:
+                return None
+            check_rows(program.schema, sharding, program.accumulation)
+            abstract_batch(sharding, program.schema)
+            held = self._held(variant.parallel)
+            case = estimate.case_of(program, variant.execution, sharding, held)
+            assert case is not None, "search() refuses what has no estimates"
+            nbytes = sum(estimate.memory(case).values())
+            step_s, serial_s = estimate.step_seconds(case, self.topology)
         except ConfigError:  # a size that does not divide
             return None
-        return Proposal(variant, _flags(variant, self.recipe), nbytes, *times)
+        flags = _flags(variant, self.recipe)
+        flops = case.tokens * train_flops_per_token(case.model, case.sequence)
+        peak = roofline.peak(self.topology, case.execution.dtype) * self.topology.count
+        return Proposal(variant, flags, nbytes, step_s, serial_s, flops / (step_s * peak))
 
 
-def search(config: PretrainConfig, topology: Topology, compiled: bool = True) -> list[Proposal]:
+def search(loop: Loop, config: Any, topology: Topology, compiled: bool = True) -> list[Proposal]:
     """The best proposals, those that fit first, then by time; the first few compiled.
 
     The recipe as it stands comes last if it can be laid out and is none of them.
 
     Raises:
-      ConfigError: no variant at all can be laid out on the topology.
+      ConfigError: no estimates for what the loop trains, or no variant at all can be laid out on
+        the topology.
     """
-    config = with_known_vocabulary(config)
-    estimated = _Estimator(config, topology)
-    found = [p for p in map(estimated, variants(config, topology)) if p is not None]
+    estimated = _Estimator(loop, config, topology)
+    program = estimated.program(config)
+    case = estimate.case_of(program, execution_of(config))
+    if case is None:
+        kinds = ", ".join(f"{n} ({type(m).__name__})" for n, m in program.models.items())
+        raise ConfigError(
+            f"only a single decoder of texts can be estimated before it is compiled; this loop "
+            f"trains {kinds}: give a mesh, and a topology that can be compiled for, without "
+            "--search"
+        )
+    found = [p for p in map(estimated, variants(config, case, topology)) if p is not None]
     if not found:
         raise ConfigError(f"no mesh of {topology.name} divides this model and its batch")
     limit = math.inf if topology.chip is None else MARGIN * topology.chip.hbm_bytes
     found.sort(key=lambda p: (p.nbytes > limit, p.serial_s if p.nbytes <= limit else p.nbytes))
     best = found[:SHOWN]
-    if compiled and topology.devices is not None:
-        plans = [(make_plan(p.config, topology), p) for p in best[:COMPILED]]
+    if compiled and not topology.on_paper:
+        plans = [(make_plan(loop, p.config, topology), p) for p in best[:COMPILED]]
         plans.sort(key=lambda pair: (not pair[0].fits, pair[0].serial_s))
         best[:COMPILED] = [replace(p, plan=plan) for plan, p in plans]
     return best + _as_it_stands(estimated, best)
@@ -200,20 +241,10 @@ def show(proposals: list[Proposal], topology: Topology, console: Console) -> Non
             fits = "fits" if p.plan.fits else "does not fit"
             text += (
                 f"; compiled: {p.plan.memory_compiler / 1e9:.3g} GB ({fits}), "
-                f"{duration(p.plan.step_s)} to {duration(p.plan.serial_s)}, MFU at most "
-                f"{p.plan.mfu_bound:.1%}"
+                f"{duration(p.plan.step_s)} to {duration(p.plan.serial_s)}"
             )
-        elif topology.chip is not None:
-            text += f", MFU at most {_mfu(p, topology):.1%}"
+        mfu = p.mfu if p.plan is None else p.plan.mfu_bound
+        if mfu is not None and (topology.chip is not None or p.plan is not None):
+            text += f", MFU at most {mfu:.1%}"
         rows[f"{n}. {p.flags or 'as it stands'}"] = text
     console.table(f"proposals for {topology.name}", rows)
-
-
-def _mfu(p: Proposal, topology: Topology) -> float:
-    """The model's operations at the estimated time over the peak."""
-    T, rows = (
-        p.config.data.sequence_length,
-        p.config.training.rows(p.config.data.sequence_length, 1),
-    )
-    flops = rows * T * train_flops_per_token(p.config.model, T) / topology.count
-    return flops / (p.step_s * roofline.peak(topology, p.config.execution.dtype))

@@ -47,7 +47,8 @@ class Topology:
       chips: what is rented: a TPU7x chip is two devices.
       slices: pods that only the data centre's network joins.
       torus: chips along each dimension of a slice, empty where there is no torus.
-      devices: abstract or host devices; None where nothing can be compiled here (GPUs).
+      devices: abstract or host devices, or such as stand on paper.
+      on_paper: whether nothing can be compiled for the devices here (GPUs).
     """
 
     name: str
@@ -57,7 +58,23 @@ class Topology:
     chips: int
     slices: int
     torus: tuple[int, ...]
-    devices: Sequence[Any] | None
+    devices: Sequence[Any]
+    on_paper: bool = False
+
+
+@dataclass(frozen=True)
+class PaperDevice:
+    """What stands for a device in a mesh where only shapes and layouts are asked for."""
+
+    id: int
+    platform: str
+    device_kind: str
+    process_index: int = 0
+
+
+def paper_devices(platform: str, kind: str, count: int) -> list[PaperDevice]:
+    """``count`` devices of a platform and kind, as JAX names them."""
+    return [PaperDevice(i, platform, kind) for i in range(count)]
 
 
 def describe_all() -> str:
@@ -86,7 +103,8 @@ def parse(name: str, slices: int = 1) -> Topology:
         chip = next((CHIPS[n] for n in GPUS if n.lower() == found[1]), None)
         if chip is not None and int(found[2]) >= 1:
             count = int(found[2])
-            return Topology(name, "gpu", chip, count, count, 1, (), None)
+            devices = paper_devices("gpu", f"NVIDIA {chip.name}", count)
+            return Topology(name, "gpu", chip, count, count, 1, (), devices, on_paper=True)
     raise ConfigError(f"no topology {name!r}; there are:\n{describe_all()}")
 
 

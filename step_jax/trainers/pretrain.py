@@ -172,7 +172,7 @@ class Config:
 
 
 def check_documents(model: Decoder, data: DataConfig) -> None:
-    """Raises ConfigError for a model that must know where documents end, and data that do not say."""
+    """Raises ConfigError for a model that must know documents, of data that do not tell them."""
     if model.mtp is not None and not data.isolate:
         raise ConfigError(
             "model.mtp would predict across documents that data.isolate: false joins in a row, "

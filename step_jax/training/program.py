@@ -51,6 +51,7 @@ class Program:
       total_steps: of the whole run.
       accumulation: microbatches of a step.
       work: of one step.
+      notes: what of the loop is not in the program, for its plan.
       state_like, batch_like: shapes, dtypes and shardings of the step's arguments.
       step: (state, batch) -> (state, metrics), jitted; the state is donated.
     """
@@ -62,6 +63,7 @@ class Program:
     total_steps: int
     accumulation: int
     work: Work
+    notes: tuple[str, ...]
     state_like: TrainState = field(repr=False)
     batch_like: Mapping[str, jax.ShapeDtypeStruct] = field(repr=False)
     step: Any = field(repr=False)
@@ -80,6 +82,7 @@ class Program:
         seed: int,
         accumulation: int = 1,
         report: Callable[[dict[str, Any], Any], dict[str, jax.Array]] | None = None,
+        notes: tuple[str, ...] = (),
     ) -> Program:
         """See ``make_train_step`` for the arguments.
 
@@ -106,6 +109,7 @@ class Program:
             total_steps=total_steps,
             accumulation=accumulation,
             work=work,
+            notes=notes,
             state_like=state_like,
             batch_like=abstract_batch(sharding, schema),
             step=jax.jit(step, donate_argnums=0, out_shardings=(layout, sharding.replicated())),

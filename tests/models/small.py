@@ -11,12 +11,13 @@ import numpy as np
 
 from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
 from step_jax.core.spec import map_specs
-from step_jax.models.context import Execution
+from step_jax.models.context import Context, Execution
 from step_jax.models.layers.attention import MFA, MHA, MLA
 from step_jax.models.layers.initialisation import Fixed
 from step_jax.models.layers.mlp import SwiGLU
 from step_jax.models.layers.norm import RMSNorm
 from step_jax.models.text.decoder import MTP, Block, Decoder, Group
+from step_jax.models.tokens import Tokens
 from step_jax.training.losses.text import routing_loss, token_parts
 from step_jax.training.step import LossOutput
 

@@ -29,10 +29,10 @@ def make(recipe: str, topology: str, flags: list[str]) -> dict[str, Any]:
     from step_jax.core.command_line import load_config
     from step_jax.planning import topology as topology_lib
     from step_jax.planning.plan import make_plan
-    from step_jax.trainers.pretrain import PretrainConfig
+    from step_jax.trainers import pretrain
 
-    config = load_config(PretrainConfig, [str(ROOT / recipe), *flags]).config
-    plan = make_plan(config, topology_lib.parse(topology), Path(recipe).stem)
+    config = load_config(pretrain.Config, [str(ROOT / recipe), *flags]).config
+    plan = make_plan(pretrain, config, topology_lib.parse(topology), Path(recipe).stem)
     return {"recipe": recipe, "topology": topology, "flags": flags} | figures(plan)
 
 

@@ -154,6 +154,7 @@ def make_program(config: Config, begin: Start, sharding: Sharding) -> Program:
             config.execution.dtype,
         ),
         seed=config.run.seed,
+        notes=("rollouts are a program of their own, which is not in these figures",),
     )
 
 

@@ -65,7 +65,7 @@ def packed_text_loss(c: Decoder, execution: Execution, sharding: Sharding, z_los
 
 
 def routing_loss(c: Decoder):
-    """What mixtures of experts add to the loss, as ``LossOutput.joint``; None if they add nothing."""
+    """What mixtures of experts add to a loss, as ``LossOutput.joint``; None for nothing."""
     routers = [mixture.router for mixture in expert_health.mixtures(c)]
     if all(r.frozen or not (r.balance_loss or r.group_loss or r.z_loss) for r in routers):
         return None
