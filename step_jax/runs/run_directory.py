@@ -128,16 +128,16 @@ class RunDirectory:
         """
         if not self.primary:
             return None
-        older = None
+        kept: Path | None = None
         if self.config.exists():
             if (before := self.config.read_text(encoding="utf-8")) == yaml_text:
                 return None
             number = 1
-            while (older := self.path / f"config.{number}.yaml").exists():
+            while (kept := self.path / f"config.{number}.yaml").exists():
                 number += 1
-            write_whole(older, before)
+            write_whole(kept, before)
         write_whole(self.config, yaml_text)  # a kill in between leaves a configuration
-        return older
+        return kept
 
 
 def is_locked(path: Path | str) -> bool:
