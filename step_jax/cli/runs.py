@@ -123,7 +123,7 @@ def summarise(directory: Path) -> dict[str, Any]:
         "status": status,
         "reason": reason,
         "steps": last.get("step"),
-        "trained": last.get(unit),
+        "trained": last.get(unit or ""),
         "unit": unit,
         "params": _number(_last(headers, "parameters")),
         "loss": last.get("loss"),

@@ -59,7 +59,8 @@ class MetricsLog:
         A line torn by a kill is forgotten too, and a ``resumed`` record is added.
         """
         self.close()
-        kept, dropped, newest = [], 0, {}
+        kept, dropped = [], 0
+        newest: dict[str, int] = {}
         for line in _lines(self.path):
             record = _parse(line)
             if record is not None and record["event"] in ("step", "eval"):

@@ -11,7 +11,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from step_jax.runs.console import si
 from step_jax.runs.metrics_log import read_metrics, work_unit
@@ -51,8 +51,8 @@ def series(records: Records, event: str, x: str, y: str, name: str | None = None
     else:
         trained = [(r["step"], r[x]) for r in records if r["event"] == "step" and x in r]
         points = [(_at(trained, r["step"]), r.get(y)) for r in chosen]
-    finite = sorted(p for p in points if _is_finite(p[0]) and _is_finite(p[1]))
-    return [float(p[0]) for p in finite], [float(p[1]) for p in finite]
+    finite = sorted((float(a), float(b)) for a, b in points if _is_finite(a) and _is_finite(b))
+    return [p[0] for p in finite], [p[1] for p in finite]
 
 
 def _at(trained: Sequence[tuple[int, float]], step: int) -> float | None:
@@ -68,7 +68,7 @@ def _at(trained: Sequence[tuple[int, float]], step: int) -> float | None:
     return x0 + (x1 - x0) * (step - s0) / (s1 - s0)
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 

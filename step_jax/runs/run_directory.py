@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -130,16 +131,15 @@ class RunDirectory:
         """
         if not self.primary:
             return None
-        older = None
+        kept = None
         if self.config.exists():
             if (before := self.config.read_text(encoding="utf-8")) == yaml_text:
                 return None
-            number = 1
-            while (older := self.path / f"config.{number}.yaml").exists():
-                number += 1
-            write_whole(older, before)
+            names = (self.path / f"config.{number}.yaml" for number in itertools.count(1))
+            kept = next(path for path in names if not path.exists())
+            write_whole(kept, before)
         write_whole(self.config, yaml_text)  # a kill in between leaves a configuration
-        return older
+        return kept
 
 
 def is_locked(path: Path | str) -> bool:

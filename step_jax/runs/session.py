@@ -22,6 +22,7 @@ from step_jax.core.config import config_hash, to_plain
 from step_jax.core.errors import CheckpointError, ConfigError, ExitCode, RestartRequested
 from step_jax.core.sharding import Sharding
 from step_jax.runs.history import continue_configuration
+from step_jax.runs.metrics_log import read_metrics
 from step_jax.runs.preemption import StopSignal
 from step_jax.runs.profiling import ProfileConfig, ProfilerWindow
 from step_jax.runs.reporter import LoggingConfig, Reporter, environment
@@ -143,8 +144,6 @@ class Session:
                     f"the checkpoints in {self.directory.checkpoints} (steps {steps}) are all "
                     "damaged: move them away to start afresh"
                 )
-            if self._again:  # it ended before its first checkpoint
-                self.reporter.resumed(0)
             key = rng.fold(self._run.seed, 0, "parameters")
             return program.initial_state(key, given), 0
         meta = self._checkpointer.meta(step)
@@ -153,7 +152,6 @@ class Session:
         check(meta, step)
         state, _ = self._checkpointer.restore(step, program.state_like)
         self._finished = step
-        self.reporter.resumed(step)
         return state, step
 
     def describe(
@@ -188,6 +186,8 @@ class Session:
         changed = continue_configuration(
             self.directory, config, self._finished, self._program.total_steps
         )
+        if self._again:
+            self.reporter.resumed(self._finished)
         if self.primary:
             for name, part in processor.items():
                 part.save(self.directory.path / name)
@@ -206,6 +206,12 @@ class Session:
         for text in changed:
             self.reporter.event(text)
         self._clock = time.perf_counter()
+
+    def recorded(self, step: int, name: str) -> bool:
+        """Whether an evaluation of this name was made after ``step`` steps, by this process's or
+        an earlier one's records."""
+        records = read_metrics(self.directory.metrics)
+        return any((r["event"], r["step"], r.get("name")) == ("eval", step, name) for r in records)
 
     # --- every step ----------------------------------------------------------------------------
 

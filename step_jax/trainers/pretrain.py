@@ -108,7 +108,7 @@ class Evaluation:
             )
 
     def due(self, step: int, total_steps: int) -> bool:
-        return bool(self.every_steps) and step % self.every_steps == 0 and step < total_steps
+        return bool(self.every_steps) and step % self.every_steps == 0 and 0 < step < total_steps
 
 
 @dataclass(frozen=True)
@@ -231,16 +231,22 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             config.data.sequence_length,
         )
         quick = dataset.heldout.subset(config.evaluation.tokens)
+
+        def score(step: int):
+            if config.evaluation.due(step, built.total_steps) and quick.documents:
+                with session.aside():
+                    figures = evaluate(best(state.learners[LEARNER]), quick)
+                    report.evaluation(step, figures | {"loss": figures["nll"]}, "heldout")
+
+        if not session.recorded(start, "heldout"):  # the run was killed while it was made
+            score(start)
         batches = dataset.iterate(start)
         for step in range(start, built.total_steps):
             batch = to_mesh(sharding, built.schema, next(batches))
             session.before(step)
             state, metrics = train_step(state, batch)
             session.finished(step + 1, state, metrics, batches.wait_seconds)
-            if config.evaluation.due(step + 1, built.total_steps) and quick.documents:
-                with session.aside():
-                    figures = evaluate(best(state.learners[LEARNER]), quick)
-                    report.evaluation(step + 1, figures | {"loss": figures["nll"]}, "heldout")
+            score(step + 1)
         batches.close()
         session.flush()
         return finish(session, config, dataset, evaluate, best(state.learners[LEARNER]))
