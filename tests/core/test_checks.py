@@ -17,6 +17,7 @@ from step_jax.models.text.decoder import Decoder
 from step_jax.models.vision.image_transformer import ImageTransformer
 from step_jax.runs.profiling import ProfileConfig
 from step_jax.runs.session import RunConfig
+from step_jax.training.optimizers.config import AdamW
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,6 +75,8 @@ def test_a_model_number_that_cannot_work_is_refused(attention, mlp, rest, messag
     ("schema", "text", "message"),
     [
         (Execution, "loss_chunks: 0", "loss_chunks is 0"),
+        (AdamW, "learning_rate: inf", "learning_rate is inf"),
+        (AdamW, "{learning_rate: 1, weight_decay: inf}", "weight_decay is inf"),
         (RMSNorm, "eps: -1e-5", "eps is -1e-05"),
         (
             ImageTransformer,

@@ -1,5 +1,6 @@
 """Typed configuration: conversion by declared type, precedence, messages, flags."""
 
+import importlib
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -458,6 +459,22 @@ def test_text_that_is_not_unicode_is_refused(write):
     shown = "command line: 'caf\\\\xe9' is not UTF-8 text"
     assert message(Run, ["--data.path", "caf\udce9"]).startswith(shown)
     assert message(Run, [write('data: {path: "\\ud800"}\n')]).startswith("x.yaml:1: ")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "flags"),
+    [
+        ("pretrain", "PretrainConfig", ["--model.width", "--data.path", "--training.steps"]),
+        ("rl.reinforce", "ReinforceConfig", ["--training.digits", "--init-from"]),
+        ("diffusion.flow_matching", "FlowMatchingConfig", ["--model.attention.heads"]),
+    ],
+)
+def test_every_loop_shows_its_help_without_a_recipe(module, name, flags, capsys):
+    schema = getattr(importlib.import_module(f"step_jax.trainers.{module}"), name)
+    with pytest.raises(SystemExit) as caught:
+        load_config(schema, ["--help"])
+    page = capsys.readouterr().out
+    assert caught.value.code == 0 and [flag for flag in flags if flag not in page] == []
 
 
 def test_help_without_a_file_shows_the_groups_that_a_file_must_give(capsys):

@@ -82,6 +82,7 @@ def test_run_leaves_everything_behind(straight):
     assert (straight / "plots" / "loss.png").stat().st_size > 1000
     assert (straight / "samples" / "step_8.txt").exists()
     assert (straight / "tokenizer/tokenizer.model").exists() and (straight / "config.yaml").exists()
+    assert (straight / "heldout" / "meta.json").exists()
 
 
 def test_resumed_run_repeats_the_undisturbed_one_bit_for_bit(straight, tmp_path, text, monkeypatch):
