@@ -189,9 +189,7 @@ class _Estimator:
         return Proposal(variant, flags, nbytes, step_s, serial_s, flops / (step_s * peak))
 
 
-def search(
-    loop: Loop, config: Any, topology: Topology, compiled: bool = True
-) -> list[Proposal]:
+def search(loop: Loop, config: Any, topology: Topology, compiled: bool = True) -> list[Proposal]:
     """The best proposals, those that fit first, then by time; the first few compiled.
 
     The recipe as it stands comes last if it can be laid out and is none of them.
@@ -251,4 +249,3 @@ def show(proposals: list[Proposal], topology: Topology, console: Console) -> Non
             text += f", MFU at most {mfu:.1%}"
         rows[f"{n}. {p.flags or 'as it stands'}"] = text
     console.table(f"proposals for {topology.name}", rows)
-
