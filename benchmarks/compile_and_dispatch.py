@@ -18,17 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from step_jax.models.context import Context, Execution
+from step_jax.core.sharding import MeshConfig, Sharding
+from step_jax.data.packing import text_schema
+from step_jax.models.context import Execution
 from step_jax.models.layers.attention import MFA
 from step_jax.models.layers.mlp import SwiGLU
 from step_jax.models.layers.norm import RMSNorm
 from step_jax.models.text.decoder import Block, Decoder, Group
-from step_jax.models.tokens import Tokens
-from step_jax.training.losses.text import language_model_loss
+from step_jax.training.learner import Learning
+from step_jax.training.losses.text import packed_text_loss
 from step_jax.training.optimizers.build import make_optimizer
 from step_jax.training.optimizers.config import AdamW
-from step_jax.training.state import abstract_state, init_state
-from step_jax.training.step import LossOutput, make_train_step
+from step_jax.training.program import Program, Work
 
 COMPILE_BAR = 1.15  # deep / shallow
 DISPATCH_BAR_MS = 1.0
@@ -40,15 +41,21 @@ def decoder(depth: int) -> Decoder:
     return Decoder(WIDTH, (Group(depth, (Block(attention, SwiGLU(128)),)),), VOCAB)
 
 
-def step_of(c: Decoder, remat: str):
-    """(jitted step with donation, optimizer)."""
-    optimizer = make_optimizer(AdamW(learning_rate=1e-3), c.specs(), total_steps=10_000)
-
-    def loss(params, batch, key):
-        ctx = Context(Tokens.packed(batch), execution=Execution(remat=remat))
-        return LossOutput(*language_model_loss(params, c, batch, ctx))
-
-    return jax.jit(make_train_step(loss, optimizer, clip_norm=1.0), donate_argnums=0), optimizer
+def program_of(depth: int, remat: str) -> Program:
+    c, sharding = decoder(depth), Sharding.build(MeshConfig(), jax.devices()[:1])
+    specs = c.specs()
+    optimizer = make_optimizer(AdamW(learning_rate=1e-3), specs, total_steps=10_000)
+    loss = packed_text_loss(c, Execution(remat=remat), sharding)
+    return Program.build(
+        lambda params, batch, key: loss(params["model"], batch),
+        {"model": c},
+        {"model": Learning(specs, specs, optimizer)},
+        text_schema(ROWS, LENGTH),
+        sharding,
+        total_steps=10_000,
+        work=Work(ROWS * LENGTH, dtype="bfloat16"),
+        seed=0,
+    )
 
 
 def batch():
@@ -63,28 +70,22 @@ def batch():
     }
 
 
-def compile_step(depth: int, remat: str):
-    """(CPU seconds of trace, lower and compile, compiled step, optimizer)."""
-    c = decoder(depth)
-    step, optimizer = step_of(c, remat)
-    state = abstract_state(c.specs(), optimizer)
+def compile_step(program: Program):
+    """(CPU seconds of trace, lower and compile, compiled step)."""
     times = [time.process_time()]
-    traced = step.trace(state, batch())
+    traced = program.step.trace(program.state_like, program.batch_like)
     times.append(time.process_time())
     lowered = traced.lower()
     times.append(time.process_time())
     compiled = lowered.compile()
     times.append(time.process_time())
-    return np.diff(times), compiled, optimizer
+    return np.diff(times), compiled
 
 
-def dispatch_ms(depth: int, compiled, optimizer, calls: int = 200) -> list[float]:
+def dispatch_ms(program: Program, compiled, calls: int = 200) -> list[float]:
     """CPU milliseconds of the calling thread for each call, the device idle before it."""
-    c = decoder(depth)
-    zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype), abstract_state(c.specs(), optimizer).params
-    )
-    state, rows, spent = init_state(zeros, optimizer), jax.device_put(batch()), []
+    state = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), program.state_like)
+    rows, spent = jax.device_put(batch()), []
     for _ in range(calls + 5):
         start = time.thread_time()
         state, _ = compiled(state, rows)
@@ -102,11 +103,12 @@ def main() -> int:
     a = parser.parse_args()
 
     print(f"jax {jax.__version__}, {jax.default_backend()}, remat {a.remat}")
-    compile_step(2, a.remat)  # imports and caches
+    compile_step(program_of(2, a.remat))  # imports and caches
     best: dict[int, np.ndarray] = {}
     for _ in range(a.repeats):
         for depth in (a.shallow, a.deep):
-            parts, compiled, optimizer = compile_step(depth, a.remat)
+            program = program_of(depth, a.remat)
+            parts, compiled = compile_step(program)
             if depth not in best or parts.sum() < best[depth].sum():
                 best[depth] = parts
     print(f"\n{'layers':>6} {'trace':>7} {'lower':>7} {'compile':>8} {'total':>7}  CPU-s")
@@ -115,7 +117,7 @@ def main() -> int:
     ratio = best[a.deep].sum() / best[a.shallow].sum()
     print(f"ratio {ratio:.3f} (bar {COMPILE_BAR})")
 
-    spent = sorted(dispatch_ms(a.deep, compiled, optimizer))
+    spent = sorted(dispatch_ms(program, compiled))
     median, p90 = statistics.median(spent), spent[int(0.9 * len(spent))]
     print(
         f"\nhost dispatch at {a.deep} layers: median {median:.3f} ms, 90th percentile {p90:.3f} ms"

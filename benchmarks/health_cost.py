@@ -13,7 +13,6 @@ Exits 1 if the median of the ratios is above 1.01.
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import statistics
 import sys
@@ -27,9 +26,7 @@ import numpy as np
 from step_jax.core import rng
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.data import DataConfig
-from step_jax.data.batches import abstract_batch
 from step_jax.data.packing import empty_batch
-from step_jax.models import expert_health
 from step_jax.models.context import Execution
 from step_jax.models.layers.attention import MFA
 from step_jax.models.layers.initialisation import Fixed
@@ -38,30 +35,27 @@ from step_jax.models.layers.routing import Router
 from step_jax.models.text.decoder import Block, Decoder, Group
 from step_jax.runs.expert_alarm import ExpertAlarm, ExpertHealth
 from step_jax.runs.session import RunConfig
-from step_jax.trainers.pretrain import PretrainConfig, Training, make_loss, optimizer_and_state
-from step_jax.training.compile import compile_initial_state, compile_train_step
+from step_jax.trainers import pretrain
+from step_jax.training.losses.text import packed_text_loss
+from step_jax.training.program import Program
 
 
-def compiled(config: PretrainConfig, sharding: Sharding, rows: int, report):
-    """(the train step, its state before the first one)."""
-    optimizer, state_like = optimizer_and_state(config, sharding, rows)
-    step = compile_train_step(
-        make_loss(config.model, config.execution, sharding),
-        optimizer,
-        sharding,
-        state_like,
-        abstract_batch(sharding, empty_batch(1, config.data.sequence_length, pad_id=0), rows),
-        clip_norm=config.optimizer.clip_norm,
-        compute_dtype=config.execution.dtype,
-        report=report,
+def without_report(config: pretrain.Config, program: Program) -> Program:
+    """The same program, which says nothing of its experts."""
+    loss = packed_text_loss(config.model, config.execution, program.sharding)
+    return Program.build(
+        lambda params, batch, key: loss(params[pretrain.LEARNER], batch),
+        program.models,
+        program.learnings,
+        program.schema,
+        program.sharding,
+        total_steps=program.total_steps,
+        work=program.work,
+        seed=config.run.seed,
     )
-    make = compile_initial_state(
-        lambda: config.model.initialise(rng.fold(0, 0, "parameters")), optimizer, state_like
-    )
-    return step, make()
 
 
-def batch_of(config: PretrainConfig, rows: int):
+def batch_of(config: pretrain.Config, rows: int):
     T = config.data.sequence_length
     batch = jax.tree.map(lambda a: np.array(a), empty_batch(rows, T, pad_id=0))
     tokens = np.random.default_rng(0).integers(1, config.model.vocab, (rows, T + 1))
@@ -74,8 +68,9 @@ def batch_of(config: PretrainConfig, rows: int):
 class Contender:
     """A step that is called again and again on what it made of its state."""
 
-    def __init__(self, step, state, batch):
-        self.step, self.state, self.batch = step, state, batch
+    def __init__(self, program: Program, batch):
+        self.step, self.batch = program.compile(), batch
+        self.state = program.initial_state(rng.fold(0, 0, "parameters"))
 
     def seconds(self) -> float:
         """CPU seconds of one step, its metrics read."""
@@ -108,20 +103,19 @@ def main() -> int:
     args = parse()
     router = Router(args.top_k, score="sigmoid", bias=True, bias_rate=1e-3)
     block = Block(MFA(args.heads, 64), MoE((Experts(args.experts, args.hidden),), router))
-    config = PretrainConfig(
+    config = pretrain.Config(
         run=RunConfig("unused"),
         model=Decoder(args.width, (Group(args.layers, (block,)),), args.vocab, init=Fixed(0.02)),
-        training=Training(steps=10_000, batch_size=args.rows),
+        training=pretrain.Training(steps=10_000, batch_size=args.rows),
         data=DataConfig(sequence_length=args.length),
         execution=Execution(dtype=args.dtype),
         parallel=MeshConfig(),
     )
     sharding = Sharding.build(config.parallel, jax.devices()[:1])
     batch = jax.device_put(batch_of(config, args.rows), sharding.mesh.devices.flat[0])
-    report = functools.partial(expert_health.report, config.model)
-    with_it, without = (
-        Contender(*compiled(config, sharding, args.rows, r), batch) for r in (report, None)
-    )
+    program = pretrain.program(config, sharding)
+    with_it = Contender(program, batch)
+    without = Contender(without_report(config, program), batch)
     for contender in (with_it, without):
         contender.seconds()
     turns = []

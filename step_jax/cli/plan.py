@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
     topology = topology_lib.parse(args.topology, args.slices)
     console = make_console(every=1)
     recipe = Path(files[-1]).stem
-    if args.search or topology.devices is None:
+    if args.search or topology.on_paper:
         found = search.search(loop, config, topology, compiled=args.search)
         search.show(found, topology, console)
         console.close()
@@ -85,10 +85,10 @@ def _parse(argv: list[str]) -> tuple[list[str], argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="step-jax plan",
         usage="step-jax plan FILE.yaml --topology NAME [options] [--group.key VALUE ...]",
-        description="Compile the train step of a recipe (of the loop that its key `loop` names, "
-        f"{DEFAULT} without one) for a pod on this machine's CPU, and say whether it fits, how "
-        "fast it can go and what limits it. --group.key VALUE changes the recipe; `step-jax LOOP "
-        "FILE.yaml --help` lists them.",
+        description="Compile the train step of a recipe, of the loop that its key `loop` names "
+        f"({DEFAULT} without one), for a pod on this machine's CPU, and say whether it fits, how "
+        "fast it can go and what limits it. --group.key VALUE changes the recipe; "
+        "`step-jax LOOP FILE.yaml --help` lists them.",
         allow_abbrev=False,
     )
     parser.add_argument("--topology", metavar="NAME", help="v5p:8x8x16, tpu7x:4x4x4, cpu:8, ...")

@@ -122,15 +122,18 @@ def compile_step(program: Program, topology: Topology) -> Compiled:
     with _dump() as folder:
         try:
             compiled = program.compile({"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True})
-            code_bytes = float(compiled.memory_analysis().generated_code_size_in_bytes)
+            if (memory := compiled.memory_analysis()) is not None:
+                code_bytes = float(memory.generated_code_size_in_bytes)
             memory_bytes = device_memory.needed(compiled)
         except jax.errors.JaxRuntimeError as error:
             if out_of_memory(str(error)) is None:
                 raise
             overflow = str(error)
         seconds = time.process_time() - start
-        dumped = [_read(folder, program.step.__name__, ending) for ending in _FILES]
-    return Compiled(program, *dumped, code_bytes, memory_bytes, seconds, overflow)
+        hlo_text, assignment, live = (_read(folder, program.step.__name__, f) for f in _FILES)
+    return Compiled(
+        program, hlo_text, assignment, live, code_bytes, memory_bytes, seconds, overflow
+    )
 
 
 _FILES = ("after_optimizations.txt", "-buffer-assignment.txt", "-live-range.txt")

@@ -12,14 +12,14 @@ import pytest
 from step_jax.cli.main import main
 from step_jax.core.command_line import load_config
 from step_jax.core.errors import ConfigError, ExitCode
-from step_jax.core.sharding import Sharding
 from step_jax.models.layers.moe import Experts, MoE
 from step_jax.models.layers.routing import Router
 from step_jax.planning import estimate, memory, report, topology
+from step_jax.planning.compiled import program_for, resolved
 from step_jax.planning.plan import advice, make_plan
 from step_jax.planning.roofline import Bound
 from step_jax.runs.console import make_console
-from step_jax.trainers.pretrain import PretrainConfig
+from step_jax.trainers import pretrain
 
 RECIPE = """
 run: {directory: unused}
@@ -48,12 +48,12 @@ def recipe(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(recipe):
-    return load_config(PretrainConfig, [str(recipe)]).config
+    return load_config(pretrain.Config, [str(recipe)]).config
 
 
 @pytest.fixture(scope="module")
 def plan(config):
-    return make_plan(config, topology.parse("cpu:8"), "small")
+    return make_plan(pretrain, config, topology.parse("cpu:8"), "small")
 
 
 def test_counts_of_the_compiled_step(plan):
@@ -79,8 +79,9 @@ def test_memory_classes_against_shapes_and_the_compiler(plan):
 
 
 def test_length_of_the_run(plan):
-    assert plan.tokens == plan.steps * 16 * 128 == pytest.approx(1e6, rel=0.01)
-    assert plan.days * plan.tokens_per_day == pytest.approx(plan.tokens)
+    assert (plan.unit, plan.work) == ("tokens", 16 * 128)
+    assert plan.work_total == plan.steps * plan.work == pytest.approx(1e6, rel=0.01)
+    assert plan.days * plan.work_per_day == pytest.approx(plan.work_total)
     assert plan.chip_hours == pytest.approx(plan.days * 24 * 8)
 
 
@@ -110,7 +111,7 @@ def test_command_prints_saves_and_draws(recipe, tmp_path, capsys):
         (["--topology", "cpu:8", "--slices", "2"], "cpu:8 has none"),
         (["--topology", "v5p:2x2x1", "--slices", "0"], "at least 1"),
         (["--topology", "cpu:4"], "does not match the 4 devices"),
-        (["--topology", "cpu:8", "--training.batch_size", "6"], "multiple of 4"),
+        (["--topology", "cpu:8", "--training.batch_size", "6"], "'batch' has size 6, which"),
         (["--topology", "cpu:8", "--training.accumulation", "8"], "multiple of 32"),
         (["--topology", "cpu:8", "--model.vocab", "0", "--data.tokenizer", "x"], "model.vocab"),
         (["--topology", "cpu:9999"], "xla_force_host_platform_device_count=9999"),
@@ -128,10 +129,18 @@ def test_gpus_are_planned_on_paper(recipe, capsys):
 
 
 def test_plan_that_does_not_fit_says_what_would_help(plan):
-    too_large = replace(plan, memory_limit=1e6, remat="none")
-    assert plan.fits and not too_large.fits
-    help_for = advice(too_large.memory, too_large.remat)
-    assert any("training.accumulation" in line for line in help_for)
+    assert plan.fits and not replace(plan, memory_limit=1e6).fits
+    assert any("training.accumulation" in line for line in plan.advice)
+
+
+def test_advice_names_settings_that_the_loop_has_and_that_still_help(config):
+    classes = dict.fromkeys(memory.CLASSES, 0.0) | {"activations": 2.0, "temporaries": 1.0}
+    settings = [line.split()[0].rstrip(":") for line in advice(classes, config, 128)]
+    assert "execution.remat" not in settings  # full already
+    assert {"training.accumulation", "parallel.context", "execution.loss_chunks"} <= set(settings)
+    short = replace(config, execution=replace(config.execution, remat="none"), training=None)
+    settings = [line.split()[0].rstrip(":") for line in advice(classes, short, None)]
+    assert settings == ["execution.remat", "parallel.tensor"]
 
 
 # --- Topologies ---------------------------------------------------------------------------------
@@ -205,6 +214,7 @@ def test_bubble_of_a_pipeline_is_in_the_bound(config, capsys):
     config = replace(config, execution=replace(config.execution, remat="none"))
     without, with_bubble = (
         make_plan(
+            pretrain,
             replace(config, parallel=replace(config.parallel, tensor=1, **sizes)),
             topology.parse("cpu:8"),
         )
@@ -235,8 +245,9 @@ def test_expert_bubble_is_what_full_buffers_cost(config):
     )
 
     def excess(config):
-        sharding = Sharding.build(config.parallel, topology.parse("cpu:8").devices)
-        return estimate.expert_excess(config, sharding, 16)
+        config = resolved(config, 8)
+        program = program_for(pretrain, config, topology.parse("cpu:8"))
+        return estimate.expert_excess(estimate.case_of(program, config.execution))
 
     once = 2 * (2 * 3 * 128 * 256) * 4 * 16 * 128 / 8  # top_k experts, 4 layers, tokens of a device
     assert excess(mixture) == pytest.approx(4 * once)  # twice the load, remat full

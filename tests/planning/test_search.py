@@ -9,9 +9,9 @@ import pytest
 from step_jax.cli.main import main
 from step_jax.core.command_line import load_config
 from step_jax.planning import estimate, search, topology
+from step_jax.planning.compiled import compile_step, program_for, resolved
 from step_jax.planning.plan import take_stock
-from step_jax.planning.program import compile_program, resolved
-from step_jax.trainers.pretrain import PretrainConfig
+from step_jax.trainers import pretrain
 
 RECIPE = """
 run: {directory: unused}
@@ -38,17 +38,23 @@ def recipe(tmp_path_factory):
     return str(path)
 
 
-def load(recipe: str, *flags: str) -> PretrainConfig:
-    return load_config(PretrainConfig, [recipe, *flags]).config
+def load(recipe: str, *flags: str) -> pretrain.Config:
+    return load_config(pretrain.Config, [recipe, *flags]).config
 
 
-def both(config: PretrainConfig, at: topology.Topology):
+def both(config: pretrain.Config, at: topology.Topology):
     """(plan, estimated bytes by mesh axes, estimated seconds without overlap)."""
     config = resolved(config, at.count)
-    program = compile_program(config, at)
-    where = at, program.sharding, program.rows
-    _, serial = estimate.step_seconds(config, *where)
-    return take_stock(config, at, program), estimate.sent(config, *where), serial
+    program = program_for(pretrain, config, at)
+    case = estimate.case_of(program, config.execution)
+    _, serial = estimate.step_seconds(case, at)
+    plan = take_stock(config, at, compile_step(program, at))
+    return plan, estimate.sent(case, at), serial
+
+
+def meshes_tried(config: pretrain.Config, at: topology.Topology):
+    case = estimate.case_of(program_for(pretrain, resolved(config, at.count), at), config.execution)
+    return {v.parallel for v in search.variants(config, case, at)}
 
 
 def test_estimate_counts_gathers_over_fsdp_and_context(recipe):
@@ -63,18 +69,18 @@ def test_estimate_counts_gathers_over_fsdp_and_context(recipe):
 
 def test_variants_use_the_axes_that_the_model_can(recipe):
     config = load(recipe, "--data.sequence_length", "8192")
-    meshes = {v.parallel for v in search.variants(config, topology.parse("cpu:8"))}
+    meshes = meshes_tried(config, topology.parse("cpu:8"))
     assert {m.context for m in meshes} == {1, 2, 4}  # pieces of at least 2048 tokens
     assert {m.pipeline for m in meshes} == {1, 2, 4, 8} == {m.expert for m in meshes}
     (group,) = config.model.layers
     odd = replace(config, model=replace(config.model, layers=(replace(group, repeat=7),)))
-    assert {v.parallel.pipeline for v in search.variants(odd, topology.parse("cpu:8"))} == {1}
+    assert {m.pipeline for m in meshes_tried(odd, topology.parse("cpu:8"))} == {1}
 
 
 def test_flags_of_a_proposal_give_its_variant(recipe):
     config = load(recipe)
     at = topology.parse("cpu:8")
-    found = search.search(config, at, compiled=False)
+    found = search.search(pretrain, config, at, compiled=False)
     assert len(found) == search.SHOWN + 1 and found[-1].flags == ""
     assert found[-1].config == resolved(config, at.count)
     for proposal in found[:-1]:

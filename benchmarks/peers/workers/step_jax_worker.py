@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import functools
-
 import protocol
 
 shape = protocol.arguments()
 
 import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from step_jax.core import rng  # noqa: E402
 from step_jax.core import spec as spec_lib  # noqa: E402
+from step_jax.core.sharding import MeshConfig, Sharding  # noqa: E402
+from step_jax.data.packing import text_schema  # noqa: E402
 from step_jax.models import expert_health  # noqa: E402
-from step_jax.models.context import Context, Execution  # noqa: E402
+from step_jax.models.context import Execution  # noqa: E402
 from step_jax.models.layers.attention import MHA  # noqa: E402
 from step_jax.models.layers.initialisation import Fixed  # noqa: E402
 from step_jax.models.layers.mlp import SwiGLU  # noqa: E402
 from step_jax.models.layers.moe import Experts, MoE  # noqa: E402
 from step_jax.models.layers.routing import Router  # noqa: E402
 from step_jax.models.text.decoder import Block, Decoder, Group  # noqa: E402
-from step_jax.models.tokens import Tokens  # noqa: E402
-from step_jax.training.losses.text import language_model_loss  # noqa: E402
+from step_jax.training.learner import Learning  # noqa: E402
+from step_jax.training.losses.text import packed_text_loss  # noqa: E402
 from step_jax.training.optimizers.build import make_optimizer  # noqa: E402
 from step_jax.training.optimizers.config import AdamW  # noqa: E402
+from step_jax.training.program import Program, Work  # noqa: E402
 from step_jax.training.schedules import Constant  # noqa: E402
-from step_jax.training.state import init_state  # noqa: E402
-from step_jax.training.step import LossOutput, make_train_step  # noqa: E402
 
 
 def mlp() -> SwiGLU | MoE:
@@ -46,24 +44,23 @@ def main() -> None:
         vocab=shape["vocab"],
         init=Fixed(0.02),
     )
-    execution = Execution(dtype=shape["dtype"])
-    config = AdamW(learning_rate=3e-4, schedule=Constant())
-
-    def loss(params, batch, key):
-        ctx = Context(Tokens.packed(batch), execution=execution)
-        return LossOutput(*language_model_loss(params, decoder, batch, ctx))
-
+    sharding = Sharding.build(MeshConfig(), jax.devices()[:1])
     specs = decoder.specs()
+    config = AdamW(learning_rate=3e-4, schedule=Constant())
     optimizer = make_optimizer(config, specs, total_steps=1000)
-    train_step = make_train_step(
-        loss,
-        optimizer,
-        clip_norm=config.clip_norm,
-        compute_dtype=jnp.dtype(shape["dtype"]),
-        report=functools.partial(expert_health.report, decoder),
+    text_loss = packed_text_loss(decoder, Execution(dtype=shape["dtype"]), sharding)
+    program = Program.build(
+        lambda params, batch, key: text_loss(params["model"], batch),
+        {"model": decoder},
+        {"model": Learning(specs, specs, optimizer)},
+        text_schema(shape["batch"], shape["seq"]),
+        sharding,
+        total_steps=1000,
+        work=Work(shape["batch"] * shape["seq"], dtype=shape["dtype"]),
+        seed=0,
+        report=lambda params, stats: expert_health.report(decoder, params["model"], stats),
     )
-    step = jax.jit(train_step, donate_argnums=0)
-    state = jax.jit(lambda k: init_state(decoder.initialise(k), optimizer))(rng.fold(0, 0, "init"))
+    step, state = program.step, program.initial_state(rng.fold(0, 0, "init"))
     rows = np.random.default_rng(0).integers(0, shape["vocab"], (shape["batch"], shape["seq"] + 1))
     batch = {
         "tokens": rows[:, :-1].astype(np.int32),

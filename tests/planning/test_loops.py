@@ -1,0 +1,222 @@
+"""Plans of loops other than pretraining, and of runs that start from an artifact."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from step_jax.checkpoint.checkpointer import Checkpointer
+from step_jax.cli.main import main
+from step_jax.core.command_line import load_config
+from step_jax.core.config import load_file
+from step_jax.core.errors import ConfigError, ExitCode
+from step_jax.core.sharding import MeshConfig
+from step_jax.planning import estimate, report, search, topology
+from step_jax.planning.compiled import program_for, resolved
+from step_jax.runs import device_memory
+from step_jax.trainers import pretrain
+from step_jax.trainers.diffusion import flow_matching
+from step_jax.trainers.rl import reinforce
+from tests.trainers.loops import run_loop
+
+TOYS = Path(__file__).parents[2] / "configs" / "toys"
+
+PRETRAIN = """
+run: {{directory: {run}, logging: {{sinks: []}}}}
+model:
+  width: 32
+  vocab: 260
+  layers:
+    - repeat: 2
+      blocks:
+        - attention: {{kind: mha, heads: 2, head_dim: 16}}
+          mlp: {{kind: swiglu, hidden: 32}}
+training: {{steps: 1, batch_size: 4}}
+data: {{path: {text}, sequence_length: 16, vocab_size: 260}}
+optimizer: {{kind: adamw, learning_rate: 1e-3, schedule: {{kind: constant}}}}
+execution: {{dtype: float32}}
+evaluation: {{every_steps: 0, tokens: 100}}
+sample: {{tokens: 0}}
+"""
+
+OWN = """
+from dataclasses import dataclass
+from typing import Literal
+
+from step_jax.trainers.diffusion import flow_matching
+from step_jax.trainers.rl import reinforce
+
+program, run = reinforce.program, reinforce.run
+
+
+@dataclass(frozen=True)
+class Config(reinforce.Config):
+    loop: Literal["sorting"] = "sorting"
+"""
+
+
+def planned(recipe, folder: Path, *flags: str) -> dict:
+    """What a plan on two simulated devices saved."""
+    argv = ["plan", str(recipe), "--topology", "cpu:2", "--output", str(folder), *flags]
+    assert main(argv) == 0
+    (saved,) = folder.glob("*.json")
+    assert saved.with_suffix(".png").stat().st_size > 10_000
+    return json.loads(saved.read_text())
+
+
+def test_plan_of_reinforce_says_that_rollouts_are_not_in_it(tmp_path, capsys):
+    plan = planned(TOYS / "reinforce.yaml", tmp_path)
+    assert (plan["unit"], plan["work"], plan["rows"], plan["sequence"]) == ("tokens", 3072, 512, 6)
+    assert 1.0 < plan["flops"] / plan["flops_model"] < 1.1
+    assert 0 < plan["memory_estimate"]["activations"] < 1.5 * plan["memory"]["activations"]
+    words = capsys.readouterr().out
+    assert "rollouts are a program of their own" in words and "tokens per day" in words
+
+
+def test_plan_of_flow_matching_leaves_out_what_does_not_exist(tmp_path, capsys):
+    plan = planned(TOYS / "flow_matching.yaml", tmp_path)
+    words = capsys.readouterr().out
+    assert plan["unit"] == "images" and "images per day" in words and "64 images, acc" in words
+    assert plan["work_total"] == 64 * 1200 and plan["collectives"] and plan["step_s"] > 0
+    for name in ("flops_model", "mfu_bound", "memory_estimate", "sequence", "expert_bubble"):
+        assert name not in plan
+    for text in ("before compiling", "MFU", "needed by the model", "tokens", " 0 rows"):
+        assert text not in words
+    # one device's half of weights and of their average, and of two moments
+    assert plan["memory"]["parameters"] == pytest.approx(plan["parameters"] * 2 * 4 / 2, rel=0.05)
+    assert plan["memory"]["optimizer"] == pytest.approx(plan["memory"]["parameters"], rel=0.05)
+
+
+def test_recipe_names_its_loop_by_a_file(tmp_path, capsys):
+    own = tmp_path / "own.py"
+    own.write_text(OWN)
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(
+        (TOYS / "reinforce.yaml").read_text().replace("loop: reinforce", f"loop: {own}")
+    )
+    assert main(["plan", str(recipe), "--topology", "gpu:h200x2"]) == 0
+    assert "proposals for gpu:h200x2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (["--loop", "reinforced"], "did you mean 'reinforce'?"),
+        (["--loop", "nowhere.py"], "nowhere.py is no file"),
+        (["--loop", "pretrain"], "prompts"),
+        (["--search"], "trains model (ImageTransformer)"),
+        (["--topology", "gpu:h200x8"], "only a single decoder of texts can be estimated"),
+    ],
+)
+def test_bad_input_is_refused(flags, words, capsys):
+    name = "reinforce" if flags[0] == "--loop" else "flow_matching"
+    argv = ["plan", str(TOYS / f"{name}.yaml"), "--topology", "cpu:2", *flags]
+    assert main(argv) == ExitCode.CONFIG
+    assert words in capsys.readouterr().err
+
+
+def test_recipe_without_a_loop_is_said_to_be_read_as_pretraining(tmp_path, capsys):
+    text = (TOYS / "reinforce.yaml").read_text().replace("loop: reinforce", "")
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert main(["plan", str(tmp_path / "recipe.yaml"), "--topology", "cpu:2"]) == ExitCode.CONFIG
+    assert "read as of pretrain: the recipe has no `loop:`" in capsys.readouterr().err
+
+
+def test_search_works_for_a_loop_that_takes_its_batch_at_once():
+    config = load_file(reinforce.Config, TOYS / "reinforce.yaml")
+    found = search.search(reinforce, config, topology.parse("cpu:2"), compiled=False)
+    assert found[0].flags and "accumulation" not in " ".join(p.flags for p in found)
+
+
+def test_search_on_paper_knows_the_devices_that_an_optimizer_asks_for():
+    flags = ["--optimizer.kind", "muon", "--training.steps", "3"]
+    recipe = [str(TOYS / "pretrain.yaml"), "--training.batch_size", "16", *flags]
+    config = load_config(pretrain.Config, recipe).config
+    found = search.search(pretrain, config, topology.parse("gpu:h200x2"))
+    assert found and all(p.plan is None for p in found)
+
+
+def test_batch_of_step_law_fits_every_mesh_that_is_tried():
+    config = load_file(pretrain.Config, TOYS / "pretrain.yaml")
+    config = replace(config, training=pretrain.Training(tokens=1e7))
+    at = topology.parse("gpu:h200x8")
+    for proposal in search.search(pretrain, config, at):
+        again = program_for(pretrain, resolved(proposal.config, 8), at)
+        case = estimate.case_of(again, proposal.config.execution)
+        assert sum(estimate.memory(case).values()) == proposal.nbytes
+
+
+# --- From an artifact ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "text").mkdir()
+    for n in range(20):
+        (folder / "text" / f"{n}.txt").write_text(f"the {n}th text of some words\n" * 20)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(PRETRAIN.format(run=folder / "run", text=folder / "text"))
+    run_loop("pretrain", str(recipe))
+    return recipe
+
+
+def test_run_from_an_artifact_is_planned_without_its_arrays(run, tmp_path, monkeypatch):
+    def restored(*_, **__):
+        raise AssertionError("a plan loads no arrays")
+
+    monkeypatch.setattr(Checkpointer, "restore", restored)
+    recipe = tmp_path / "more.yaml"
+    text = run.read_text()
+    model = text[text.index("model:") : text.index("training:")]
+    recipe.write_text(text.replace(model, f"init_from: {{artifact: {run.parent / 'run'}}}\n"))
+    plan = planned(recipe, tmp_path / "plans")
+    config = resolved(load_file(pretrain.Config, run), 2)
+    fresh = program_for(pretrain, config, topology.parse("cpu:2"))
+    assert plan["flops_model"] == fresh.work.flops / 2
+    expected = estimate.memory(estimate.case_of(fresh, config.execution))
+    assert plan["memory_estimate"] == expected
+
+
+def test_adapters_alone_have_gradients_and_moments_in_the_estimate(run):
+    flags = ["--init_from.artifact", str(run.parent / "run"), "--init_from.lora.rank", "2"]
+    at = topology.parse("cpu:2")
+    config, adapted = (
+        resolved(load_config(pretrain.Config, [str(run), *more]).config, 2) for more in ([], flags)
+    )
+    whole, few = (
+        estimate.memory(estimate.case_of(program_for(pretrain, c, at), c.execution))
+        for c in (config, adapted)
+    )
+    assert few["parameters"] > whole["parameters"]
+    assert few["gradients"] < 0.3 * whole["gradients"]
+    assert few["optimizer"] < 0.3 * whole["optimizer"]
+
+
+# --- A step that does not fit the devices of a run ----------------------------------------------
+
+
+@pytest.mark.parametrize("loop,advised", [(reinforce, True), (flow_matching, False)])
+def test_step_that_does_not_fit_names_its_largest_buffers(loop, advised):
+    config = load_file(loop.Config, TOYS / f"{loop.__name__.split('.')[-1]}.yaml")
+    step = jax.jit(lambda x: jnp.sin(x) @ x).lower(jnp.zeros((64, 64))).compile()
+    error = device_memory.DoesNotFit("a step needs too much", step)
+    text = report.overflow(loop, config, error)
+    assert "1. 1.64e-05 GB" in text and "f32[64,64]" in text and text.endswith("all the same")
+    assert ("would help: execution.remat" in text) == advised
+
+
+def test_overflow_of_a_program_that_no_plan_can_make_still_names_buffers():
+    def program(config, sharding):
+        raise ConfigError("a plan does not open the tokenizer")
+
+    error = device_memory.DoesNotFit("RESOURCE_EXHAUSTED: too much")
+    config = SimpleNamespace(parallel=MeshConfig(fsdp=-1))
+    text = report.overflow(SimpleNamespace(program=program), config, error)
+    assert text.startswith("RESOURCE_EXHAUSTED: too much") and "tokenizer" not in text
