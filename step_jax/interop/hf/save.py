@@ -314,6 +314,6 @@ def _write_safetensors(path: Path, entries: list[_Entry]) -> None:
     with open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for e in entries:
-            f.write(np.ascontiguousarray(e.read()).data.cast("B"))
+            f.write(np.ascontiguousarray(e.read()).reshape(-1).view(np.uint8).data)
         f.flush()
         os.fsync(f.fileno())
