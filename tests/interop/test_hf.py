@@ -203,16 +203,18 @@ def test_a_cached_decode_gives_the_logits_of_transformers(name):
     """The factors of YaRN and the biases, through caches and absorbed projections."""
     g, config, params = load(name)
 
-    def decode(params, tokens_BT):
-        cache, out = config.init_cache(*tokens_BT.shape, jnp.float32), []
-        for t in range(tokens_BT.shape[1]):
-            position_B1 = jnp.full((tokens_BT.shape[0], 1), t)
-            ctx = Context(position_B1, execution=Execution(dtype="float32"))
-            x_B1D, cache, _ = config.hidden(params, tokens_BT[:, t : t + 1], ctx, cache)
-            out.append(config.logits(params, x_B1D, ctx))
-        return jnp.concatenate(out, axis=1)
+    def step(params, token_B1, position, cache):
+        position_B1 = jnp.broadcast_to(position, token_B1.shape)
+        ctx = Context(position_B1, execution=Execution(dtype="float32"))
+        x_B1D, cache, _ = config.hidden(params, token_B1, ctx, cache)
+        return config.logits(params, x_B1D, ctx), cache
 
-    got = np.asarray(jax.jit(decode, compiler_options=FAST)(params, g.tokens_BT[:, :9]))
+    step, cache = jax.jit(step, compiler_options=FAST), config.init_cache(2, 9, jnp.float32)
+    got = []
+    for t in range(9):
+        logits_B1V, cache = step(params, g.tokens_BT[:, t : t + 1], t, cache)
+        got.append(logits_B1V)
+    got = np.concatenate(got, axis=1)
     np.testing.assert_allclose(got, g.logits_BTV[:, :9], atol=1e-5 * np.abs(g.logits_BTV).max())
 
 

@@ -354,7 +354,14 @@ FAMILIES = {
     "qwen3": Family("Qwen3ForCausalLM", _qwen3),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", _qwen3_moe),
     "deepseek_v3": Family("DeepseekV3ForCausalLM", _deepseek_v3),
-    "step3p5": Family("Step3p5ForCausalLM", _step, zero_centred=True, auto_class=None),
+    "step3p5": Family(
+        "Step3p5ForCausalLM",
+        _step,
+        zero_centred=True,
+        auto_class=None,
+        note="`transformers` (5.24) has this architecture only within Step3p7ForConditionalGeneration; "
+        "Step3p5ForCausalLM is the class of the released model's own code and of serving engines",
+    ),
 }
 
 

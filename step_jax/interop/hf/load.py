@@ -1,8 +1,8 @@
 """From tensors of the Hugging Face layout to parameters, straight to the devices that hold them.
 
 A tensor is read once, and each device is handed its own part of it in the file's type and order.
-Turning, reordering and widening happen there, in place in the parameter: the host never holds more
-than one tensor.
+Turning, reordering and widening happen there, in place in the parameter: beside what devices hold,
+the host never has more than one tensor.
 """
 
 from __future__ import annotations
@@ -154,11 +154,10 @@ class _Leaf:
     def __init__(self, spec: ParamSpec, sharding: Sharding):
         self.spec = spec
         self.sharding = sharding.named(spec.axes, spec.shape)
-        self.shards = {}
-        for device, index in self.sharding.addressable_devices_indices_map(spec.shape).items():
-            bounds = [s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True)]
-            shape = tuple(stop - start for start, stop in bounds)
-            self.shards[device] = (bounds, jnp.zeros(shape, spec.dtype, device=device))
+        self.shards = [
+            _Shard(device, [s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True)], spec)
+            for device, index in self.sharding.addressable_devices_indices_map(spec.shape).items()
+        ]
 
     def fill(self, tensor: Tensor, order: np.ndarray, view: np.ndarray) -> None:
         """Writes the leaf's part of one tensor to the devices whose shards it belongs to.
@@ -168,8 +167,8 @@ class _Leaf:
           view: the tensor with the axes of ``Tensor.apart``.
         """
         stacked = len(tensor.place)
-        for device, (bounds, shard) in self.shards.items():
-            lead, rest = bounds[:stacked], bounds[stacked:]
+        for shard in self.shards:
+            lead, rest = shard.bounds[:stacked], shard.bounds[stacked:]
             if any(not a <= i < b for i, (a, b) in zip(tensor.place, lead, strict=True)):
                 continue
             wanted = order[slice(*rest[-1])]
@@ -177,29 +176,61 @@ class _Leaf:
             rest = [*rest[:-1], (first, int(wanted.max()) + 1)]
             part = view[tuple(slice(*rest[axis]) for axis in tensor.axes)]
             wanted = tuple((wanted - first).tolist())
-            start = (*(i - a for i, (a, _) in zip(tensor.place, lead, strict=True)),)
-            shard, finite = _write(
-                shard,
-                jax.device_put(part, device),
-                np.asarray(start + (0,) * len(rest), np.int32),
-                axes=tensor.axes,
-                order=None if wanted == tuple(range(len(wanted))) else wanted,
-            )
-            if not finite:  # waits, so that the host need not hold the next tensor as well
+            in_order = wanted == tuple(range(len(wanted)))
+            place = [i - a for i, (a, _) in zip(tensor.place, lead, strict=True)]
+            if not shard.write(part, place, tensor.axes, None if in_order else wanted):
                 raise CheckpointError(f"{tensor.name} holds NaN or infinite values")
-            self.shards[device] = (bounds, shard)
 
     def array(self) -> jax.Array:
-        shards = [shard for _, shard in self.shards.values()]
+        shards = [jax.device_put(shard.array, shard.device) for shard in self.shards]
         return jax.make_array_from_single_device_arrays(self.spec.shape, self.sharding, shards)
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnames=("axes", "order"))
-def _write(shard, part, start, *, axes, order):
-    """(``shard`` with ``part``, turned to our axes, at ``start``; whether all of it is finite)."""
-    ours = jnp.transpose(part, np.argsort(axes))
+class _Shard:
+    """One device's part of a parameter, within ``bounds`` of every axis.
+
+    A CPU's memory is the host's, where NumPy writes in place without a compilation.
+    """
+
+    def __init__(self, device: jax.Device, bounds: list[tuple[int, int]], spec: ParamSpec):
+        self.device, self.bounds = device, bounds
+        shape = tuple(stop - start for start, stop in bounds)
+        self.on_host = _on_host(device)
+        self.array: Any = (
+            np.zeros(shape, spec.dtype)
+            if self.on_host
+            else jnp.zeros(shape, spec.dtype, device=device)
+        )
+
+    def write(self, part: np.ndarray, place: list[int], axes, order) -> bool:
+        """Puts ``part``, turned to our axes, at a place on the leading ones; is all of it finite?
+
+        Waits for it, so that the host need not hold the next tensor as well.
+        """
+        if self.on_host:
+            ours, finite = _turn(np, part, axes, order)
+            self.array[tuple(place)] = ours
+            return bool(finite)
+        start = np.asarray(place + [0] * (self.array.ndim - len(place)), np.int32)
+        part = jax.device_put(part, self.device)
+        self.array, finite = _write_there(self.array, part, start, axes=axes, order=order)
+        return bool(finite)
+
+
+def _on_host(device: jax.Device) -> bool:
+    return device.platform == "cpu"
+
+
+def _turn(xp, part, axes, order):
+    """(``part`` with our order of axes and coordinates, whether all of it is finite)."""
+    ours = xp.transpose(part, np.argsort(axes))
     if order is not None:
         ours = ours[..., np.asarray(order)]
-    finite = jnp.isfinite(ours).all()
+    return ours, xp.isfinite(part).all()
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames=("axes", "order"))
+def _write_there(shard, part, start, *, axes, order):
+    ours, finite = _turn(jnp, part, axes, order)
     ours = ours.astype(shard.dtype).reshape((1,) * (shard.ndim - ours.ndim) + ours.shape)
     return jax.lax.dynamic_update_slice(shard, ours, start), finite

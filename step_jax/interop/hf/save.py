@@ -234,37 +234,43 @@ def _check_leaves(leaves: dict[str, Any], specs) -> None:
 
 def _fetch(tensor: Tensor, leaves: tuple[Any, ...], dtype: np.dtype) -> np.ndarray:
     """The tensor as it is written, turned and narrowed where its leaves lie."""
-    place = np.asarray(tensor.place, np.int32)
-    if not isinstance(leaves[0], jax.Array):  # else all layers would go to a device for one
-        leaves, place = tuple(np.asarray(a)[tensor.place] for a in leaves), place[:0]
     order = tuple(np.argsort(tensor.order).tolist()) if tensor.reorder else None
-    with jax.transfer_guard("allow"):
-        theirs, fits = _turn(leaves, place, axes=tensor.axes, order=order, dtype=dtype)
-    if not fits[0]:
-        raise CheckpointError(
-            f"{tensor.name} ({', '.join(tensor.leaves)}) holds NaN or infinite values"
-        )
-    if not fits[1]:
-        raise CheckpointError(
-            f"{tensor.name} ({', '.join(tensor.leaves)}) holds values too large for {dtype}: "
-            "export as float32"
-        )
+    if all(map(_on_host, leaves)):
+        parts = [np.asarray(leaf)[tensor.place] for leaf in leaves]
+        with np.errstate(over="ignore"):
+            theirs, *finite = _turn(np, parts, tensor.axes, order, dtype)
+    else:
+        place = np.asarray(tensor.place, np.int32)
+        theirs, *finite = _turn_there(leaves, place, axes=tensor.axes, order=order, dtype=dtype)
+    what = f"{tensor.name} ({', '.join(tensor.leaves)}) holds"
+    if not finite[0]:
+        raise CheckpointError(f"{what} NaN or infinite values")
+    if not finite[1]:
+        raise CheckpointError(f"{what} values too large for {dtype}: export as float32")
     return np.asarray(theirs).reshape(tensor.their_shape)
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "order", "dtype"))
-def _turn(leaves, place, *, axes, order, dtype):
-    """(the tensor of ``dtype`` with their order of axes, (was it finite, is it still))."""
-    parts = []
-    for leaf in leaves:
-        for i in range(place.shape[0]):
-            leaf = jax.lax.dynamic_index_in_dim(leaf, place[i], keepdims=False)
-        parts.append(leaf)
-    ours = jnp.concatenate(parts, -1)
+def _on_host(leaf: Any) -> bool:
+    """Whether NumPy sees the array as it is, without a copy."""
+    if not isinstance(leaf, jax.Array):
+        return True
+    return len(leaf.devices()) == 1 and next(iter(leaf.devices())).platform == "cpu"
+
+
+def _turn(xp, parts, axes, order, dtype):
+    """(the tensor of ``dtype`` with their order of axes, whether it was finite, and still is)."""
+    ours = parts[0] if len(parts) == 1 else xp.concatenate(parts, -1)
     if order is not None:
         ours = ours[..., np.asarray(order)]
-    theirs = jnp.transpose(ours, axes).astype(dtype)
-    return theirs, (jnp.isfinite(ours).all(), jnp.isfinite(theirs).all())
+    theirs = xp.transpose(ours, axes).astype(dtype)
+    return theirs, xp.isfinite(ours).all(), xp.isfinite(theirs).all()
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "order", "dtype"))
+def _turn_there(leaves, place, *, axes, order, dtype):
+    for i in range(place.shape[0]):
+        leaves = [jax.lax.dynamic_index_in_dim(a, place[i], keepdims=False) for a in leaves]
+    return _turn(jnp, leaves, axes, order, dtype)
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -308,6 +314,6 @@ def _write_safetensors(path: Path, entries: list[_Entry]) -> None:
     with open(path, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for e in entries:
-            f.write(np.ascontiguousarray(e.read()).data.cast("B"))
+            f.write(np.ascontiguousarray(e.read()).reshape(-1).view(np.uint8).data)
         f.flush()
         os.fsync(f.fileno())
