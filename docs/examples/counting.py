@@ -66,9 +66,9 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         mesh, path = session.sharding, session.directory.path
         begin = starting_point(config.model, config.init_from, mesh, Decoder, path)
         built = program(config, mesh, begin)
-        train_step, metrics = built.compile(), {}
         state, start = session.start(built, begin.given("model"))
-        held = Description(config.loop, {"model": begin.part()}, context=config.length)
+        train_step, metrics = built.compile(), {}
+        held = Description(config.loop, {"model": begin.part()}, origin=begin.origin)
         session.describe(config, held, {}, {"steps": config.steps})
         for step in range(start, config.steps):
             rows = batch(config, begin.model.vocab, step, *process_rows(mesh, config.rows))

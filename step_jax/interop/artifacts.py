@@ -85,6 +85,15 @@ class Start:
     freeze: tuple[str, ...] = ()
     lora: LoRA | None = None
 
+    @property
+    def tokenizer(self):
+        """That came with the artifact. Raises CheckpointError if none did."""
+        if "tokenizer" not in self.processor:
+            raise CheckpointError(
+                f"{self.origin or 'a fresh model'} has no tokenizer: its model reads no text"
+            )
+        return self.processor["tokenizer"]
+
     def given(self, learner: str) -> dict[str, Any]:
         """The learner's parameters that do not start afresh, as ``Session.start`` takes them."""
         return {} if self.params is None else {learner: self.params}

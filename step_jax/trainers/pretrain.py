@@ -68,8 +68,8 @@ class Training:
             raise ConfigError("training.batch_size: step_law needs training.tokens")
         for name in ("steps", "tokens", "batch_size", "accumulation"):
             value = getattr(self, name)
-            if isinstance(value, int | float) and value < 1:
-                raise ConfigError(f"training.{name} is {value}; it must be at least 1")
+            if isinstance(value, int | float) and not 1 <= value < float("inf"):
+                raise ConfigError(f"training.{name} is {value}; it must be at least 1, and finite")
         if isinstance(self.batch_size, int) and self.batch_size % self.accumulation:
             raise ConfigError(
                 f"training.accumulation {self.accumulation} does not divide batch_size "
@@ -261,16 +261,23 @@ def prepare_data(config: Config, begin: Start, sharding: Sharding, report) -> Te
             replace(config, model=with_vocabulary(begin.model, config.data.vocab_size)), sharding
         )
     index, count = process_rows(sharding, rows)
-    own = begin.processor.get("tokenizer") if config.data.tokenizer == TRAIN_TOKENIZER else None
-    return TextDataset.build(
+    named = config.data.tokenizer != TRAIN_TOKENIZER or config.trains_tokenizer
+    dataset = TextDataset.build(
         config.data,
         batch_size=rows,
         seed=config.run.seed,
         process_index=index,
         process_count=count,
-        tokenizer=own,
+        tokenizer=None if named else begin.tokenizer,
         report=report,
     )
+    for prompt in config.sample.prompts if config.sample.tokens else ():
+        if len(dataset.tokenizer.encode(prompt)) >= T:
+            raise ConfigError(
+                f"the sample prompt {prompt[:40]!r} leaves no room in a context of {T} tokens: "
+                "shorten it, or raise data.sequence_length"
+            )
+    return dataset
 
 
 def program(config: Config, sharding: Sharding) -> Program:

@@ -74,7 +74,7 @@ CASES = [
     Case("pretrain", DECODER, "training: {{steps: 6, batch_size: 8}}" + TEXT, Decoder),
     Case(
         "reinforce",
-        DECODER,
+        DECODER + "  vocab: 12\n",
         "training: {{steps: 6, prompts: 4, samples: 4, digits: 2}}\n"
         "execution: {{dtype: float32, loss_chunks: 1}}\n",
         Decoder,
@@ -88,7 +88,7 @@ CASES = [
         "execution: {{dtype: float32}}\n",
         ImageTransformer,
     ),
-    Case(EXAMPLE, DECODER + "  vocab: 13\n", "steps: 6\nrows: 8\nlength: 8\n", Decoder, "steps"),
+    Case(EXAMPLE, DECODER + "  vocab: 14\n", "steps: 6\nrows: 8\nlength: 8\n", Decoder, "steps"),
 ]
 LOOP = pytest.mark.parametrize("case", CASES, ids=lambda c: Path(c.loop).stem)
 ONE = Sharding.build(MeshConfig(), jax.devices()[:1])

@@ -71,6 +71,7 @@ class Config:
         if self.model is not None:
             fits_digits(self.model)
         check_optimizer(self.optimizer, self.training.steps)
+        self.run.profile.check(self.training.steps)
 
 
 def fits_digits(model: ImageTransformer) -> None:

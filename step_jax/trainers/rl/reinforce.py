@@ -69,12 +69,13 @@ class Config:
         if (self.model is None) == (self.init_from is None):
             raise ConfigError("give either a model, or init_from: what to start from")
         check_optimizer(self.optimizer, self.training.steps)
+        self.run.profile.check(self.training.steps)
 
 
 def policy_and_task(config: Config, begin: Start) -> tuple[Decoder, Any, Sorting]:
     """(model, tokenizer, the task in its tokens)."""
     if config.model is None:
-        tokenizer, model = begin.processor["tokenizer"], begin.model
+        tokenizer, model = begin.tokenizer, begin.model
     else:
         tokenizer = character_tokenizer(SYMBOLS)
         model = replace(config.model, vocab=max(config.model.vocab, tokenizer.vocab_size))
