@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,22 +24,25 @@ from step_jax.runs import device_memory
 from step_jax.trainers import pretrain
 from step_jax.trainers.diffusion import flow_matching
 from step_jax.trainers.rl import reinforce
+from step_jax.training.optimizers.config import Muon
+from step_jax.training.schedules import Constant
 from tests.trainers.loops import run_loop
 
 TOYS = Path(__file__).parents[2] / "configs" / "toys"
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards boil some odd juice".split()
 
 PRETRAIN = """
 run: {{directory: {run}, logging: {{sinks: []}}}}
 model:
   width: 32
-  vocab: 260
   layers:
     - repeat: 2
       blocks:
         - attention: {{kind: mha, heads: 2, head_dim: 16}}
           mlp: {{kind: swiglu, hidden: 32}}
 training: {{steps: 1, batch_size: 4}}
-data: {{path: {text}, sequence_length: 16, vocab_size: 260}}
+data: {{path: {text}, sequence_length: 16, vocab_size: 300, cache_dir: {cache}}}
 optimizer: {{kind: adamw, learning_rate: 1e-3, schedule: {{kind: constant}}}}
 execution: {{dtype: float32}}
 evaluation: {{every_steps: 0, tokens: 100}}
@@ -135,10 +139,12 @@ def test_search_works_for_a_loop_that_takes_its_batch_at_once():
 
 
 def test_search_on_paper_knows_the_devices_that_an_optimizer_asks_for():
-    flags = ["--optimizer.kind", "muon", "--training.steps", "3"]
-    recipe = [str(TOYS / "pretrain.yaml"), "--training.batch_size", "16", *flags]
-    config = load_config(pretrain.Config, recipe).config
-    found = search.search(pretrain, config, topology.parse("gpu:h200x2"))
+    config = load_file(pretrain.Config, TOYS / "pretrain.yaml")
+    muon = Muon(learning_rate=1e-3, schedule=Constant())
+    training = replace(config.training, batch_size=16)
+    found = search.search(
+        pretrain, replace(config, optimizer=muon, training=training), topology.parse("gpu:h200x2")
+    )
     assert found and all(p.plan is None for p in found)
 
 
@@ -158,11 +164,14 @@ def test_batch_of_step_law_fits_every_mesh_that_is_tried():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    (folder / "text").mkdir()
-    for n in range(20):
-        (folder / "text" / f"{n}.txt").write_text(f"the {n}th text of some words\n" * 20)
+    draw, lines = random.Random(0), []
+    for _ in range(300):
+        lines.append(" ".join(draw.choices(WORDS, k=8)))
+    (folder / "text.txt").write_text("\n".join(lines))
     recipe = folder / "recipe.yaml"
-    recipe.write_text(PRETRAIN.format(run=folder / "run", text=folder / "text"))
+    recipe.write_text(
+        PRETRAIN.format(run=folder / "run", text=folder / "text.txt", cache=folder / "cache")
+    )
     run_loop("pretrain", str(recipe))
     return recipe
 
