@@ -133,6 +133,7 @@ def cross_entropy() -> Iterator[Case]:
 
 def decode() -> Iterator[Case]:
     """Decoding over a stack of caches: what is cached, bfloat16 and float8, of MFA and GQA."""
+    from pallas_kernels.decode_call import DecodeCall
     from pallas_kernels.gpu.decode import decode as attend
 
     layers, B, S = 3, 16, 32768
@@ -155,11 +156,12 @@ def decode() -> Iterator[Case]:
                     q, positions, lengths, layer, table, frequency, k, v=None,
                     page=page, rotates=rotates,
                 ):  # fmt: skip
-                    return attend(
+                    call = DecodeCall(
                         q, k, v, positions, lengths, scale=1.0, layer=layer, window=1024,
                         frequency_F=frequency if rotates else None,
-                        page_table_BM=table if page else None, device=hopper(),
+                        page_table_BM=table if page else None,
                     )  # fmt: skip
+                    return attend(call, device=hopper())
 
                 name = "bf16" if dtype == "bfloat16" else "fp8"
                 yield Case(f"decode {label} {name} {kind}".strip(), call, tuple(shapes))

@@ -453,11 +453,14 @@ class Decode:
 
     def function(self, decode: Callable) -> Callable:
         """``decode`` over one layer with the arguments of :meth:`inputs` and the layer."""
+        from pallas_kernels.decode_call import DecodeCall
+
         frequency_F = 1e4 ** (-jnp.arange(self.H // 2) / (self.H // 2)) if self.reuse else None
 
-        def call(q, k, v, positions, lengths, layer):
+        def call(*arrays_and_layer):
+            *arrays, layer = arrays_and_layer
             options = {"scale": self.H**-0.5, "frequency_F": frequency_F, "layer": layer}
-            return decode(q, k, v, positions, lengths, **options)
+            return decode(DecodeCall(*arrays, **options))
 
         return call
 

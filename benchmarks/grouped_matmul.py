@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from step_jax.ops.grouped_matmul import IMPLEMENTATIONS, grouped_matmul, resolve
+from step_jax.ops.grouped_matmul import IMPLEMENTATIONS, Problem, grouped_matmul, resolve
 
 BAR = 0.75
 
@@ -63,7 +63,7 @@ def main() -> int:
     parser.add_argument("--implementation", default="auto", choices=("auto", *IMPLEMENTATIONS))
     a = parser.parse_args()
     M, D, F, E = a.rows, a.width, a.hidden, a.experts
-    name = resolve(a.implementation)
+    name = resolve(a.implementation, Problem.of(M, E, D, F, "float32"))
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}; {M} rows, {E} experts, ", end="")
     print(f"width {D}, hidden {F}; {name}")
     print(

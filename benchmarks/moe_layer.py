@@ -26,6 +26,7 @@ from step_jax.models.layers.initialisation import FanIn
 from step_jax.models.layers.mlp import SwiGLU
 from step_jax.models.layers.moe import Experts, MoE
 from step_jax.models.layers.routing import Router
+from step_jax.models.tokens import Tokens
 
 
 def gradient_step(layer: SwiGLU | MoE, args):
@@ -36,8 +37,7 @@ def gradient_step(layer: SwiGLU | MoE, args):
     if isinstance(layer, MoE):
         params = params.replace(bias_E=-args.skew * jnp.arange(args.experts, dtype=jnp.float32))
     x_BTD = jax.random.normal(rng.fold(0, 0, "data"), (1, args.tokens, args.width), dtype)
-    positions_BT = jnp.arange(args.tokens, dtype=jnp.int32)[None]
-    ctx = Context(positions_BT, execution=Execution(dtype=args.dtype))
+    ctx = Context(Tokens.in_order(1, args.tokens), execution=Execution(dtype=args.dtype))
 
     @jax.jit
     def step(params, x_BTD):

@@ -39,6 +39,7 @@ from step_jax.models.layers.attention import MFA
 from step_jax.models.layers.initialisation import Fixed
 from step_jax.models.layers.mlp import SwiGLU
 from step_jax.models.text.decoder import Block, Decoder, Group
+from step_jax.models.tokens import Tokens
 from step_jax.planning import hlo, operations
 
 #: (stages, rounds, microbatches)
@@ -51,8 +52,8 @@ def compiled(c: Decoder, mesh: MeshConfig, rows: int, length: int):
     sharding = Sharding.build(mesh, jax.devices()[: mesh.pipeline * mesh.data])
 
     def loss(p, tokens_BT):
-        positions_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens_BT.shape)
-        ctx = Context(positions_BT, sharding=sharding, execution=Execution(dtype="float32"))
+        tokens = Tokens.in_order(*tokens_BT.shape)
+        ctx = Context(tokens, sharding=sharding, execution=Execution(dtype="float32"))
         return jnp.sum(jnp.square(c.hidden(p, tokens_BT, ctx)[0]))
 
     layout = sharding.params(c.specs())

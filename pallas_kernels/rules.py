@@ -12,22 +12,37 @@ import jax
 import jax.numpy as jnp
 
 
-def check_grouped_matmul(kernel: str, x_MD, w_EDF, sizes_E, dtypes: tuple[str, ...]) -> None:
-    """Raises ValueError unless the arguments fit each other and are of one of ``dtypes``."""
+def dot(a, b, a_axis: int, b_axis: int):
+    """The product of two matrices over an axis of each, float32."""
+    dimensions = (((a_axis,), (b_axis,)), ((), ()))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def check_operands(x_MD, w_EDF, sizes_E) -> None:
+    """Raises ValueError unless the arguments of a grouped matmul fit each other."""
     if x_MD.ndim != 2 or w_EDF.ndim != 3 or sizes_E.shape != w_EDF.shape[:1]:
         raise ValueError(
             "expected rows (M, D), matrices (E, D, F) and sizes (E,), got "
             f"{x_MD.shape}, {w_EDF.shape} and {sizes_E.shape}"
         )
-    if x_MD.shape[1] != w_EDF.shape[1] or 0 in (*x_MD.shape, *w_EDF.shape):
-        raise ValueError(f"rows {x_MD.shape} do not fit matrices {w_EDF.shape}, or there are none")
-    if x_MD.dtype.name not in dtypes or x_MD.dtype != w_EDF.dtype:
+    if x_MD.shape[1] != w_EDF.shape[1] or x_MD.dtype != w_EDF.dtype:
         raise ValueError(
-            f"rows are {x_MD.dtype} and matrices {w_EDF.dtype}; the {kernel} supports, of both, "
-            + " or ".join(dtypes)
+            f"rows {x_MD.dtype}{x_MD.shape} do not fit matrices {w_EDF.dtype}{w_EDF.shape}"
         )
     if sizes_E.dtype != jnp.int32:
         raise ValueError(f"sizes must be int32, got {sizes_E.dtype}")
+
+
+def check_grouped_matmul(kernel: str, x_MD, w_EDF, sizes_E, dtypes: tuple[str, ...]) -> None:
+    """Raises ValueError unless the arguments fit each other and are of one of ``dtypes``."""
+    check_operands(x_MD, w_EDF, sizes_E)
+    if 0 in (*x_MD.shape, *w_EDF.shape):
+        raise ValueError(f"of rows {x_MD.shape} and matrices {w_EDF.shape} there are none")
+    if x_MD.dtype.name not in dtypes:
+        raise ValueError(
+            f"rows and matrices are {x_MD.dtype}; the {kernel} supports, of both, "
+            + " or ".join(dtypes)
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

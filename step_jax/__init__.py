@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     # The loop, and its configuration
     "pretrain": "step_jax.trainers.pretrain:run",
-    "PretrainConfig": "step_jax.trainers.pretrain",
+    "PretrainConfig": "step_jax.trainers.pretrain:Config",
     # Configuration
     "load_config": "step_jax.core.command_line",
     "load_file": "step_jax.core.config",
@@ -36,10 +36,17 @@ _EXPORTS = {
     # Data
     "DataConfig": "step_jax.data.config",
     "TextDataset": "step_jax.data.dataset",
-    "Tokenizer": "step_jax.tokenizers.sentencepiece",
+    "Tokenizer": "step_jax.tokenizers.base",
+    "load_tokenizer": "step_jax.tokenizers.files",
     # Training
     "LossOutput": "step_jax.training.step",
+    "Part": "step_jax.training.step",
     "TrainState": "step_jax.training.state",
+    "Learning": "step_jax.training.learner",
+    "Program": "step_jax.training.program",
+    "Work": "step_jax.training.program",
+    "Session": "step_jax.runs.session",
+    "RunConfig": "step_jax.runs.session",
     "make_train_step": "step_jax.training.step",
     "make_optimizer": "step_jax.training.optimizers.build",
     "Checkpointer": "step_jax.checkpoint",
@@ -50,7 +57,7 @@ _EXPORTS = {
     "plot_run": "step_jax.runs.plots",
     "plot_comparison": "step_jax.runs.plots",
     # Trained models
-    "load_model": "step_jax.checkpoint.load",
+    "load_artifact": "step_jax.interop.artifacts",
     "generate": "step_jax.inference.generate",
     "SamplingConfig": "step_jax.inference.sampling",
 }

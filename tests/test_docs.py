@@ -30,6 +30,7 @@ def test_attention_example_decodes_as_it_trains(monkeypatch):
     from step_jax.models.layers.initialisation import Fixed
     from step_jax.models.layers.mlp import SwiGLU
     from step_jax.models.text.decoder import Block, Decoder, Group
+    from step_jax.models.tokens import Tokens
 
     page = (ROOT / "docs/adding_an_attention_kind.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
@@ -54,10 +55,11 @@ from step_jax.ops.einsum import einsum
     def both(tokens_BT):
         params = decoder.initialise(jax.random.key(0))
         positions_BT = jnp.broadcast_to(jnp.arange(6), tokens_BT.shape)
-        full, *_ = decoder.hidden(params, tokens_BT, Context(positions_BT, execution=execution))
+        whole = Context(Tokens(positions_BT), execution=execution)
+        full, *_ = decoder.hidden(params, tokens_BT, whole)
         cache, steps = decoder.init_cache(2, 6, jnp.float32), []
         for t in range(6):
-            ctx = Context(positions_BT[:, t : t + 1], execution=execution)
+            ctx = Context(Tokens(positions_BT[:, t : t + 1]), execution=execution)
             x, cache, _ = decoder.hidden(params, tokens_BT[:, t : t + 1], ctx, cache)
             steps.append(x)
         return full, jnp.concatenate(steps, 1)

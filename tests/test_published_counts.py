@@ -72,8 +72,7 @@ def test_cache_bytes_per_token(name, nbytes):
 
 def test_step_2_mini_keeps_a_sixteenth_of_multi_head_attentions_cache():
     model = model_of("step2_mini")
-    layers = sum(group.repeat * len(group.blocks) for group in model.layers)
-    multi_head = 2 * model.width * layers * 2
+    multi_head = 2 * model.width * model.trunk.depth * 2
     assert 1 - cache_bytes_per_token(model) / multi_head == 0.9375
 
 
@@ -86,13 +85,12 @@ def test_step_3s_costs_of_a_decoded_token():
     model, length = model_of("step3_316b"), 8192
     assert three_digits(cache_bytes_per_token(model) / 2 * length) == "2.56e+08"
     core = projections = mlp = 0.0
-    for group in model.layers:
-        for block in group.blocks:
-            widths = sum(block.attention.score_and_value_widths())
-            core += group.repeat * 2 * block.attention.heads * widths * length
-            specs = block.attention.specs(model.width, FanIn())
-            projections += group.repeat * 2 * count(specs, active=True)
-            mlp += group.repeat * 2 * count(block.mlp.specs(model.width, FanIn()), active=True)
+    for _, _, block, repeat, *_ in model.trunk.walk():
+        widths = sum(block.attention.score_and_value_widths())
+        core += repeat * 2 * block.attention.heads * widths * length
+        specs = block.attention.specs(model.width, FanIn())
+        projections += repeat * 2 * count(specs, active=True)
+        mlp += repeat * 2 * count(block.mlp.specs(model.width, FanIn()), active=True)
     assert three_digits(core) == "3.27e+10"
     assert three_digits(projections) == "2.07e+10"
     assert abs(mlp / 5.33e10 - 1) < 0.005  # ours has the router in it

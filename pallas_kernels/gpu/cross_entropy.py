@@ -195,18 +195,13 @@ def gradients(x_ND, w_DV, target_N, lse_N, p_N, hot_N, *, interpret=None):
         w_Dv = lax.dynamic_slice_in_dim(w_DV, c * v, v, axis=1)
         d_Nv = _logits_gradient(x_ND, w_Dv, target_N - c * v, *columns, interpret)
         d_Nv = vary_as(d_Nv, x_ND)
-        dx_ND += _dot(d_Nv, w_Dv, 1, 1)
-        dw_DV = lax.dynamic_update_slice_in_dim(dw_DV, _dot(x_ND, d_Nv, 0, 0), c * v, axis=1)
+        dx_ND += rules.dot(d_Nv, w_Dv, 1, 1)
+        dw_DV = lax.dynamic_update_slice_in_dim(dw_DV, rules.dot(x_ND, d_Nv, 0, 0), c * v, axis=1)
         return (dx_ND, dw_DV), None
 
     zeros = [vary_as(jnp.zeros(a.shape, jnp.float32), x_ND) for a in (x_ND, w_DV)]
     (dx_ND, dw_DV), _ = lax.scan(part, tuple(zeros), jnp.arange(V // v, dtype=jnp.int32))
     return dx_ND.astype(x_ND.dtype), dw_DV
-
-
-def _dot(a, b, a_axis: int, b_axis: int):
-    dimensions = (((a_axis,), (b_axis,)), ((), ()))
-    return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
 def cross_entropy(x_ND, w_DV, target_N, weight_N, z_loss: float, *, device=None, interpret=None):

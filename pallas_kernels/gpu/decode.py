@@ -20,62 +20,38 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.decode_arguments import Support, check_call, of_heads_K
+from pallas_kernels.decode_call import DecodeCall, Support
 from pallas_kernels.decode_plan import make_plan
 from pallas_kernels.gpu.attention import SM_COUNT
 from pallas_kernels.gpu.attention_tiles import ROWS
 from pallas_kernels.gpu.common import check_device
-from pallas_kernels.gpu.decode_kernels import TILE, Call, combine, partial_results
+from pallas_kernels.gpu.decode_kernels import TILE, Static, combine, partial_results
 
 WIDTHS = (128, 256)
 SUPPORT = Support("GPU decode kernel", ("bfloat16",), ("bfloat16", "float8_e4m3fn"))
 
 
-def check(
-    q_BTNH, k_cache, v_cache, frequency_F, *, paged: bool = False, heads_per_key: int | None = None
-) -> None:
-    """Raises ValueError for arrays that :func:`decode` does not support, naming what it does."""
-    SUPPORT.check_arrays(q_BTNH, k_cache, v_cache, frequency_F, heads_per_key)
-    H, page = q_BTNH.shape[3], k_cache.shape[-3]
+def check(call: DecodeCall, splits: int | None = None) -> None:
+    """Raises ValueError for what :func:`decode` does not support, naming what it does."""
+    SUPPORT.check(call, splits)
+    H, page = call.q_BTNH.shape[3], call.page
     if H not in WIDTHS:
         raise ValueError(f"head width {H}; the GPU decode kernel supports {WIDTHS}")
-    if paged and (page % 8 or (page % TILE and TILE % page)):
+    if call.paged and (page % 8 or (page % TILE and TILE % page)):
         raise ValueError(
             f"pages of {page} slots; the GPU decode kernel supports 8, 16, 32 and multiples of "
             f"{TILE}"
         )
-    if not paged and page < TILE:
-        raise ValueError(f"{page} slots; the GPU decode kernel needs {TILE} at least")
+    if call.slots < TILE:
+        raise ValueError(f"{call.slots} slots; the GPU decode kernel needs {TILE} at least")
 
 
-def decode(
-    q_BTNH,
-    k_cache,
-    v_cache,
-    positions_BT,
-    lengths_B,
-    *,
-    scale: float,
-    window: int | None = None,
-    frequency_F=None,
-    k_scale=None,
-    v_scale=None,
-    page_table_BM=None,
-    layer=None,
-    first_head=0,
-    heads_per_key: int | None = None,
-    splits: int | None = None,
-    device=None,
-    interpret=None,
-):
+def decode(call: DecodeCall, *, splits: int | None = None, device=None, interpret=None):
     """Attention of new tokens over a cache that already holds them: the same bits in every run.
 
     Args:
-      q_BTNH: bfloat16; H 128 or 256.
-      k_cache, v_cache: bfloat16 or float8_e4m3fn; S at least 64; pages of 8, 16, 32 or a multiple
-        of 64 slots.
-      positions_BT, lengths_B, scale, window, frequency_F, k_scale, v_scale, page_table_BM, layer,
-        first_head, heads_per_key: as all decode kernels (``pallas_kernels.decode_arguments``).
+      call: queries in bfloat16, H 128 or 256; caches in bfloat16 or float8_e4m3fn, S at least 64,
+        pages of 8, 16, 32 or a multiple of 64 slots.
       splits: pieces the work is cut into; None for one on every multiprocessor.
       device: one of those compiled for; None for the default.
       interpret: ``plgpu.InterpretGPUParams()`` to run on a CPU.
@@ -87,53 +63,33 @@ def decode(
       ValueError: an unsupported width, dtype, page size, number of slots or device, or arguments
         that do not fit each other.
     """
-    paged = page_table_BM is not None
-    check(q_BTNH, k_cache, v_cache, frequency_F, paged=paged, heads_per_key=heads_per_key)
-    check_call(
-        q_BTNH, k_cache, positions_BT, lengths_B, window=window, page_table_BM=page_table_BM,
-        layer=layer, splits=splits,
-    )  # fmt: skip
+    check(call, splits)
     check_device("decode attention", device, interpret)
-    B, T, N, H = q_BTNH.shape
-    parts, page, cached_heads = k_cache.shape[-4:-1]
-    slots = page * page_table_BM.shape[1] if paged else page
-    if slots < TILE:
-        raise ValueError(f"{slots} slots; the GPU decode kernel needs {TILE} at least")
-    heads = _Heads.of(N, cached_heads, first_head, heads_per_key)
+    B, T, _, H = call.q_BTNH.shape
+    heads = _Heads.of(call)
     R = T * heads.per_key
     if splits is None:
         splits = max(1, SM_COUNT // (heads.keys * pl.cdiv(R, ROWS)))
-    call = Call(
-        B=B, K=heads.keys, R=R, H=H, slots=slots, page=page, splits=splits, paged=paged,
-        cached_heads=cached_heads, dtype=k_cache.dtype.name, own_values=v_cache is not None,
-        rotates=frequency_F is not None,
+    static = Static(
+        B=B, K=heads.keys, R=R, H=H, slots=call.slots, page=call.page, splits=splits,
+        paged=call.paged, cached_heads=call.kv_heads, dtype=call.k_cache.dtype.name,
+        own_values=call.v_cache is not None, rotates=call.frequency_F is not None,
     )  # fmt: skip
-    # base-2 exponentials: the logarithm's factor goes into the scale
-    scale_K = (scale * np.log2(np.e) * of_heads_K(k_scale, cached_heads)).astype(jnp.float32)
-    first_part = jnp.int32(0) if layer is None else jnp.asarray(layer, jnp.int32) * parts
-    inputs, row_B8 = _inputs(
-        call, heads, q_BTNH, positions_BT, lengths_B, window,
-        part_and_head_2=jnp.stack([first_part, heads.first]), scale_K=scale_K,
-        tables=[page_table_BM] if paged else [], frequency_F=frequency_F,
-    )  # fmt: skip
-    caches = [c.reshape(-1, page, cached_heads * H) for c in (k_cache, v_cache) if c is not None]
-    o_IKQH, lse_IKQ = partial_results(call, inputs, caches, interpret)
+    inputs, row_B8 = _inputs(call, static, heads)
+    caches = [c.reshape(-1, call.page, call.kv_heads * H) for c in call.caches]
+    o_IKQH, lse_IKQ = partial_results(static, inputs, caches, interpret)
     o_BTNH = heads.scatter(combine(o_IKQH, lse_IKQ, row_B8, rows=R, interpret=interpret), T)
-    if v_scale is not None:
-        v_scale_K = of_heads_K(v_scale, cached_heads)
-        o_BTNH = o_BTNH * v_scale_K[heads.key_of_head_N][:, None]
-    return o_BTNH.astype(q_BTNH.dtype)
+    if call.v_scale is not None:
+        o_BTNH = o_BTNH * call.scales_K(call.v_scale)[heads.key_of_head_N][:, None]
+    return o_BTNH.astype(call.q_BTNH.dtype)
 
 
-def _inputs(
-    call: Call, heads: _Heads, q_BTNH, positions_BT, lengths_B, window, *, part_and_head_2,
-    scale_K, tables, frequency_F,
-):  # fmt: skip
+def _inputs(call: DecodeCall, static: Static, heads: _Heads):
     """(what the kernel reads beside the caches, row_B8 of :func:`_work`)."""
-    plan = make_plan(positions_BT, lengths_B, call.slots, TILE, window)
-    first_BT, last_BT = _visible(plan, positions_BT, window)
-    split_P4, row_B8 = _work(plan, call.splits, first_BT, last_BT)
-    padding = (0, -call.R % ROWS)
+    plan = make_plan(call.positions_BT, call.lengths_B, static.slots, TILE, call.window)
+    first_BT, last_BT = _visible(plan, call.positions_BT, call.window)
+    split_P4, row_B8 = _work(plan, static.splits, first_BT, last_BT)
+    padding = (0, -static.R % ROWS)
 
     def of_rows(x_BT):
         x_BR = jnp.repeat(x_BT, heads.per_key, axis=1)
@@ -142,13 +98,14 @@ def _inputs(
     inputs = [
         split_P4,
         row_B8,
-        part_and_head_2,
-        scale_K,
+        jnp.stack([call.first_part(), heads.first]),
+        # base-2 exponentials: the logarithm's factor goes into the scale
+        (call.scale * np.log2(np.e) * call.scales_K(call.k_scale)).astype(jnp.float32),
         of_rows(first_BT),
         of_rows(last_BT),
-        *tables,
-        *(_rotation_tables(frequency_F) if call.rotates else []),
-        jnp.pad(heads.gather(q_BTNH), ((0, 0), (0, 0), padding, (0, 0))),
+        *([call.page_table_BM] if call.paged else []),
+        *(_rotation_tables(call.frequency_F) if static.rotates else []),
+        jnp.pad(heads.gather(call.q_BTNH), ((0, 0), (0, 0), padding, (0, 0))),
     ]
     return inputs, row_B8
 
@@ -168,20 +125,19 @@ class _Heads(NamedTuple):
     begin_K: Any
 
     @classmethod
-    def of(cls, N: int, K: int, first_head, heads_per_key: int | None) -> _Heads:
-        whole = isinstance(first_head, int) and first_head == 0 and N == K * (heads_per_key or 0)
-        if heads_per_key is None or K == 1 or whole:
+    def of(cls, call: DecodeCall) -> _Heads:
+        N, K, G = call.q_BTNH.shape[2], call.kv_heads, call.heads_per_key
+        if G is None or K == 1 or (call.first_head is None and N == K * G):
             per_key = N // K
             return cls(K, per_key, jnp.int32(0), jnp.arange(N, dtype=jnp.int32) // per_key, None)
         # a slice that starts inside a key head's queries meets one key head more
-        keys = min(K, (N - 2) // heads_per_key + 2)
-        head_N = jnp.asarray(first_head, jnp.int32) + jnp.arange(N, dtype=jnp.int32)
-        key_N = head_N // heads_per_key
+        keys = min(K, (N - 2) // G + 2)
+        key_N = call.key_head_N()
         # all key heads that are read exist: the last of them is never behind the cache's
         first = jnp.minimum(key_N[0], K - keys)
-        begin_K = (first + jnp.arange(keys, dtype=jnp.int32)) * heads_per_key - head_N[0]
-        per_key = min(N, heads_per_key)
-        return cls(keys, per_key, first, key_N, jnp.maximum(begin_K, 0))
+        first_head = 0 if call.first_head is None else jnp.asarray(call.first_head, jnp.int32)
+        begin_K = (first + jnp.arange(keys, dtype=jnp.int32)) * G - first_head
+        return cls(keys, min(N, G), first, key_N, jnp.maximum(begin_K, 0))
 
     def gather(self, q_BTNH):
         """(B, K, R, H), token by token; rows of no head hold another head's queries."""

@@ -35,7 +35,7 @@ PIECE = 64  # columns that are prepared at once
 READ_AHEAD = 8  # partial results that are under way at once
 
 
-class Call(NamedTuple):
+class Static(NamedTuple):
     """Everything static about one call.
 
     B, K, R, H, slots: as in the shape suffixes; ``K`` of ``cached_heads`` are read.
@@ -107,7 +107,7 @@ class _Tile(NamedTuple):
     first: Any
 
     @classmethod
-    def of(cls, call: Call, item, row_ref, b) -> _Tile:
+    def of(cls, call: Static, item, row_ref, b) -> _Tile:
         number = row_ref[b, 2] + item - row_ref[b, 0]
         lap = lax.div(number, jnp.int32(call.per_lap))
         begin = (number - lap * call.per_lap) * TILE
@@ -115,7 +115,7 @@ class _Tile(NamedTuple):
         return cls(slot, lap * call.slots + slot, lap * call.slots + begin)
 
 
-def partial_results(call: Call, inputs, caches, interpret):
+def partial_results(call: Static, inputs, caches, interpret):
     """What every split makes of every row that it has tiles of.
 
     Args:
@@ -168,7 +168,7 @@ def partial_results(call: Call, inputs, caches, interpret):
     )(*inputs, *caches)
 
 
-def _raw_smem(call: Call, slots: int):
+def _raw_smem(call: Static, slots: int):
     """Shared memory for tiles as they are cached, of which float8 ones are read in pieces."""
     if not call.converts:
         return tiles.smem(slots, TILE, call.H)
@@ -182,7 +182,7 @@ def _raw_smem(call: Call, slots: int):
 class _Block:
     """One split of one key head and 64 query rows, worked off by three warpgroups."""
 
-    def __init__(self, call: Call, refs, scratch, interpreted: bool):
+    def __init__(self, call: Static, refs, scratch, interpreted: bool):
         refs = list(refs)
         self.call, self.interpreted = call, interpreted
         self.split_ref, self.row_ref, self.base_ref, self.scale_ref = refs[:4]

@@ -304,6 +304,14 @@ def _clear(ref, start, stop) -> None:
     ref[...] = jnp.where(own_rf, a_rf, jnp.zeros_like(a_rf))
 
 
+def check(x_MD, w_EDF, sizes_E) -> None:
+    """Raises ValueError for shapes and dtypes that :func:`grouped_matmul` does not support."""
+    rules.check_grouped_matmul("GPU kernel", x_MD, w_EDF, sizes_E, ("bfloat16",))
+    D, F = w_EDF.shape[1:]
+    if D % TILE or F % TILE:
+        raise ValueError(f"widths must be multiples of {TILE}, got {D} and {F}")
+
+
 def grouped_matmul(x_MD, w_EDF, sizes_E, *, device=None, interpret=None):
     """:func:`rows_by_matrices` with gradients for the rows and the matrices.
 
@@ -320,10 +328,7 @@ def grouped_matmul(x_MD, w_EDF, sizes_E, *, device=None, interpret=None):
     Raises:
       ValueError: a shape, dtype or platform that the kernels do not support.
     """
-    rules.check_grouped_matmul("GPU kernel", x_MD, w_EDF, sizes_E, ("bfloat16",))
-    D, F = w_EDF.shape[1:]
-    if D % TILE or F % TILE:
-        raise ValueError(f"widths must be multiples of {TILE}, got {D} and {F}")
+    check(x_MD, w_EDF, sizes_E)
     check_device("grouped matmul", device, interpret)
     kernels = (
         functools.partial(k, interpret=interpret) for k in (rows_by_matrices, matrices_of_rows)

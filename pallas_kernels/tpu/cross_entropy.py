@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import rules
+from pallas_kernels.tpu.cuts import chunks
 
 LANES = 128
 CHUNK = 4096  # of the width: what is compiled is a product of one chunk
@@ -27,27 +28,6 @@ BLOCKS = ((512, 512), (512, 256), (256, 256), (256, 128), (128, 128))  # tokens,
 COLUMNS = 9  # a kernel holds at most, buffers of both of a pair counted
 VMEM_BYTES = 60 * 2**20  # of the 64 MiB of v5p and tpu7x (v5e and v6e: 128)
 VMEM_LIMIT = 62 * 2**20
-
-
-def _divisor(width: int, most: int) -> int:
-    """The largest multiple of 128 up to ``most`` that divides ``width``, else ``width``."""
-    sizes = [n for n in range(128, min(width, most) + 1, 128) if width % n == 0]
-    return max(sizes, default=width)
-
-
-def _chunks(width: int, body):
-    """``body(slice)`` for every chunk of the width."""
-    chunk = _divisor(width, CHUNK)
-    if chunk == width:
-        body(pl.ds(0, width))
-    else:
-        pl.loop(0, width // chunk)(lambda i: body(pl.ds(pl.multiple_of(i * chunk, chunk), chunk)))
-
-
-def _dot(a, b, a_axis: int, b_axis: int):
-    return jax.lax.dot_general(
-        a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32
-    )
 
 
 def _each_block(block, width: int, vocabulary: int, body):
@@ -74,9 +54,9 @@ def _logits(x_TD, w_Dv, target_T1, logits_Tv, block, end: int | None, by_words: 
 
     def add(k):
         w = _of_width(w_Dv, k, by_words)
-        logits_Tv[...] += _dot(x_TD[:, k], w, 1, 1 if by_words else 0)
+        logits_Tv[...] += rules.dot(x_TD[:, k], w, 1, 1 if by_words else 0)
 
-    _chunks(x_TD.shape[1], add)
+    chunks(x_TD.shape[1], CHUNK, add)
     width = logits_Tv.shape[1]
     column_Tv = block * width + jax.lax.broadcasted_iota(jnp.int32, logits_Tv.shape, 1)
     if end is not None:
@@ -141,9 +121,9 @@ def _tokens_kernel(
             w = _of_width(w_Dv, k, by_words)
             if end is not None:  # what is read past the vocabulary may be NaN
                 w = jnp.where(word < end, w, jnp.zeros_like(w))
-            sum_TD[:, k] += _dot(d_Tv, w, 1, axis)
+            sum_TD[:, k] += rules.dot(d_Tv, w, 1, axis)
 
-        _chunks(x_TD.shape[1], chunk)
+        chunks(x_TD.shape[1], CHUNK, chunk)
 
     _each_block(j, logits_Tv.shape[1], vocabulary, add)
 
@@ -167,11 +147,11 @@ def _matrix_kernel(
 
         def chunk(k):
             if by_words:
-                dw_Dv[:, k] += _dot(d_Tv, x_TD[:, k], 0, 0)
+                dw_Dv[:, k] += rules.dot(d_Tv, x_TD[:, k], 0, 0)
             else:
-                dw_Dv[k] += _dot(x_TD[:, k], d_Tv, 0, 0)
+                dw_Dv[k] += rules.dot(x_TD[:, k], d_Tv, 0, 0)
 
-        _chunks(x_TD.shape[1], chunk)
+        chunks(x_TD.shape[1], CHUNK, chunk)
 
     _each_block(j, logits_Tv.shape[1], vocabulary, add)
 

@@ -26,7 +26,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_arguments import Support, check_call, of_heads_K
+from pallas_kernels.decode_call import DecodeCall, Support
 from pallas_kernels.decode_plan import combine, make_plan, touched_PB
 
 LANES = 128
@@ -72,49 +72,27 @@ def tiling(slots: int, kv_heads: int, head_dim: int, dtype, page: int | None = N
     return Tiling(tiles * tile, tile, tiles * tile)
 
 
-def check(
-    q_BTNH, k_cache, v_cache, frequency_F, *, paged: bool = False, heads_per_key: int | None = None
-) -> None:
-    """Raises ValueError for arrays that :func:`decode` does not support, naming what it does."""
-    SUPPORT.check_arrays(q_BTNH, k_cache, v_cache, frequency_F, heads_per_key)
-    H, (page, K) = q_BTNH.shape[3], k_cache.shape[-3:-1]
+def check(call: DecodeCall, splits: int | None = None) -> None:
+    """Raises ValueError for what :func:`decode` does not support, naming what it does."""
+    SUPPORT.check(call, splits)
+    H, K, dtype = call.q_BTNH.shape[3], call.kv_heads, call.k_cache.dtype
     if H % LANES:
         raise ValueError(f"head width {H}; the TPU decode kernel supports multiples of {LANES}")
-    packed = 32 // k_cache.dtype.itemsize  # rows of one register
-    if paged and page * K % packed:
+    packed = 32 // dtype.itemsize  # rows of one register
+    if call.paged and call.page * K % packed:
         raise ValueError(
-            f"pages of {page} slots with {K} heads; page size times heads must be a multiple of "
-            f"{packed} for a {k_cache.dtype.name} cache"
+            f"pages of {call.page} slots with {K} heads; page size times heads must be a multiple "
+            f"of {packed} for a {dtype.name} cache"
         )
 
 
-def decode(
-    q_BTNH,
-    k_cache,
-    v_cache,
-    positions_BT,
-    lengths_B,
-    *,
-    scale: float,
-    window: int | None = None,
-    frequency_F=None,
-    k_scale=None,
-    v_scale=None,
-    page_table_BM=None,
-    layer=None,
-    first_head=0,
-    heads_per_key: int | None = None,
-    splits: int = 1,
-    interpret=False,
-):
+def decode(call: DecodeCall, *, splits: int = 1, interpret=False):
     """Attention of new tokens over a cache that already holds them.
 
     Args:
-      q_BTNH: bfloat16 or float32; H a multiple of 128.
-      k_cache, v_cache: bfloat16, float32 or float8_e4m3fn; K times the slots of a page a multiple
-        of a register's rows (8 in float32, 16 in bfloat16, 32 in float8).
-      positions_BT, lengths_B, scale, window, frequency_F, k_scale, v_scale, page_table_BM, layer,
-        first_head, heads_per_key: as all decode kernels (``pallas_kernels.decode_arguments``).
+      call: queries in bfloat16 or float32, H a multiple of 128; caches in bfloat16, float32 or
+        float8_e4m3fn, K times the slots of a page a multiple of a register's rows (8 in float32, 16
+        in bfloat16, 32 in float8).
       splits: pieces the work is cut into for that many cores (2 on chips that show two cores as one
         device: v4, v5p).
       interpret: as in ``pallas_call``.
@@ -126,38 +104,30 @@ def decode(
       ValueError: an unsupported width, dtype or page size, queries that do not fit the on-chip
         memory, or arguments that do not fit each other.
     """
-    paged = page_table_BM is not None
-    check(q_BTNH, k_cache, v_cache, frequency_F, paged=paged, heads_per_key=heads_per_key)
-    check_call(
-        q_BTNH, k_cache, positions_BT, lengths_B, window=window, page_table_BM=page_table_BM,
-        layer=layer, splits=splits,
-    )  # fmt: skip
+    check(call, splits)
+    q_BTNH, K, page, slots = call.q_BTNH, call.kv_heads, call.page, call.slots
     B, T, N, H = q_BTNH.shape
-    parts, page, K = k_cache.shape[-4:-1]
-    slots = page * page_table_BM.shape[1] if paged else page
-    cut = tiling(slots, K, H, k_cache.dtype, page if paged else None)
-    plan = make_plan(positions_BT, lengths_B, slots, cut.block, window)
-    call = _Call(B, T, N, K, H, slots, cut, window, splits, frequency_F is not None, paged)
-    call.check_memory(q_BTNH.dtype, k_cache.dtype, own_values=v_cache is not None)
+    cut = tiling(slots, K, H, call.k_cache.dtype, page if call.paged else None)
+    rotates = call.frequency_F is not None
+    static = _Static(B, T, N, K, H, slots, cut, call.window, splits, rotates, call.paged)
+    static.check_memory(q_BTNH.dtype, call.k_cache.dtype, own_values=call.v_cache is not None)
 
-    key_head_R1 = (first_head + jnp.arange(T * N, dtype=jnp.int32)[:, None] % N) // (
-        N // K if heads_per_key is None else heads_per_key
-    )
-    constants = call.constants(key_head_R1, scale, k_scale, frequency_F)
+    plan = make_plan(call.positions_BT, call.lengths_B, slots, cut.block, call.window)
+    key_head_R1 = jnp.tile(call.key_head_N(), T)[:, None]
+    constants = static.constants(key_head_R1, call)
     per_split = -(-plan.start_B1[-1] // splits)
-    first_part = jnp.int32(0) if layer is None else layer * parts
-    scalars = [*plan, jnp.stack([per_split, first_part]), positions_BT.reshape(-1)]
-    if paged:
-        scalars.append(page_table_BM.reshape(-1))
-    caches = [c.reshape(-1, page * K, H) for c in (k_cache, v_cache) if c is not None]
-    out = call.run(per_split, scalars, q_BTNH.reshape(B, T * N, H), constants, caches, interpret)
+    scalars = [*plan, jnp.stack([per_split, call.first_part()]), call.positions_BT.reshape(-1)]
+    if call.paged:
+        scalars.append(call.page_table_BM.reshape(-1))
+    caches = [c.reshape(-1, page * K, H) for c in call.caches]
+    out = static.run(per_split, scalars, q_BTNH.reshape(B, T * N, H), constants, caches, interpret)
     touched = touched_PB(plan, splits)
     if splits == 1:
         o_BRH = jnp.where(touched[0, :, None, None], out[0][0], 0)
     else:
         o_BRH = combine(out[0], out[1][..., 0], touched)
-    if v_scale is not None:
-        o_BRH = o_BRH * of_heads_K(v_scale, K)[key_head_R1]
+    if call.v_scale is not None:
+        o_BRH = o_BRH * call.scales_K(call.v_scale)[key_head_R1]
     return o_BRH.astype(q_BTNH.dtype).reshape(B, T, N, H)
 
 
@@ -176,7 +146,7 @@ def _rotation_tables(frequency_F, tile: int, kv_heads: int):
     ]
 
 
-class _Call(NamedTuple):
+class _Static(NamedTuple):
     """Everything static about one call."""
 
     B: int
@@ -210,18 +180,18 @@ class _Call(NamedTuple):
                 f"the TPU decode kernel has {VMEM_BYTES}: pass fewer tokens a call"
             )
 
-    def constants(self, key_head_R1, scale: float, k_scale, frequency_F) -> list:
+    def constants(self, key_head_R1, call: DecodeCall) -> list:
         """What stays in VMEM: [token and key head of each row, its scale, rotation tables]."""
         token_R1 = jnp.arange(self.rows, dtype=jnp.int32)[:, None] // self.N
         # base-2 exponentials: the logarithm's factor goes into the scale
-        scale_K = scale * np.log2(np.e) * of_heads_K(k_scale, self.K)
+        scale_K = call.scale * np.log2(np.e) * call.scales_K(call.k_scale)
         rows = [
             jnp.concatenate([token_R1, key_head_R1], axis=1),
             scale_K[key_head_R1].astype(jnp.float32),
         ]
         if not self.rotates:
             return rows
-        return rows + _rotation_tables(frequency_F, self.cut.tile, self.K)
+        return rows + _rotation_tables(call.frequency_F, self.cut.tile, self.K)
 
     @property
     def per_lap(self) -> int:
@@ -307,7 +277,7 @@ class _Call(NamedTuple):
 
 
 def _kernel(
-    call: _Call,
+    call: _Static,
     row_I,
     start_B1,
     first_B,
@@ -367,7 +337,7 @@ def _kernel(
                 outputs[1][...] = max_ref[...] + jnp.log2(sum_ref[...])
 
 
-def _tile(call: _Call, page_refs, tile: int):
+def _tile(call: _Static, page_refs, tile: int):
     """Key rows of one tile, from a part of a page or from several pages."""
     rows, page_rows = call.cut.tile * call.K, call.cut.page * call.K
     if rows <= page_rows:
@@ -389,7 +359,7 @@ def _rotate(q_RH, k_CH, base, frequency_2H, cos_CH, sin_CH):
     return q32_RH.astype(q_RH.dtype), k32_CH.astype(q_RH.dtype)
 
 
-def _visible_RC(call: _Call, row_ref, position_BT, row, oldest, end, first_slot, lap_start):
+def _visible_RC(call: _Static, row_ref, position_BT, row, oldest, end, first_slot, lap_start):
     """Which key rows of a tile the query rows see."""
     rows = call.cut.tile * call.K
     key_row_1C = jax.lax.broadcasted_iota(jnp.int32, (1, rows), 1)

@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import rules
+from pallas_kernels.tpu.cuts import chunks, divisor
 
 BLOCK_ROWS = 512
 REGISTER_ROWS = 16  # of bfloat16; float32 has 8
@@ -70,21 +71,6 @@ def _parts(lo, hi, block: int, body):
         body(pl.ds(begin, part), (row_R1 >= lo) & (row_R1 < hi))
 
 
-def _chunks(size: int, other: int, body):
-    """``body(slice)`` over a dimension of a matrix of ``size * other``, in chunks."""
-    chunk = _divisor(size, max(CHUNK // other, 128))
-    if chunk == size:
-        body(pl.ds(0, size))
-    else:
-        pl.loop(0, size // chunk)(lambda i: body(pl.ds(pl.multiple_of(i * chunk, chunk), chunk)))
-
-
-def _dot(a, b, a_axis: int, b_axis: int):
-    return jax.lax.dot_general(
-        a, b, (((a_axis,), (b_axis,)), ((), ())), preferred_element_type=jnp.float32
-    )
-
-
 def _rows_kernel(group_V, block_V, border_C, x_RD, w_Df, y_Rf, sum_Rf, *, transposed: bool):
     v, block = pl.program_id(1), x_RD.shape[0]
     lo, hi = _own(group_V, block_V, border_C, v, block)
@@ -96,9 +82,9 @@ def _rows_kernel(group_V, block_V, border_C, x_RD, w_Df, y_Rf, sum_Rf, *, transp
 
         def add(k):
             w = w_Df[:, k] if transposed else w_Df[k]
-            sum_Rf[rows] += _dot(x_RD[rows, k], w, 1, 1 if transposed else 0)
+            sum_Rf[rows] += rules.dot(x_RD[rows, k], w, 1, 1 if transposed else 0)
 
-        _chunks(x_RD.shape[1], y_Rf.shape[1], add)
+        chunks(x_RD.shape[1], CHUNK // y_Rf.shape[1], add)
         return sum_Rf[rows].astype(y_Rf.dtype)
 
     @pl.when(whole & grouped)
@@ -137,9 +123,9 @@ def _matrices_kernel(group_V, block_V, border_C, x_Rd, dy_Rf, dw_df, sum_df):
 
     def add(rows, keep):
         def chunk(k):
-            sum_df[:, k] += _dot(keep(x_Rd[rows]), keep(dy_Rf[rows, k]), 0, 0)
+            sum_df[:, k] += rules.dot(keep(x_Rd[rows]), keep(dy_Rf[rows, k]), 0, 0)
 
-        _chunks(dy_Rf.shape[1], x_Rd.shape[1], chunk)
+        chunks(dy_Rf.shape[1], CHUNK // x_Rd.shape[1], chunk)
 
     @pl.when(hi - lo == block)
     def _():
@@ -158,12 +144,6 @@ def _matrices_kernel(group_V, block_V, border_C, x_Rd, dy_Rf, dw_df, sum_df):
         dw_df[...] = sum_df[...].astype(dw_df.dtype)
 
 
-def _divisor(width: int, most: int) -> int:
-    """The largest multiple of 128 up to ``most`` that divides ``width``, else ``width``."""
-    sizes = [n for n in range(128, min(width, max(most, 128)) + 1, 128) if width % n == 0]
-    return max(sizes, default=width)
-
-
 def _rows_of_block(rows: int, most: int) -> int:
     """Few rows are one block of whole registers, which reaches past them."""
     return min(most, pl.cdiv(rows, REGISTER_ROWS) * REGISTER_ROWS)
@@ -176,12 +156,26 @@ def _blocks_of_rows(rows: int, D: int, F: int, bytes_each: int):
         return 2 * bytes_each * (R * D + D * f + R * f) + 4 * R * f
 
     for most in (2048, 1024, 512, 256, 128):
-        R, f = _rows_of_block(rows, BLOCK_ROWS if most > 256 else 256), _divisor(F, most)
+        R, f = _rows_of_block(rows, BLOCK_ROWS if most > 256 else 256), divisor(F, most)
         if need(R, f) <= VMEM_BYTES:
             return R, f
     raise ValueError(
         f"grouped matmul of ({rows}, {D}) by ({D}, {F}): blocks of {need(R, f)} bytes do not fit "
         f"{VMEM_BYTES}; widths that are multiples of 128 can be cut smaller"
+    )
+
+
+def _blocks_of_matrices(rows: int, D: int, F: int, bytes_each: int):
+    """(R, d, f) such that double-buffered (R, d), (R, f), (d, f) and a float32 (d, f) fit."""
+    R, d = _rows_of_block(rows, BLOCK_ROWS), divisor(D, 1024)
+    for most in (2048, 1024):
+        f = divisor(F, most)
+        need = 2 * bytes_each * (R * d + R * f + d * f) + 4 * d * f
+        if need <= VMEM_BYTES:
+            return R, d, f
+    raise ValueError(
+        f"grouped matmul gradient ({D}, {F}): blocks of {need} bytes do not fit {VMEM_BYTES}; "
+        "widths that are multiples of 128 can be cut smaller"
     )
 
 
@@ -267,16 +261,7 @@ def matrices_of_rows(x_MD, dy_MF, sizes_E, *, load: int | None = None, interpret
       ValueError: widths whose blocks do not fit the on-chip memory.
     """
     (M, D), F, E = x_MD.shape, dy_MF.shape[1], len(sizes_E)
-    R, d, f = _rows_of_block(M, BLOCK_ROWS), _divisor(D, 1024), _divisor(F, 2048)
-    need = 2 * x_MD.dtype.itemsize * (R * d + R * f + d * f) + 4 * d * f
-    if need > VMEM_BYTES:
-        f = _divisor(F, 1024)
-        need = 2 * x_MD.dtype.itemsize * (R * d + R * f + d * f) + 4 * d * f
-    if need > VMEM_BYTES:
-        raise ValueError(
-            f"grouped matmul gradient ({D}, {F}): blocks of {need} bytes do not fit {VMEM_BYTES}; "
-            "widths that are multiples of 128 can be cut smaller"
-        )
+    R, d, f = _blocks_of_matrices(M, D, F, x_MD.dtype.itemsize)
     visits = _visits(sizes_E, M, R, every_group=True)
     return _call(
         _matrices_kernel,
@@ -299,6 +284,18 @@ def matrices_of_rows(x_MD, dy_MF, sizes_E, *, load: int | None = None, interpret
     )
 
 
+def check(x_MD, w_EDF, sizes_E) -> None:
+    """Raises ValueError for what :func:`grouped_matmul` or its gradients do not support.
+
+    Only shapes and dtypes are looked at.
+    """
+    rules.check_grouped_matmul("TPU kernel", x_MD, w_EDF, sizes_E, ("bfloat16", "float32"))
+    (M, D), F, size = x_MD.shape, w_EDF.shape[2], x_MD.dtype.itemsize
+    _blocks_of_rows(M, D, F, size)
+    _blocks_of_rows(M, F, D, size)
+    _blocks_of_matrices(M, D, F, size)
+
+
 def grouped_matmul(x_MD, w_EDF, sizes_E, load: int | None = None, interpret: bool = False):
     """:func:`rows_by_matrices` with gradients for the rows and the matrices.
 
@@ -312,10 +309,10 @@ def grouped_matmul(x_MD, w_EDF, sizes_E, load: int | None = None, interpret: boo
       (M, F) in the rows' dtype.
 
     Raises:
-      ValueError: a shape or dtype that the kernels do not support, or widths whose blocks do not
-        fit the on-chip memory.
+      ValueError: a shape or dtype that the kernels do not support, or widths whose blocks, those
+        of the gradients included, do not fit the on-chip memory.
     """
-    rules.check_grouped_matmul("TPU kernel", x_MD, w_EDF, sizes_E, ("bfloat16", "float32"))
+    check(x_MD, w_EDF, sizes_E)
     options = {"load": load, "interpret": interpret}
     kernels = (functools.partial(k, **options) for k in (rows_by_matrices, matrices_of_rows))
     return rules.grouped_matmul(*kernels, x_MD, w_EDF, sizes_E)

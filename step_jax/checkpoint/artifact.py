@@ -23,7 +23,7 @@ from step_jax.core.errors import CheckpointError, ConfigError
 from step_jax.core.sharding import Sharding
 from step_jax.models.context import Execution
 from step_jax.models.kinds import Model
-from step_jax.tokenizers import load_tokenizer
+from step_jax.tokenizers.files import load_tokenizer
 from step_jax.training.learner import LoRA, tables, view
 
 #: name of a processor -> how it is read from its folder
@@ -75,6 +75,7 @@ class Artifact:
 
     Attributes:
       name: what it was asked for as.
+      directory: where it lies.
       model: its configuration.
       params: float32, laid out on the mesh; the moving average if the run kept one. None if they
         were left out.
@@ -86,6 +87,7 @@ class Artifact:
     """
 
     name: str
+    directory: Path
     model: Any
     params: Any
     processor: Mapping[str, Any]
@@ -97,7 +99,7 @@ class Artifact:
     @property
     def execution(self) -> Execution:
         """How to compute it here: in its dtype, with whatever this machine has."""
-        return Execution(dtype=self.dtype)  # type: ignore[arg-type]
+        return Execution(dtype=self.dtype)
 
     @property
     def tokenizer(self):
@@ -105,6 +107,13 @@ class Artifact:
         if "tokenizer" not in self.processor:
             raise CheckpointError(f"{self.name} has no tokenizer: its model reads no text")
         return self.processor["tokenizer"]
+
+    @property
+    def context_of_text(self) -> int:
+        """``context``. Raises CheckpointError if the model is one of no text."""
+        if self.context is None:
+            raise CheckpointError(f"{self.name} does not say how many tokens a text may have")
+        return self.context
 
     def require[T](self, kind: type[T], purpose: str) -> T:
         """The model, if it is of this kind.
@@ -118,7 +127,7 @@ class Artifact:
         if not isinstance(self.model, kind):
             raise CheckpointError(
                 f"{self.name} is a model of kind {self.model.kind}; {purpose} needs one of kind "
-                f"{kind.kind}"  # type: ignore[attr-defined]
+                f"{kind.kind}"
             )
         return self.model
 
@@ -185,6 +194,7 @@ def load_run(
     }
     return Artifact(
         name=name,
+        directory=directory,
         model=held.model,
         params=_params(checkpointer, step, f"learners.{part}", held, sharding) if arrays else None,
         processor=processor,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from step_jax.core.command_line import load_config
 
 
@@ -10,7 +12,7 @@ def main(name: str, argv: list[str]) -> None:
     from step_jax.trainers import find_loop
 
     loop = find_loop(name)
-    loaded = load_config(
+    loaded: Any = load_config(
         loop.Config, [word for word in argv if word != "--force"], prog=f"step-jax {name}",
         description=f"{loop.Config.__doc__}\n\n--force tries a step that needs more memory than a "
         "device has.",

@@ -18,6 +18,8 @@ from step_jax.trainers import LOOPS, is_file
 COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("step_jax.cli.plan", "compile a recipe for a pod: memory, speed, cost"),
     "generate": ("step_jax.cli.generate", "write text with a trained model"),
+    "export": ("step_jax.cli.export", "write a decoder as Hugging Face's libraries read it"),
+    "sample-images": ("step_jax.cli.sample_images", "draw with a flow-matching model"),
     "eval": ("step_jax.cli.evaluate", "held-out loss, perplexity and bits per byte of a model"),
     "tokenize": ("step_jax.cli.tokenize", "train a tokenizer, or look at what one does"),
     "checkpoints": ("step_jax.cli.checkpoints", "list saved steps, or verify every byte of them"),
@@ -61,7 +63,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"step-jax {__version__}")
         return ExitCode.OK
     try:
-        name, rest = argv[0], argv[1:]
+        from step_jax.core.command_line import as_word
+
+        name = argv[0]
+        rest = [as_word(word) for word in argv[1:]]  # refuses bytes that are no text
         if name in LOOPS or is_file(name):
             from step_jax.cli import loop
 

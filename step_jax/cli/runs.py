@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,10 @@ from typing import Any
 from step_jax.core.errors import ConfigError
 from step_jax.runs.console import format_value, si
 
-_COLUMNS = ("run", "status", "steps", "tokens", "params", "loss", "held out", "bpb", "tokens/s")
+_COLUMNS = (
+    *("run", "status", "steps", "trained", "params", "loss", "reward", "held out", "bpb", "pace"),
+)
+_MAX_DIFFERENCES = 10  # in the table; unlike loops have little in common, and --json has all
 
 
 def main(argv: list[str]) -> int:
@@ -26,9 +30,9 @@ def main(argv: list[str]) -> int:
     differences = config_differences([read_config(d) for d in directories])
     for row, label, difference in zip(rows, labels, differences, strict=True):
         row["run"] = label
-        row["config"] = "  ".join(f"{key}={value}" for key, value in difference.items())
+        row["config"] = difference
     if args.json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps([_finite(row) for row in rows], indent=1))
     else:
         show(rows)
     if args.plot:
@@ -41,6 +45,14 @@ def main(argv: list[str]) -> int:
             raise ConfigError(str(error)) from None
         print(f"plot: {path}", file=sys.stderr)
     return 0
+
+
+def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no number for a loss that is not finite: a text, as in ``metrics.jsonl``."""
+    return {
+        key: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -90,35 +102,35 @@ def _labels(directories: Sequence[Path]) -> list[str]:
 def summarise(directory: Path) -> dict[str, Any]:
     """What the records of a run say; a key is None where they say nothing.
 
-    ``status`` is the one in the summary of the run, else ``running`` if its lock is held, else
-    ``stopped``. The pace is the median over the second half of the steps.
+    ``status`` and ``reason``: see :func:`step_jax.runs.history.outcome`. ``trained`` counts what
+    ``unit`` names; ``pace`` is that of a second, the median over the second half of the steps.
     """
-    from step_jax.runs.metrics_log import read_metrics
+    from step_jax.runs.history import outcome
+    from step_jax.runs.metrics_log import read_metrics, work_unit
     from step_jax.runs.run_directory import is_locked
 
     records = read_metrics(directory)
     steps = [r for r in records if r["event"] == "step"]
     evaluations = [r for r in records if r["event"] == "eval"]
-    facts: dict[str, Any] = {}
-    status = None
-    for record in records:
-        if record["event"] in ("header", "summary"):
-            facts |= record.get("values", {})
-        status = record.get("values", {}).get("status") if record["event"] == "summary" else None
-    if status is None:
-        status = "running" if is_locked(directory) else "stopped"
+    headers = [r.get("values", {}) for r in records if r["event"] == "header"]
+    status, reason = outcome(records, is_locked(directory))
     last: Mapping[str, Any] = steps[-1] if steps else {}
-    paces = sorted(r["tokens_per_s"] for r in steps[len(steps) // 2 :] if "tokens_per_s" in r)
+    unit = work_unit(records)
+    rate = f"{unit}_per_s"
+    paces = sorted(r[rate] for r in steps[len(steps) // 2 :] if rate in r)
     return {
         "run": directory.name,
         "status": status,
+        "reason": reason,
         "steps": last.get("step"),
-        "tokens": last.get("tokens"),
-        "params": facts.get("parameters"),
+        "trained": last.get(unit or ""),
+        "unit": unit,
+        "params": _number(_last(headers, "parameters")),
         "loss": last.get("loss"),
+        "reward": last.get("reward"),
         "held out": _last(evaluations, "loss"),
         "bpb": _last(evaluations, "bits_per_byte"),
-        "tokens/s": paces[len(paces) // 2] if paces else None,
+        "pace": paces[len(paces) // 2] if paces else None,
     }
 
 
@@ -126,35 +138,27 @@ def _last(records: Sequence[Mapping[str, Any]], key: str) -> Any:
     return next((r[key] for r in reversed(records) if key in r), None)
 
 
+def _number(value: Any) -> int | None:
+    """A count; a text with thousands marks is one as well."""
+    if isinstance(value, str):
+        digits = value.replace(",", "")
+        return int(digits) if digits.isdecimal() else None
+    return value
+
+
 def read_config(directory: Path) -> dict[str, str]:
     """``config.yaml`` as key path -> text; empty if there is none."""
-    from step_jax.core.yaml_strict import Mapping as Tree
-    from step_jax.core.yaml_strict import Node, Scalar, parse_yaml
+    from step_jax.runs.history import flat_configuration
 
     path = directory / "config.yaml"
     if not path.exists():
         return {}
-    flat: dict[str, str] = {}
-
-    def walk(node: Node, key: str) -> None:
-        if isinstance(node, Scalar):
-            flat[key] = node.text
-            return
-        children = (
-            node.entries.items()
-            if isinstance(node, Tree)
-            else ((str(i), item) for i, item in enumerate(node.items))
-        )
-        for name, child in children:
-            walk(child, f"{key}.{name}" if key else name)
-
-    walk(parse_yaml(path.read_text(encoding="utf-8"), str(path)), "")
-    return flat
+    return flat_configuration(path.read_text(encoding="utf-8"), str(path))
 
 
 def config_differences(configs: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """What each configuration says where not all of them say the same."""
-    keys = dict.fromkeys(key for config in configs for key in config)
+    """What each configuration says where not all say the same, but for the run's directory."""
+    keys = dict.fromkeys(key for c in configs for key in c if key != "run.directory")
     varying = [key for key in keys if len({config.get(key) for config in configs}) > 1]
     return [{key: config[key] for key in varying if key in config} for config in configs]
 
@@ -166,24 +170,34 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    columns = [c for c in (*_COLUMNS, "config") if any(row[c] not in (None, "") for row in rows)]
+    shown = (*_COLUMNS, "reason", "config")
+    columns = [c for c in shown if any(row[c] not in (None, "", {}) for row in rows)]
     table = Table(box=box.SIMPLE_HEAD, header_style="bold")
     for column in columns:
-        is_text = column in ("run", "status", "config")
+        is_text = column in ("run", "status", "reason", "config")
         table.add_column(column, justify="left" if is_text else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(_cell(column, row[column])) for column in columns))
+        table.add_row(*(Text(_cell(column, row)) for column in columns))
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 200
     console.print(table)
 
 
-def _cell(column: str, value: Any) -> str:
+def _cell(column: str, row: Mapping[str, Any]) -> str:
+    value = row[column]
     if value is None:
         return "-"
-    if column in ("tokens", "params", "tokens/s"):
+    if column == "trained":
+        return f"{si(value)} {row['unit']}"
+    if column == "pace":
+        return f"{si(value)}/s"
+    if column == "params":
         return si(value)
+    if column == "config":
+        words = [f"{key}={text}" for key, text in value.items()]
+        more = len(words) - _MAX_DIFFERENCES
+        return "  ".join(words[:_MAX_DIFFERENCES]) + (f"  and {more} more" if more > 0 else "")
     if isinstance(value, float):
         return f"{value:.4f}"
     return format_value(column, value)

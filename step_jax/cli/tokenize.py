@@ -1,4 +1,4 @@
-"""``step-jax tokenize [FILE.yaml ...] [--data.path PATH ...] [--out FILE.model]``."""
+"""``step-jax tokenize [FILE.yaml ...] [--data.path PATH ...] [--out FOLDER]``."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from step_jax.core.command_line import load_config
+from step_jax.core.errors import DataError
 from step_jax.data import DataConfig, TextDataset
+from step_jax.tokenizers.base import Tokenizer
 
 _DESCRIPTION = (
     "Train or load a tokenizer and tokenise the corpora, so that `step-jax pretrain` with the "
     "same `data` group starts at once. Takes the pretraining configuration as FILE.yaml, or only "
-    "--data flags. `--out FILE.model` also writes the tokenizer there."
+    "--data flags. `--out FOLDER` also writes the tokenizer there."
 )
 
 
@@ -31,6 +33,7 @@ def main(argv: list[str]) -> int | None:
     start = time.perf_counter()
     dataset = TextDataset.build(config, batch_size=1, report=print)
     print(table(dataset))
+    print(sample_chat(dataset.tokenizer), end="")
     print(f"{time.perf_counter() - start:.1f} s; cache: {config.cache_path}")
     if out:
         dataset.tokenizer.save(out)
@@ -49,9 +52,9 @@ def _take_out(argv: list[str]) -> tuple[str | None, list[str]]:
 
 def _schema(argv: list[str]) -> type:
     if any(not word.startswith("-") and word.endswith((".yaml", ".yml")) for word in argv):
-        from step_jax.trainers.pretrain import PretrainConfig
+        from step_jax.trainers.pretrain import Config
 
-        return PretrainConfig
+        return Config
     return DataOnly
 
 
@@ -62,9 +65,48 @@ def table(dataset: TextDataset) -> str:
     per_token = counters["bytes"] / max(1, counters["tokens"])
     rows += [
         ("bytes per token", f"{per_token:.3f}"),
-        ("tokenizer pieces", f"{dataset.tokenizer.vocab_size:,}"),
-        ("tokenizer hash", dataset.tokenizer.hash[:16]),
+        *_about(dataset.tokenizer),
         *(("left out, by name", str(path)) for path in dataset.skipped_paths),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _about(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    texts = {i: text for text, i in tokenizer.special.items()}
+
+    def shown(i: int | None) -> str:
+        return "none" if i is None else f"{i} {texts.get(i, '')}".rstrip()
+
+    return [
+        ("tokenizer tokens", f"{tokenizer.vocab_size:,}"),
+        ("tokenizer hash", tokenizer.hash[:16]),
+        ("gives back any text", f"no: {tokenizer.lossy}" if tokenizer.lossy else "yes"),
+        ("begin of text", shown(tokenizer.bos_id)),
+        ("end of text", shown(tokenizer.eos_id)),
+        ("padding", shown(tokenizer.pad_id)),
+        ("stop tokens", ", ".join(map(shown, tokenizer.stop_ids)) or "none"),
+        ("special tokens", _few([f"{i} {text}" for i, text in sorted(texts.items())])),
+        ("chat template", "none" if tokenizer.chat_template is None else "see below"),
+    ]
+
+
+def _few(items: list[str], most: int = 8) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return (", ".join(items[:most]) or "none") + more
+
+
+def sample_chat(tokenizer: Tokenizer) -> str:
+    """A conversation as the tokenizer's template writes it, or why it cannot; empty without one."""
+    if tokenizer.chat_template is None:
+        return ""
+    messages = [
+        {"role": "user", "content": "What is 2 + 2?"},
+        {"role": "assistant", "content": "4"},
+        {"role": "user", "content": "And 3 + 3?"},
+    ]
+    try:
+        text = tokenizer.chat_template.render(messages, add_generation_prompt=True)
+    except DataError as error:
+        return f"--- chat template\n{error}\n"
+    return f"--- chat template, of a sample\n{text}\n---\n"

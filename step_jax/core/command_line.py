@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
+import numbers
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from step_jax.core import config, yaml_strict
 from step_jax.core.errors import ConfigError
+from step_jax.core.text import is_utf8, printable
 from step_jax.core.yaml_strict import (
     COMMAND_LINE,
     DEFAULT,
@@ -29,7 +33,11 @@ from step_jax.core.yaml_strict import (
 
 
 def load_config[T](
-    cls: type[T], argv: list[str], *, prog: str = "step-jax", description: str | None = None
+    cls: type[T],
+    argv: Iterable[object],
+    *,
+    prog: str = "step-jax",
+    description: str | None = None,
 ) -> config.Loaded[T]:
     """The configuration that files and flags describe.
 
@@ -37,6 +45,7 @@ def load_config[T](
       cls: the schema, a dataclass.
       argv: YAML files (later ones win), then ``--key.sub-key value`` flags. ``--help`` prints every
         flag with the file's values as defaults; ``--explain`` prints every value with its origin.
+        A value may be a Python one: a number, boolean, None, path, list or dictionary of these.
       prog: the command, for messages.
       description: the first paragraph of ``--help`` (default: the docstring of ``cls``).
 
@@ -44,7 +53,7 @@ def load_config[T](
       ConfigError: anything wrong with the files, the flags or the values.
       SystemExit: after ``--help`` and ``--explain``.
     """
-    line = split(argv)
+    line = split([as_word(word) for word in argv])
     tree: Node = Mapping({}, {}, DEFAULT)
     for file in line.files:
         tree = yaml_strict.merge(tree, yaml_strict.load_yaml(Path(file)))
@@ -64,6 +73,43 @@ def load_config[T](
         config.validate(loaded.config, loaded.origins)
         raise SystemExit(0)
     return loaded
+
+
+def as_word(value: object) -> str:
+    """A word of a command line for a Python value.
+
+    Raises:
+      ConfigError: there is none, or the text holds bytes that are not UTF-8.
+    """
+    value = _plain(value)
+    if isinstance(value, str):
+        word = value
+    elif isinstance(value, float):
+        word = repr(value)  # JSON writes infinities in a way of its own
+    else:
+        word = json.dumps(value, default=_plain, ensure_ascii=False)
+    if not is_utf8(word):
+        raise ConfigError(
+            f"{COMMAND_LINE}: {printable(word)!r} is not UTF-8 text and cannot be kept with a run. "
+            "Rename the file or folder, or write the text as UTF-8"
+        )
+    return word
+
+
+def _plain(value: object) -> object:
+    """A value as one that JSON knows. Raises ConfigError if there is none."""
+    if value is None or isinstance(value, str | bool | list | tuple | dict):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, numbers.Integral):  # numpy's numbers are registered as these
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    raise ConfigError(
+        f"{COMMAND_LINE}: {value!r} is {type(value).__name__}; an option takes text, a number, "
+        "a boolean, None, a path, or a list or dictionary of these"
+    )
 
 
 @dataclass(frozen=True)
@@ -245,9 +291,13 @@ def print_help(cls: type, tree: Node, *, prog: str, description: str | None) -> 
     """Print every flag with its type, documentation and value from the files."""
     import tyro
 
-    def placeholder(declared: Any) -> Any:  # tyro lists a tuple of groups by its default's items
-        is_tuple = any(typing.get_origin(d) is tuple for d in config.members(declared))
-        return () if is_tuple else tyro.MISSING
+    def placeholder(declared: Any) -> Any:
+        for part in config.members(declared):
+            if typing.get_origin(part) is tuple:  # tyro lists a tuple of groups by its items
+                return ()
+            if dataclasses.is_dataclass(part) and isinstance(part, type):
+                return config.with_placeholders(part, Mapping({}, {}, DEFAULT), placeholder)
+        return tyro.MISSING
 
     for group in _groups(cls):
         group.__doc__ = _sectioned(group)

@@ -6,6 +6,10 @@ in a flag. Supported types: bool, int, float, str, Path, Enum, Literal, None, un
 ``tuple[X, ...]``, ``tuple[X, Y]``, ``dict[str, X]``, and dataclasses. A union of dataclasses is
 told apart by the key ``kind``, which each of them defines as ``kind: ClassVar[str]``.
 
+A dataclass may name keys that stand instead of each other: ``alternatives`` is a class variable
+``{key: (keys that belong to it, ...)}``. Of several that are set, those of the uppermost file (or
+of the command line) count; the others, and what belongs to them, are as if nobody had set them.
+
 A dataclass may define ``validate(self)``; it is called once the whole configuration is known, and
 its ``ValueError`` is reported with the key and the place in the file.
 
@@ -229,12 +233,14 @@ class _Converter:
                 self.fail(key_origin, "", f"unknown key '{prefix}{key}'{hint}")
         values = {}
         errors_before = len(self.errors)
+        replaced = _replaced(cls, node)
         for field in dataclasses.fields(cls):
             if field.name not in hints:
                 continue
             sub_path = prefix + field.name
-            standing = _standing(field, default if type(default) is cls else None)
-            if field.name in node.entries:
+            in_place = type(default) is cls and field.name not in replaced
+            standing = _standing(field, default if in_place else None)
+            if field.name in node.entries and field.name not in replaced:
                 sub_node = node.entries[field.name]
                 values[field.name] = self.value(hints[field.name], sub_node, sub_path, standing)
             elif standing is not dataclasses.MISSING:
@@ -279,6 +285,29 @@ class _Converter:
         self.origins[path] = DEFAULT
         for key, item in _children(value):
             self.record_default(item, f"{path}.{key}")
+
+
+def _replaced(cls: Any, node: Mapping) -> set[str]:
+    """Keys that are out of force because an alternative to them was set in a layer above."""
+    alternatives: dict[str, tuple[str, ...]] = getattr(cls, "alternatives", {})
+
+    def layer(key: str) -> int:  # defaults lie below all files
+        return node.layers.get(key, 0) if key in node.entries else -1
+
+    given = [head for head in alternatives if _is_set(node.entries.get(head))]
+    replaced = set()
+    for head, followers in alternatives.items():
+        above = max((layer(other) for other in given if other != head), default=-1)
+        replaced |= {key for key in (head, *followers) if layer(key) < above}
+    return replaced
+
+
+def _is_set(node: Node | None) -> bool:
+    if isinstance(node, Sequence):
+        return bool(node.items)
+    return node is not None and not (
+        isinstance(node, Scalar) and not node.quoted and node.text.lower() in _NULL
+    )
 
 
 def _standing(field: dataclasses.Field, instance: Any) -> Any:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import jax
 
 Precision = Literal["bf16", "fp8", "int8", "fp32"]
-#: dtype of products -> the precision whose peak they have.
+#: compute dtype of a run -> the precision whose peak its products have.
 PRECISION: dict[str, Precision] = {"bfloat16": "bf16", "float32": "fp32"}
 
 
@@ -28,8 +28,10 @@ class Chip:
     Attributes:
       name: as people call it.
       bf16, fp8, int8: peak operations per second; 0 where the hardware has no such mode.
-      fp32: peak FLOP/s of a matmul with float32 inputs and outputs at JAX's fastest setting for it:
-        TF32 on NVIDIA; on TPU six bf16 passes (``precision="highest"``), hence bf16 / 6.
+      fp32: peak FLOP/s of a matmul with float32 inputs and outputs as programs of ``float32`` have
+        it, which is JAX's default precision: TF32 on NVIDIA; on TPU one bf16 pass with float32
+        sums, so float32 there is a dtype of storage and not of products. (``"high"`` would take
+        three passes, ``"highest"`` six.)
       hbm_bytes: memory size; the runtime keeps some of it.
       hbm_bandwidth: bytes per second.
       vmem_bytes: software-managed on-chip memory of a TensorCore (TPU); shared memory that one
@@ -83,7 +85,7 @@ def _tpu(
         bf16=bf16 * 1e12,
         fp8=fp8 * 1e12,
         int8=int8 * 1e12,
-        fp32=bf16 * 1e12 / 6,
+        fp32=bf16 * 1e12,
         hbm_bytes=hbm_gb * 1e9,
         hbm_bandwidth=hbm_tb_per_s * 1e12,
         vmem_bytes=vmem_mib * 2**20,
@@ -207,9 +209,10 @@ def has_ragged_all_to_all(device: jax.Device) -> bool:
 def measured_cpu_peak(seconds: float = 0.1) -> float:
     """FLOP/s of float32 matrix products on this machine's CPU devices, measured.
 
-    A CPU has no useful nominal figure (cores are shared, clocks vary), so MFU on one is against the
-    best of several products of 1024 x 1024 matrices. The result is kept for the process.
-    ``STEP_JAX_CPU_PEAK`` (FLOP/s) replaces the measurement, for figures that compare.
+    The best of several products of 1024 x 1024 matrices, kept for the process. It is what a plan
+    for this machine forecasts with, and no peak: on a machine with other work the measurement may
+    get half the cores and a later step all of them. ``STEP_JAX_CPU_PEAK`` (FLOP/s) replaces it,
+    for figures that compare.
     """
     if given := os.environ.get("STEP_JAX_CPU_PEAK"):
         return float(given)
@@ -231,10 +234,10 @@ def measured_cpu_peak(seconds: float = 0.1) -> float:
 
 
 def peak_flops(device: jax.Device, precision: Precision) -> float | None:
-    """Peak FLOP/s of a device for MFU: from the table, measured on a CPU, None if unknown."""
-    if device.platform == "cpu":
-        import jax
+    """Peak FLOP/s of a device for MFU, or None: a CPU has none that is true.
 
-        return measured_cpu_peak() / jax.local_device_count("cpu")  # they share the cores
+    Its cores are shared, their clock varies, and what their vector units reach is not known from
+    here. A utilisation of a guess says nothing, and was seen above 200 %.
+    """
     chip = detect(device)
     return None if chip is None else chip.peak(precision)

@@ -219,7 +219,7 @@ def trained(specs, tree=None):
 
 
 def completed(specs, trained, whole):
-    """The inverse of :func:`trained`: frozen parameters from ``whole``, the others from ``trained``."""
+    """The inverse of :func:`trained`, with the frozen parameters of ``whole``."""
     return map_specs(lambda s, a, b: a if s.trainable else b, specs, trained, whole)
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
 
 from step_jax.core.errors import ConfigError
+from step_jax.core.text import is_utf8, printable
 
 BASE_KEY = "base"
 KIND_KEY = "kind"
@@ -41,12 +42,15 @@ class Sequence:
 @dataclass(frozen=True)
 class Mapping:
     """``key_origins`` says where each key stands. A ``patch`` comes from dotted command-line flags:
-    over a sequence its keys are indices, and it never replaces what it does not name."""
+    over a sequence its keys are indices, and it never replaces what it does not name.
+    ``layers`` says which of the merged files a key is from, the upper ones with higher numbers;
+    a key that it lacks is from the lowest (0)."""
 
     entries: dict[str, Node]
     key_origins: dict[str, str]
     origin: str
     patch: bool = False
+    layers: dict[str, int] = field(default_factory=dict)
 
 
 Node = Scalar | Sequence | Mapping
@@ -99,6 +103,8 @@ def _convert(node: yaml.Node, name: str, seen: set[int]) -> Node:
     if not (node.tag or "").startswith("tag:yaml.org,2002:") or "python" in node.tag:
         raise ConfigError(f"{origin}: tags such as '{node.tag}' are not supported")
     if isinstance(node, yaml.ScalarNode):
+        if not is_utf8(node.value):  # half of a character, written as an escape
+            raise ConfigError(f"{origin}: {printable(node.value)!r} is not Unicode text")
         return Scalar(node.value, node.style is not None, origin)
     if isinstance(node, yaml.SequenceNode):
         return Sequence(tuple(_convert(child, name, seen) for child in node.value), origin)
@@ -177,7 +183,10 @@ def merge(lower: Node | None, upper: Node) -> Node:
         entries[key] = merge(entries.get(key), node)
     key_origins = {**lower.key_origins, **upper.key_origins}
     origin = lower.origin if upper.patch else upper.origin
-    return Mapping(entries, key_origins, origin, patch=lower.patch and upper.patch)
+    both_patch = lower.patch and upper.patch  # all flags are one layer
+    above = 0 if both_patch else 1 + max(lower.layers.values(), default=0)
+    layers = {key: above + upper.layers.get(key, 0) for key in upper.entries}
+    return Mapping(entries, key_origins, origin, both_patch, {**lower.layers, **layers})
 
 
 def _patch_sequence(lower: Sequence, upper: Mapping) -> Sequence:
@@ -199,4 +208,4 @@ def relabel(node: Node, origin: str) -> Node:
     if isinstance(node, Sequence):
         return Sequence(tuple(relabel(item, origin) for item in node.items), origin)
     entries = {key: relabel(item, origin) for key, item in node.entries.items()}
-    return Mapping(entries, dict.fromkeys(entries, origin), origin, node.patch)
+    return replace(node, entries=entries, key_origins=dict.fromkeys(entries, origin), origin=origin)

@@ -8,7 +8,7 @@ from step_jax.data.config import DataConfig, Source, Stage
 from step_jax.data.dataset import BatchIterator, TextDataset
 from step_jax.data.heldout import Heldout
 from step_jax.data.packing import Batch
-from step_jax.tokenizers.sentencepiece import Tokenizer
+from step_jax.tokenizers.base import Tokenizer
 
 __all__ = [
     "Batch",

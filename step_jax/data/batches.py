@@ -79,7 +79,8 @@ def process_rows(sharding: Sharding, rows: int) -> tuple[int, int]:
       ConfigError: this process's rows are no such part.
     """
     layout = sharding.named((ROWS,), (rows,)).addressable_devices_indices_map((rows,))
-    spans = [(s.start or 0, rows if s.stop is None else s.stop) for (s,) in layout.values()]
+    slices = [where[0] for where in layout.values() if where is not None]
+    spans = [(s.start or 0, rows if s.stop is None else s.stop) for s in slices]
     low, high = min(s[0] for s in spans), max(s[1] for s in spans)
     size = high - low
     if rows % size or low % size:

@@ -6,9 +6,11 @@ A tokenised corpus is a folder ``tokens-<key>`` with, for each split (train, hel
   <split>.offsets.npy  int64 (documents + 1,), borders of the documents in <split>.bin
 
 and ``heldout.raw`` (UTF-8 text of the held-out documents), ``heldout.bytes.npy`` (int64, bytes
-of each), ``skipped.jsonl`` (everything left out, with the reason) and ``meta.json``.
-The key covers names, sizes and times of the source files, the tokenizer and the options;
+of each), ``skipped.jsonl`` (what of the files was left out, with the reason) and ``meta.json``.
+The key covers names and contents of the source files, the tokenizer and the options;
 ``meta.json`` holds digests of the tokens themselves, which identify the data in checkpoints.
+Beside them lie, for each source, what its files held (``files-<key>.json``), what it holds out
+beyond the rule (``split-<key>.json``) and everything left out of it (``skipped-<key>.jsonl``).
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -24,7 +27,7 @@ import socket
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,18 +35,27 @@ import numpy as np
 
 from step_jax.core.errors import DataError, DiskFullError
 from step_jax.core.files import write_whole
+from step_jax.core.text import printable
 from step_jax.data.config import TRAIN_TOKENIZER, DataConfig, Source
-from step_jax.data.sources import (
-    Document,
+from step_jax.data.files import (
+    CACHE_TAG,
+    CACHE_TAG_TEXT,
     Skip,
     SourceFile,
+    content_digests,
+    count_skips,
     list_files,
-    read_file,
-    split_documents,
+    list_skips,
+    root_of,
+    stamp_of,
 )
-from step_jax.tokenizers.sentencepiece import Tokenizer, train_sentencepiece
+from step_jax.data.sources import Document, read_file
+from step_jax.data.split import Choice, choose, split_documents
+from step_jax.tokenizers.base import Tokenizer
+from step_jax.tokenizers.files import load_tokenizer
+from step_jax.tokenizers.sentencepiece import train_sentencepiece
 
-_VERSION = 1
+_VERSION = 2
 _TRAINING_SAMPLE_BYTES = 24 * 2**20  # more text changes a BPE vocabulary little
 _ENCODE_BATCH_BYTES = 4 * 2**20
 Report = Callable[[str], None]
@@ -60,12 +72,14 @@ class Documents(NamedTuple):
 class TokenCache:
     """One tokenised corpus on disk, memory-mapped.
 
-    ``digest`` identifies the training tokens. ``counters`` counts what was read and left out.
+    ``digest`` identifies the training tokens. ``counters`` counts what was read and left out,
+    ``skipped`` is the file that names everything left out.
     """
 
     directory: Path
     digest: str
     counters: dict[str, int]
+    skipped: Path
     train: Documents
     heldout: Documents
     heldout_bytes: np.ndarray
@@ -73,10 +87,26 @@ class TokenCache:
 
 
 class Prepared(NamedTuple):
-    """What training needs on disk: the tokenizer and one cache for each source."""
+    """What training needs on disk: the tokenizer and one cache for each source in use."""
 
     tokenizer: Tokenizer
     caches: tuple[TokenCache, ...]
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """A source as it lies on disk now; ``key`` stands for names and contents of its files."""
+
+    source: Source
+    files: list[SourceFile]
+    skips: list[Skip]
+    key: str = ""
+
+    def documents(self, max_document_bytes: int) -> Iterator[Document]:
+        for file in self.files:
+            for item in read_file(file, self.source.text_field, max_document_bytes):
+                if isinstance(item, Document):
+                    yield item
 
 
 def prepare(
@@ -99,9 +129,17 @@ def prepare(
     """
     config.validate()
     try:
-        tokenizer = tokenizer or _tokenizer(config, report)
+        _mark_cache(config.cache_path)
+        listings = [_list(source, config, report) for source in config.resolved_sources]
+        choices = [_choice(listing, config, report) for listing in listings]
+        choice = functools.reduce(Choice.__or__, choices)
+        if tokenizer is None:
+            tokenizer = _tokenizer(config, listings, choice, report)
+        else:
+            _usable(tokenizer, config)
         caches = tuple(
-            _prepare_source(source, config, tokenizer, report) for source in config.resolved_sources
+            _prepare_source(listing, config, tokenizer, own, choice, report)
+            for listing, own in zip(listings, choices, strict=True)
         )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -117,56 +155,115 @@ def prepare(
 def train_tokenizer(
     paths: Iterable[str], out: str | Path, vocab_size: int = 4096, *, text_field: str = "text"
 ) -> Tokenizer:
-    """Trains a SentencePiece model on files or folders and writes it to ``out``."""
+    """Trains a SentencePiece model on files or folders and writes it to the folder ``out``."""
+    config = DataConfig()
     sources = [Source(path=str(path), text_field=text_field) for path in paths]
-    tokenizer = _train(sources, vocab_size, DataConfig())
+    listings = [_Listing(source, *list_files(source)) for source in sources]
+    choices = [_choose(listing, config) for listing in listings]
+    choice = functools.reduce(Choice.__or__, choices, Choice())
+    tokenizer = _train(listings, vocab_size, config, choice)
     tokenizer.save(out)
     return tokenizer
 
 
-def _tokenizer(config: DataConfig, report: Report) -> Tokenizer:
-    if config.tokenizer != TRAIN_TOKENIZER:
-        return Tokenizer.load(config.tokenizer)
-    sources = config.resolved_sources
-    listed = [_file_key(list_files(source)[0]) for source in sources]
-    weights = [source.weight for source in sources]
-    fields = [source.text_field for source in sources]
-    options = [config.vocab_size, config.heldout_fraction, config.max_document_bytes]
-    path = config.cache_path / f"tokenizer-{_key(listed, weights, fields, options)}.model"
+def _mark_cache(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / CACHE_TAG).exists():
+        (folder / CACHE_TAG).write_text(CACHE_TAG_TEXT)
+
+
+def _list(source: Source, config: DataConfig, report: Report) -> _Listing:
+    files, skips = list_files(source)
+    root = os.path.abspath(root_of(source))
+    memo = config.cache_path / f"files-{_key(root)}.json"
+    with _lock(memo, report):
+        digests = content_digests(files, memo, report)
+    named = [(f.name, f.format, digest) for f, digest in zip(files, digests, strict=True)]
+    return _Listing(source, files, skips, _key(named))
+
+
+def _choice(listing: _Listing, config: DataConfig, report: Report) -> Choice:
+    """See `choose`; kept, so that a prepared corpus is not read to know it."""
+    options = [listing.source.text_field, config.heldout_fraction, config.max_document_bytes]
+    path = config.cache_path / f"split-{_key(listing.key, options)}.json"
     with _lock(path, report):
-        if not path.exists():
+        try:
+            held, cut = json.loads(path.read_bytes())
+            return Choice(frozenset(held), frozenset(cut))
+        except (OSError, ValueError, TypeError):
+            choice = _choose(listing, config)
+            write_whole(path, json.dumps(choice.to_json()))
+            return choice
+
+
+def _choose(listing: _Listing, config: DataConfig) -> Choice:
+    return choose(listing.documents(config.max_document_bytes), config.heldout_fraction)
+
+
+def _tokenizer(
+    config: DataConfig, listings: list[_Listing], choice: Choice, report: Report
+) -> Tokenizer:
+    if config.tokenizer != TRAIN_TOKENIZER:
+        return _usable(load_tokenizer(config.tokenizer), config)
+    keys = [listing.key for listing in listings]
+    weights = [listing.source.weight for listing in listings]
+    fields = [listing.source.text_field for listing in listings]
+    options = [config.vocab_size, config.heldout_fraction, config.max_document_bytes]
+    path = config.cache_path / f"tokenizer-{_key(keys, weights, fields, options)}"
+    with _lock(path, report):
+        if not (path / "tokenizer.model").exists():
             report(f"training a tokenizer of {config.vocab_size} pieces")
-            _train(sources, config.vocab_size, config).save(path)
-    return Tokenizer.load(path)
+            _train(listings, config.vocab_size, config, choice).save(path)
+    return load_tokenizer(path)
 
 
-def _train(sources: Iterable[Source], vocab_size: int, config: DataConfig) -> Tokenizer:
-    sources = list(sources)
-    total = sum(source.weight for source in sources)
+def _usable(tokenizer: Tokenizer, config: DataConfig) -> Tokenizer:
+    """The tokenizer, if documents can be made of its tokens."""
+    tokenizer.document_borders()
+    if tokenizer.lossy and not config.lossy_tokenizer:
+        raise DataError(
+            f"{tokenizer.name} loses part of the text: {tokenizer.lossy}. A model would be "
+            "trained on what is left, and its bits per byte would divide the loss by bytes that it "
+            "never saw. Take another tokenizer (data.tokenizer: train makes one that loses "
+            "nothing), or set data.lossy_tokenizer: true to go on without bits per byte"
+        )
+    return tokenizer
+
+
+def _train(
+    listings: list[_Listing], vocab_size: int, config: DataConfig, choice: Choice
+) -> Tokenizer:
+    """Trains on what is not held out. Sources share the sample by their weights; where all of
+    them get theirs from stages only, evenly."""
+    weights = [listing.source.weight for listing in listings]
+    if not sum(weights):
+        weights = [1.0] * len(listings)
 
     def texts() -> Iterator[str]:
-        for source in sources:
-            limit = int(_TRAINING_SAMPLE_BYTES * source.weight / total)
-            documents = _sample(source, limit, config.max_document_bytes)
-            for document, held in split_documents(documents, config.heldout_fraction):
+        for listing, weight in zip(listings, weights, strict=True):
+            if not weight:
+                continue
+            limit = int(_TRAINING_SAMPLE_BYTES * weight / sum(weights))
+            documents = _sample(listing, limit, config.max_document_bytes)
+            for document, held in split_documents(documents, config.heldout_fraction, choice):
                 if not held:
                     yield document.text
 
     return train_sentencepiece(texts(), vocab_size)
 
 
-def _sample(source: Source, limit: int, max_document_bytes: int) -> Iterator[Document]:
+def _sample(listing: _Listing, limit: int, max_document_bytes: int) -> Iterator[Document]:
     """About ``limit`` bytes of a source, files in hashed order, no file more than 1/8 of it.
 
     A source within the limit is read whole.
     """
-    files, skips = list_files(source)
-    whole = sum(file.size for file in files) <= limit
+    files, skips = listing.files, list(listing.skips)
+    whole = sum(file.stamp.size for file in files) <= limit
     per_file = limit if whole else max(limit // 8, limit // len(files))
     found = taken = 0
     for file in sorted(files, key=lambda f: hashlib.sha256(f.name.encode()).digest()):
         from_file = 0
-        for item in read_file(file, source.text_field, max_document_bytes):
+        for item in read_file(file, listing.source.text_field, max_document_bytes):
             if isinstance(item, Skip):
                 skips.append(item)
                 continue
@@ -179,34 +276,68 @@ def _sample(source: Source, limit: int, max_document_bytes: int) -> Iterator[Doc
         if not whole and taken >= limit:
             break
     if not found:
-        raise DataError(_no_text(source, skips))
+        raise DataError(_no_text(listing.source, skips))
 
 
 def _prepare_source(
-    source: Source, config: DataConfig, tokenizer: Tokenizer, report: Report
+    listing: _Listing,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    own: Choice,
+    choice: Choice,
+    report: Report,
 ) -> TokenCache:
-    files, skips = list_files(source)
+    """The cache of one source; ``choice`` is that of all sources and ``own`` its part of it,
+    which its contents determine."""
+    source = listing.source
     options = [source.text_field, config.heldout_fraction, config.max_document_bytes]
-    key = _key(_file_key(files), tokenizer.hash, options)
+    key = _key(listing.key, tokenizer.hash, options, (choice - own).to_json())
     directory = config.cache_path / f"tokens-{key}"
+    root = os.path.abspath(root_of(source))
+    skipped = config.cache_path / f"skipped-{_key(root, source.format, options)}.jsonl"
     with _lock(directory, report):
         cache = _open(directory)
         if cache is None:
-            report(f"tokenising {source.path} ({len(files)} files)")
-            _write(directory, files, skips, source, config, tokenizer)
+            report(f"tokenising {source.path} ({len(listing.files)} files)")
+            _write(directory, listing, config, tokenizer, choice)
             cache = _open(directory)
-    if cache is None:
-        raise DataError(f"{directory} was written but cannot be read back; check the disk")
+        if cache is None:
+            raise DataError(f"{directory} was written but cannot be read back; check the disk")
+        write_whole(skipped, _json_lines(listing.skips) + cache.skipped.read_bytes())
+    counters = dict(cache.counters)
+    for name, count in count_skips(listing.skips).items():
+        counters[name] = counters.get(name, 0) + count
+    cache = replace(cache, counters=counters, skipped=skipped)
+    if left_out := _left_out(cache):
+        report(f"{source.path}: {left_out}")
     return cache
+
+
+def _left_out(cache: TokenCache) -> str:
+    """What was left out of a source, in words; empty if nothing was."""
+    counters = cache.counters
+    reasons = [
+        f"{count:,} {name.removeprefix('skipped_').replace('_', ' ')}"
+        for name, count in counters.items()
+        if name.startswith("skipped_") and count
+    ]
+    parts = []
+    if reasons:
+        parts.append(f"left out {', '.join(reasons)}, named in {cache.skipped}")
+    if cut := counters.get("documents_truncated"):
+        parts.append(
+            f"{cut:,} documents cut at data.max_document_bytes "
+            f"({counters['bytes_truncated']:,} bytes less)"
+        )
+    return "; ".join(parts)
 
 
 def _write(
     directory: Path,
-    files: list[SourceFile],
-    skips: list[Skip],
-    source: Source,
+    listing: _Listing,
     config: DataConfig,
     tokenizer: Tokenizer,
+    choice: Choice,
 ) -> None:
     prefix = f".{directory.name}.{socket.gethostname()}."
     for stale in directory.parent.glob(f"{prefix}*"):  # of a killed process: the lock is ours
@@ -214,13 +345,11 @@ def _write(
     temporary = directory.parent / f"{prefix}{os.getpid()}"
     temporary.mkdir()
     try:
-        writer = _Writer(temporary, source, config, tokenizer)
-        for skip in skips:
-            writer.skip(skip)
-        documents = writer.documents(files)
-        for document, held in split_documents(documents, config.heldout_fraction):
+        writer = _Writer(temporary, listing.source, config, tokenizer)
+        documents = writer.documents(listing.files)
+        for document, held in split_documents(documents, config.heldout_fraction, choice):
             writer.add(document, held)
-        writer.finish(len(files))
+        writer.finish(len(listing.files))
         if _open(directory) is None:  # else another host has finished the same work
             shutil.rmtree(directory, ignore_errors=True)
             os.replace(temporary, directory)
@@ -265,7 +394,7 @@ class _Writer:
         self.train = _SplitFile(directory / "train.bin", self.dtype)
         self.heldout = _SplitFile(directory / "heldout.bin", self.dtype)
         self.raw = open(directory / "heldout.raw", "wb")  # noqa: SIM115 (closed in finish)
-        self.skipped = open(directory / "skipped.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+        self.skipped = open(directory / "skipped.jsonl", "wb")  # noqa: SIM115
         self.counters: Counter[str] = Counter()
         self.first_skips: list[Skip] = []
         self.waiting: list[tuple[bytes, str, bool]] = []
@@ -279,9 +408,14 @@ class _Writer:
                     yield item
                 else:
                     self.skip(item)
+            if not _unchanged(file):
+                raise DataError(
+                    f"{printable(str(file.path))} was changed while it was read; start again "
+                    "when nothing writes there"
+                )
 
     def skip(self, skip: Skip) -> None:
-        self.skipped.write(json.dumps(skip._asdict()) + "\n")
+        self.skipped.write(_json_lines([skip]))
         self.counters[f"skipped_{skip.reason}"] += 1
         self.counters["records_bad"] += skip.bad
         if len(self.first_skips) < 5:
@@ -289,13 +423,14 @@ class _Writer:
         if self.counters["records_bad"] > self.config.max_bad_records:
             raise DataError(
                 f"{self.source.path}: more than {self.config.max_bad_records} bad records "
-                f"(data.max_bad_records). The first: {_list_skips(self.first_skips)}. Repair the "
+                f"(data.max_bad_records). The first: {list_skips(self.first_skips)}. Repair the "
                 "file, or raise the limit to go on without them"
             )
 
     def add(self, document: Document, held: bool) -> None:
-        data = document.text.encode()
-        self.waiting.append((data, document.text, held))
+        text = self.tokenizer.as_read(document.text)
+        data = text.encode()
+        self.waiting.append((data, text, held))
         self.waiting_bytes += len(data)
         self.counters["documents_truncated"] += document.truncated_bytes > 0
         self.counters["bytes_truncated"] += document.truncated_bytes
@@ -303,10 +438,11 @@ class _Writer:
             self._encode()
 
     def _encode(self) -> None:
+        _, eos_id = self.tokenizer.document_borders()
         ids = self.tokenizer.encode_batch([text for _, text, _ in self.waiting])
         for (data, _, held), tokens in zip(self.waiting, ids, strict=True):
             split = self.heldout if held else self.train
-            split.add(tokens, self.tokenizer.eos_id, len(data))
+            split.add(tokens, eos_id, len(data))
             if held:
                 self.raw.write(data)
         self.waiting, self.waiting_bytes = [], 0
@@ -326,6 +462,7 @@ class _Writer:
         self.raw.close()
         self.skipped.close()
         self.counters["files"] = files
+        self.counters["records_bad"] += 0  # named also where there are none
         for name, split in (("", self.train), ("heldout_", self.heldout)):
             self.counters[f"{name}documents"] = len(split.lengths)
             self.counters[f"{name}bytes"] = sum(split.byte_counts)
@@ -362,6 +499,7 @@ def _open(directory: Path) -> TokenCache | None:
         directory=directory,
         digest=meta["digests"]["train"],
         counters=meta["counters"],
+        skipped=directory / "skipped.jsonl",
         heldout_bytes=byte_counts,
         heldout_raw=raw,
         **splits,
@@ -392,8 +530,15 @@ def _lock(path: Path, report: Report) -> Iterator[None]:
         yield
 
 
-def _file_key(files: list[SourceFile]) -> list[tuple[str, str, int, int]]:
-    return [(file.name, file.format, file.size, file.mtime_ns) for file in files]
+def _unchanged(file: SourceFile) -> bool:
+    try:
+        return stamp_of(file.path) == file.stamp
+    except OSError:
+        return False
+
+
+def _json_lines(skips: Iterable[Skip]) -> bytes:
+    return "".join(json.dumps(skip._asdict()) + "\n" for skip in skips).encode()
 
 
 def _key(*parts: object) -> str:
@@ -401,12 +546,8 @@ def _key(*parts: object) -> str:
 
 
 def _no_text(source: Source, skips: list[Skip]) -> str:
-    reasons = _list_skips(skips[:5]) or "no documents in its files"
+    reasons = list_skips(skips) or "no documents in its files"
     return (
         f"data path {source.path!r} holds no text ({reasons}). Point data.path at text files, "
         "JSONL, Parquet, Arrow or ArrayRecord files with a text field"
     )
-
-
-def _list_skips(skips: list[Skip]) -> str:
-    return "; ".join(f"{s.name}: {s.reason} {s.detail}".rstrip() for s in skips)

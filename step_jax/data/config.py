@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from step_jax.core.errors import ConfigError
+from step_jax.core.text import is_utf8, printable
 
 PYTHON_STDLIB = "python:stdlib"
 TRAIN_TOKENIZER = "train"
@@ -22,9 +23,10 @@ class Source:
 
     ``path`` is a file, a folder (read recursively, hidden names left out), or
     ``python:stdlib`` (the standard library of the running Python, a text every machine
-    has). ``weight`` is the share of this source in a mixture, counted in rows. ``format``
-    ``auto`` goes by file extension: ``.jsonl``, ``.jsonl.zst``, ``.jsonl.gz``, ``.parquet``,
-    ``.arrow``, ``.arrayrecord``; every other file is text, one document each.
+    has). ``weight`` is the share of this source in a mixture, counted in rows, and in the text
+    that a tokenizer is trained on; a source that no weight ever draws from is not read.
+    ``format`` ``auto`` goes by file extension: ``.jsonl``, ``.jsonl.zst``, ``.jsonl.gz``,
+    ``.parquet``, ``.arrow``, ``.arrayrecord``; every other file is text, one document each.
     ``text_field`` names the field or column that holds the text of a record.
     """
 
@@ -50,13 +52,16 @@ class DataConfig:
     """Where the training text comes from and how it becomes rows of tokens.
 
     Attributes:
-      path: one corpus (see `Source.path`); ``sources`` instead gives several.
+      path: one corpus (see `Source.path`); ``sources`` instead gives several. Without either it
+        is ``python:stdlib``. Of two files that give one each, the upper one wins.
       sources: the corpora of a mixture, with weights.
       stages: weights that change at given steps; empty means the sources' own weights.
       format: format of ``path`` (see `Source`).
       text_field: field or column with the text, for ``path``.
       tokenizer: ``train`` (SentencePiece BPE on the training documents), or the path of a
-        SentencePiece ``.model``.
+        tokenizer: a SentencePiece ``.model``, or a folder as Hugging Face writes it.
+      lossy_tokenizer: accept a tokenizer that loses part of the text (spaces, case, unknown
+        characters); held-out figures then have no bits per byte.
       vocab_size: size of a tokenizer that is trained; one that is loaded brings its own.
       sequence_length: tokens in a row.
       packing: ``split`` cuts the stream of documents at row borders (no padding but at the
@@ -72,12 +77,19 @@ class DataConfig:
         ``~/.cache/step_jax``.
     """
 
-    path: str = PYTHON_STDLIB
+    #: what stands instead of each other, each with the keys that belong to it
+    alternatives: ClassVar[dict[str, tuple[str, ...]]] = {
+        "path": ("format", "text_field"),
+        "sources": ("stages",),
+    }
+
+    path: str | None = None
     sources: tuple[Source, ...] = ()
     stages: tuple[Stage, ...] = ()
     format: Format = "auto"
     text_field: str = "text"
     tokenizer: str = TRAIN_TOKENIZER
+    lossy_tokenizer: bool = False
     vocab_size: int = 4096
     sequence_length: int = 512
     packing: Literal["split", "fit"] = "split"
@@ -89,8 +101,13 @@ class DataConfig:
 
     def validate(self) -> None:
         """Raises `ConfigError` for values that cannot work together."""
-        if self.sources and self.path != PYTHON_STDLIB:
+        if self.sources and self.path is not None:
             raise ConfigError("path and sources are both set: keep one of them")
+        if self.sources and (self.format, self.text_field) != ("auto", "text"):
+            raise ConfigError("format and text_field belong to path: give them in each source")
+        for path in (source.path for source in self._all_sources):
+            if not is_utf8(path):
+                raise ConfigError(f"{printable(path)!r} is not UTF-8: rename the file or folder")
         if self.sequence_length < 2:
             raise ConfigError(f"sequence_length is {self.sequence_length}; it must be >= 2")
         if not 0 <= self.heldout_fraction < 1:
@@ -104,12 +121,12 @@ class DataConfig:
 
     def _check_stages(self) -> None:
         for name, weights in [
-            ("sources weights", tuple(s.weight for s in self.resolved_sources)),
+            ("sources weights", tuple(s.weight for s in self._all_sources)),
             *((f"stages[{i}].weights", s.weights) for i, s in enumerate(self.stages)),
         ]:
-            if len(weights) != len(self.resolved_sources):
+            if len(weights) != len(self._all_sources):
                 raise ConfigError(
-                    f"{name} has {len(weights)} entries for {len(self.resolved_sources)} sources"
+                    f"{name} has {len(weights)} entries for {len(self._all_sources)} sources"
                 )
             if any(not math.isfinite(w) or w < 0 for w in weights) or sum(weights) <= 0:
                 raise ConfigError(f"{name} is {weights}: weights must be >= 0 and not all 0")
@@ -129,16 +146,37 @@ class DataConfig:
                 previous = stage.until_step
 
     @property
-    def resolved_sources(self) -> tuple[Source, ...]:
-        """``sources``, or the one source that ``path`` stands for."""
+    def _all_sources(self) -> tuple[Source, ...]:
         if self.sources:
             return self.sources
-        return (Source(path=self.path, format=self.format, text_field=self.text_field),)
+        path = PYTHON_STDLIB if self.path is None else self.path
+        return (Source(path=path, format=self.format, text_field=self.text_field),)
+
+    @property
+    def _all_stages(self) -> tuple[Stage, ...]:
+        return self.stages or (Stage(weights=tuple(s.weight for s in self._all_sources)),)
+
+    @property
+    def _in_use(self) -> list[int]:
+        """Indices of the sources that some stage draws from."""
+        shares = zip(*(stage.weights for stage in self._all_stages), strict=True)
+        return [i for i, weights in enumerate(shares) if any(weights)]
+
+    @property
+    def resolved_sources(self) -> tuple[Source, ...]:
+        """``sources``, or the one source that ``path`` stands for; those that are drawn from."""
+        return tuple(self._all_sources[i] for i in self._in_use)
 
     @property
     def resolved_stages(self) -> tuple[Stage, ...]:
-        """``stages``, or the one open-ended stage of the sources' own weights."""
-        return self.stages or (Stage(weights=tuple(s.weight for s in self.resolved_sources)),)
+        """``stages``, or the one open-ended stage of the sources' own weights.
+
+        Their weights follow ``resolved_sources``.
+        """
+        return tuple(
+            replace(stage, weights=tuple(stage.weights[i] for i in self._in_use))
+            for stage in self._all_stages
+        )
 
     @property
     def cache_path(self) -> Path:

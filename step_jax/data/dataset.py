@@ -18,9 +18,10 @@ from step_jax.data.config import DataConfig
 from step_jax.data.heldout import Heldout, row_slice
 from step_jax.data.mixture import Mixture, MixtureStage, integer_weights
 from step_jax.data.packing import Batch, Plan, derive_key, empty_batch, fill, make_plan
-from step_jax.tokenizers.sentencepiece import Tokenizer
+from step_jax.tokenizers.base import Tokenizer
 
 _ORDER_VERSION = 1  # raise when the same configuration would give another order
+_EPOCHS_WORTH = 4  # up to here, repeated text is nearly as good as new text
 _COUNT_ROWS = 2**18  # rows looked at together, to bound the memory
 
 
@@ -173,12 +174,23 @@ class TextDataset:
     @property
     def skipped_paths(self) -> list[Path]:
         """For each source the JSON lines that name what was left out, and why."""
-        return [cache.directory / "skipped.jsonl" for cache in self._caches]
+        return [cache.skipped for cache in self._caches]
 
     def epochs(self, step: int) -> list[float]:
         """How often each source has been read before ``step``, in config order."""
         rows = self.mixture.counts(step * self.batch_size)
         return [float(n / c.rows) for n, c in zip(rows, self._corpora, strict=True)]
+
+    def notes(self, total_steps: int) -> list[str]:
+        """What to know before training for ``total_steps``: sources that are read many times."""
+        return [
+            f"{source.path} is read {epochs:.3g} times over ({len(corpus.tokens):,} tokens); more "
+            f"than {_EPOCHS_WORTH} epochs teach little (arXiv 2305.16264)"
+            for source, corpus, epochs in zip(
+                self.config.resolved_sources, self._corpora, self.epochs(total_steps), strict=True
+            )
+            if epochs > _EPOCHS_WORTH
+        ]
 
     def counters(self) -> dict[str, int]:
         """What was read, left out, cut and padded, summed over the sources.
@@ -224,7 +236,7 @@ class TextDataset:
                     slots,
                     corpus.plan_of(int(epoch)).pieces(row_b[slots]),
                     corpus.tokens,
-                    bos_id=self.tokenizer.bos_id,
+                    bos_id=self.tokenizer.document_borders()[0],
                     pad_id=self.tokenizer.pad_id,
                     isolate=self.config.isolate,
                 )

@@ -1,34 +1,19 @@
-"""Readers: from files on disk to documents, naming everything that is left out."""
+"""Readers: from files to documents, naming everything that is left out."""
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import json
 import os
-import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from step_jax.core.errors import DataError
-from step_jax.data.config import PYTHON_STDLIB, Source
+from step_jax.core.text import printable
+from step_jax.data.files import Skip, SourceFile
 
-_EXTENSIONS = {
-    ".jsonl": "jsonl",
-    ".jsonl.zst": "jsonl",
-    ".jsonl.gz": "jsonl",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".arrayrecord": "arrayrecord",
-    ".array_record": "arrayrecord",
-}
-# Tests are mostly tables and doubtful bytes; encodings are generated character tables.
-_STDLIB_LEFT_OUT = frozenset(
-    {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages"}
-)
 _SNIFF_BYTES = 8192
 
 
@@ -38,82 +23,6 @@ class Document(NamedTuple):
     name: str
     text: str
     truncated_bytes: int = 0
-
-
-class Skip(NamedTuple):
-    """Something that gave no document. ``bad`` ones count against the quarantine budget."""
-
-    name: str
-    reason: str
-    detail: str = ""
-    bad: bool = False
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file of a source: its absolute path, its name relative to the source, its format."""
-
-    path: Path
-    name: str
-    format: str
-    size: int
-    mtime_ns: int
-
-
-def list_files(source: Source) -> tuple[list[SourceFile], list[Skip]]:
-    """Files of a source in a fixed order (by relative name), and the files left out.
-
-    Raises:
-      DataError: the path does not exist, or holds no file.
-    """
-    stdlib = source.path == PYTHON_STDLIB
-    root = Path(sysconfig.get_path("stdlib") if stdlib else source.path).expanduser()
-    if not root.exists():
-        raise DataError(
-            f"data path {source.path!r} does not exist. Give a file or a folder of text "
-            f"(data.path), or {PYTHON_STDLIB!r}, which every machine has"
-        )
-    skips: list[Skip] = []
-    files: list[SourceFile] = []
-    for path, name in [(root, root.name)] if root.is_file() else _walk(root, stdlib):
-        try:
-            stat = path.stat()
-        except OSError as error:
-            skips.append(Skip(name, "unreadable", error.strerror or str(error)))
-            continue
-        if stat.st_size == 0:
-            skips.append(Skip(name, "empty"))
-            continue
-        kind = _format_of(path) if source.format == "auto" else source.format
-        files.append(SourceFile(path, name, kind, stat.st_size, stat.st_mtime_ns))
-    if not files:
-        raise DataError(
-            f"data path {source.path!r} holds no text: {len(skips)} empty or unreadable files "
-            "and no other. Point data.path at a folder with text files"
-        )
-    return files, skips
-
-
-def _walk(root: Path, stdlib: bool) -> list[tuple[Path, str]]:
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [
-            d
-            for d in folders
-            if not (d.startswith(".") or d == "__pycache__" or (stdlib and d in _STDLIB_LEFT_OUT))
-        ]
-        for name in names:
-            if not name.startswith(".") and (not stdlib or name.endswith(".py")):
-                path = Path(folder) / name
-                found.append((path, path.relative_to(root).as_posix()))
-    return sorted(found, key=lambda item: item[1])
-
-
-def _format_of(path: Path) -> str:
-    for extension, kind in _EXTENSIONS.items():
-        if path.name.lower().endswith(extension):
-            return kind
-    return "text"
 
 
 def read_file(
@@ -180,7 +89,8 @@ def _open_lines(path: Path):
         # Not the `zstandard` package: it takes a truncated file for a shorter one, silently.
         import pyarrow as pa
 
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
+        stream = pa.OSFile(os.fsencode(path))
+        return io.BufferedReader(pa.input_stream(stream, compression="zstd"))
     if path.name.lower().endswith(".gz"):
         return gzip.open(path, "rb")
     return open(path, "rb")
@@ -218,8 +128,8 @@ def _no_field(name: str, field: str, fields: list[str]) -> str:
 
 def _damaged(file: SourceFile, detail: object) -> DataError:
     return DataError(
-        f"{file.path}: cannot be read as {file.format}: {detail}. The file is damaged or not of "
-        "this format: restore or remove it, or set the format of the source"
+        f"{printable(str(file.path))}: cannot be read as {file.format}: {detail}. The file is "
+        "damaged or not of this format: restore or remove it, or set the format of the source"
     )
 
 
@@ -228,7 +138,7 @@ def _read_parquet(file: SourceFile, text_field: str) -> Iterator[Document | Skip
     import pyarrow.parquet as pq
 
     try:
-        table = pq.ParquetFile(file.path)
+        table = pq.ParquetFile(pa.OSFile(os.fsencode(file.path)))  # a name may not be UTF-8
         columns = table.schema_arrow.names
     except (pa.ArrowException, OSError) as error:
         raise _damaged(file, error) from error
@@ -254,7 +164,7 @@ def _read_arrow(file: SourceFile, text_field: str) -> Iterator[Document | Skip]:
 
     row = 0
     try:
-        with pa.memory_map(str(file.path)) as stream:
+        with pa.memory_map(os.fsencode(file.path)) as stream:
             if stream.read(6) == b"ARROW1":
                 reader = pa.ipc.open_file(stream)
                 batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
@@ -275,6 +185,11 @@ def _read_array_record(file: SourceFile, text_field: str) -> Iterator[Document |
     """Records are UTF-8 text, or JSON objects that have ``text_field``."""
     from array_record.python.array_record_module import ArrayRecordReader
 
+    if printable(str(file.path)) != str(file.path):
+        raise DataError(
+            f"{printable(str(file.path))}: the reader of ArrayRecord files takes only file names "
+            "that are UTF-8: rename the file"
+        )
     try:
         reader = ArrayRecordReader(str(file.path))
         count = reader.num_records()
@@ -327,47 +242,3 @@ _READERS: dict[str, Callable[[SourceFile, str], Iterator[Document | Skip]]] = {
     "arrow": _read_arrow,
     "arrayrecord": _read_array_record,
 }
-
-
-def content_hash(text: str) -> int:
-    """64-bit hash of a document's content: the ground for the held-out split."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"heldout").digest()
-    return int.from_bytes(digest, "little")
-
-
-def split_documents(
-    documents: Iterator[Document], fraction: float
-) -> Iterator[tuple[Document, bool]]:
-    """Marks each document as held out (True) or not, by its content alone.
-
-    A document goes to the held-out side when its hash falls in the first ``fraction`` of the
-    range, whatever its place or neighbours. If none does, the document with the smallest
-    hash is taken; a corpus of one document gives its last lines.
-    """
-    if fraction == 0:
-        yield from ((document, False) for document in documents)
-        return
-    threshold = int(fraction * 2**64)
-    waiting: list[Document] = []
-    for document in documents:
-        if content_hash(document.text) < threshold:
-            yield from ((d, False) for d in waiting)
-            yield document, True
-            yield from ((d, content_hash(d.text) < threshold) for d in documents)
-            return
-        waiting.append(document)
-    if len(waiting) == 1:
-        yield from _split_one(waiting[0], fraction)
-    elif waiting:
-        chosen = min(range(len(waiting)), key=lambda i: content_hash(waiting[i].text))
-        yield from ((d, i == chosen) for i, d in enumerate(waiting))
-
-
-def _split_one(document: Document, fraction: float) -> Iterator[tuple[Document, bool]]:
-    text = document.text
-    cut = text.find("\n", int(len(text) * (1 - fraction))) + 1
-    if cut in (0, len(text)):  # no line ends there: cut between characters
-        cut = max(1, int(len(text) * (1 - fraction)))
-    yield document._replace(text=text[:cut]), False
-    if text[cut:]:
-        yield Document(f"{document.name}#tail", text[cut:]), True

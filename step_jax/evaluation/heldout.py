@@ -20,6 +20,7 @@ from step_jax.data.batches import process_rows, to_mesh
 from step_jax.data.packing import text_schema
 from step_jax.models.context import Context, Execution
 from step_jax.models.text.decoder import Decoder
+from step_jax.models.tokens import Tokens
 from step_jax.training.losses.text import token_losses
 
 Evaluate = Callable[[Any, Heldout], dict[str, float]]
@@ -45,7 +46,8 @@ def make_evaluator(
       - ``nll``: nats per target token (the closing eos of every document included), next tokens
         only, without multi-token prediction;
       - ``perplexity``: its exponential;
-      - ``bits_per_byte``: all targets' bits over the documents' UTF-8 bytes;
+      - ``bits_per_byte``: all targets' bits over the documents' UTF-8 bytes; left out where the
+        tokenizer loses part of the text (``heldout.lossy``), whose bytes nobody predicts;
       - ``tokens``: number of targets.
 
       Sums are float32 on the device within a batch and float64 on the host over batches. It raises
@@ -57,7 +59,7 @@ def make_evaluator(
     @jax.jit
     def sums(params, batch):
         params = spec_lib.cast(params, execution.dtype, decoder.specs())
-        ctx = Context(batch["positions"], batch["segments"], sharding=sharding, execution=execution)
+        ctx = Context(Tokens.packed(batch), sharding=sharding, execution=execution)
         x_BTD, *_ = decoder.hidden(params, batch["tokens"], ctx)
         total, _ = token_losses(params, decoder, x_BTD, batch["targets"], batch["weights"], ctx)
         return total, jnp.sum(batch["weights"])
@@ -77,7 +79,7 @@ def make_evaluator(
         nats, tokens = _add(nats, tokens, running)
         if not tokens:
             raise DataError("there is nothing to evaluate: no document is held out")
-        return figures(nats, tokens, heldout.bytes)
+        return figures(nats, tokens, None if heldout.lossy else heldout.bytes)
 
     return evaluate
 
@@ -86,12 +88,9 @@ def _add(nats: float, tokens: float, sums) -> tuple[float, float]:
     return (nats, tokens) if sums is None else (nats + float(sums[0]), tokens + float(sums[1]))
 
 
-def figures(nats: float, tokens: float, text_bytes: int) -> dict[str, float]:
+def figures(nats: float, tokens: float, text_bytes: int | None) -> dict[str, float]:
     """What is reported of a total negative log-likelihood (see ``make_evaluator``)."""
     nll = nats / tokens
-    return {
-        "nll": nll,
-        "perplexity": math.exp(nll) if nll < 700 else math.inf,
-        "bits_per_byte": nats / math.log(2) / text_bytes,
-        "tokens": tokens,
-    }
+    known = {} if text_bytes is None else {"bits_per_byte": nats / math.log(2) / text_bytes}
+    perplexity = math.exp(nll) if nll < 700 else math.inf
+    return {"nll": nll, "perplexity": perplexity, **known, "tokens": tokens}

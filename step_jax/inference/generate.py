@@ -25,6 +25,7 @@ from step_jax.core.sharding import Sharding
 from step_jax.inference.sampling import SamplingConfig, row_keys, sample
 from step_jax.models.context import Context, Execution
 from step_jax.models.text.decoder import Cache, Decoder
+from step_jax.models.tokens import Tokens
 
 StopReason = Literal["stop", "length", "context"]
 SMALLEST_BUCKET = 16
@@ -88,10 +89,10 @@ class _Engine:
         """Reads the prompts and draws the first tokens: (rows, Written of one token)."""
         B, T = prompts_BT.shape
         index_1T = jnp.arange(T, dtype=jnp.int32)[None]
-        positions_BT = jnp.where(index_1T < lengths_B[:, None], index_1T, -1)
+        order_BT = jnp.where(index_1T < lengths_B[:, None], index_1T, -1)
         cache = self._constrained(self.decoder.init_cache(B, slots, self.cache_dtype))
         x_BTD, cache, _ = self.decoder.hidden(
-            params, prompts_BT, self._context(positions_BT, fresh=True), cache
+            params, prompts_BT, self._context(order_BT, fresh=True), cache
         )
         last_B11 = jnp.maximum(lengths_B - 1, 0)[:, None, None]
         x_B1D = jnp.take_along_axis(x_BTD, last_B11, axis=1)
@@ -156,8 +157,9 @@ class _Engine:
         )
         return rows, token_B, logprob_B
 
-    def _context(self, positions_BT, fresh: bool = False) -> Context:
-        return Context(positions_BT, fresh=fresh, sharding=self.sharding, execution=self.execution)
+    def _context(self, order_BT, fresh: bool = False) -> Context:
+        tokens = Tokens(order_BT)
+        return Context(tokens, fresh=fresh, sharding=self.sharding, execution=self.execution)
 
     def _constrained(self, cache: Cache) -> Cache:
         """Rows of the cache lie with the batch, key/value heads (if any) with the heads."""

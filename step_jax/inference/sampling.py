@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from step_jax.core import rng
+from step_jax.core import checks, rng
 from step_jax.core.errors import ConfigError
 
 
@@ -48,6 +48,7 @@ class SamplingConfig:
             raise ConfigError(f"min_p is {self.min_p}; it must be in [0, 1], 0 for all tokens")
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        checks.seed(self.seed)
 
 
 def row_keys(key, positions_B, requests_B):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from step_jax.checkpoint.artifact import Artifact, has_steps, load_run
+from step_jax.checkpoint.artifact import Artifact, Part, has_steps, load_run
 from step_jax.core import spec as spec_lib
 from step_jax.core.errors import CheckpointError, ConfigError
 from step_jax.core.sharding import Sharding
@@ -84,6 +84,14 @@ class Start:
     origin: str = ""
     freeze: tuple[str, ...] = ()
     lora: LoRA | None = None
+
+    def given(self, learner: str) -> dict[str, Any]:
+        """The learner's parameters that do not start afresh, as ``Session.start`` takes them."""
+        return {} if self.params is None else {learner: self.params}
+
+    def part(self, model: Any = None, *, average: bool = False) -> Part:
+        """What a checkpoint says of the learner; ``model`` if it is another one by now."""
+        return Part(self.model if model is None else model, average, self.freeze, self.lora)
 
 
 def starting_point(

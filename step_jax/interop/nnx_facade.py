@@ -17,8 +17,11 @@ from flax import nnx
 
 from step_jax.core.spec import ParamSpec, map_specs, path_name
 from step_jax.models.context import Context, Execution
+from step_jax.models.layers.block import Block, BlockParams
 from step_jax.models.layers.norm import RMSNorm
-from step_jax.models.text.decoder import Block, BlockParams, Decoder, DecoderParams
+from step_jax.models.text.decoder import Decoder, DecoderParams
+from step_jax.models.tokens import Tokens
+from step_jax.models.trunk import Stack
 
 
 class Part(nnx.Module):
@@ -82,10 +85,12 @@ class DecoderModule(nnx.Module):
         self.config = config
         self.embedding_VD = nnx.Param(params.embedding_VD)
         self.layers = nnx.List(
-            Layer(block, config.norm, jax.tree.map(lambda a, turn=turn: a[turn], stacked))
-            for group, group_params in zip(config.layers, params.groups, strict=True)
-            for turn in range(group.repeat)
-            for block, stacked in zip(group.blocks, group_params, strict=True)
+            Layer(
+                stack.block,
+                config.norm,
+                jax.tree.map(lambda a, n=n: a[n], stack.of(params.groups)),
+            )
+            for stack, n in config.trunk.layers()
         )
         self.final_norm_D = nnx.Param(params.final_norm_D)
         self.head_DV = None if config.tied else nnx.Param(params.head_DV)
@@ -105,13 +110,12 @@ class DecoderModule(nnx.Module):
         LoRA factors are not part of them; weights that were quantised cannot be given back.
         """
         layers = [x.params(x.attention.params(), x.mlp.params()) for x in self.layers]
-        groups, first = [], 0
-        for group in self.config.layers:
-            end = first + (n := len(group.blocks)) * group.repeat
-            same = [layers[first + j : end : n] for j in range(n)]
-            groups.append(tuple(jax.tree.map(lambda *a: jnp.stack(a), *turns) for turns in same))
-            first = end
-        return self._top(tuple(groups))
+
+        def stacked(stack: Stack):
+            same = layers[stack.first :: stack.stride][: stack.repeat]
+            return jax.tree.map(lambda *a: jnp.stack(a), *same)
+
+        return self._top(self.config.trunk.nested(stacked))
 
     def __call__(self, tokens_BT, segments_BT=None, positions_BT=None):
         """float32 logits (B, T, V) of int32 tokens.
@@ -122,8 +126,8 @@ class DecoderModule(nnx.Module):
           positions_BT: of tokens in their document, None for 0, 1, ... in every row.
         """
         if positions_BT is None:
-            positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        ctx = Context(positions_BT, segments_BT, execution=self.execution)
+            positions_BT = Tokens.in_order(*tokens_BT.shape).order_BT
+        ctx = Context(Tokens(positions_BT, segments_BT), execution=self.execution)
         top = self._top()
         x_BTD = self.config.embed(top, tokens_BT, ctx)
         for layer in self.layers:

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from step_jax.core import checks
 from step_jax.core.sharding import Sharding
+from step_jax.models.tokens import Tokens
 from step_jax.ops import attention as attention_ops
 from step_jax.ops import cross_entropy as cross_entropy_ops
 from step_jax.ops import grouped_matmul as grouped_matmul_ops
@@ -45,30 +47,28 @@ class Execution:
     loss_chunks: int = 8
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
+    def validate(self):
+        checks.at_least(self, loss_chunks=1)
+
 
 @struct.dataclass
 class Context:
-    """Positions, documents and layout of the tokens of one call.
+    """The tokens of one call, the cache before it, and how and where to compute.
 
     Attributes:
-      positions_BT: int32 position of every token in its document; negative for padding of a
-        cached call (such tokens are not stored).
-      segments_BT: int32 documents of packed rows, 0 for padding; None when a row is one document.
+      tokens: where they stand, and so what each may see.
       lengths_B: int32 tokens in the cache before this call; None without a cache.
       layer: int32 scalar, which layer of its group's caches a layer uses; None without a cache.
       fresh: the cache is empty (lets a prompt attend to itself alone).
-      causal: tokens do not see later ones.
       record_routing: mixtures of experts report their decisions (``moe.ExpertStats``).
       sharding: mesh and rules, or None on one device.
       execution: how to compute.
     """
 
-    positions_BT: jax.Array
-    segments_BT: jax.Array | None = None
+    tokens: Tokens
     lengths_B: jax.Array | None = None
     layer: jax.Array | None = None
     fresh: bool = struct.field(pytree_node=False, default=False)
-    causal: bool = struct.field(pytree_node=False, default=True)
     record_routing: bool = struct.field(pytree_node=False, default=False)
     sharding: Sharding | None = struct.field(pytree_node=False, default=None)
     execution: Execution = struct.field(pytree_node=False, default=Execution())
@@ -80,11 +80,6 @@ class Context:
     def device(self) -> jax.Device:
         """One of those computed on, which may be only compiled for."""
         return jax.devices()[0] if self.sharding is None else self.sharding.mesh.devices.flat[0]
-
-    def counted_BT(self):
-        """Which tokens are text and not padding."""
-        counted_BT = self.positions_BT >= 0
-        return counted_BT if self.segments_BT is None else counted_BT & (self.segments_BT > 0)
 
     def as_matrix(self, x_BTD):
         """The tokens' vectors as rows of one matrix (B*T, D); unchanged if the mesh cuts rows of T.
@@ -98,21 +93,23 @@ class Context:
 
     def lengths_after_B(self):
         """Tokens in the cache once those of this call are stored."""
-        return self.lengths_B + jnp.sum(self.positions_BT >= 0, axis=1, dtype=jnp.int32)
+        return self.lengths_B + jnp.sum(self.tokens.order_BT >= 0, axis=1, dtype=jnp.int32)
 
     def mask(self, kv_positions_BS=None, window: int | None = None) -> Mask:
-        """What this call's tokens see of themselves, or of keys at given positions."""
+        """What this call's tokens see of themselves, or of keys at given positions.
+
+        Of more keys than the tokens' own, the last are those: the keys of a cache are in no block.
+        """
+        t = self.tokens
         if kv_positions_BS is None:
-            return Mask(
-                self.positions_BT,
-                self.positions_BT,
-                self.segments_BT,
-                self.segments_BT,
-                causal=self.causal,
-                window=window,
-                in_order=True,
-            )
-        return Mask(self.positions_BT, kv_positions_BS, causal=self.causal, window=window)
+            order = (t.order_BT, t.order_BT, t.segments_BT, t.segments_BT, t.block_BT, t.block_BT)
+            return Mask(*order, causal=t.causal, window=window, in_order=True)
+        mask = Mask(t.order_BT, kv_positions_BS, causal=t.causal, window=window)
+        T, S = t.order_BT.shape[1], kv_positions_BS.shape[1]
+        if t.block_BT is None or T == 1:  # a single token is no block
+            return mask
+        kv_blocks_BS = jnp.pad(t.block_BT, ((0, 0), (S - T, 0)), constant_values=-1)
+        return mask.replace(q_blocks_BT=t.block_BT, kv_blocks_BS=kv_blocks_BS)
 
 
 def through_cache(new, cache, ctx: Context):
@@ -131,14 +128,17 @@ def through_cache(new, cache, ctx: Context):
     """
     if cache is None:
         return new, None, None
-    B, T = ctx.positions_BT.shape
+    order_BT = ctx.tokens.order_BT
+    B, T = order_BT.shape
     slots = cache[0].shape[2]
     after_B = ctx.lengths_after_B()
-    kept_BT = (ctx.positions_BT >= 0) & (ctx.positions_BT >= after_B[:, None] - slots)
-    slot_BT = jnp.where(kept_BT, ctx.positions_BT % slots, slots)
+    kept_BT = (order_BT >= 0) & (order_BT >= after_B[:, None] - slots)
+    slot_BT = jnp.where(kept_BT, order_BT % slots, slots)
     rows_B1 = jnp.arange(B)[:, None]
     stored = tuple(
-        c.at[ctx.layer, rows_B1, slot_BT].set(n.astype(c.dtype), mode="drop", unique_indices=T == 1)
+        c.at[ctx.layer, rows_B1, slot_BT].set(
+            saturated(n, c.dtype), mode="drop", unique_indices=T == 1
+        )
         for c, n in zip(cache, new, strict=True)
     )
     if ctx.fresh:
@@ -150,10 +150,22 @@ def through_cache(new, cache, ctx: Context):
         jnp.concatenate([c[ctx.layer].astype(n.dtype), n], axis=1)
         for c, n in zip(cache, new, strict=True)
     )
-    return both, jnp.concatenate([before_BS, ctx.positions_BT], axis=1), stored
+    return both, jnp.concatenate([before_BS, order_BT], axis=1), stored
+
+
+def saturated(x, dtype):
+    """``x`` in the dtype of a cache; what exceeds the range of a narrower float becomes its end.
+
+    A plain cast to float8_e4m3fn makes it NaN, and of a row with one NaN nothing else is left.
+    """
+    if jnp.issubdtype(dtype, jnp.floating):
+        most = float(jnp.finfo(dtype).max)
+        if most < float(jnp.finfo(x.dtype).max):
+            x = jnp.clip(x.astype(jnp.float32), -most, most)
+    return x.astype(dtype)
 
 
 def one_layer(keys, ctx: Context):
     """(B, S, ...) arrays from the ``keys`` of :func:`through_cache`, whatever its call was."""
-    cached_token = ctx.layer is not None and not ctx.fresh and ctx.positions_BT.shape[1] == 1
+    cached_token = ctx.layer is not None and not ctx.fresh and ctx.tokens.order_BT.shape[1] == 1
     return tuple(k[ctx.layer] for k in keys) if cached_token else keys

@@ -23,7 +23,7 @@ def layers(stats) -> list[ExpertStats]:
 
 def mixtures(c: Decoder) -> list[MoE]:
     """The mixture of every stack of layers that has one, in the order of :func:`layers`."""
-    blocks = [block for group in c.layers for block in group.blocks]
+    blocks = [stack.block for stack in c.trunk.walk()]
     blocks += [c.mtp.block] * c.mtp.heads if c.mtp else []
     return [block.mlp for block in blocks if isinstance(block.mlp, MoE)]
 
@@ -36,11 +36,7 @@ def routing_loss(c: Decoder, stats: list[ExpertStats]):
 
 def expert_weights(c: Decoder, p: DecoderParams) -> list[tuple[ExpertParams, ...]]:
     """The experts of every stack of layers, in the order of :func:`layers`."""
-    blocks = [
-        (block, params)
-        for group, stacks in zip(c.layers, p.groups, strict=True)
-        for block, params in zip(group.blocks, stacks, strict=True)
-    ]
+    blocks = [(stack.block, stack.of(p.groups)) for stack in c.trunk.walk()]
     blocks += [(c.mtp.block, head.block) for head in p.mtp] if c.mtp else []
     return [params.mlp.experts for block, params in blocks if isinstance(block.mlp, MoE)]
 
@@ -50,7 +46,7 @@ def report(c: Decoder, p: DecoderParams, stats: list[ExpertStats]) -> dict[str, 
 
     Args:
       p: float32 parameters.
-      stats: sums over the step's microbatches, as ``language_model_loss`` gives them.
+      stats: sums over the step's microbatches, as ``packed_text_loss`` gives them.
 
     Returns:
       Over all layers: ``moe/load_max`` and ``moe/load_min`` (the most and least loaded expert of

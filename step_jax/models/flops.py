@@ -7,7 +7,8 @@ implementation does beside them: recomputation (remat) and masked scores are not
 from __future__ import annotations
 
 from step_jax.core.spec import count
-from step_jax.models.text.decoder import Block, Decoder
+from step_jax.models.layers.block import Block
+from step_jax.models.text.decoder import Decoder
 
 
 def mean_keys(length: int, window: int | None) -> float:
@@ -34,8 +35,7 @@ def forward_flops_per_token(c: Decoder, length: int) -> float:
     head = c.vocab * c.width
     matrices = count(c.specs(), roles=("matrix", "router"), active=True)
     total = 2.0 * (matrices + head)
-    for group in c.layers:
-        total += group.repeat * sum(attention_core_flops(b, length) for b in group.blocks)
+    total += sum(s.repeat * attention_core_flops(s.block, length) for s in c.trunk.walk())
     if c.mtp is not None:
         total += c.mtp.heads * (2.0 * head + attention_core_flops(c.mtp.block, length))
     return total

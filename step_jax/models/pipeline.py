@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -90,7 +90,7 @@ def microbatches(rows: int, sharding: Sharding) -> int:
     return wanted
 
 
-def check(groups: Sequence[tuple[int, int]], sharding: Sharding | None) -> None:
+def check(repeat: int, sharding: Sharding | None) -> None:
     """Raises ConfigError unless the largest group of layers can be pipelined on the mesh.
 
     Groups that do not divide (a few dense layers before the mixtures, say) run outside the
@@ -98,12 +98,11 @@ def check(groups: Sequence[tuple[int, int]], sharding: Sharding | None) -> None:
     purpose, so there it is an error.
 
     Args:
-      groups: (layers, repeat) of every group.
+      repeat: of the largest group.
     """
     if sharding is None or sharding.size(AXIS) == 1:
         return
     stages, rounds = sharding.size(AXIS), sharding.rounds
-    _, repeat = max(groups)
     if repeat % (stages * rounds):
         fits = [n for n in range(1, repeat // stages + 1) if repeat % (n * stages) == 0]
         sizes = [n for n in range(1, repeat + 1) if repeat % (n * rounds) == 0]
@@ -127,7 +126,7 @@ def run(stage: Callable, x_BTD, inputs: Any, repeat: int, ctx: Context, rows: An
 
     Args:
       stage: (x_bTD, inputs of n layers, n, ctx, rows) -> (x_bTD, outputs of n layers).
-      inputs, rows: as of ``stack.run_layers``.
+      inputs, rows: as of ``trunk.run_layers``.
 
     Returns:
       (x_BTD, outputs of all layers, each the sum over the microbatches).
@@ -226,7 +225,7 @@ def _in_sets(held, sets: int):
     rows = x_BTD.shape[0] // (stages * sets)
     (batch,) = sharding.spec(("batch",), (rows,))
     padding = jax.tree.map(lambda _: 0, held)
-    padding = (padding[0], padding[1].replace(positions_BT=-1), padding[2])
+    padding = (padding[0], padding[1].replace(tokens=ctx.tokens.nowhere()), padding[2])
 
     def leaf(a, fill):
         a = jnp.moveaxis(a.reshape(stages, rows, sets, *a.shape[1:]), 2, 1)

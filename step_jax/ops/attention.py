@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from step_jax.core.sharding import vary_alike
-from step_jax.ops import kernels
+from step_jax.ops import registry
 
 NEGATIVE = -1e30  # finite, so that a fully masked row has no NaN on its way to zero
 
@@ -33,40 +33,73 @@ class Mask:
         slot, seen by nobody.
       q_segments_BT, kv_segments_BS: int32 documents of a packed row (0 is padding); None when the
         row is one document.
+      q_blocks_BT, kv_blocks_BS: int32; a query sees the keys of its document with its own number,
+        if that is not negative, at whatever positions they are. None when there are no blocks.
       causal: keys at later positions are hidden.
-      window: a query sees itself and the ``window - 1`` positions before it; None for all.
+      window: a query sees itself and the ``window - 1`` positions before it, without causality as
+        many after it; None for all.
       in_order: queries and keys are the same tokens in the same order, so that with ``causal`` a
-        key at a later index is hidden whatever its position (lets implementations skip blocks).
+        key at a later index is hidden whatever its position, unless there are blocks (lets
+        implementations skip what is hidden).
     """
 
     q_positions_BT: jax.Array
     kv_positions_BS: jax.Array
     q_segments_BT: jax.Array | None = None
     kv_segments_BS: jax.Array | None = None
+    q_blocks_BT: jax.Array | None = None
+    kv_blocks_BS: jax.Array | None = None
     causal: bool = struct.field(pytree_node=False, default=True)
     window: int | None = struct.field(pytree_node=False, default=None)
     in_order: bool = struct.field(pytree_node=False, default=False)
 
-    def rows(self, start: int, stop: int, keys: int) -> Mask:
-        """The mask of queries ``start:stop`` over the first ``keys`` keys."""
+    @property
+    def hides_later_keys(self) -> bool:
+        """Whether a key at a later index than a query's is known to be hidden from it."""
+        return self.causal and self.in_order and self.q_blocks_BT is None
+
+    def of_queries(self) -> tuple:
+        """The arrays that describe queries, to be given back to :meth:`with_queries`."""
+        return self.q_positions_BT, self.q_segments_BT, self.q_blocks_BT
+
+    def of_keys(self) -> tuple:
+        """The arrays that describe keys, to be given back to :meth:`with_keys`."""
+        return self.kv_positions_BS, self.kv_segments_BS, self.kv_blocks_BS
+
+    def with_queries(self, positions_BT, segments_BT, blocks_BT) -> Mask:
         return self.replace(
-            q_positions_BT=self.q_positions_BT[:, start:stop],
-            kv_positions_BS=self.kv_positions_BS[:, :keys],
-            q_segments_BT=None if self.q_segments_BT is None else self.q_segments_BT[:, start:stop],
-            kv_segments_BS=None if self.kv_segments_BS is None else self.kv_segments_BS[:, :keys],
+            q_positions_BT=positions_BT, q_segments_BT=segments_BT, q_blocks_BT=blocks_BT
         )
 
+    def with_keys(self, positions_BS, segments_BS, blocks_BS) -> Mask:
+        return self.replace(
+            kv_positions_BS=positions_BS, kv_segments_BS=segments_BS, kv_blocks_BS=blocks_BS
+        )
+
+    def rows(self, start: int, stop: int, keys: int) -> Mask:
+        """The mask of queries ``start:stop`` over the first ``keys`` keys."""
+        queries = jax.tree.map(lambda a_BT: a_BT[:, start:stop], self.of_queries())
+        mask = self.with_queries(*queries)
+        return mask.with_keys(*jax.tree.map(lambda a_BS: a_BS[:, :keys], self.of_keys()))
+
     def distance_BTS(self):
-        return self.q_positions_BT[:, :, None] - self.kv_positions_BS[:, None, :]
+        """How far a key lies from a query, before or after it."""
+        return jnp.abs(self.q_positions_BT[:, :, None] - self.kv_positions_BS[:, None, :])
 
     def allowed_BTS(self):
         """The dense boolean mask (used block by block)."""
-        distance_BTS = self.distance_BTS()
-        allowed_BTS = jnp.broadcast_to(self.kv_positions_BS[:, None, :] >= 0, distance_BTS.shape)
+        q_BT1, kv_B1S = self.q_positions_BT[:, :, None], self.kv_positions_BS[:, None, :]
+        allowed_BTS = jnp.broadcast_to(kv_B1S >= 0, (*q_BT1.shape[:2], kv_B1S.shape[2]))
+        near_BTS = allowed_BTS
         if self.causal:
-            allowed_BTS &= distance_BTS >= 0
+            near_BTS &= q_BT1 >= kv_B1S
         if self.window is not None:
-            allowed_BTS &= distance_BTS < self.window
+            near_BTS &= self.distance_BTS() < self.window
+        if self.q_blocks_BT is None:
+            allowed_BTS = near_BTS
+        else:
+            q_BT1, kv_B1S = self.q_blocks_BT[:, :, None], self.kv_blocks_BS[:, None, :]
+            allowed_BTS &= near_BTS | ((q_BT1 == kv_B1S) & (kv_B1S >= 0))
         if self.q_segments_BT is not None:
             q_BT1, kv_B1S = self.q_segments_BT[:, :, None], self.kv_segments_BS[:, None, :]
             allowed_BTS &= (q_BT1 == kv_B1S) & (kv_B1S > 0)
@@ -99,7 +132,7 @@ def _scores_BKGTS(q_BKGTH, k_BKSH, mask: Mask, scale: float, alibi: str | None):
     s_BKGTS *= scale
     if alibi is not None:
         kv_heads, groups = q_BKGTH.shape[1:3]
-        distance_BTS = jnp.maximum(mask.distance_BTS(), 0).astype(jnp.float32)
+        distance_BTS = mask.distance_BTS().astype(jnp.float32)
         if alibi == "sqrt":
             distance_BTS = jnp.sqrt(distance_BTS)
         slopes_KG11 = alibi_slopes_N(kv_heads * groups).reshape(kv_heads, groups, 1, 1)
@@ -148,7 +181,7 @@ def _blocks(q_BKGTH, k_BKSH, v_BKSV, mask: Mask):
     size = next(T // n for n in (8, 4, 2, 1) if T % n == 0 and (T // n >= 128 or n == 1))
     for i in range(0, T, size):
         j = i + size
-        keys = j if mask.causal and mask.in_order else S
+        keys = j if mask.hides_later_keys else S
         rows = mask.rows(i, j, keys)
         yield q_BKGTH[:, :, :, i:j], k_BKSH[:, :, :keys], v_BKSV[:, :, :keys], rows, i, j
 
@@ -178,17 +211,12 @@ def _parts(body: Callable, carry, mask: Mask, *arrays):
         x = jnp.moveaxis(x, 0, 3)
         return x.reshape(*x.shape[:3], parts * size, *x.shape[5:])[:, :, :, :rows]
 
-    segments_BT = mask.q_segments_BT
-    described = (
-        cut(mask.q_positions_BT, 1, -1),  # what fills up the last part is cut off again
-        None if segments_BT is None else cut(segments_BT, 1),
-    )
+    # what fills up the last part is cut off again
+    described = jax.tree.map(lambda a_BT: cut(a_BT, 1, -1), mask.of_queries())
 
     def part(carry, x):
-        (positions_BT, segments_BT), arrays = x
-        return body(
-            carry, mask.replace(q_positions_BT=positions_BT, q_segments_BT=segments_BT), *arrays
-        )
+        described, arrays = x
+        return body(carry, mask.with_queries(*described), *arrays)
 
     inputs = (described, tuple(cut(x, 3) for x in arrays))
     carry, results = jax.lax.scan(part, carry, inputs)
@@ -277,17 +305,17 @@ def ring(q_BTNH, k_BSKH, v_BSKV, mask, scale, alibi, axis: str):
     q_BKGTH, k_BKSH, v_BKSV = _heads_first(q_BTNH, k_BSKH, v_BSKV)
 
     def step(carry, _):
-        accumulated, k_BKSH, v_BKSV, positions_BS, segments_BS = carry
-        here = mask.replace(kv_positions_BS=positions_BS, kv_segments_BS=segments_BS)
+        accumulated, k_BKSH, v_BKSV, described = carry
+        here = mask.with_keys(*described)
         accumulated = merge(accumulated, q_BKGTH, k_BKSH, v_BKSV, here)
-        moved = jax.lax.ppermute((k_BKSH, v_BKSV, positions_BS, segments_BS), axis, to_next)
+        moved = jax.lax.ppermute((k_BKSH, v_BKSV, described), axis, to_next)
         return (accumulated, *moved), None
 
     # derived from q so that they vary over the mesh as the loop's results do
     zero_BKGT1 = 0.0 * q_BKGTH[..., :1].astype(jnp.float32)
     o_BKGTV = jnp.broadcast_to(zero_BKGT1, (*zero_BKGT1.shape[:-1], v_BKSV.shape[-1]))
     start = (o_BKGTV, zero_BKGT1 + NEGATIVE, zero_BKGT1)
-    carry = (start, k_BKSH, v_BKSV, mask.kv_positions_BS, mask.kv_segments_BS)
+    carry = (start, k_BKSH, v_BKSV, mask.of_keys())
     ((o_BKGTV, _, sum_BKGT1), *_), _ = jax.lax.scan(step, carry, length=n)
     return _heads_last(_normalise(o_BKGTV, sum_BKGT1)).astype(q_BTNH.dtype)
 
@@ -349,6 +377,7 @@ class Problem:
 
     width, value_width: of a head. queries, keys: tokens in a row. alibi: a bias is added.
     in_order: causal, and queries and keys are the same tokens.
+    blocks: tokens of a block see each other. two_sided: a window without causality.
     """
 
     width: int
@@ -358,14 +387,22 @@ class Problem:
     dtype: str
     alibi: bool
     in_order: bool
+    blocks: bool = False
+    two_sided: bool = False
+
+    def unlike_a_kernel(self) -> str | None:
+        """What no kernel computes yet, if this asks for it."""
+        if self.alibi:
+            return "it adds no ALiBi bias"
+        if self.blocks:
+            return "it has no blocks of tokens that see each other whatever their order"
+        return "its windows look back only" if self.two_sided else None
 
 
 def _pallas_tpu_unsupported(problem: Problem, device) -> str | None:
-    reason = kernels.unsupported("pallas_tpu", device)
+    reason = problem.unlike_a_kernel()
     if reason is not None:
         return reason
-    if problem.alibi:
-        return "it adds no ALiBi bias"
     from pallas_kernels.tpu import block_sizes
 
     shape = block_sizes.Shape(
@@ -380,13 +417,11 @@ def _pallas_tpu_unsupported(problem: Problem, device) -> str | None:
 
 
 def _pallas_gpu_unsupported(problem: Problem, device) -> str | None:
-    reason = kernels.unsupported("pallas_gpu", device)
-    if reason is not None:
-        return reason
     from pallas_kernels.gpu.attention import WIDTHS
 
-    if problem.alibi:
-        return "it adds no ALiBi bias"
+    reason = problem.unlike_a_kernel()
+    if reason is not None:
+        return reason
     if problem.dtype != "bfloat16":
         return f"the dtype {problem.dtype} is not bfloat16"
     if problem.width not in WIDTHS or problem.value_width != problem.width:
@@ -403,68 +438,40 @@ def _pallas_gpu_unsupported(problem: Problem, device) -> str | None:
     return None
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """compute: (q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi, device) -> o_BKGTV.
-
-    unsupported: why a problem cannot be computed for a device, or None.
-    kernel: the partitioner cannot cut it; on a mesh it runs in ``shard_map``.
-    automatic: ``auto`` considers it.
-    fewest_queries: ``auto`` passes it over below.
-    """
-
-    compute: Callable
-    unsupported: Callable[[Problem, jax.Device], str | None] = lambda problem, device: None
-    kernel: bool = False
-    automatic: bool = True
-    fewest_queries: int = 0
-
-
-def _anywhere(compute: Callable) -> Entry:
-    return Entry(lambda *args: compute(*args[:-1]))
-
-
-#: in the order in which ``auto`` considers them, but for the reference
-IMPLEMENTATIONS: dict[str, Entry] = {
-    # a decoded token's rows would be padding but for one
-    "pallas_tpu": Entry(pallas_tpu, _pallas_tpu_unsupported, kernel=True, fewest_queries=128),
+#: compute: (q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi[, device: kernels only]) -> o_BKGTV
+IMPLEMENTATIONS = {
+    "pallas_tpu": registry.kernel(
+        pallas_tpu,
+        registry.needs_tpu,
+        _pallas_tpu_unsupported,
+        # a decoded token's rows would be padding but for one
+        worthwhile=lambda problem: problem.queries >= 128,
+    ),
     # asked for by name until it has been measured on a GPU
-    "pallas_gpu": Entry(pallas_gpu, _pallas_gpu_unsupported, kernel=True, automatic=False),
-    "xla": _anywhere(xla),
-    "reference": _anywhere(reference),
+    "pallas_gpu": registry.kernel(pallas_gpu, registry.needs_hopper, _pallas_gpu_unsupported),
+    "xla": registry.Entry(xla),
+    "reference": registry.Entry(reference),
 }
 Implementation = Literal["auto", "pallas_tpu", "pallas_gpu", "xla", "reference"]
-
-
-def resolve(implementation: str, problem: Problem, device=None) -> str:
-    """The implementation to compute with; what ``auto`` stands for (the run header prints it).
-
-    Args:
-      device: one of those compiled for, which need not be this machine's; None for the default.
-
-    Raises:
-      ConfigError: no implementation has the name, or the one named cannot do this; says why.
-    """
-    device = jax.devices()[0] if device is None else device
-    if implementation == "auto":
-        return next(
-            name
-            for name, entry in IMPLEMENTATIONS.items()
-            if entry.automatic
-            and problem.queries >= entry.fewest_queries
-            and not entry.unsupported(problem, device)
-        )
-
-    def unsupported(name: str) -> str | None:
-        return IMPLEMENTATIONS[name].unsupported(problem, device)
-
-    return kernels.named("attention", implementation, IMPLEMENTATIONS, unsupported)
+OPERATION = registry.Operation(
+    "attention", IMPLEMENTATIONS, fallback="xla", automatic={"tpu": ("pallas_tpu",)}
+)
+resolve = OPERATION.resolve
 
 
 def problem_of(q_BTNH, k_BSKH, v_BSKV, mask: Mask, alibi) -> Problem:
     (_, T, _, H), (_, S, _, V) = q_BTNH.shape, v_BSKV.shape
-    in_order = mask.causal and mask.in_order
-    return Problem(H, V, T, S, q_BTNH.dtype.name, alibi is not None, in_order)
+    return Problem(
+        H,
+        V,
+        T,
+        S,
+        q_BTNH.dtype.name,
+        alibi is not None,
+        mask.causal and mask.in_order,
+        blocks=mask.q_blocks_BT is not None,
+        two_sided=mask.window is not None and not mask.causal,
+    )
 
 
 def attention(
@@ -492,13 +499,14 @@ def attention(
       (B, T, N, V) in ``q_BTNH.dtype``. Scores and softmax are float32.
 
     Raises:
-      ValueError: K does not divide N, or see :func:`resolve`.
+      ValueError: K does not divide N, or see ``registry.Operation.resolve``.
     """
     N, K = q_BTNH.shape[2], k_BSKH.shape[2]
     if N % K:
         raise ValueError(f"{N} query heads are not a multiple of {K} key/value heads")
     device = jax.devices()[0] if device is None else device
     name = resolve(implementation, problem_of(q_BTNH, k_BSKH, v_BSKV, mask, alibi), device)
-    arrays = _heads_first(q_BTNH, k_BSKH, v_BSKV)
-    o_BKGTV = IMPLEMENTATIONS[name].compute(*arrays, mask, scale, alibi, device)
+    arguments = (*_heads_first(q_BTNH, k_BSKH, v_BSKV), mask, scale, alibi)
+    entry = IMPLEMENTATIONS[name]
+    o_BKGTV = entry.compute(*arguments, device) if entry.kernel else entry.compute(*arguments)
     return _heads_last(o_BKGTV).astype(q_BTNH.dtype)

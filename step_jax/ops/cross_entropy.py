@@ -6,8 +6,8 @@ rows and the sequence C pieces of n chunks of t tokens, one device holding one p
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Literal
 
 import jax
@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from step_jax.core.fsdp import add_up, whole
 from step_jax.core.sharding import Sharding, vary_alike
-from step_jax.ops import kernels
+from step_jax.ops import registry
 
 
 def cross_entropy(
@@ -49,12 +49,14 @@ def cross_entropy(
 
     Raises:
       ValueError: arrays that the mesh does not divide or the implementation does not support, or
-        see :func:`resolve`.
+        see ``registry.Operation.resolve``.
     """
     device = None if sharding is None else sharding.mesh.devices.flat[0]
-    compute = IMPLEMENTATIONS[resolve(implementation, device)]
+    name = resolve(implementation, Problem.of(sharding), device)
     weights_BT = weights_BT.astype(jnp.float32)
-    return compute(x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunks, sharding)
+    return IMPLEMENTATIONS[name].compute(
+        x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunks, sharding
+    )
 
 
 def chunked(x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunks, sharding: Sharding | None):
@@ -159,7 +161,7 @@ def pallas_tpu(*arguments):
     """
     from pallas_kernels.tpu import cross_entropy as kernel  # not paid for elsewhere
 
-    return _on_every_piece("pallas_tpu", kernel.cross_entropy, *arguments)
+    return _on_every_piece(kernel.cross_entropy, *arguments)
 
 
 def pallas_gpu(*arguments):
@@ -173,12 +175,10 @@ def pallas_gpu(*arguments):
     sharding = arguments[-1]
     device = None if sharding is None else sharding.mesh.devices.flat[0]
     compute = functools.partial(kernel.cross_entropy, device=device)
-    return _on_every_piece("pallas_gpu", compute, *arguments)
+    return _on_every_piece(compute, *arguments)
 
 
-def _on_every_piece(
-    name: str, compute, x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunks, sharding
-):
+def _on_every_piece(compute, x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunks, sharding):
     """``compute``, a kernel, on every device's tokens and the whole head."""
 
     def local(x_BTD, w_DV, targets_BT, weights_BT):
@@ -190,8 +190,6 @@ def _on_every_piece(
 
     if sharding is None or sharding.mesh.size == 1:
         return local(x_BTD, w_DV, targets_BT, weights_BT)
-    if sharding.ways("vocab") > 1:
-        raise ValueError(f"cross-entropy {name!r} has no vocabulary cut over the tensor axis")
     tokens = sharding.spec(("batch", "sequence"), targets_BT.shape)
     axes = tuple(jax.tree.leaves(tuple(tokens)))  # an entry is a name, several, or None
 
@@ -208,25 +206,37 @@ def _on_every_piece(
     return f(x_BTD, w_DV, targets_BT, weights_BT)
 
 
-IMPLEMENTATIONS: dict[str, Callable] = {
-    "chunked": chunked,
-    "pallas_tpu": pallas_tpu,
-    "pallas_gpu": pallas_gpu,
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What decides whether an implementation can do it.
+
+    vocabulary_pieces: into which the mesh cuts the head.
+    """
+
+    vocabulary_pieces: int = 1
+
+    @classmethod
+    def of(cls, sharding: Sharding | None) -> Problem:
+        return cls() if sharding is None else cls(sharding.ways("vocab"))
+
+
+def whole_vocabulary(problem: Problem, device) -> str | None:
+    """What the kernels need of a mesh, if it is not so."""
+    if problem.vocabulary_pieces == 1:
+        return None
+    return (
+        "it needs the whole vocabulary, which is cut into "
+        f"{problem.vocabulary_pieces} pieces over the tensor axis"
+    )
+
+
+#: compute: (x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunks, sharding) -> (total, nll_BT)
+IMPLEMENTATIONS = {
+    "chunked": registry.Entry(chunked),
+    # asked for by name: the kernels do more operations
+    "pallas_tpu": registry.kernel(pallas_tpu, registry.needs_tpu, whole_vocabulary),
+    "pallas_gpu": registry.kernel(pallas_gpu, registry.needs_hopper, whole_vocabulary),
 }
 Implementation = Literal["auto", "chunked", "pallas_tpu", "pallas_gpu"]
-
-
-def resolve(implementation: str, device: jax.Device | None = None) -> str:
-    """The implementation to compute with; what ``auto`` stands for (the run header prints it).
-
-    Args:
-      device: one of those compiled for, which need not be this machine's; None for the default.
-
-    Raises:
-      ConfigError: no implementation has the name, or the one named is not for the device.
-    """
-    device = jax.devices()[0] if device is None else device
-    if implementation == "auto":
-        return "chunked"  # on every platform: the kernels do more operations
-    reason = functools.partial(kernels.unsupported, device=device)
-    return kernels.named("cross-entropy", implementation, IMPLEMENTATIONS, reason)
+OPERATION = registry.Operation("cross-entropy", IMPLEMENTATIONS, fallback="chunked")
+resolve = OPERATION.resolve

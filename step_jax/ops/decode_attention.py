@@ -9,17 +9,19 @@ one a ring of the newest S positions. Nothing but the lengths needs to be stored
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.decode_call import DecodeCall
 from pallas_kernels.gpu import decode as gpu_decode
 from pallas_kernels.tpu import decode as tpu_decode
 from step_jax.core import hardware
-from step_jax.core.errors import ConfigError
 from step_jax.ops import attention as ops_attention
-from step_jax.ops import kernels
+from step_jax.ops import registry
 from step_jax.ops.rope import rotate
 
 #: TensorCores that one JAX device has, where it has several (``core.hardware``).
@@ -32,127 +34,119 @@ def slot_positions_BS(lengths_B, slots: int):
     return last_B1 - (last_B1 - slot_1S) % slots
 
 
-def reference(
-    q_BTNH,
-    k_cache,
-    v_cache,
-    positions_BT,
-    lengths_B,
-    *,
-    device=None,
-    scale: float,
-    window: int | None = None,
-    frequency_F=None,
-    k_scale=None,
-    v_scale=None,
-    page_table_BM=None,
-    layer=None,
-    first_head=0,
-    heads_per_key: int | None = None,
-):
+def reference(call: DecodeCall):
     """All slots of all rows at once, in float32: the definition the kernels are compared with."""
+    call.check()
+    q_BTNH, layer, table_BM = call.q_BTNH, call.layer, call.page_table_BM
 
-    def dense(cache, factor):
+    def dense(cache, scale):
         cache = (cache if layer is None else cache[layer]).astype(jnp.float32)
-        if page_table_BM is not None:
-            cache = cache[page_table_BM].reshape(q_BTNH.shape[0], -1, *cache.shape[2:])
-        return cache if factor is None else cache * jnp.asarray(factor, jnp.float32)[..., None]
+        if table_BM is not None:
+            cache = cache[table_BM].reshape(q_BTNH.shape[0], -1, *cache.shape[2:])
+        return cache if scale is None else cache * jnp.asarray(scale, jnp.float32)[..., None]
 
-    k_BSKH = dense(k_cache, k_scale)
-    v_BSKH = dense(k_cache if v_cache is None else v_cache, v_scale)
-    kv_positions_BS = slot_positions_BS(lengths_B, k_BSKH.shape[1])
-    if frequency_F is not None:
-        k_BSKH = rotate(k_BSKH, kv_positions_BS, frequency_F)
-    if heads_per_key is not None:
-        head_N = (first_head + jnp.arange(q_BTNH.shape[2])) // heads_per_key
+    k_BSKH = dense(call.k_cache, call.k_scale)
+    v_BSKH = dense(call.k_cache if call.v_cache is None else call.v_cache, call.v_scale)
+    kv_positions_BS = slot_positions_BS(call.lengths_B, call.slots)
+    if call.frequency_F is not None:
+        k_BSKH = rotate(k_BSKH, kv_positions_BS, call.frequency_F)
+    if call.heads_per_key is not None:
+        head_N = call.key_head_N()
         k_BSKH, v_BSKH = k_BSKH[:, :, head_N], v_BSKH[:, :, head_N]
-    mask = ops_attention.Mask(positions_BT, kv_positions_BS, window=window)
+    mask = ops_attention.Mask(call.positions_BT, kv_positions_BS, window=call.window)
     o_BTNH = ops_attention.attention(
-        q_BTNH.astype(jnp.float32), k_BSKH, v_BSKH, mask, scale=scale, implementation="reference"
+        q_BTNH.astype(jnp.float32),
+        k_BSKH,
+        v_BSKH,
+        mask,
+        scale=call.scale,
+        implementation="reference",
     )
     return o_BTNH.astype(q_BTNH.dtype)
 
 
-def _pallas_tpu(*args, device, interpret=False, **kwargs):
+def pallas_tpu(call: DecodeCall, device, interpret: bool = False):
+    """The kernel of ``pallas_kernels.tpu``, its work cut for the cores of ``device``."""
     chip = hardware.detect(device)
     splits = CORES.get(chip.name, 1) if chip is not None else 1
-    return tpu_decode.decode(*args, splits=splits, interpret=interpret, **kwargs)
+    return tpu_decode.decode(call, splits=splits, interpret=interpret)
 
 
-def _pallas_tpu_interpret(*args, **kwargs):
-    """The TPU kernel run by JAX's interpreter, for tests on machines without one."""
-    return _pallas_tpu(*args, interpret=True, **kwargs)
+def pallas_gpu(call: DecodeCall, device):
+    """The kernel of ``pallas_kernels.gpu``."""
+    return gpu_decode.decode(call, device=device)
 
 
-def _pallas_gpu(*args, device, **kwargs):
-    return gpu_decode.decode(*args, device=device, **kwargs)
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What decides whether an implementation can do it.
+
+    call: its arrays' shapes and dtypes, and what else it says. alibi: a bias is added.
+    """
+
+    call: DecodeCall
+    alibi: bool = False
 
 
-IMPLEMENTATIONS: dict[str, Callable] = {
-    "reference": reference,
-    "pallas_gpu": _pallas_gpu,
-    "pallas_tpu": _pallas_tpu,
-    "pallas_tpu_interpret": _pallas_tpu_interpret,
+def _unsupported(check: Callable, problem: Problem, device) -> str | None:
+    """Why a kernel, whose ``check`` raises for what it lacks, cannot do this."""
+    return "it adds no ALiBi bias" if problem.alibi else registry.refusal(check, problem.call)
+
+
+_unsupported_tpu = functools.partial(_unsupported, tpu_decode.check)
+_unsupported_gpu = functools.partial(_unsupported, gpu_decode.check)
+
+#: compute: (call[, device: kernels only]) -> o_BTNH
+IMPLEMENTATIONS = {
+    "reference": registry.Entry(reference),
+    "pallas_gpu": registry.kernel(pallas_gpu, registry.needs_hopper, _unsupported_gpu),
+    "pallas_tpu": registry.kernel(pallas_tpu, registry.needs_tpu, _unsupported_tpu),
+    # by JAX's interpreter, for tests on machines without a TPU
+    "pallas_tpu_interpret": registry.Entry(
+        functools.partial(pallas_tpu, interpret=True), _unsupported_tpu, kernel=True
+    ),
 }
+OPERATION = registry.Operation(
+    "decode attention",
+    IMPLEMENTATIONS,
+    fallback="reference",
+    automatic={"tpu": ("pallas_tpu",), "gpu": ("pallas_gpu",)},
+)
+resolve = OPERATION.resolve
 
 
-def kernel(implementation: str, device: jax.Device, q_BTNH, k_cache, v_cache, frequency_F, alibi):
-    """The kernel that ``Execution.attention`` means for one decoding step, None for no kernel.
+def kernel(attention: str, problem: Problem, device: jax.Device) -> str | None:
+    """The kernel that ``Execution.attention`` means for one decoding step.
 
-    ``auto`` is the kernel of the device's platform where it supports the call. A kernel that is
-    named and cannot be had is an error.
+    None if it is an implementation of attention that takes keys as read from the cache, or if
+    ``auto`` finds no kernel.
 
     Raises:
-      ValueError: what the named kernel lacks, and what it supports (a ConfigError where it is the
-        device or the kind of model).
+      ConfigError: a kernel is named that does not exist or cannot do this; says why.
     """
-    if implementation == "auto":
-        own = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(device.platform)
-        if own is None:
-            return None
-        try:
-            return kernel(own, device, q_BTNH, k_cache, v_cache, frequency_F, alibi)
-        except ValueError:
-            return None
-    if implementation not in ("pallas_tpu", "pallas_tpu_interpret", "pallas_gpu"):
+    entry = ops_attention.IMPLEMENTATIONS.get(attention)
+    if entry is not None and not entry.kernel:
         return None
-    reason = kernels.unsupported(implementation, device)
-    if reason is None and alibi is not None:
-        reason = "it adds no ALiBi bias"
-    if reason is not None:
-        raise ConfigError(f"decode attention {implementation} cannot do this: {reason}; use auto")
-    check = gpu_decode.check if implementation == "pallas_gpu" else tpu_decode.check
-    check(q_BTNH, k_cache, v_cache, frequency_F)
-    return implementation
+    name = resolve(attention, problem, device)
+    return name if IMPLEMENTATIONS[name].kernel else None
 
 
 def decode_attention(
-    q_BTNH, k_cache, v_cache, positions_BT, lengths_B, *, implementation: str, device=None, **kwargs
+    call: DecodeCall, *, implementation: str = "auto", device: jax.Device | None = None
 ):
     """Softmax attention of T new tokens of each row over a cache that already holds them.
 
     Args:
-      q_BTNH: rotated queries, bfloat16 or float32.
-      k_cache, v_cache: (B, S, K, H), or (L, page, K, H) with a page table. ``v_cache`` None: the
-        values are the keys as cached (before rotation).
-      positions_BT: int32 positions of the queries; a negative one sees nothing.
-      lengths_B: int32 tokens in the cache, those of this call included.
-      implementation: a key of ``IMPLEMENTATIONS``.
-      device: one of those it runs on; None for this process's first.
-      kwargs: scale, window, frequency_F, k_scale, v_scale, page_table_BM, layer, first_head and
-        heads_per_key, as in ``pallas_kernels.decode_arguments``.
+      call: everything that is computed with.
+      implementation: a key of ``IMPLEMENTATIONS`` or ``auto``.
+      device: one of those compiled for; None for the default.
 
     Returns:
       (B, T, N, H) in the dtype of the queries; zeros where a query sees nothing.
 
     Raises:
-      ValueError: an implementation that does not exist, or what it does not support.
+      ValueError: a call whose parts do not fit each other, or see ``registry.Operation.resolve``.
     """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"no decode attention {implementation!r}; there are: " + ", ".join(IMPLEMENTATIONS)
-        )
-    device = jax.local_devices()[0] if device is None else device
-    return IMPLEMENTATIONS[implementation](
-        q_BTNH, k_cache, v_cache, positions_BT, lengths_B, device=device, **kwargs
-    )
+    device = jax.devices()[0] if device is None else device
+    entry = IMPLEMENTATIONS[resolve(implementation, Problem(call), device)]
+    return entry.compute(call, device) if entry.kernel else entry.compute(call)

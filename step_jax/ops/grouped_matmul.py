@@ -8,15 +8,15 @@ Rows past the sum of the sizes belong to no group: their results and gradients a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import rules
 from step_jax.core.sharding import vary_alike
-from step_jax.ops import kernels
+from step_jax.ops import registry
 
 
 def group_of_row_M(sizes_E, rows: int):
@@ -79,11 +79,6 @@ def _over_tiles(start, size, rows: int, carry, body: Callable):
     return carry
 
 
-def _product(a, b, a_axis: int, b_axis: int):
-    dimensions = (((a_axis,), (b_axis,)), ((), ()))
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
-
-
 def _rows_by_matrices(x_MD, w_EDF, sizes_E, transposed: bool):
     """Each row by its group's matrix, or by that matrix transposed; in the rows' dtype."""
     rows, width = len(x_MD), w_EDF.shape[1 if transposed else 2]
@@ -93,7 +88,7 @@ def _rows_by_matrices(x_MD, w_EDF, sizes_E, transposed: bool):
 
         def tile(y_MF, first, own_R1):
             x_RD, old_RF = (_rows(a, first, own_R1) for a in (x_MD, y_MF))
-            y_RF = _product(x_RD, w_DF, 1, 1 if transposed else 0).astype(x_MD.dtype)
+            y_RF = rules.dot(x_RD, w_DF, 1, 1 if transposed else 0).astype(x_MD.dtype)
             y_RF = jnp.where(own_R1, y_RF, old_RF)
             return jax.lax.dynamic_update_slice_in_dim(y_MF, y_RF, first, 0)
 
@@ -122,7 +117,7 @@ def _tiles_backward(residuals, dy_MF):
     def group(dw_EDF, e, start, size):
         def tile(dw_DF, first, own_R1):
             x_RD, dy_RF = (jnp.where(own_R1, _rows(a, first, own_R1), 0) for a in (x_MD, dy_MF))
-            return dw_DF + _product(x_RD, dy_RF, 0, 0)
+            return dw_DF + rules.dot(x_RD, dy_RF, 0, 0)
 
         dw_DF, _ = vary_alike(jnp.zeros(w_EDF.shape[1:], jnp.float32), x_MD)
         dw_DF = _over_tiles(start, size, len(x_MD), dw_DF, tile).astype(dw_EDF.dtype)
@@ -171,32 +166,50 @@ def ragged_dot(x_MD, w_EDF, sizes_E):
     return jnp.where(used_M1, y_MF, 0.0)
 
 
-IMPLEMENTATIONS: dict[str, Callable] = {
-    "reference": reference,
-    "tiles": tiles,
-    "ragged_dot": ragged_dot,
-    "pallas_tpu": pallas_tpu,
-    "pallas_gpu": pallas_gpu,
+class Problem(NamedTuple):
+    """What decides whether an implementation can do it: the arrays, or their shapes and dtypes."""
+
+    x_MD: Any
+    w_EDF: Any
+    sizes_E: Any
+
+    @classmethod
+    def of(cls, rows: int, groups: int, width: int, result: int, dtype: str) -> Problem:
+        shapes = ((rows, width), dtype), ((groups, width, result), dtype), ((groups,), jnp.int32)
+        return cls(*(jax.ShapeDtypeStruct(*s) for s in shapes))
+
+
+def _pallas_tpu_unsupported(problem: Problem | None, device) -> str | None:
+    from pallas_kernels.tpu import grouped_matmul as kernel
+
+    return None if problem is None else registry.refusal(kernel.check, *problem)
+
+
+def _pallas_gpu_unsupported(problem: Problem | None, device) -> str | None:
+    from pallas_kernels.gpu import grouped_matmul as kernel
+
+    return None if problem is None else registry.refusal(kernel.check, *problem)
+
+
+#: compute: (x_MD, w_EDF, sizes_E[, device, load: kernels only]) -> y_MF. A problem of None asks
+#: about the device alone.
+IMPLEMENTATIONS = {
+    "reference": registry.Entry(reference),
+    "tiles": registry.Entry(tiles),
+    "ragged_dot": registry.Entry(ragged_dot),
+    "pallas_tpu": registry.kernel(pallas_tpu, registry.needs_tpu, _pallas_tpu_unsupported),
+    # asked for by name until it has been measured on a GPU
+    "pallas_gpu": registry.kernel(pallas_gpu, registry.needs_hopper, _pallas_gpu_unsupported),
 }
 Implementation = Literal["auto", "reference", "tiles", "ragged_dot", "pallas_tpu", "pallas_gpu"]
-
-
-def resolve(implementation: str, device: jax.Device | None = None) -> str:
-    """The implementation to compute with; what ``auto`` stands for (the run header prints it).
-
-    Args:
-      device: one of those compiled for, which need not be this machine's; None for the default.
-
-    Raises:
-      ConfigError: no implementation has the name, or the one named is not for the device.
-    """
-    device = jax.devices()[0] if device is None else device
-    if implementation == "auto":
-        # outside TPUs XLA makes of ragged_dot masked products of all rows with all matrices;
-        # pallas_gpu is asked for by name until it has been measured on a GPU
-        return "pallas_tpu" if device.platform == "tpu" else "tiles"
-    reason = functools.partial(kernels.unsupported, device=device)
-    return kernels.named("grouped matmul", implementation, IMPLEMENTATIONS, reason)
+OPERATION = registry.Operation(
+    "grouped matmul",
+    IMPLEMENTATIONS,
+    # outside TPUs XLA makes of ragged_dot masked products of all rows with all matrices
+    fallback="tiles",
+    automatic={"tpu": ("pallas_tpu",)},
+)
+resolve = OPERATION.resolve
 
 
 def grouped_matmul(
@@ -223,20 +236,11 @@ def grouped_matmul(
       (M, F) in ``x_MD.dtype``, accumulated in float32; differentiable in ``x_MD`` and ``w_EDF``.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit each other or the implementation, or see
-        :func:`resolve`.
+      ValueError: shapes or dtypes that do not fit each other, or see
+        ``registry.Operation.resolve``.
     """
-    if x_MD.ndim != 2 or w_EDF.ndim != 3 or sizes_E.shape != w_EDF.shape[:1]:
-        raise ValueError(
-            "a grouped matmul takes rows (M, D), matrices (E, D, F) and sizes (E,), not "
-            f"{x_MD.shape}, {w_EDF.shape} and {sizes_E.shape}"
-        )
-    if x_MD.shape[1] != w_EDF.shape[1] or x_MD.dtype != w_EDF.dtype:
-        raise ValueError(
-            f"rows {x_MD.dtype}{x_MD.shape} do not fit matrices {w_EDF.dtype}{w_EDF.shape}"
-        )
-    if sizes_E.dtype != jnp.int32:
-        raise ValueError(f"sizes are int32, not {sizes_E.dtype}")
-    name = resolve(implementation, device)
-    options = {"device": device, "load": load} if name.startswith("pallas") else {}
-    return IMPLEMENTATIONS[name](x_MD, w_EDF, sizes_E, **options).astype(x_MD.dtype)
+    rules.check_operands(x_MD, w_EDF, sizes_E)
+    arrays = Problem(x_MD, w_EDF, sizes_E)
+    entry = IMPLEMENTATIONS[resolve(implementation, arrays, device)]
+    options = {"device": device, "load": load} if entry.kernel else {}
+    return entry.compute(*arrays, **options).astype(x_MD.dtype)

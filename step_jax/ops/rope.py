@@ -14,14 +14,15 @@ def frequencies_F(theta: float, pairs: int):
     return jnp.float32(theta) ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
 
 
-def rotate(x_BTNH, positions_BT, frequency_F):
+def rotate(x_BTNH, positions_BT, frequency_F, weight: float = 1.0):
     """Rotates the pairs ``(i, i + F)`` of the first 2 F coordinates by ``position * frequency``.
 
-    Angles and products are float32; the result has the dtype of ``x_BTNH``.
+    What is rotated is multiplied by ``weight``. Angles and products are float32; the result has the
+    dtype of ``x_BTNH``.
     """
     pairs = frequency_F.shape[0]
     angle_BT1F = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_F
-    cos_BT1F, sin_BT1F = jnp.cos(angle_BT1F), jnp.sin(angle_BT1F)
+    cos_BT1F, sin_BT1F = weight * jnp.cos(angle_BT1F), weight * jnp.sin(angle_BT1F)
     rotated = _turned(x_BTNH[..., : 2 * pairs], cos_BT1F, sin_BT1F)
     if 2 * pairs == x_BTNH.shape[-1]:
         return rotated

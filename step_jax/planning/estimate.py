@@ -176,26 +176,24 @@ def _weight(s: spec_lib.ParamSpec, sharding: Sharding, itemsize: int) -> _Weight
 def _blocks(model, dtype: str, sharding: Sharding) -> tuple[_Block, ...]:
     itemsize = jnp.dtype(dtype).itemsize
     found = []
-    for group in model.layers:
-        for block in group.blocks:
-            leaves = jax.tree.leaves(
-                block.specs(model.width, model.norm, model.init), is_leaf=spec_lib.is_spec
+    for stack in model.trunk.walk():
+        block = stack.block
+        leaves = jax.tree.leaves(model.trunk.block_specs(block), is_leaf=spec_lib.is_spec)
+        matrices = [s for s in leaves if s.role == "matrix"]
+        outputs = sum(s.active * s.matrix_shape[2] for s in matrices) * itemsize
+        routed = sum(s.active * s.size for s in matrices if "experts" in s.axes)
+        keys = sum(math.prod(entry) for entry in block.attention.cache_entries())
+        found.append(
+            _Block(
+                stack.repeat,
+                pipeline.is_pipelined(stack.repeat, sharding),
+                tuple(_weight(s, sharding, itemsize) for s in matrices),
+                outputs / sharding.size("tensor"),
+                keys * itemsize,
+                block.mlp if isinstance(block.mlp, MoE) else None,
+                2.0 * routed,
             )
-            matrices = [s for s in leaves if s.role == "matrix"]
-            outputs = sum(s.active * s.matrix_shape[2] for s in matrices) * itemsize
-            routed = sum(s.active * s.size for s in matrices if "experts" in s.axes)
-            keys = sum(math.prod(entry) for entry in block.attention.cache_entries())
-            found.append(
-                _Block(
-                    group.repeat,
-                    pipeline.is_pipelined(group.repeat, sharding),
-                    tuple(_weight(s, sharding, itemsize) for s in matrices),
-                    outputs / sharding.size("tensor"),
-                    keys * itemsize,
-                    block.mlp if isinstance(block.mlp, MoE) else None,
-                    2.0 * routed,
-                )
-            )
+        )
     return tuple(found)
 
 
@@ -270,7 +268,7 @@ def operations(case: Case) -> float:
     blocks = _blocks(model, case.execution.dtype, case.sharding)
     head = 2.0 * model.vocab * model.width  # computed with its gradients, once
     kernels = sum(b.repeat * b.expert_flops for b in blocks)
-    kernels += sum(g.repeat * attention_core_flops(b, T) for g in model.layers for b in g.blocks)
+    kernels += sum(s.repeat * attention_core_flops(s.block, T) for s in model.trunk.walk())
     again = {"none": 0.0, "dots": kernels, "full": forward - head}[remat]
     if any(b.pipelined for b in blocks) and remat != "none":
         again += forward - head  # a stage is run again before its layers are

@@ -78,11 +78,11 @@ def _accumulation(config: Any) -> int | None:
 
 def _meshes(recipe: MeshConfig, case: estimate.Case, topology: Topology) -> Iterator[MeshConfig]:
     """Meshes of all devices, with the axes that the model can use."""
-    T, groups = case.sequence, case.model.layers
+    T = case.sequence
     contexts = {n for n in _CONTEXT if T % n == 0 and T // n >= _SHORTEST_PIECE}
-    _, depth = max((group.repeat * len(group.blocks), group.repeat) for group in groups)
+    repeat = case.model.trunk.largest_repeat
     sizes = itertools.product(
-        [n for n in _STAGES if depth % n == 0],
+        [n for n in _STAGES if repeat % n == 0],
         sorted({1, topology.slices}),
         _divisors(_experts(case.model)),
         sorted({1, recipe.context} | contexts),
@@ -110,9 +110,8 @@ def _experts(model: Decoder) -> int:
     """Into how many shards the experts of every layer can be cut; 1 without experts."""
     counts = [
         kind.count
-        for group in model.layers
-        for block in group.blocks
-        for kind in getattr(block.mlp, "experts", ())
+        for stack in model.trunk.walk()
+        for kind in getattr(stack.block.mlp, "experts", ())
     ]
     return math.gcd(*counts) if counts else 1
 

@@ -146,7 +146,7 @@ def _tpu_devices(kind: str, shape: str, torus: tuple[int, ...], slices: int) -> 
     except Exception as error:  # the plugin raises what it likes
         raise ConfigError(
             f"libtpu cannot describe {kind}:{shape} ({str(error).splitlines()[0]}); planning for "
-            "TPUs needs it: pip install 'step-jax[tpu]'"
+            "TPUs needs it: pip install 'jax[tpu]'"
         ) from error
     return list(found.devices)
 

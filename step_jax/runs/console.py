@@ -5,10 +5,19 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
 
 _REFRESH_SECONDS = 0.125
 _DETAILS = ("loss_weight", "param_norm", "skipped_total")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A value of a header or a summary that is shown in words of its own and recorded as it is."""
+
+    value: Any
+    text: str
 
 
 def format_value(name: str, value: Any) -> str:
@@ -17,6 +26,8 @@ def format_value(name: str, value: Any) -> str:
     ``*_s`` and ``seconds`` are durations, ``*_per_s`` rates, ``*bytes`` sizes, ``mfu`` and
     ``*_fraction`` fractions; other floats get four digits, large whole numbers thousands marks.
     """
+    if isinstance(value, Shown):
+        return value.text
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if value != value or value in (float("inf"), float("-inf")):
@@ -42,8 +53,9 @@ def cells(metrics: Mapping[str, Any]) -> dict[str, str]:
         for k, v in metrics.items()
         if not _is_detail(k, v, metrics)
     }
-    if "tokens" in shown:
-        shown["tokens"] = si(metrics["tokens"])
+    for name, value in metrics.items():
+        if name in shown and isinstance(value, int | float) and f"{name}_per_s" in metrics:
+            shown[name] = si(value)  # the work done so far
     return shown
 
 

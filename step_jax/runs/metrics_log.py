@@ -1,8 +1,19 @@
 """``metrics.jsonl``: one JSON object a line, appended, never lost to a kill.
 
-Every record has ``event`` (``step``, ``eval``, ``header``, ``note``, ``resumed``, ``summary``),
-``step`` and ``time`` (seconds since 1970); numbers stand beside them by name. Values that JSON has
-no number for are the strings ``nan``, ``inf`` and ``-inf``.
+Every record has ``event``, ``step`` and ``time`` (seconds since 1970). Values that JSON has no
+number for are the strings ``nan``, ``inf`` and ``-inf``.
+
+=========  ====================================================================================
+step       numbers by name; the work done since the first step is counted under the name of its
+           unit (``tokens``, ``images``), its rate under ``<unit>_per_s``
+eval       ``name`` and numbers; a count among them is of what was evaluated
+header     ``values``, numbers where there are any; ``shown``: name -> text instead of a number;
+           ``units``: metric -> unit
+note       ``text``
+resumed    the run went on behind this step; ``dropped`` records of later steps
+summary    ``values``: the outcome
+end        ``status`` (see :mod:`step_jax.runs.history`) and ``reason``: how the process left
+=========  ====================================================================================
 """
 
 from __future__ import annotations
@@ -11,14 +22,25 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from step_jax.core.files import write_whole
 
 _SYNC_SECONDS = 30.0
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class Resumed(NamedTuple):
+    """What a log held before a run went on.
+
+    dropped: how many records were forgotten.
+    newest: the highest recorded step by kind: ``""`` for steps, else the name of an evaluation.
+    """
+
+    dropped: int
+    newest: dict[str, int]
 
 
 class MetricsLog:
@@ -31,25 +53,26 @@ class MetricsLog:
         self._file: Any = None
         self._last_sync = 0.0
 
-    def resume(self, step: int) -> int:
+    def resume(self, step: int) -> Resumed:
         """Forget what was recorded after ``step``, so that the curve has each step once.
 
         A line torn by a kill is forgotten too, and a ``resumed`` record is added.
-
-        Returns:
-          How many records were dropped.
         """
         self.close()
         kept, dropped = [], 0
+        newest: dict[str, int] = {}
         for line in _lines(self.path):
             record = _parse(line)
+            if record is not None and record["event"] in ("step", "eval"):
+                kind = _kind(record)
+                newest[kind] = max(newest.get(kind, 0), record.get("step", 0))
             if record is None or record.get("step", 0) > step or record["event"] == "summary":
                 dropped += 1
             else:
                 kept.append(line)
         write_whole(self.path, "".join(line + "\n" for line in kept))
         self.append("resumed", step, {"dropped": dropped})
-        return dropped
+        return Resumed(dropped, newest)
 
     def append(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         """Write one record; it survives a killed process at once, a lost machine after 30 s."""
@@ -86,11 +109,37 @@ class MetricsLog:
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """The records of a ``metrics.jsonl`` (or of the run directory that holds it), oldest first.
 
-    Torn and foreign lines are left out; a run may be writing the file at the moment.
+    Torn and foreign lines are left out; a run may be writing the file at the moment. What was done
+    twice, because a kill came between its record and the next checkpoint, is there once, as it was
+    done last: a step, an evaluation of one name at one step, the summary.
     """
     path = Path(path)
     file = path / "metrics.jsonl" if path.is_dir() else path
-    return [record for line in _lines(file) if (record := _parse(line)) is not None]
+    records = [record for line in _lines(file) if (record := _parse(line)) is not None]
+    last = {_subject(record): i for i, record in enumerate(records)}
+    return [r for i, r in enumerate(records) if (s := _subject(r)) is None or last[s] == i]
+
+
+def work_unit(records: Sequence[Mapping[str, Any]]) -> str | None:
+    """What a run counts its work in: the number of a step that has a rate beside it.
+
+    ``tokens`` with ``tokens_per_s``, ``images`` with ``images_per_s``; None without any step.
+    """
+    for record in reversed(records):
+        if record["event"] == "step":
+            return next((name for name in record if f"{name}_per_s" in record), None)
+    return None
+
+
+def _subject(record: Mapping[str, Any]) -> tuple | None:
+    """What a record is the only one about; None if there may be many like it."""
+    if record["event"] in ("step", "eval"):
+        return _kind(record), record.get("step")
+    return ("summary",) if record["event"] == "summary" else None
+
+
+def _kind(record: Mapping[str, Any]) -> str:
+    return record.get("name", "eval") if record["event"] == "eval" else ""
 
 
 def _lines(path: Path) -> list[str]:

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -23,6 +23,11 @@ _AGREE_S = 0.02  # the same while the processes agree on a step
 _NOT_STARTED = -1
 _FINISHED = "finished"
 _instances = itertools.count()
+
+
+def is_interactive() -> bool:
+    """Whether somebody types into this process (IPython, Jupyter, a Python prompt)."""
+    return hasattr(sys, "ps1") or bool(sys.flags.interactive)
 
 
 class StopSignal:
@@ -40,8 +45,10 @@ class StopSignal:
                 ...
 
     The first signal asks for a stop, a second one ends the process at once (128 + signal number)
-    without saving, also while the main thread is blocked in a device call. Signals are only
-    caught if the block is entered in the main thread, as Python demands.
+    without saving, also while the main thread is blocked in a device call. In an interactive
+    process (a notebook, a prompt), which holds more than the run, a second SIGINT raises
+    KeyboardInterrupt instead. Signals are only caught if the block is entered in the main thread,
+    as Python demands.
 
     With several processes the one that got the signal publishes it; a thread in everyone reports
     the step under way, and all stop after the highest of these. (Waiting for the training loops
@@ -62,6 +69,8 @@ class StopSignal:
         self._reported = False
         self._stop_at: int | None = None
         self._handlers: dict[int, Any] = {}
+        self._interactive = is_interactive()
+        self._leaving: Literal["", "asked", "raised"] = ""  # by KeyboardInterrupt, once
         self._reader, self._writer = -1, -1
         self._old_wakeup = -1
 
@@ -95,7 +104,7 @@ class StopSignal:
             # it even while the main thread runs no Python code.
             self._old_wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
             for number in _SIGNALS:
-                self._handlers[number] = signal.signal(number, lambda *_: None)
+                self._handlers[number] = signal.signal(number, self._in_main_thread)
         self._thread = threading.Thread(target=self._watch, name="stop-signal", daemon=True)
         self._thread.start()
         return self
@@ -116,6 +125,11 @@ class StopSignal:
             self._report(_FINISHED)
             if self._processes.index == 0 and not self._decided.is_set():
                 self._processes.publish("decision", _FINISHED)
+
+    def _in_main_thread(self, number: int, _: Any) -> None:
+        if self._leaving == "asked":
+            self._leaving = "raised"
+            raise KeyboardInterrupt
 
     def _report(self, state: str) -> None:
         with self._lock:
@@ -139,15 +153,23 @@ class StopSignal:
 
     def _received(self, number: int) -> None:
         name = signal.Signals(number).name
+        stays = self._interactive and number == signal.SIGINT  # see _in_main_thread
         if self._asked.is_set() and self._signal:
+            if stays:
+                # Only this thread can count signals: the main thread is told of two as of one if it
+                # was not scheduled in between.
+                if not self._leaving:
+                    self._leaving = "asked"
+                    signal.pthread_kill(threading.main_thread().ident or 0, number)
+                return
             sys.stderr.write(f"second signal ({name}): exiting without saving\n")
             sys.stderr.flush()
             os._exit(128 + number)
         self._signal = self._signal or number
-        self._event(
-            f"{name} received: saving at the next step, then exit code {self.exit_code}; "
-            "a second signal exits at once without saving"
-        )
+        code, second = self.exit_code, "a second one stops at once without saving"
+        if not stays:
+            second = f"then exit code {code}; a second signal exits at once without saving"
+        self._event(f"{name} received: saving at the next step, {second}")
         if not self._alone:
             self._processes.publish("request", str(number))
         self._asked.set()

@@ -25,6 +25,15 @@ class ProfileConfig:
         if self.start_step is not None and self.start_step < 0:
             raise ConfigError(f"start_step={self.start_step} is negative")
 
+    def check(self, total_steps: int) -> None:
+        """Raises ConfigError unless the window lies within a run of ``total_steps`` steps."""
+        if self.start_step is not None and self.start_step + self.steps > total_steps:
+            raise ConfigError(
+                f"run.profile traces steps {self.start_step} to {self.start_step + self.steps - 1},"
+                f" and the last step of the run is {total_steps - 1}: lower run.profile.start_step"
+                " or run.profile.steps"
+            )
+
 
 class ProfilerWindow:
     """Starts and stops the JAX profiler at the configured steps; costs nothing without them."""

@@ -22,12 +22,14 @@ from step_jax.core.errors import ConfigError
 from step_jax.runs import sinks as sink_lib
 from step_jax.runs.console import (
     Console,
+    Shown,
     cells,
     duration,
     format_value,
     make_console,
     progress_text,
 )
+from step_jax.runs.history import ending
 from step_jax.runs.metrics_log import MetricsLog
 from step_jax.runs.run_directory import RunDirectory
 from step_jax.runs.sinks import AsyncSink, RunInfo, SinkName
@@ -86,25 +88,42 @@ class Reporter:
         self._metrics = MetricsLog(run.metrics)
         self._log_lock = threading.Lock()  # a sink's thread may report its failure
         self._started: tuple[float, int] | None = None
-        info = RunInfo(run.path, config.project, resolved_config or {})
-        self._sinks = [
-            AsyncSink(name, partial(sink_lib.SINKS[name], info), on_error=self._write_log)
-            for name in config.sinks
-        ]
+        self._began = False
+        self._resolved_config = resolved_config or {}
+        self._sinks: list[tuple[AsyncSink, dict[str, int]]] | None = None
+        self._after, self._recorded = 0, dict[str, int]()
 
-    def header(self, values: Mapping[str, Any], title: str = "run") -> None:
-        """Show and store what is known before the first step: versions, mesh, sizes, position."""
+    def header(
+        self,
+        values: Mapping[str, Any],
+        title: str = "run",
+        *,
+        units: Mapping[str, str] | None = None,
+    ) -> None:
+        """Show and store what is known before the first step: versions, mesh, sizes, position.
+
+        Args:
+          values: numbers where there are any; one that needs words around it is a
+            :class:`~step_jax.runs.console.Shown`.
+          title: above the table.
+          units: metric -> what it is measured in (``nats per token``); pictures keep metrics of
+            unlike units on axes of their own.
+        """
         if not self.primary:
             return
+        self._began = True
         self._table(title, values)
-        self._metrics.append("header", self.last_step, {"values": values})
+        record = _recorded(values) | ({"units": dict(units)} if units else {})
+        self._metrics.append("header", self.last_step, record)
 
     def resumed(self, step: int) -> None:
         """Go on behind ``step``: records after it are dropped, since those steps run again."""
         self.last_step = step
         if not self.primary:
             return
-        dropped = self._metrics.resume(step)
+        self._began = True
+        dropped, self._recorded = self._metrics.resume(step)
+        self._after = step
         note = f"; {dropped} later records dropped" if dropped else ""
         self._line(f"resumed after step {step}{note}")
 
@@ -115,7 +134,7 @@ class Reporter:
             return
         numbers = _numbers(metrics)
         self._metrics.append("step", step, numbers)
-        self._to_sinks(step, numbers)
+        self._to_sinks("", step, numbers)
         shown = cells(numbers)
         if (left := self._seconds_left(step)) is not None:
             shown["left"] = duration(left)
@@ -129,7 +148,7 @@ class Reporter:
             return
         numbers = _numbers(metrics)
         self._metrics.append("eval", step, {"name": name, **numbers})
-        self._to_sinks(step, {f"{name}/{key}": value for key, value in numbers.items()})
+        self._to_sinks(name, step, {f"{name}/{key}": value for key, value in numbers.items()})
         shown = "  ".join(f"{k} {v}" for k, v in cells(numbers).items())
         self._line(f"{name} at step {step}: {shown}")
 
@@ -145,14 +164,14 @@ class Reporter:
         if not self.primary:
             return
         self._table(title, values)
-        self._metrics.append("summary", self.last_step, {"values": values})
+        self._metrics.append("summary", self.last_step, _recorded(values))
 
     def close(self) -> None:
         """Finish the sinks (for a limited time) and the files."""
         if not self.primary:
             return
         self._console.close()
-        for sink in self._sinks:
+        for sink, _ in self._sinks or ():
             sink.close()
             if sink.dropped:
                 self._line(f"metrics sink {sink.name} lost {sink.dropped} records")
@@ -165,12 +184,35 @@ class Reporter:
     def __enter__(self) -> Reporter:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        """Records how the run is left, if it began: a start that was refused changes nothing."""
+        if self.primary and self._began:
+            status, reason = ending(error)
+            self._metrics.append("end", self.last_step, {"status": status, "reason": reason})
         self.close()
 
-    def _to_sinks(self, step: int, numbers: Mapping[str, float]) -> None:
-        for sink in self._sinks:
-            sink.write(step, numbers)
+    def _to_sinks(self, kind: str, step: int, numbers: Mapping[str, float]) -> None:
+        """``kind``: see :class:`step_jax.runs.metrics_log.Resumed`. What a sink was given before
+        the run went on from an older checkpoint it is not given again."""
+        if self._sinks is None:
+            self._sinks = [self._open(name) for name in self.config.sinks]
+        for sink, known in self._sinks:
+            if step > known.get(kind, -1):
+                sink.write(step, numbers)
+
+    def _open(self, name: SinkName) -> tuple[AsyncSink, dict[str, int]]:
+        """A sink, and the newest step of every kind that it keeps from before."""
+        factory, recorded = sink_lib.SINKS[name], self._recorded
+        if factory.rewinds:
+            recorded = {kind: min(step, self._after) for kind, step in recorded.items()}
+        info = RunInfo(
+            path=self.run.path,
+            identity=self.run.identity.read_text(encoding="utf-8"),
+            project=self.config.project,
+            config=self._resolved_config,
+            resumed_after=self._after if recorded else None,
+        )
+        return AsyncSink(name, partial(factory, info), on_error=self._write_log), recorded
 
     def _seconds_left(self, step: int) -> float | None:
         """From the pace since the first reported step, whose own time is mostly compilation."""
@@ -198,6 +240,13 @@ class Reporter:
                 file.write(f"{stamp} {text}\n")
         except OSError:
             self._metrics.dropped += 1  # a full disk does not end a run; close() says so
+
+
+def _recorded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as they are, and apart from them the words of those that have some."""
+    plain = {k: v.value if isinstance(v, Shown) else v for k, v in values.items()}
+    shown = {k: v.text for k, v in values.items() if isinstance(v, Shown)}
+    return {"values": plain} | ({"shown": shown} if shown else {})
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

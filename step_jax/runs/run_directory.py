@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
+import re
 import socket
 import sys
 import time
+import uuid
 from pathlib import Path
 
 from step_jax.core.errors import ConfigError
@@ -29,6 +32,9 @@ class RunDirectory:
       config: the resolved configuration (``config.yaml``).
       metrics: ``metrics.jsonl``, see :mod:`step_jax.runs.metrics_log`.
       log: ``log.txt``, what was printed, with times.
+      heldout: the documents that the run held out (see :class:`step_jax.data.Heldout`).
+      identity: holds the name that services know the run by: the same for every start, wherever the
+        directory is moved, and another one for a new run in the same place.
       checkpoints, tensorboard, plots, samples, profile: subdirectories, made by who writes.
     """
 
@@ -44,6 +50,8 @@ class RunDirectory:
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.log = self.path / "log.txt"
+        self.heldout = self.path / "heldout"
+        self.identity = self.path / "identity"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.plots = self.path / "plots"
@@ -90,6 +98,9 @@ class RunDirectory:
         os.pwrite(descriptor, json.dumps(owner).encode(), 0)
         self._descriptor = descriptor
         _held.add(identity)
+        if not self.identity.exists():
+            name = re.sub(r"[^A-Za-z0-9_.-]+", "_", self.path.resolve().name)[:40]
+            write_whole(self.identity, f"{name}-{uuid.uuid4().hex[:8]}")
         return self
 
     def _refusal(self, descriptor: int | None) -> str:
@@ -112,18 +123,23 @@ class RunDirectory:
         self._descriptor = None
         _held.discard(self._lock_file.resolve())
 
-    def write_config(self, yaml_text: str) -> None:
-        """Store the resolved configuration. One that differs is kept (``config.1.yaml``)."""
+    def write_config(self, yaml_text: str) -> Path | None:
+        """Store the resolved configuration.
+
+        Returns:
+          The name under which one that differs is kept now (``config.1.yaml``).
+        """
         if not self.primary:
-            return
+            return None
+        kept = None
         if self.config.exists():
-            if self.config.read_text(encoding="utf-8") == yaml_text:
-                return
-            number = 1
-            while (older := self.path / f"config.{number}.yaml").exists():
-                number += 1
-            self.config.rename(older)
-        write_whole(self.config, yaml_text)
+            if (before := self.config.read_text(encoding="utf-8")) == yaml_text:
+                return None
+            names = (self.path / f"config.{number}.yaml" for number in itertools.count(1))
+            kept = next(path for path in names if not path.exists())
+            write_whole(kept, before)
+        write_whole(self.config, yaml_text)  # a kill in between leaves a configuration
+        return kept
 
 
 def is_locked(path: Path | str) -> bool:

@@ -17,10 +17,12 @@ import jax
 
 from step_jax.checkpoint import CheckpointConfig, Checkpointer
 from step_jax.checkpoint.artifact import Description
-from step_jax.core import distributed, rng
-from step_jax.core.config import config_hash, to_plain, to_yaml
+from step_jax.core import checks, distributed, rng
+from step_jax.core.config import config_hash, to_plain
 from step_jax.core.errors import CheckpointError, ConfigError, ExitCode, RestartRequested
 from step_jax.core.sharding import Sharding
+from step_jax.runs.history import continue_configuration
+from step_jax.runs.metrics_log import read_metrics
 from step_jax.runs.preemption import StopSignal
 from step_jax.runs.profiling import ProfileConfig, ProfilerWindow
 from step_jax.runs.reporter import LoggingConfig, Reporter, environment
@@ -50,6 +52,7 @@ class RunConfig:
     def validate(self):
         if self.max_skipped < 0:
             raise ConfigError(f"max_skipped is {self.max_skipped}; it must be 0 or more")
+        checks.seed(self.seed)
 
 
 class Processor(Protocol):
@@ -83,6 +86,7 @@ class Session:
         self._stack = ExitStack()
         self._pending: tuple[int, Any, float] | None = None
         self._leave = False
+        self._finished = 0
         self._meta: dict[str, Any] = {}
         #: (step, metrics) -> what to say about a finished step besides its numbers
         self.watch: Callable[[int, Mapping[str, float]], Iterable[str]] = lambda step, metrics: ()
@@ -140,8 +144,6 @@ class Session:
                     f"the checkpoints in {self.directory.checkpoints} (steps {steps}) are all "
                     "damaged: move them away to start afresh"
                 )
-            if self._again:  # it ended before its first checkpoint
-                self.reporter.resumed(0)
             key = rng.fold(self._run.seed, 0, "parameters")
             return program.initial_state(key, given), 0
         meta = self._checkpointer.meta(step)
@@ -149,7 +151,7 @@ class Session:
             raise CheckpointError(f"run.seed was {seed} and is {self._run.seed}: set it back")
         check(meta, step)
         state, _ = self._checkpointer.restore(step, program.state_like)
-        self.reporter.resumed(step)
+        self._finished = step
         return state, step
 
     def describe(
@@ -158,6 +160,8 @@ class Session:
         artifact: Description,
         processor: Mapping[str, Processor],
         header: Mapping[str, Any],
+        *,
+        units: Mapping[str, str] | None = None,
         meta: Mapping[str, Any] | None = None,
     ):
         """Fixes what the run is, once it is known to be able to go on, and shows the header.
@@ -167,7 +171,11 @@ class Session:
           artifact: what every checkpoint is, for whoever loads it.
           processor: what the artifact names, kept with the run.
           header: what to show.
+          units: metric -> what it is measured in (``nats per token``), for pictures.
           meta: JSON-able facts that a resumed run must agree with (see ``start``).
+
+        Raises:
+          ConfigError: the finished steps were made with other settings.
         """
         self._meta = {
             "config": to_plain(config),
@@ -175,10 +183,14 @@ class Session:
             "artifact": artifact.plain(),
             **(meta or {}),
         }
+        changed = continue_configuration(
+            self.directory, config, self._finished, self._program.total_steps
+        )
+        if self._again:
+            self.reporter.resumed(self._finished)
         if self.primary:
             for name, part in processor.items():
                 part.save(self.directory.path / name)
-        self.directory.write_config(to_yaml(config))
         devices = self.sharding.mesh.devices.flat
         sizes = [f"{axis} {n}" for axis, n in self.sharding.mesh.shape.items() if n > 1]
         self.reporter.header(
@@ -188,9 +200,18 @@ class Session:
                 "mesh": " x ".join(sizes) or "one device",
                 "processes": jax.process_count(),
                 **header,
-            }
+            },
+            units=units,
         )
+        for text in changed:
+            self.reporter.event(text)
         self._clock = time.perf_counter()
+
+    def recorded(self, step: int, name: str) -> bool:
+        """Whether an evaluation of this name was made after ``step`` steps, by this process's or
+        an earlier one's records."""
+        records = read_metrics(self.directory.metrics)
+        return any((r["event"], r["step"], r.get("name")) == ("eval", step, name) for r in records)
 
     # --- every step ----------------------------------------------------------------------------
 

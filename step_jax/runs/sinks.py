@@ -6,17 +6,18 @@ never a training step. What a sink imports is imported in that thread, on the fi
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
+import json
 import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from step_jax.core.errors import ConfigError
+from step_jax.runs.history import flat_configuration
 
 SinkName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 _PACKAGES = {"tensorboard": "tensorboardX"}
@@ -26,20 +27,29 @@ _CLOSE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a service wants to know about a run."""
+    """What a service wants to know about a run.
+
+    identity: see :class:`~step_jax.runs.run_directory.RunDirectory`. Every sink goes on in the run
+      of this identity, so that a resumed run is one curve.
+    config: given to a service once, when it first hears of the run.
+    resumed_after: the step behind which a run with records goes on; None for a new one.
+    """
 
     path: Path
+    identity: str
     project: str
     config: Mapping[str, Any]
-
-    @property
-    def identity(self) -> str:
-        """The same for every start of a run, so that a resumed run goes on in one curve."""
-        return hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16]
+    resumed_after: int | None = None
 
 
 class Sink(Protocol):
-    """To add a service: a class with this constructor and these two methods, and a line below."""
+    """To add a service: a class with this constructor and these two methods, and a line below.
+
+    rewinds: whether it forgets what came after ``resumed_after``. The others keep the first account
+      of a step, and are not given a second one.
+    """
+
+    rewinds: ClassVar[bool]
 
     def __init__(self, run: RunInfo): ...
 
@@ -49,10 +59,18 @@ class Sink(Protocol):
 
 
 class TensorBoard:
+    rewinds: ClassVar[bool] = True
+
     def __init__(self, run: RunInfo):
         from tensorboardX import SummaryWriter
 
-        self.writer = SummaryWriter(str(run.path / "tensorboard"), flush_secs=10)
+        after = run.resumed_after
+        self.writer = SummaryWriter(
+            str(run.path / "tensorboard"),
+            flush_secs=10,
+            filename_suffix=f".{time.time_ns()}",  # its own names a second
+            purge_step=None if after is None else after + 1,
+        )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -63,17 +81,20 @@ class TensorBoard:
 
 
 class WandB:
+    rewinds: ClassVar[bool] = False
+
     def __init__(self, run: RunInfo):
         import wandb
 
         self.run = wandb.init(
             project=run.project,
-            name=run.path.name,
+            name=run.path.resolve().name,
             id=run.identity,
             resume="allow",
             dir=str(run.path),
-            config=dict(run.config),
         )
+        if not self.run.resumed:
+            self.run.config.update(dict(run.config))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self.run.log(dict(metrics), step=step)
@@ -83,37 +104,65 @@ class WandB:
 
 
 class Trackio:
+    rewinds: ClassVar[bool] = False
+
     def __init__(self, run: RunInfo):
         import trackio
 
-        self.module = trackio
-        trackio.init(
-            project=run.project, name=run.path.name, config=dict(run.config), resume="allow"
+        self.run = trackio.init(
+            project=run.project,
+            name=run.identity,
+            config=dict(run.config),
+            resume="allow",
         )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.module.log(dict(metrics), step=step)
+        self.run.log(dict(metrics), step=step)
 
     def close(self) -> None:
-        self.module.finish()
+        self.run.finish()
 
 
 class MLflow:
+    rewinds: ClassVar[bool] = False
+    _PARAMS = 100  # that a server takes at once
+
     def __init__(self, run: RunInfo):
         import mlflow
 
-        self.module = mlflow
         mlflow.set_experiment(run.project)
-        mlflow.start_run(run_name=run.path.name, tags={"step_jax.run": run.identity})
+        self.client, tag = mlflow.MlflowClient(), "step_jax.run"
+        found = mlflow.search_runs(
+            experiment_names=[run.project],
+            filter_string=f"tags.`{tag}` = '{run.identity}'",
+            output_format="list",
+        )
+        if found:
+            self.id = found[0].info.run_id
+            self.client.update_run(self.id, status="RUNNING")
+            return
+        experiment = mlflow.get_experiment_by_name(run.project)
+        created = self.client.create_run(
+            experiment.experiment_id, tags={tag: run.identity}, run_name=run.path.resolve().name
+        )
+        self.id = created.info.run_id
+        config = flat_configuration(json.dumps(run.config))  # JSON is YAML
+        params = [mlflow.entities.Param(k, v) for k, v in config.items()]
+        for i in range(0, len(params), self._PARAMS):
+            self.client.log_batch(self.id, params=params[i : i + self._PARAMS])
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.module.log_metrics(dict(metrics), step=step)
+        import mlflow
+
+        now = int(time.time() * 1000)
+        numbers = [mlflow.entities.Metric(k, v, now, step) for k, v in metrics.items()]
+        self.client.log_batch(self.id, metrics=numbers)
 
     def close(self) -> None:
-        self.module.end_run()
+        self.client.set_terminated(self.id)
 
 
-SINKS: dict[str, Callable[[RunInfo], Sink]] = {
+SINKS: dict[str, type[Sink]] = {
     "tensorboard": TensorBoard,
     "wandb": WandB,
     "trackio": Trackio,
@@ -126,7 +175,8 @@ def check_installed(names: tuple[str, ...]) -> None:
     for name in names:
         if importlib.util.find_spec(_PACKAGES.get(name, name)) is None:
             raise ConfigError(
-                f"the metrics sink '{name}' is not installed: pip install 'step-jax[{name}]'"
+                f"the metrics sink '{name}' needs a package that is not installed: "
+                f"pip install {_PACKAGES.get(name, name)}"
             )
 
 

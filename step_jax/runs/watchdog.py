@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 from step_jax.core.errors import ExitCode
+from step_jax.runs.preemption import is_interactive
 
 _DUMP_S = 3  # time for the stack dump between the two timers
 
@@ -60,7 +61,8 @@ class HangWatchdog:
     """Ends the process if no `beat` arrives within max(factor x median interval, floor_s).
 
     Both the dump of all stacks and the exit happen in C threads, so a thread that holds the GIL
-    for ever is caught as well. JAX itself never notices a rank that hangs.
+    for ever is caught as well. JAX itself never notices a rank that hangs. An interactive process
+    (a notebook) holds more than the run: there the stacks are all, and it goes on.
 
     Args:
       floor_s: never shorter than this many seconds.
@@ -73,11 +75,14 @@ class HangWatchdog:
         self._intervals: collections.deque[float] = collections.deque(maxlen=64)
         self._last: float | None = None
         self._armed_at, self._armed_for = 0.0, 0.0
+        self._exits = True
         self._timer: _ExitTimer | None = None
 
     def __enter__(self) -> HangWatchdog:
+        self._exits = not is_interactive()
         # Elsewhere faulthandler's own exit (code 1) has to do.
-        self._timer = _ExitTimer(ExitCode.HANG) if sys.platform == "linux" else None
+        linux = sys.platform == "linux"
+        self._timer = _ExitTimer(ExitCode.HANG) if linux and self._exits else None
         self._arm(time.monotonic())
         return self
 
@@ -107,6 +112,6 @@ class HangWatchdog:
         limit = self.limit_s
         self._armed_at, self._armed_for = now, limit
         # Descriptor 2: sys.stderr itself may have none in notebooks and under test runners.
-        faulthandler.dump_traceback_later(limit, exit=self._timer is None, file=2)
+        faulthandler.dump_traceback_later(limit, exit=self._exits and self._timer is None, file=2)
         if self._timer is not None:
             self._timer.set(limit + _DUMP_S)

@@ -1,126 +1,180 @@
-"""SentencePiece tokenizer: training, loading, and a round trip that is exact for any text."""
+"""SentencePiece: models as they come, and training one whose round trip is exact for any text."""
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from step_jax.core.errors import ConfigError, DataError
-from step_jax.core.files import write_whole
+from step_jax.tokenizers.base import SPACE_MARK, Tokenizer, digest
+from step_jax.tokenizers.chat import ChatTemplate
+from step_jax.tokenizers.files import SpecialTokens
 
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
-# SentencePiece writes a space as this character, so a literal one would come back as a space.
-_SPACE_MARK = "\u2581"
-_SPACE_MARK_BYTES = tuple(f"<0x{byte:02X}>" for byte in _SPACE_MARK.encode())
+# The model would write a literal space mark as a space, so it is written as these bytes.
+_SPACE_MARK_BYTES = tuple(f"<0x{byte:02X}>" for byte in SPACE_MARK.encode())
 _CHUNK_CHARS = 32 * 1024  # the trainer takes text in pieces of at most this length
 
 
-class Tokenizer:
-    """A SentencePiece model.
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model, with the configuration beside it if there is one; see `Tokenizer`."""
 
-    Attributes:
-      vocab_size: number of pieces.
-      pad_id, bos_id, eos_id: control ids. A model without a start piece uses its end piece;
-        a model without a pad piece pads with 0 (padding never carries loss).
-      hash: SHA-256 of the model file, hex.
+    def __init__(self, files: Mapping[str, bytes], name: str = "tokenizer"):
+        """Reads a serialised model (``tokenizer.model``); raises `DataError` if it is none."""
+        self.name, self.files = name, dict(files)
+        model = files["tokenizer.model"]
+        self._processor = _processor(model, name)
+        self.vocab_size = self._processor.vocab_size()
+        tokens = SpecialTokens.read(files, name)
+        self._check_added(tokens)
+        controls = (i for i in range(self.vocab_size) if self._processor.is_control(i))
+        self.special = {self._processor.id_to_piece(i): i for i in controls}
+        own = (self._processor.bos_id(), self._processor.eos_id(), self._processor.pad_id())
+        bos, eos, pad = (i if i >= 0 else None for i in own)
+        self.bos_id = tokens.id_of("bos", self._id_of, name, bos)
+        self.eos_id = tokens.id_of("eos", self._id_of, name, eos)
+        self.pad_id = tokens.id_of("pad", self._id_of, name, pad) or 0
+        self.stop_ids = tokens.stops(self.eos_id, self.vocab_size, name)
+        ids = [self.bos_id, self.eos_id, self.pad_id]
+        self.hash = digest(model) if ids == [bos, eos, pad or 0] else digest(model, ids)
+        named = {
+            f"{role}_token": self._processor.id_to_piece(i)
+            for role, i in zip(("bos", "eos", "pad"), (bos, eos, pad), strict=True)
+            if i is not None
+        }
+        self.chat_template = ChatTemplate.of(tokens.template, {**named, **tokens.named}, name)
+        mark_ids = [self._processor.piece_to_id(piece) for piece in _SPACE_MARK_BYTES]
+        self._has_bytes = all(self._processor.is_byte(i) for i in mark_ids)
+        self._mark_ids = np.array(mark_ids, np.int32)
+
+    def _id_of(self, piece: str) -> int | None:
+        found = self._processor.piece_to_id(piece)
+        return found if self._processor.id_to_piece(found) == piece else None
+
+    def _check_added(self, tokens: SpecialTokens) -> None:
+        for content, (i, _) in tokens.added.items():
+            if self._id_of(content) != i:
+                raise DataError(
+                    f"{self.name}: tokenizer_config.json adds token {i} {content!r} to what "
+                    "tokenizer.model has, which needs a tokenizer.json: "
+                    "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers "
+                    "writes one"
+                )
+
+    @functools.cached_property
+    def _inner(self):
+        """The model for a part of a text that is not its beginning: without the dummy prefix.
+
+        Two serialised messages one after the other are merged, the later one's fields winning;
+        this one is ``normalizer_spec { add_dummy_prefix: false }``.
+        """
+        return _processor(self.files["tokenizer.model"] + b"\x1a\x02\x18\x00", self.name)
+
+    def _encode(self, texts: Sequence[str], special: bool) -> list[np.ndarray]:
+        threads = (os.cpu_count() or 1) if len(texts) > 1 else 1
+        border = self._border(special)
+        if border is None or not any(border.search(text) for text in texts):
+            return self._processor.encode(texts, return_type="numpy", num_threads=threads)
+        parts = [border.split(text) for text in texts]  # text, border, text, border, text
+        # Strings are encoded in two calls, so that many texts are spread over the threads.
+        first = self._processor.encode(
+            [p[0] for p in parts], return_type="numpy", num_threads=threads
+        )
+        others = [part for p in parts for part in p[2::2]]
+        rest = iter(self._inner.encode(others, return_type="numpy", num_threads=threads))
+        return [
+            np.concatenate([ids, *(a for b in p[1::2] for a in (self._border_ids(b), next(rest)))])
+            for ids, p in zip(first, parts, strict=True)
+        ]
+
+    def _encode_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        border = self._border(special=True)
+        parts = border.split(text) if border else [text]
+        ids, spans, at = [], [], 0
+        for i, part in enumerate(parts):
+            if i % 2:
+                found = self._border_ids(part)
+                ids.append(found)
+                spans.append(np.tile(np.array([[0, len(part)]], np.int32), (len(found), 1)) + at)
+            else:
+                mapped = (self._inner if i else self._processor).encode(
+                    part, return_type="offset_mapping"
+                )
+                ids.append(np.array(mapped["ids"], np.int32))
+                spans.append(np.array(mapped["offsets"], np.int32).reshape(-1, 2) + at)
+            at += len(part)
+        return np.concatenate(ids), np.concatenate(spans)
+
+    def _border(self, special: bool) -> re.Pattern[str] | None:
+        """What is not left to the model: special tokens if asked for, and the space mark."""
+        texts = sorted(self.special, key=len, reverse=True) if special else []
+        texts += [SPACE_MARK] if self._has_bytes else []
+        return re.compile(f"({'|'.join(map(re.escape, texts))})") if texts else None
+
+    def _border_ids(self, text: str) -> np.ndarray:
+        return self._mark_ids if text == SPACE_MARK else np.array([self.special[text]], np.int32)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._processor.decode(ids)
+
+    def _declared_loss(self) -> str | None:
+        spec = _fields(_fields(self.files["tokenizer.model"]).get(3, b""))  # normalizer_spec
+        if spec.get(2):  # precompiled_charsmap
+            rule = bytes(spec.get(1, b"")).decode(errors="replace") or "of its own"
+            return f"its normaliser ({rule}) rewrites characters"
+        if spec.get(4, 1):  # remove_extra_whitespaces
+            return "it drops spaces at the ends of a text and where several follow each other"
+        return None
+
+
+def _processor(model: bytes, name: str):
+    import sentencepiece
+
+    if not model:
+        raise DataError(f"{name} is not a SentencePiece model: it is empty")
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except (RuntimeError, OSError, ValueError, TypeError) as error:
+        raise DataError(f"{name} is not a SentencePiece model: {error}") from error
+
+
+def _fields(message: bytes) -> dict[int, Any]:
+    """Field number -> last value of a serialised protocol buffer: bytes, or int of a varint.
+
+    Enough for a model's normaliser, without the protobuf package.
     """
+    fields: dict[int, Any] = {}
+    at = 0
 
-    def __init__(self, model: bytes, name: str = "tokenizer"):
-        """Reads a serialised model; raises `DataError` if it is none."""
-        import sentencepiece
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+            shift += 7
 
-        if not model:
-            raise DataError(f"{name} is not a SentencePiece model: it is empty")
-        self.model = model
-        self.hash = hashlib.sha256(model).hexdigest()
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-            self.vocab_size: int = self._processor.vocab_size()
-        except (RuntimeError, OSError, ValueError, TypeError) as error:
-            raise DataError(f"{name} is not a SentencePiece model: {error}") from error
-        self.eos_id: int = self._processor.eos_id()
-        if self.eos_id < 0:
-            raise DataError(f"{name} has no end-of-text piece (eos), which separates documents")
-        bos, pad = self._processor.bos_id(), self._processor.pad_id()
-        self.bos_id: int = bos if bos >= 0 else self.eos_id
-        self.pad_id: int = pad if pad >= 0 else 0
-        ids = [self._processor.piece_to_id(piece) for piece in _SPACE_MARK_BYTES]
-        self._has_bytes = all(self._processor.is_byte(i) for i in ids)
-        self._space_mark_ids = np.array(ids, np.int32)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Loads a ``.model`` file; raises `DataError` with the remedy if that fails."""
-        path = Path(path).expanduser()
-        try:
-            return cls(path.read_bytes(), name=str(path))
-        except OSError as error:
-            raise DataError(
-                f"tokenizer {path} cannot be read ({error.strerror}). Give the path of a "
-                "SentencePiece .model file, or `data.tokenizer: train`"
-            ) from error
-
-    def save(self, path: str | Path) -> None:
-        """Writes the model file (``tokenizer.model`` in a folder), whole or not at all."""
-        path = Path(path)
-        write_whole(path if path.suffix else path / "tokenizer.model", self.model)
-
-    def require(self, expected_hash: str, owner: str) -> None:
-        """Raises `DataError` unless this is the tokenizer that ``owner`` was made with."""
-        if self.hash != expected_hash:
-            raise DataError(
-                f"the tokenizer does not match {owner}: {owner} was made with tokenizer "
-                f"{expected_hash[:16]}, this one is {self.hash[:16]} ({self.vocab_size} pieces). "
-                "Set data.tokenizer to the tokenizer.model kept with that run"
-            )
-
-    def encode(self, text: str) -> np.ndarray:
-        """Token ids of a text, int32 (n,), without control ids."""
-        return self.encode_batch([text], threads=1)[0]
-
-    def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[np.ndarray]:
-        """Token ids of each text, int32 (n_i,), on ``threads`` threads (default: all cores)."""
-        threads = threads or os.cpu_count() or 1
-        marked = self._has_bytes and any(_SPACE_MARK in t for t in texts)
-        if not marked:
-            return self._encode(list(texts), threads)
-        parts = [text.split(_SPACE_MARK) for text in texts]
-        encoded = iter(self._encode([part for text in parts for part in text], threads))
-        return [self._join_marked([next(encoded) for _ in text]) for text in parts]
-
-    def _encode(self, texts: list[str], threads: int) -> list[np.ndarray]:
-        return self._processor.encode(texts, return_type="numpy", num_threads=threads)
-
-    def _join_marked(self, parts: list[np.ndarray]) -> np.ndarray:
-        joined = [parts[0]]
-        for part in parts[1:]:
-            joined += [self._space_mark_ids, part]
-        return np.concatenate(joined)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; control ids give nothing, broken UTF-8 gives U+FFFD."""
-        return self._processor.decode(np.asarray(list(ids), np.int64).tolist())
-
-    def stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """Text piece by piece as ids arrive; holds back a character until it is whole."""
-        pending: list[int] = []
-        for token in ids:
-            pending.append(int(token))
-            text = self.decode(pending)
-            if text and (not text.endswith("\ufffd") or len(pending) > 4):
-                yield text
-                pending = []
-        if pending:
-            yield self.decode(pending)
+    while at < len(message):
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            fields[number] = varint()
+        else:
+            size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
+            fields[number] = message[at : at + size]
+            at += size
+    return fields
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
     """Trains a byte-fallback BPE model on texts; the same texts give the same bytes.
 
     Nothing is normalised and whitespace is kept, so decode(encode(x)) == x. Whole documents
@@ -138,7 +192,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     def sentences() -> Iterator[str]:
         try:
             for text in texts:
-                yield from (chunk.replace(_SPACE_MARK, " ") for chunk in _chunks(text))
+                yield from (chunk.replace(SPACE_MARK, " ") for chunk in _chunks(text))
         except Exception as error:  # the trainer would turn it into a RuntimeError of its own
             failures.append(error)
             raise
@@ -168,7 +222,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         if failures:
             raise failures[0] from None
         raise ConfigError(_training_failure(str(error), vocab_size)) from error
-    return Tokenizer(model.getvalue())
+    return SentencePieceTokenizer({"tokenizer.model": model.getvalue()})
 
 
 def _training_failure(message: str, vocab_size: int) -> str:

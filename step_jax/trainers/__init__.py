@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,7 +52,7 @@ def find_loop(name: str) -> Loop:
       ConfigError: there is none, or the file lacks a part of one.
     """
     if name in LOOPS:
-        return importlib.import_module(LOOPS[name][0])  # type: ignore[return-value]
+        return importlib.import_module(LOOPS[name][0])
     if not is_file(name):
         close = difflib.get_close_matches(name, LOOPS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -62,7 +63,8 @@ def find_loop(name: str) -> Loop:
     spec = importlib.util.spec_from_file_location(f"step_jax_loop_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
     spec.loader.exec_module(module)
     if missing := [part for part in ("Config", "program", "run") if not hasattr(module, part)]:
         raise ConfigError(f"{name} is no loop: it lacks {', '.join(missing)}")
-    return module  # type: ignore[return-value]
+    return module

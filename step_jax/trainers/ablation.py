@@ -288,7 +288,7 @@ def _row(name: str, config: PretrainConfig, seeds: Sequence[int]) -> Row:
     return Row(
         name=name,
         parameters=count(model.specs()),
-        heads=tuple(dict.fromkeys(b.attention.heads for g in model.layers for b in g.blocks)),
+        heads=tuple(dict.fromkeys(s.block.attention.heads for s in model.trunk.walk())),
         cache_bytes=model.init_cache(1, length).nbytes() / length,
         nll=losses,
         runs={seed: Path(run.run.directory) for seed, run in runs.items()},

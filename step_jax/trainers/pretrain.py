@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import jax
 
-from step_jax.checkpoint.artifact import Description, Part
+from step_jax.checkpoint.artifact import Description
 from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
@@ -29,12 +29,12 @@ from step_jax.models.flops import train_flops_per_token
 from step_jax.models.text.decoder import Decoder
 from step_jax.models.text.facts import cache_bytes_per_token, implementations, with_vocabulary
 from step_jax.runs import plots
+from step_jax.runs.console import Shown
 from step_jax.runs.device_memory import available, fitting, needed
 from step_jax.runs.expert_alarm import ExpertAlarm, ExpertHealth
 from step_jax.runs.session import RunConfig, Session
-from step_jax.training.learner import Learning, tables
+from step_jax.training.learner import learn
 from step_jax.training.losses.text import packed_text_loss
-from step_jax.training.optimizers.build import make_optimizer
 from step_jax.training.optimizers.config import AdamW, OptimizerConfig, check_optimizer
 from step_jax.training.program import Program, Work
 from step_jax.training.scaling_laws import step_law_batch_rows
@@ -108,7 +108,7 @@ class Evaluation:
             )
 
     def due(self, step: int, total_steps: int) -> bool:
-        return bool(self.every_steps) and step % self.every_steps == 0 and step < total_steps
+        return bool(self.every_steps) and step % self.every_steps == 0 and 0 < step < total_steps
 
 
 @dataclass(frozen=True)
@@ -157,15 +157,27 @@ class Config:
         tokens = training.rows(T, 1) * T
         steps = training.total_steps(tokens)
         check_optimizer(self.optimizer, steps, steps * tokens)
+        self.run.profile.check(steps)
         if self.model is None and self.init_from is None:
             raise ConfigError("give a model, or init_from: what to start from")
-        if self.model is not None and self.init_from is None and self.trains_tokenizer:
+        if self.model is not None:
+            check_documents(self.model, self.data)
+        if self.model is not None and self.trains_tokenizer:
             with_vocabulary(self.model, self.data.vocab_size)
 
     @property
     def trains_tokenizer(self) -> bool:
         """Whether the tokenizer is made of the text: none is named, nor comes with a model."""
         return self.data.tokenizer == TRAIN_TOKENIZER and self.init_from is None
+
+
+def check_documents(model: Decoder, data: DataConfig) -> None:
+    """Raises ConfigError for a model that must know documents, of data that do not tell them."""
+    if model.mtp is not None and not data.isolate:
+        raise ConfigError(
+            "model.mtp would predict across documents that data.isolate: false joins in a row, "
+            "where a batch does not tell them apart; set data.isolate: true"
+        )
 
 
 def run(config: Config, force: bool = False) -> dict[str, float]:
@@ -183,6 +195,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         begin = starting_point(
             config.model, config.init_from, sharding, Decoder, session.directory.path
         )
+        check_documents(begin.model, config.data)
         chosen = implementations(
             begin.model, config.execution, config.data.sequence_length, sharding
         )  # refuses before the data are prepared
@@ -194,7 +207,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         )
         state, start = session.start(
             built,
-            {} if begin.params is None else {LEARNER: begin.params},
+            begin.given(LEARNER),
             check=lambda meta, step: dataset.check(meta["data"], step),
         )
         session.describe(
@@ -202,10 +215,14 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             describe(config, begin, dataset),
             {"tokenizer": dataset.tokenizer},
             header(config, built, dataset, train_step, chosen),
+            units={"loss": "nats per token", "nll": "nats per token"},
             meta={"data": dataset.fingerprint},
         )
         session.watch = ExpertAlarm(config.expert_health).check
         best = built.learnings[LEARNER].best
+        dataset.heldout = dataset.heldout.kept(
+            session.directory.heldout, dataset.tokenizer, write=session.primary
+        )
         evaluate = make_evaluator(
             config.model,
             config.execution,
@@ -214,16 +231,22 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             config.data.sequence_length,
         )
         quick = dataset.heldout.subset(config.evaluation.tokens)
+
+        def score(step: int):
+            if config.evaluation.due(step, built.total_steps) and quick.documents:
+                with session.aside():
+                    figures = evaluate(best(state.learners[LEARNER]), quick)
+                    report.evaluation(step, figures | {"loss": figures["nll"]}, "heldout")
+
+        if not session.recorded(start, "heldout"):  # the run was killed while it was made
+            score(start)
         batches = dataset.iterate(start)
         for step in range(start, built.total_steps):
             batch = to_mesh(sharding, built.schema, next(batches))
             session.before(step)
             state, metrics = train_step(state, batch)
             session.finished(step + 1, state, metrics, batches.wait_seconds)
-            if config.evaluation.due(step + 1, built.total_steps) and quick.documents:
-                with session.aside():
-                    figures = evaluate(best(state.learners[LEARNER]), quick)
-                    report.evaluation(step + 1, figures | {"loss": figures["nll"]}, "heldout")
+            score(step + 1)
         batches.close()
         session.flush()
         return finish(session, config, dataset, evaluate, best(state.learners[LEARNER]))
@@ -274,18 +297,15 @@ def make_program(config: Config, sharding: Sharding) -> Program:
     tokens = rows * T
     total_steps = training.total_steps(tokens)
     init = config.init_from
-    model_specs, specs = tables(
-        model.specs(), init.freeze if init else (), init.lora if init else None
-    )
-    optimizer = make_optimizer(
+    learning = learn(
+        model,
         config.optimizer,
-        specs,
         total_steps=total_steps,
-        tokens=float(total_steps * tokens),
         sharding=sharding,
-    )
-    learning = Learning(
-        model_specs, specs, optimizer, training.ema_decay, init.lora if init else None
+        tokens=float(total_steps * tokens),
+        average=training.ema_decay,
+        freeze=init.freeze if init else (),
+        lora=init.lora if init else None,
     )
     text_loss = packed_text_loss(model, config.execution, sharding, training.z_loss)
     return Program.build(
@@ -309,7 +329,7 @@ def make_program(config: Config, sharding: Sharding) -> Program:
 
 def describe(config: Config, begin: Start, dataset: TextDataset) -> Description:
     """What every checkpoint of the run is."""
-    part = Part(config.model, config.training.ema_decay is not None, begin.freeze, begin.lora)
+    part = begin.part(config.model, average=config.training.ema_decay is not None)
     return Description(
         loop=config.loop,
         parts={LEARNER: part},
@@ -330,16 +350,19 @@ def header(
     trained = spec_lib.count(spec_lib.trained(learning.specs))
     whole = spec_lib.count(learning.specs)
     values: dict[str, Any] = {
-        "parameters": f"{spec_lib.count(learning.model_specs):,}",
-        "active for a token": f"{spec_lib.count(learning.model_specs, active=True):,}",
-        "of which in matrices": f"{spec_lib.count(learning.model_specs, roles=('matrix',)):,}",
-        **({"trained": f"{trained:,}"} if trained < whole else {}),
+        "parameters": spec_lib.count(learning.model_specs),
+        "active for a token": spec_lib.count(learning.model_specs, active=True),
+        "of which in matrices": spec_lib.count(learning.model_specs, roles=("matrix",)),
+        **({"trained": trained} if trained < whole else {}),
         **chosen,
-        "tokens per step": f"{tokens:,} ({dataset.batch_size} rows of {T})",
-        "steps": f"{steps:,} ({steps * tokens:,} tokens, "
-        f"{steps * tokens / max(1, dataset.tokens_per_epoch):.2f} epochs)",
-        "peak learning rate": f"{learning.optimizer.peak:.3g}",
-        "cache per token": f"{cache_bytes_per_token(config.model):,} bytes",
+        "tokens per step": Shown(tokens, f"{tokens:,} ({dataset.batch_size} rows of {T})"),
+        "steps": Shown(
+            steps,
+            f"{steps:,} ({steps * tokens:,} tokens, "
+            f"{steps * tokens / max(1, dataset.tokens_per_epoch):.2f} epochs)",
+        ),
+        "peak learning rate": learning.optimizer.peak,
+        "cache bytes per token": cache_bytes_per_token(config.model),
     }
     if need is not None and limit is not None:
         state = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(built.state_like))
@@ -347,7 +370,7 @@ def header(
             f"{need / 1e9:.3g} GB predicted of {limit / 1e9:.3g} GB "
             f"(whole state {state / 1e9:.3g} GB)"
         )
-    for i, note in enumerate(learning.optimizer.notes, 1):
+    for i, note in enumerate([*learning.optimizer.notes, *dataset.notes(steps)], 1):
         values[f"note {i}"] = note
     return values
 
@@ -358,7 +381,11 @@ def finish(session: Session, config: Config, dataset: TextDataset, evaluate, par
     result = evaluate(params, dataset.heldout) if dataset.heldout.documents else {}
     if result:
         report.evaluation(session.total_steps, result | {"loss": result["nll"]}, "final")
-    baselines = dataset.heldout.compressed_bits_per_byte() if session.primary else {}
+    baselines: dict[str, Any] = {}
+    if dataset.heldout.lossy:
+        baselines["held-out"] = f"not available: the tokenizer loses text ({dataset.heldout.lossy})"
+    elif session.primary:
+        baselines = dataset.heldout.compressed_bits_per_byte()
     texts = write_samples(config, session.sharding, dataset.tokenizer, params)
     if session.primary:
         directory.samples.mkdir(exist_ok=True)
@@ -391,15 +418,19 @@ def write_samples(config: Config, sharding: Sharding, tokenizer, params) -> list
     sample = config.sample
     if not sample.tokens:
         return []
+    prompts = [tokenizer.encode(prompt).tolist() for prompt in sample.prompts]
     written = generate(
         params,
         config.model,
-        [tokenizer.encode(prompt).tolist() for prompt in sample.prompts],
+        prompts,
         sample.sampling(config.run.seed),
         max_length=config.data.sequence_length,
-        stop_ids=(tokenizer.eos_id,),
-        start_id=tokenizer.bos_id,
+        stop_ids=tokenizer.stop_ids,
+        start_id=tokenizer.start_id,
         execution=config.execution,
         sharding=sharding,
     )
-    return [p + tokenizer.decode(t) for p, t in zip(sample.prompts, written.tokens, strict=True)]
+    return [
+        prompt + tokenizer.decode_continuation(ids, tokens)
+        for prompt, ids, tokens in zip(sample.prompts, prompts, written.tokens, strict=True)
+    ]

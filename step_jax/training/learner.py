@@ -19,8 +19,10 @@ from flax import struct
 
 from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
+from step_jax.core.sharding import Sharding
 from step_jax.core.spec import ZEROS, Normal, ParamSpec
-from step_jax.training.optimizers.build import Optimizer
+from step_jax.training.optimizers.build import Optimizer, make_optimizer
+from step_jax.training.optimizers.config import OptimizerConfig
 
 
 @struct.dataclass
@@ -115,7 +117,7 @@ class Learning:
       model_specs: the table of the model that losses see.
       specs: the table of the parameters that are kept: the model's, or with adapters.
       optimizer: of the trained ones.
-      average: decay of their moving average, None for none.
+      average: decay of their moving average (see ``step.average_decay``), None for none.
       lora: the adapters, None for none.
     """
 
@@ -156,6 +158,25 @@ class Learning:
             opt_state=self.optimizer.direction.init(trained),
             average=None if self.average is None else jax.tree.map(jnp.copy, trained),
         )
+
+
+def learn(
+    model: Any,
+    config: OptimizerConfig,
+    *,
+    total_steps: int,
+    sharding: Sharding,
+    tokens: float | None = None,
+    average: float | None = None,
+    freeze: Sequence[str] = (),
+    lora: LoRA | None = None,
+) -> Learning:
+    """How a model learns by an optimizer's configuration; see ``make_optimizer`` and ``tables``."""
+    model_specs, specs = tables(model.specs(), freeze, lora)
+    optimizer = make_optimizer(
+        config, specs, total_steps=total_steps, tokens=tokens, sharding=sharding
+    )
+    return Learning(model_specs, specs, optimizer, average, lora)
 
 
 def tables(model_specs, freeze: Sequence[str] = (), lora: LoRA | None = None) -> tuple[Any, Any]:

@@ -148,7 +148,8 @@ def make_train_step(
         whole = _whole(out_of, trained, rows_and_key, accumulation)
 
         def micro(i):
-            grads, out = _gradient(out_of, trained, *rows_and_key(i), whole=whole)
+            rows, key = rows_and_key(i)
+            grads, out = _gradient(out_of, trained, rows, key, whole)
             return constrain(grads), out
 
         grads, out = _sum(micro, accumulation, lambda zeros: (constrain(zeros[0]), zeros[1]))
@@ -250,7 +251,11 @@ def _update(state: TrainState, grads, out: LossOutput, learnings: Mapping[str, L
             scale *= jnp.minimum(1.0, how.optimizer.clip_norm / norms[name])
         rates[name] = how.optimizer.rate(state.step)
         learners[name] = _learned(
-            state.learners[name], optax.tree.scale(scale, grads[name]), rates[name], how
+            state.learners[name],
+            optax.tree.scale(scale, grads[name]),
+            rates[name],
+            how,
+            state.step - state.skipped_total,
         )
     new = _guard(state, state.replace(learners=learners), finite)
     metrics = {"loss": loss, "skipped": new.skipped, "skipped_total": new.skipped_total}
@@ -267,15 +272,26 @@ def _update(state: TrainState, grads, out: LossOutput, learnings: Mapping[str, L
     return new, metrics
 
 
-def _learned(held: Learner, grads, rate, how: Learning) -> Learner:
+def _learned(held: Learner, grads, rate, how: Learning, updates) -> Learner:
+    """The learner after one more update than ``updates``."""
     params = spec_lib.trained(how.specs, held.params)
     direction, opt_state = how.optimizer.direction.update(grads, held.opt_state, params)
     params = jax.tree.map(lambda p, d: p - rate * d, params, direction)
-    average, decay = held.average, how.average
-    if decay is not None:
+    average = held.average
+    if how.average is not None:
+        decay = average_decay(how.average, updates)
         average = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, average, params)
     params = spec_lib.completed(how.specs, params, held.params)
     return held.replace(params=params, opt_state=opt_state, average=average)
+
+
+def average_decay(decay: float, updates):
+    """The decay of the update with this 0-based number: ``min(decay, (1 + n) / (10 + n))``.
+
+    A short run's average would else be its initial parameters for the most part.
+    """
+    n = jnp.asarray(updates, jnp.float32)
+    return jnp.minimum(jnp.float32(decay), (1 + n) / (10 + n))
 
 
 def _guard(old: TrainState, new: TrainState, finite) -> TrainState:

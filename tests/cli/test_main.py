@@ -16,7 +16,7 @@ from step_jax.core.errors import CheckpointError, ConfigError, DataError, Restar
 def test_help_is_cheap():
     """The bar is 0.5 CPU-s; the margin keeps the test steady on a busy machine."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", "step_jax.cli", "--help"]
+    command = [sys.executable, "-m", "step_jax", "--help"]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime

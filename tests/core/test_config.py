@@ -1,5 +1,6 @@
 """Typed configuration: conversion by declared type, precedence, messages, flags."""
 
+import importlib
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -361,3 +362,126 @@ def test_reading_configuration_imports_no_jax():
 def test_unsupported_value_is_refused():
     with pytest.raises(TypeError, match="set is not a configuration type"):
         config_lib.to_plain({"a": {1}})
+
+
+# --- Alternatives, values from Python, text that is none ------------------------------------------
+
+
+@dataclass(frozen=True)
+class Data:
+    alternatives: ClassVar = {"path": ("field",), "sources": ("stages",)}
+    path: str | None = None
+    field: str = "text"
+    sources: tuple[str, ...] = ()
+    stages: tuple[int, ...] = ()
+
+    def validate(self):
+        if self.path and self.sources:
+            raise ValueError("path and sources are both set")
+
+
+@dataclass(frozen=True)
+class Run:
+    data: Data = Data(path="default", field="words")
+    steps: int = 1
+    rate: float | None = 0.5
+    tied: bool = False
+    pair: tuple[float, float] = (0.0, 0.0)
+
+
+def test_of_alternatives_the_upper_layer_counts(write):
+    write("data: {path: below, field: body}\n", "path.yaml")
+    write("base: path.yaml\ndata: {sources: [a, b]}\n", "mixture.yaml")
+    write("base: mixture.yaml\ndata: {stages: [1, 2]}\n", "staged.yaml")
+    write("base: staged.yaml\ndata: {path: above}\n", "top.yaml")
+
+    def data(*argv):
+        return load_config(Run, argv).config.data
+
+    assert data("path.yaml") == Data(path="below", field="body")
+    assert data("mixture.yaml") == Data(sources=("a", "b"))
+    assert data("staged.yaml") == Data(sources=("a", "b"), stages=(1, 2))
+    assert data("top.yaml") == Data(path="above")  # `field` went with the path it belonged to
+    assert data("mixture.yaml", "path.yaml") == Data(path="below", field="body")
+    assert data("staged.yaml", "--data.path", "flag") == Data(path="flag")
+    assert data("top.yaml", "--data.sources", "c") == Data(sources=("c",))
+    assert data("path.yaml", "--data.field", "x") == Data(path="below", field="x")
+    assert data("staged.yaml", "--data.sources", "[]") == Data(
+        path="below", field="body", stages=(1, 2)
+    )
+    assert data(write("data: {sources: [a]}\n")) == Data(sources=("a",))  # over the default's path
+    loaded = load_config(Run, ["mixture.yaml"])
+    assert loaded.origins["data.path"] == loaded.origins["data.field"] == "default"
+    assert parse_config(Run, loaded.yaml_text) == loaded.config
+
+
+@pytest.mark.parametrize(
+    "argv", [["x.yaml"], ["--data.path", "a", "--data.sources", "b"], ["y.yaml"]]
+)
+def test_alternatives_of_one_layer_are_for_validate_to_refuse(write, argv):
+    write("data: {path: a, sources: [b]}\n")
+    write("base: x.yaml\nsteps: 2\n", "y.yaml")
+    assert "both set" in message(Run, argv)
+
+
+def test_a_mixture_stands_over_a_base_with_a_path_in_the_real_schema(write):
+    from step_jax.data import DataConfig
+
+    write("path: ~/texts\ntext_field: body\nvocab_size: 500\n", "base.yaml")
+    write("base: base.yaml\nsources: [{path: a, weight: 2}, {path: b}]\n", "mixture.yaml")
+    config = load_config(DataConfig, ["mixture.yaml"]).config
+    assert [s.path for s in config.resolved_sources] == ["a", "b"] and config.vocab_size == 500
+    stages = "[{weights: [1, 0], until_step: 5}, {weights: [0, 1]}]"
+    argv = ["mixture.yaml", "--stages", stages, "--path", "c"]
+    assert "stages[0].weights has 2 entries for 1" in message(DataConfig, argv)
+
+
+def test_values_may_be_python_s_own(write):
+    import numpy as np
+
+    write("steps: 3\n")
+    argv = [Path("x.yaml"), "--steps", 50, "--rate", None, "--tied", True, "--pair", [1, 2e-5]]
+    assert load_config(Run, argv).config == Run(steps=50, rate=None, tied=True, pair=(1.0, 2e-5))
+    argv = ["--steps", np.int64(7), "--rate", np.float32(0.25), "--data.path", Path("a b")]
+    assert load_config(Run, argv).config == Run(Data(path="a b", field="words"), 7, 0.25)
+    argv = ["--rate", -1e-30, "--pair", (np.float64(0.1), -3), "--data.sources", ["é", "no"]]
+    config = load_config(Run, argv).config
+    assert (config.rate, config.pair, config.data.sources) == (-1e-30, (0.1, -3.0), ("é", "no"))
+    argv = ["--data", {"path": "x", "stages": [4]}]
+    assert load_config(Run, argv).config.data == Data(path="x", field="words", stages=(4,))
+    assert "steps: expected int, got '1.5'" in message(Run, ["--steps", 1.5])
+    assert "rate: expected float" in message(Run, ["--rate", float("nan")])
+    for value in ({1}, object(), [object()], b"x"):
+        assert "an option takes text, a number" in message(Run, ["--steps", value])
+
+
+def test_text_that_is_not_unicode_is_refused(write):
+    shown = "command line: 'caf\\\\xe9' is not UTF-8 text"
+    assert message(Run, ["--data.path", "caf\udce9"]).startswith(shown)
+    assert message(Run, [write('data: {path: "\\ud800"}\n')]).startswith("x.yaml:1: ")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "flags"),
+    [
+        ("pretrain", "PretrainConfig", ["--model.width", "--data.path", "--training.steps"]),
+        ("rl.reinforce", "ReinforceConfig", ["--training.digits", "--init-from"]),
+        ("diffusion.flow_matching", "FlowMatchingConfig", ["--model.attention.heads"]),
+    ],
+)
+def test_every_loop_shows_its_help_without_a_recipe(module, name, flags, capsys):
+    schema = getattr(importlib.import_module(f"step_jax.trainers.{module}"), name)
+    with pytest.raises(SystemExit) as caught:
+        load_config(schema, ["--help"])
+    page = capsys.readouterr().out
+    assert caught.value.code == 0 and [flag for flag in flags if flag not in page] == []
+
+
+def test_help_without_a_file_shows_the_groups_that_a_file_must_give(capsys):
+    @dataclass(frozen=True)
+    class Outer:
+        model: Config
+
+    with pytest.raises(SystemExit) as caught:
+        load_config(Outer, ["--help"])
+    assert caught.value.code == 0 and "--model.optimizer.peak-lr" in capsys.readouterr().out

@@ -24,7 +24,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def tokenizer_path(tokenizer, tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("tokenizer") / "small.model"
+    path = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save(path)
     return str(path)
 

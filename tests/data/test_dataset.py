@@ -189,6 +189,48 @@ def test_counters_account_for_every_token(config):
         assert counters["documents"] + counters["heldout_documents"] == 80
 
 
+def test_a_source_that_no_weight_draws_from_is_not_read(config, single):
+    used = replace(config, sources=(config.sources[0], Source("/nowhere/at/all", 0.0)))
+    trained = {"tokenizer": "train", "vocab_size": 320}
+    for changes in ({}, trained):
+        one = TextDataset.build(replace(single, **changes), batch_size=4)
+        two = TextDataset.build(replace(used, **changes), batch_size=4)
+        assert two.tokenizer.hash == one.tokenizer.hash
+        assert two.counters() == one.counters() and two.heldout.bytes == one.heldout.bytes
+        assert two.tokens_per_epoch == one.tokens_per_epoch and len(two.epochs(5)) == 1
+        assert_equal(two.batch(3), one.batch(3))
+    with pytest.raises(DataError, match="too small"):
+        TextDataset.build(used, batch_size=10_000)
+
+
+def test_a_source_of_weight_zero_that_a_stage_draws_from_is_read(config):
+    first, second = (
+        replace_source(source, weight)
+        for source, weight in zip(config.sources, (1.0, 0.0), strict=True)
+    )
+    stages = (Stage((1.0, 0.0), until_step=5), Stage((0.0, 1.0)))
+    dataset = TextDataset.build(
+        replace(config, sources=(first, second), stages=stages), batch_size=4
+    )
+    assert owners(dataset, 4) == [0] * 4 and owners(dataset, 5) == [1] * 4
+    late = replace(config, sources=(first, second), stages=(Stage((0.0, 1.0)),))
+    trained = TextDataset.build(replace(late, tokenizer="train", vocab_size=320), batch_size=4)
+    assert trained.tokenizer.vocab_size == 320  # of the text that is used, whatever its weight
+
+
+def replace_source(source, weight):
+    return Source(source.path, weight)
+
+
+def test_a_source_that_is_read_many_times_is_named_with_its_epochs(config):
+    dataset = TextDataset.build(config, batch_size=4)
+    rows = dataset._corpora[0].rows
+    assert dataset.notes(rows // 3 * 4) == []  # 4 epochs: three of four rows are of the first
+    first, second = dataset.notes(100 * rows // 3)
+    assert first.startswith(f"{config.sources[0].path} is read 1") and "times over" in first
+    assert second.startswith(config.sources[1].path)
+
+
 def test_corpus_smaller_than_a_batch(single):
     with pytest.raises(DataError, match="too small: .* rows of 64.*lower the batch size"):
         TextDataset.build(single, batch_size=10_000)

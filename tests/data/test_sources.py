@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from step_jax.core.errors import DataError
 from step_jax.data import Source
-from step_jax.data.sources import Document, Skip, list_files, read_file, split_documents
+from step_jax.data.files import Skip, list_files
+from step_jax.data.sources import Document, read_file
+from step_jax.data.split import Choice, choose, split_documents
 
 TEXTS = ["one\n", "two \u4e16", "", "{not json", "five"]
 
@@ -196,7 +198,8 @@ DOCUMENTS = st.lists(st.text(min_size=1, max_size=8), min_size=2, max_size=60, u
 def test_heldout_split_does_not_depend_on_the_order(texts, random, fraction):
     def held(order):
         documents = (Document(str(i), text) for i, text in enumerate(order))
-        marked = list(split_documents(documents, fraction))
+        documents = list(documents)
+        marked = list(split_documents(documents, fraction, choose(documents, fraction)))
         assert [d.text for d, _ in marked] == order
         return {d.text for d, h in marked if h}
 
@@ -208,14 +211,16 @@ def test_heldout_split_does_not_depend_on_the_order(texts, random, fraction):
 
 def test_heldout_fraction_is_met():
     documents = [Document(str(i), f"text {i}") for i in range(20_000)]
-    held = sum(h for _, h in split_documents(iter(documents), 0.02))
+    assert choose(documents, 0.02) == Choice()  # none is needed beyond the rule
+    held = sum(h for _, h in split_documents(documents, 0.02, Choice()))
     assert 330 < held < 470  # 400 expected, standard deviation 20
-    assert not any(h for _, h in split_documents(iter(documents), 0.0))
+    assert not any(h for _, h in split_documents(documents, 0.0, choose(documents, 0.0)))
 
 
 def test_one_document_gives_its_last_lines():
     text = "".join(f"line {i}\n" for i in range(100))
-    (train, a), (held, b) = split_documents(iter([Document("x", text)]), 0.1)
+    choice = choose([Document("x", text)], 0.1)
+    (train, a), (held, b) = split_documents([Document("x", text)], 0.1, choice)
     assert (a, b) == (False, True)
     assert train.text + held.text == text
     assert train.text.endswith("\n") and 0.05 < len(held.text) / len(text) <= 0.1

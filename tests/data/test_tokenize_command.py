@@ -1,11 +1,14 @@
+import shutil
+from pathlib import Path
+
 import pytest
 
 from step_jax.cli.main import main
-from step_jax.data import Tokenizer
+from step_jax.tokenizers.files import load_tokenizer
 
 
 def test_tokenize_trains_prepares_and_prints_the_counters(corpus, tmp_path, capsys):
-    out = tmp_path / "kept.model"
+    out = tmp_path / "kept"
     (corpus / "image.png").write_bytes(b"\0")
     argv = ["tokenize", "--data.path", str(corpus), "--data.vocab-size", "330"]
     argv += ["--data.cache-dir", str(tmp_path / "cache"), "--out", str(out)]
@@ -16,7 +19,7 @@ def test_tokenize_trains_prepares_and_prints_the_counters(corpus, tmp_path, caps
     assert table["files"] == "61" and table["skipped binary"] == "1"
     assert int(table["documents"]) + int(table["heldout documents"]) == 60
     assert table["tokens dropped"] == "0"
-    trained = Tokenizer.load(out)
+    trained = load_tokenizer(out)
     assert trained.vocab_size == 330 and table["tokenizer hash"] == trained.hash[:16]
     assert main(argv) == 0
     assert "training a tokenizer" not in capsys.readouterr().out
@@ -34,3 +37,25 @@ def test_errors_are_one_message(argv, message, capsys):
     assert main(["tokenize", *argv]) != 0
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_tokenize_shows_special_tokens_and_the_chat_template(corpus, tmp_path, capsys):
+    golden = Path(__file__).parents[1] / "golden/chat_tokenizer"
+    argv = ["tokenize", "--data.path", str(corpus), "--data.tokenizer", str(golden)]
+    assert main([*argv, "--data.cache-dir", str(tmp_path / "cache")]) == 0
+    printed = capsys.readouterr().out
+    rows = dict(line.split("  ", 1) for line in printed.splitlines() if "  " in line)
+    rows = {name.strip(): value.strip() for name, value in rows.items()}
+    assert rows["begin of text"] == "none" and rows["end of text"] == "2 <|im_end|>"
+    assert rows["stop tokens"] == "2 <|im_end|>, 0 <|endoftext|>"
+    assert rows["special tokens"] == "0 <|endoftext|>, 1 <|im_start|>, 2 <|im_end|>"
+    assert rows["gives back any text"] == "yes"
+    assert "assistant\n4<|im_end|>\n<|im_start|>user\nAnd 3 + 3?<|im_end|>\n<|im_st" in printed
+
+
+def test_tokenize_shows_why_a_chat_template_fails(corpus, tmp_path, capsys):
+    shutil.copytree(Path(__file__).parents[1] / "golden/chat_tokenizer", tmp_path / "t")
+    (tmp_path / "t/chat_template.jinja").write_text("{{ raise_exception('system first') }}")
+    argv = ["tokenize", "--data.path", str(corpus), "--data.tokenizer", str(tmp_path / "t")]
+    assert main([*argv, "--data.cache-dir", str(tmp_path / "cache")]) == 0
+    assert "failed: system first" in capsys.readouterr().out

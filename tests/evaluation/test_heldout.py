@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import math
 import re
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from step_jax.checkpoint.load import load_model
 
 from step_jax.checkpoint import Checkpointer
-from step_jax.checkpoint.load import load_model
 from step_jax.cli.main import main
 from step_jax.core.config import to_plain
 from step_jax.core.errors import DataError
@@ -22,6 +23,8 @@ from step_jax.data import DataConfig, Tokenizer
 from step_jax.evaluation.corpus import whole_corpus
 from step_jax.evaluation.heldout import figures, make_evaluator
 from step_jax.models.context import Context
+from step_jax.models.tokens import Tokens
+from step_jax.tokenizers.files import load_tokenizer
 from step_jax.tokenizers.sentencepiece import train_sentencepiece
 from tests.models import small
 
@@ -65,7 +68,7 @@ def run(tokenizer, folder, tmp_path_factory):
     with Checkpointer(path / "checkpoints") as checkpointer:
         meta = {"config": config, "tokenizer": tokenizer.hash}
         checkpointer.save(7, {"params": wrong, "ema": p}, meta)
-    tokenizer.save(path / "tokenizer.model")
+    tokenizer.save(path / "tokenizer")
     return path, c, p
 
 
@@ -86,7 +89,7 @@ def nats_of(c, p, tokenizer, document: str) -> float:
 @functools.cache
 def _log_probabilities(c):
     def f(p, tokens_1T):
-        ctx = Context(np.arange(LENGTH, dtype=np.int32)[None], execution=small.execution())
+        ctx = Context(Tokens.in_order(1, LENGTH), execution=small.execution())
         return jax.nn.log_softmax(c.logits(p, c.hidden(p, tokens_1T, ctx)[0], ctx))
 
     return jax.jit(f, compiler_options=small.FAST_COMPILE)
@@ -134,12 +137,46 @@ def test_eval_command(run, folder, capsys):
     lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     rows = {key.strip(): value.strip() for key, value in lines.items()}
     assert rows["documents"] == "6 (1 left out)"
-    tokenizer = Tokenizer.load(path / "tokenizer.model")
+    tokenizer = load_tokenizer(path / "tokenizer")
     size = sum(len(text(i).encode()) for i in range(6))
     assert rows["bytes"] == f"{size:,}"
     bits = sum(nats_of(c, p, tokenizer, text(i)) for i in range(6)) / math.log(2) / size
     assert float(rows["bits per byte"]) == pytest.approx(bits, abs=1e-3)
     assert float(rows["bits per byte, gzip"]) > 0 < float(rows["bits per byte, xz"])
+
+
+def test_eval_reads_what_the_run_held_out_or_refuses(run, folder, tmp_path, capsys):
+    path, c, p = run
+    command = ["eval", str(path), "--batch-size", "8"]
+    assert main(command) == 1  # this run kept nothing: its texts of today may be others
+    assert re.search("does not keep what it held out.*Give --data.path", capsys.readouterr().err)
+
+    tokenizer = Tokenizer.load(path / "tokenizer.model")
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for i in (30, 31):
+        (kept / f"{i}.txt").write_text(text(i))
+    heldout, _ = whole_corpus(DataConfig(path=str(kept)), tokenizer)
+    heldout.save(path / "heldout")
+    shutil.rmtree(kept)
+    try:
+        assert main(command) == 0
+        rows = dict(
+            re.split("  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines()
+        )
+        assert rows["text"] == "held-out documents of the run" and rows["documents"] == "2"
+        size = sum(len(text(i).encode()) for i in (30, 31))
+        bits = sum(nats_of(c, p, tokenizer, text(i)) for i in (30, 31)) / math.log(2) / size
+        assert float(rows["bits per byte"]) == pytest.approx(bits, abs=1e-3)
+
+        (path / "heldout" / "0.tokens.npy").write_bytes(b"")
+        assert main(command) == 1
+        assert "heldout are damaged (0.tokens.npy" in capsys.readouterr().err
+        heldout.subset(0).save(path / "heldout")
+        assert main(command) == 1
+        assert "held out nothing (data.heldout_fraction was 0)" in capsys.readouterr().err
+    finally:
+        shutil.rmtree(path / "heldout")
 
 
 def test_generate_command_streams_what_it_writes(run, tmp_path, capsys):
@@ -157,6 +194,13 @@ def test_generate_command_streams_what_it_writes(run, tmp_path, capsys):
     assert out.startswith(f"--- 0\n{first.out}") and "--- 1\nfox" in out
 
 
+def test_a_prompts_file_with_a_stray_byte_names_the_line(run, tmp_path, capsys):
+    path = tmp_path / "prompts"
+    path.write_bytes(b"the\nfox\ncaf\xe9\n")
+    assert main(["generate", str(run[0]), "--prompts-file", str(path)]) == 78
+    assert f"prompts file {path}, line 3: byte 0xe9 is not UTF-8" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -164,6 +208,10 @@ def test_generate_command_streams_what_it_writes(run, tmp_path, capsys):
         (["generate", "nowhere"], "nowhere does not exist: give the directory of a run"),
         (["generate", "RUN", "--top-p", "2"], "top_p is 2.0; it must be in"),
         (["generate", "RUN", "--prompts-file", "nofile"], "prompts file nofile"),
+        (["generate", "RUN", "--prompt", "caf\udce9"], r"'caf\\\\xe9' is not UTF-8 text"),
+        (["generate", "RUN\udce9"], r"RUN\\\\xe9' is not UTF-8 text"),
+        (["generate", "RUN", "--seed", "9223372036854775808"], "seed is 9223.* from 0 to 4294967"),
+        (["generate", "RUN", "--seed", "-1"], "seed is -1; it must be from 0 to 4294967295"),
         (["generate", "RUN", "--step", "8"], "step 8|00000008"),
         (["generate", "RUN", "--prompt", "fox " * 99], "more than the context of 32 tokens"),
         (["eval", "RUN", "--batch-size", "0"], "batch_size is 0"),

@@ -21,6 +21,11 @@ NAMES = (
     "qwen3_moe_raw_window",
     "deepseek_v3_moe",
     "step3p7",
+    "qwen2",
+    "llama_linear",
+    "llama_yarn",
+    "llama_yarn_attention_factor",
+    "deepseek_v3_yarn",
 )
 
 

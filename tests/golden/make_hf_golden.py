@@ -116,6 +116,8 @@ STEP35 = {
     "num_nextn_predict_layers": 1,
     "tie_word_embeddings": False,
 }
+SMALL = {**COMMON, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+YARN = {"rope_type": "yarn", "original_max_position_embeddings": 16}
 MODELS = {
     "llama_gqa": (
         "llama",
@@ -220,6 +222,65 @@ MODELS = {
             },
         },
     ),
+    # Biases on queries, keys and values, tied, a window in the upper of two layers.
+    "qwen2": (
+        "qwen2",
+        {
+            **SMALL,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "max_window_layers": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+    ),
+    "llama_linear": (
+        "llama",
+        {
+            **SMALL,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0},
+        },
+    ),
+    # As Qwen writes it: the factor on queries and keys is the paper's.
+    "llama_yarn": (
+        "llama",
+        {**SMALL, "rope_parameters": {"rope_theta": 500.0, **YARN, "factor": 4.0}},
+    ),
+    "llama_yarn_attention_factor": (
+        "llama",
+        {
+            **SMALL,
+            "rope_parameters": {
+                "rope_theta": 500.0,
+                **YARN,
+                "factor": 2.0,
+                "attention_factor": 0.7,
+                "truncate": False,
+                "beta_fast": 1.2,
+                "beta_slow": 0.5,
+            },
+        },
+    ),  # fmt: skip
+    # Both of DeepSeek's factors, unlike so that each is seen: on what is rotated and on scores.
+    "deepseek_v3_yarn": (
+        "deepseek_v3",
+        {
+            **DEEPSEEK,
+            **SMALL,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "rope_parameters": {
+                "rope_theta": 1e4,
+                **YARN,
+                "factor": 40.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.5,
+                "beta_fast": 6.0,
+            },
+        },
+    ),  # fmt: skip
 }
 
 
@@ -227,7 +288,7 @@ def random_weight(
     name: str, shape: tuple[int, ...], rng: np.random.Generator, zero_centred: bool
 ) -> np.ndarray:
     """Float32 weights representable in bfloat16, scaled by the tensor's role."""
-    if "e_score_correction_bias" in name:
+    if "e_score_correction_bias" in name or name.endswith("proj.bias"):
         w = 0.3 * rng.standard_normal(shape)
     elif len(shape) == 1:
         w = (0.0 if zero_centred else 1.0) + 0.3 * rng.standard_normal(shape)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from step_jax.models.context import Context
+from step_jax.models.context import Context, saturated
 from step_jax.models.layers.attention import MFA, MHA, MLA
 from step_jax.models.layers.mlp import SwiGLU
 from step_jax.models.layers.moe import Experts, MoE
@@ -18,6 +18,7 @@ from step_jax.models.layers.norm import RMSNorm
 from step_jax.models.layers.positions import Alibi
 from step_jax.models.layers.routing import Router
 from step_jax.models.text.decoder import Block, Decoder, Group
+from step_jax.models.tokens import Tokens
 from tests.models import small
 
 WINDOW = 5  # far shorter than the texts
@@ -55,7 +56,8 @@ def compare(c: Decoder, sharding=None):
     calls += [call_positions(both + i, [1] * 4, 1) for i in range(STEPS)]
 
     def logits(p, tokens_BT, positions_BT, cache=None, fresh=False):
-        ctx = Context(positions_BT, fresh=fresh, execution=small.execution(), sharding=sharding)
+        tokens, execution = Tokens(positions_BT), small.execution()
+        ctx = Context(tokens, fresh=fresh, execution=execution, sharding=sharding)
         x_BTD, cache, _ = c.hidden(p, tokens_BT, ctx, cache)
         return c.logits(p, x_BTD, ctx), cache
 
@@ -104,6 +106,18 @@ def test_cached_calls_of_a_mixture_equal_one_forward_pass(axes):
     compare(c, None if axes is None else small.on_mesh(**axes))
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float16", "bfloat16"])
+@pytest.mark.parametrize("computed", ["float32", "bfloat16"])
+def test_a_cache_holds_the_largest_number_for_what_exceeds_its_range(computed, dtype):
+    most = float(jnp.finfo(dtype).max)
+    x = jnp.asarray([1.5, -0.25, 3e38, -3e38, jnp.nan, most], computed)
+    got = np.asarray(saturated(x, dtype), np.float32)
+    wanted = np.asarray([1.5, -0.25, min(most, float(x[2])), max(-most, float(x[3])), np.nan, most])
+    np.testing.assert_allclose(got, wanted, rtol=2**-7)  # the rounding of bfloat16
+    assert saturated(x, computed) is x  # as it is in its own dtype
+    assert saturated(x, "int8").dtype == jnp.int8
+
+
 def test_pattern_of_window_and_full_layers():
     c = small.decoder(KINDS["mfa_released_window"], KINDS["mha_alibi"])
     cache = c.init_cache(2, 64)
@@ -118,7 +132,7 @@ def test_live_cache_against_mha_of_eight_times_the_width():
 
         def prefill(p):
             positions_BT = jnp.broadcast_to(jnp.arange(8, dtype=jnp.int32), (2, 8))
-            ctx = Context(positions_BT, fresh=True, execution=small.execution())
+            ctx = Context(Tokens(positions_BT), fresh=True, execution=small.execution())
             return c.hidden(p, prompt_BT, ctx, c.init_cache(2, 32))[1]
 
         cache = jax.jit(prefill, compiler_options=small.FAST_COMPILE)(small.params(c))

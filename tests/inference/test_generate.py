@@ -18,6 +18,7 @@ from step_jax.inference import generate as engine
 from step_jax.inference.sampling import SamplingConfig
 from step_jax.models.context import Context
 from step_jax.models.layers.attention import MFA, MHA, MLA
+from step_jax.models.tokens import Tokens
 from tests.models import small
 
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7], [9], [2, 7, 1, 8, 2, 8]]
@@ -81,7 +82,7 @@ def test_greedy_is_the_argmax_of_full_forward_passes(kind):
         )
         prompts_BT = jnp.pad(prompts_BT, ((0, 0), (0, 9)))
         text_BT = jnp.where(index_BT < lengths_B[:, None], prompts_BT, new_BT)
-        ctx = Context(index_BT, execution=small.execution())
+        ctx = Context(Tokens(index_BT), execution=small.execution())
         return written, text_BT, c.logits(p, c.hidden(p, text_BT, ctx)[0], ctx)
 
     lengths = np.array([len(prompt) for prompt in PROMPTS], np.int32)
@@ -184,6 +185,21 @@ def test_on_a_mesh(kind, axes):
     split = small.run(functools.partial(roll, sharding), laid_out, *args)
     assert np.array_equal(split.tokens_BN, alone.tokens_BN)
     np.testing.assert_allclose(split.logprobs_BN, alone.logprobs_BN, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_value_beyond_the_range_of_the_cache_does_not_poison_what_follows(kind):
+    """float8_e4m3fn ends at 448; beyond it were NaN, and token 0 was written for ever."""
+    c, p = model(kind)
+
+    def loud(path, a):  # keys and values in the thousands
+        return 3e3 * a if "attention_norm" in jax.tree_util.keystr(path) else a
+
+    p = jax.tree_util.tree_map_with_path(loud, p)
+    options = {"max_length": 32, "execution": small.execution()}
+    got = engine.generate(p, c, PROMPTS, GREEDY, cache_dtype="float8_e4m3fn", **options)
+    assert all(np.isfinite(row).all() for row in got.logprobs)
+    assert not any(row.count(0) == len(row) for row in got.tokens)
 
 
 def test_generate_on_a_mesh_pads_the_batch():

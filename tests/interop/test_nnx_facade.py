@@ -15,6 +15,7 @@ from step_jax.models.layers.attention import MFA, MLA
 from step_jax.models.layers.mlp import SwiGLU
 from step_jax.models.layers.norm import RMSNorm
 from step_jax.models.text.decoder import Block, Decoder, Group
+from step_jax.models.tokens import Tokens
 
 NORM = RMSNorm()
 MFA_KR = MFA(heads=3, head_dim=8, value="gated_key", query_norm=NORM)
@@ -77,7 +78,7 @@ def test_equals_the_pure_functions_and_gives_the_parameters_back():
 
     @jax.jit
     def pure(params):
-        ctx = Context(positions_BT, segments_BT, execution=FLOAT32)
+        ctx = Context(Tokens(positions_BT, segments_BT), execution=FLOAT32)
         x_BTD, *_ = config.hidden(params, tokens_BT, ctx)
         return config.logits(params, x_BTD, ctx)
 

@@ -50,22 +50,46 @@ def alibi_slopes(heads: int) -> list[float]:
 
 
 def alibi_bias(head: int, heads: int, square_root: bool) -> Callable[[int, int], float]:
-    """bias(i, j) = -slope (i - j), or -slope sqrt(i - j)."""
+    """bias(i, j) = -slope |i - j|, or -slope sqrt |i - j|."""
     slope = alibi_slopes(heads)[head]
-    return lambda i, j: -slope * (math.sqrt(i - j) if square_root else float(i - j))
+    return lambda i, j: -slope * (math.sqrt(abs(i - j)) if square_root else float(abs(i - j)))
 
 
 @dataclass(frozen=True)
 class Positions:
-    """How position enters: rotary (theta, partial) or a bias on the scores, or neither."""
+    """How position enters (rotary, partial or by pieces, or a bias on the scores, or neither), and
+    who sees whom."""
 
     theta: float | None = None
     rotary_dims: int | None = None
     alibi: str | None = None  # None, "linear" or "sqrt"
-    window: int | None = None  # keys j with i - window < j <= i
+    window: int | None = None  # keys j with i - window < j <= i, and j < i + window
+    causal: bool = True
+    documents: Array | None = None  # (T,), 0 for padding
+    blocks: Array | None = None  # (T,), negative for none
+    axes: tuple[int, ...] = ()  # widths of the pieces of a head that turn by places (T, axes)
+    places: Array | None = None
 
     def rotate(self, u: Array, position: int) -> Array:
-        return u if self.theta is None else rope(u, position, self.theta, self.rotary_dims)
+        if self.theta is None:
+            return u
+        if not self.axes:
+            return rope(u, position, self.theta, self.rotary_dims)
+        edges = [sum(self.axes[:a]) for a in range(len(self.axes) + 1)]
+        turned = [
+            rope(u[edges[a] : edges[a + 1]], int(self.places[position, a]), self.theta)
+            for a in range(len(self.axes))
+        ]
+        return np.concatenate([*turned, u[edges[-1] :]])
+
+    def sees(self, i: int, j: int) -> bool:
+        """Whether query i sees key j: as a neighbour in the row, or as one of its block."""
+        if self.documents is not None and not self.documents[i] == self.documents[j] > 0:
+            return False
+        if self.blocks is not None and self.blocks[i] == self.blocks[j] >= 0:
+            return True
+        near = self.window is None or abs(i - j) < self.window
+        return near and (j <= i or not self.causal)
 
     def bias(self, head: int, heads: int) -> Callable[[int, int], float]:
         if self.alibi is None:
@@ -78,19 +102,19 @@ def one_head(
     k: list[Array],
     v: list[Array],
     scale: float,
-    window: int | None,
+    sees: Callable[[int, int], bool],
     bias: Callable[[int, int], float],
 ) -> list[Array]:
-    """Causal softmax attention of one head: T queries and keys (C,), T values (C_v,)."""
+    """Softmax attention of one head: T queries and keys (C,), T values (C_v,); 0 if i sees none."""
     out = []
     for i in range(len(q)):
-        first = 0 if window is None else max(0, i - window + 1)
-        scores = [float(q[i] @ k[j]) * scale + bias(i, j) for j in range(first, i + 1)]
-        top = max(scores)
+        seen = [j for j in range(len(k)) if sees(i, j)]
+        scores = [float(q[i] @ k[j]) * scale + bias(i, j) for j in seen]
+        top = max(scores, default=0.0)
         weights = [math.exp(s - top) for s in scores]
         total = sum(weights)
         mixed = np.zeros_like(v[0])
-        for w, j in zip(weights, range(first, i + 1), strict=True):
+        for w, j in zip(weights, seen, strict=True):
             mixed = mixed + (w / total) * v[j]
         out.append(mixed)
     return out
@@ -117,7 +141,7 @@ def mfa_paper(
     for c in range(heads):
         q = [positions.rotate(x_i @ S_q @ Q[c], i) for i, x_i in enumerate(x)]
         bias = positions.bias(c, heads)
-        o = one_head(q, k, v, 1.0 / math.sqrt(C), positions.window, bias)
+        o = one_head(q, k, v, 1.0 / math.sqrt(C), positions.sees, bias)
         for i in range(len(x)):
             out[i] += o[i] @ Os[c].T
     return out
@@ -171,7 +195,7 @@ def mfa_released(
             if q_norm is not None:
                 q_i = rms_norm(q_i, q_norm, eps)
             q.append(positions.rotate(q_i, i))
-        o = one_head(q, k, v, C**-0.5, positions.window, positions.bias(c, heads))
+        o = one_head(q, k, v, C**-0.5, positions.sees, positions.bias(c, heads))
         o = gated(o, x, None if gate is None else gate[:, c])
         for i in range(len(x)):
             out[i] += o[i] @ W_o[c]
@@ -210,7 +234,7 @@ def gqa(
             q.append(positions.rotate(q_i, i))
             k.append(positions.rotate(k_i, i))
             v.append(x_i @ W_v[group])
-        o = one_head(q, k, v, C**-0.5, positions.window, positions.bias(c, heads))
+        o = one_head(q, k, v, C**-0.5, positions.sees, positions.bias(c, heads))
         o = gated(o, x, None if gate is None else gate[:, c])
         for i in range(len(x)):
             out[i] += o[i] @ W_o[c]
@@ -254,7 +278,7 @@ def mla(
             q.append(np.concatenate([q_i[:n], positions.rotate(q_i[n:], i)]))
             k.append(np.concatenate([c_kv[i] @ W_uk[h], k_rope[i]]))
             v.append(c_kv[i] @ W_uv[h])
-        o = one_head(q, k, v, (n + rope_dims) ** -0.5, positions.window, positions.bias(h, heads))
+        o = one_head(q, k, v, (n + rope_dims) ** -0.5, positions.sees, positions.bias(h, heads))
         o = gated(o, x, None if gate is None else gate[:, h])
         for i in range(len(x)):
             out[i] += o[i] @ W_o[h]

@@ -6,8 +6,6 @@ gradient is alive), which costs no compilation. Shape suffixes: B rows, T tokens
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import numpy as np
 
@@ -19,7 +17,9 @@ from step_jax.models.layers.initialisation import Fixed
 from step_jax.models.layers.mlp import SwiGLU
 from step_jax.models.layers.norm import RMSNorm
 from step_jax.models.text.decoder import MTP, Block, Decoder, Group
-from step_jax.training.losses.text import language_model_loss
+from step_jax.models.tokens import Tokens
+from step_jax.training.losses.text import routing_loss, token_parts
+from step_jax.training.step import LossOutput
 
 WIDTH, VOCAB, HEADS = 32, 64, 8
 MLP = SwiGLU(48)
@@ -75,6 +75,25 @@ def packed_batch(rows: int = 8, length: int = 16, vocab: int = VOCAB, seed: int 
     }
 
 
+def with_pictures(batch, axes: int, seed: int = 0):
+    """The batch with blocks of two to four neighbours in its rows, some in two documents, and with
+    places of several coordinates."""
+    rng = np.random.default_rng(seed)
+    segments = batch["segments"]
+    number = np.cumsum(rng.random(segments.shape) < 0.35, axis=1)
+    places = rng.integers(0, 9, (*segments.shape, axes))
+    return batch | {
+        "blocks": np.where(number % 2 == 0, number, -1).astype(np.int32),
+        "places": places.astype(np.int32),
+    }
+
+
+def tokens_of(batch) -> Tokens:
+    """Those of a packed batch, with or without pictures."""
+    pictures = batch.get("places"), batch.get("blocks")
+    return Tokens(batch["positions"], batch["segments"], *pictures)
+
+
 def documents(batch):
     """Every document of a packed batch alone, as a batch of one unpadded row."""
     for r, segments in enumerate(batch["segments"]):
@@ -92,16 +111,20 @@ def execution(**changes) -> Execution:
 def loss_and_gradient(c: Decoder, sharding: Sharding | None = None, z_loss=1e-2, **changes):
     """(params, batch) -> (loss sum, gradient tree), to be jitted."""
 
+    joint = routing_loss(c)
+
     def loss(p, batch):
-        ctx = Context(
-            batch["positions"],
-            batch["segments"],
-            sharding=sharding,
-            execution=execution(**changes),
-        )
-        return language_model_loss(p, c, batch, ctx, z_loss)[0]
+        ctx = Context(tokens_of(batch), sharding=sharding, execution=execution(**changes))
+        return summed(LossOutput(*token_parts(p, c, batch, ctx, z_loss), joint))
 
     return jax.value_and_grad(loss)
+
+
+def summed(out: LossOutput):
+    """A loss as a sum over its targets: it adds up over rows but for the experts' balance."""
+    parts = sum(part.coefficient * part.total for part in out.parts.values())
+    joint = {} if out.joint is None else out.joint(out.sums)
+    return parts + sum(joint.values()) * out.parts["next_token"].weight
 
 
 def abstract(c: Decoder, sharding: Sharding, tokens: int):
@@ -126,11 +149,12 @@ def on_mesh(ring: bool = False, **axes) -> Sharding:
 def compile_on(sharding: Sharding, c: Decoder, p, batch, **changes):
     """(compiled loss and gradient, arguments laid out on the mesh)."""
     layout = sharding.params(c.specs())
-    tokens = functools.partial(sharding.named, ("batch", "sequence"))
-    args = (
-        jax.device_put(p, layout),
-        {k: jax.device_put(v, tokens(v.shape)) for k, v in batch.items()},
-    )
+
+    def place(a):
+        axes = ("batch", "sequence", None)[: a.ndim]
+        return jax.device_put(a, sharding.named(axes, a.shape))
+
+    args = (jax.device_put(p, layout), {k: place(v) for k, v in batch.items()})
     f = jax.jit(
         loss_and_gradient(c, sharding, **changes), out_shardings=(sharding.replicated(), layout)
     )

@@ -14,6 +14,7 @@ from step_jax.models.layers.attention import MFA, MHA, MLA
 from step_jax.models.layers.initialisation import Fixed
 from step_jax.models.layers.norm import RMSNorm
 from step_jax.models.layers.positions import Rope
+from step_jax.models.tokens import Tokens
 from tests.models import small
 
 
@@ -25,7 +26,7 @@ def params(attention, width=small.WIDTH):
 
 def apply(attention, p, x_BTD):
     positions_BT = np.broadcast_to(np.arange(x_BTD.shape[1], dtype=np.int32), x_BTD.shape[:2])
-    ctx = Context(positions_BT, execution=small.execution())
+    ctx = Context(Tokens(positions_BT), execution=small.execution())
     return small.run(lambda p, x: attention.apply(p, x, ctx)[0], p, x_BTD)
 
 

@@ -17,6 +17,7 @@ from step_jax.core.sharding import AXES, Sharding
 from step_jax.models.context import Context
 from step_jax.models.layers.attention import MFA, MHA
 from step_jax.models.layers.positions import Alibi
+from step_jax.models.tokens import Tokens
 from tests.models import small
 
 KINDS = {
@@ -37,7 +38,7 @@ def steps(kind, implementation, sharding=None, cache_dtype=jnp.float32):
 
     def hidden(p, tokens_BT, positions_BT, cache, attention="xla", fresh=False):
         execution = small.execution(attention=attention)
-        ctx = Context(positions_BT, fresh=fresh, execution=execution, sharding=sharding)
+        ctx = Context(Tokens(positions_BT), fresh=fresh, execution=execution, sharding=sharding)
         return c.hidden(p, tokens_BT, ctx, cache)
 
     def decode(p, tokens_BT):
@@ -121,7 +122,7 @@ def test_a_step_copies_no_cache(value, attention, kernels, monkeypatch):
 
     def step(p, token_B1, position_B1, cache):
         execution = small.execution(attention=attention, dtype="bfloat16")
-        ctx = Context(position_B1, execution=execution, sharding=Sharding(mesh))
+        ctx = Context(Tokens(position_B1), execution=execution, sharding=Sharding(mesh))
         return c.hidden(p, token_B1, ctx, cache)[:2]
 
     def placed(tree):

@@ -15,7 +15,9 @@ from step_jax.models.context import Context
 from step_jax.models.layers.attention import MFA, MHA
 from step_jax.models.layers.positions import Alibi
 from step_jax.models.text.decoder import Decoder, Group
-from step_jax.training.losses.text import language_model_loss, token_losses
+from step_jax.models.tokens import Tokens
+from step_jax.training.losses.text import token_losses, token_parts
+from step_jax.training.step import LossOutput
 from tests.models import small
 
 ALL = tuple(small.KINDS)
@@ -129,8 +131,8 @@ def test_packed_equals_each_document_alone():
     packed, groups = two_lengths(np.random.default_rng(0))
 
     def alone(p, batch):
-        ctx = Context(batch["positions"], None, execution=small.execution())  # no segments at all
-        return language_model_loss(p, c, batch, ctx, 1e-2)[0]
+        ctx = Context(Tokens(batch["positions"]), execution=small.execution())  # no segments at all
+        return small.summed(LossOutput(token_parts(p, c, batch, ctx, 1e-2)[0]))
 
     got = small.run(small.loss_and_gradient(c), p, packed)
     parts = [small.run(jax.value_and_grad(alone), p, batch) for batch in groups]
@@ -154,7 +156,7 @@ def test_prediction_heads_follow_their_equations():
         "weights": np.ones((1, T), np.float32),
         "segments": np.ones((1, T), np.int32),
     }
-    ctx = Context(positions, execution=small.execution())
+    ctx = Context(Tokens(positions), execution=small.execution())
 
     def nll(p, x, targets):
         logp = jax.nn.log_softmax(c.logits(p, x, ctx))
@@ -162,22 +164,24 @@ def test_prediction_heads_follow_their_equations():
 
     def by_hand(p):
         x, *_ = c.hidden(p, tokens[:, :T], ctx)
-        total = jnp.sum(nll(p, x, tokens[:, 1 : T + 1]))
+        total = jnp.mean(nll(p, x, tokens[:, 1 : T + 1]))
         for k in (1, 2):
             read = np.zeros((1, T), np.int32)
             read[:, : T + 1 - k] = tokens[:, k : T + 1][:, :T]
             x, _ = c.mtp.apply(p.mtp[k - 1], c.norm, x, c.embed(p, read, ctx), ctx)
             last = T - k  # the positions whose token k + 1 ahead exists
-            total += 0.7 / 2 * jnp.sum(nll(p, x[:, :last], tokens[:, k + 1 : T + 1]))
+            total += 0.7 / 2 * jnp.mean(nll(p, x[:, :last], tokens[:, k + 1 : T + 1]))
         return total
 
     def loss(p):
-        total, weight, metrics, _ = language_model_loss(p, c, batch, ctx)
-        return total, (weight, metrics)
+        parts, metrics, _ = token_parts(p, c, batch, ctx)
+        weights = {name: part.weight for name, part in parts.items()}
+        return sum(part.value() for part in parts.values()), (weights, metrics)
 
-    (got, (weight, metrics)), gradient = small.run(jax.value_and_grad(loss, has_aux=True), p)
+    (got, (weights, metrics)), gradient = small.run(jax.value_and_grad(loss, has_aux=True), p)
     assert_same((got, gradient), small.run(jax.value_and_grad(by_hand), p), 1e-5)
-    assert weight == T and [float(metrics[m][1]) for m in sorted(metrics)] == [T, T - 1, T - 2]
+    assert weights == {"next_token": T, "mtp1": T - 1, "mtp2": T - 2}
+    assert [float(metrics[m][1]) for m in sorted(metrics)] == [T, T - 1, T - 2]
 
 
 # --- cached decoding ---------------------------------------------------------------------------
@@ -192,10 +196,10 @@ def test_cached_calls_equal_the_full_forward_pass():
     positions = np.broadcast_to(np.arange(T, dtype=np.int32), (2, T))
 
     def full(p):
-        return c.hidden(p, tokens, Context(positions, execution=small.execution()))[0]
+        return c.hidden(p, tokens, Context(Tokens(positions), execution=small.execution()))[0]
 
     def call(fresh, p, tokens, positions, cache):
-        ctx = Context(positions, fresh=fresh, execution=small.execution())
+        ctx = Context(Tokens(positions), fresh=fresh, execution=small.execution())
         return c.hidden(p, tokens, ctx, cache)[:2]
 
     expected = small.run(full, p)
@@ -225,7 +229,7 @@ def test_loss_of_tokens_is_that_of_the_logits(tied):
     c = small.decoder("mfa", repeat=1, tied=tied)
     p, batch = small.params(c), small.packed_batch(rows=2)
     assert (p.head_DV is None) == tied
-    ctx = Context(batch["positions"], batch["segments"], execution=small.execution())
+    ctx = Context(Tokens.packed(batch), execution=small.execution())
 
     def both(p):
         x, *_ = c.hidden(p, batch["tokens"], ctx)

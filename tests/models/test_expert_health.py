@@ -13,21 +13,23 @@ import numpy as np
 import pytest
 
 from step_jax.core.errors import ConfigError
+from step_jax.data.packing import text_schema
 from step_jax.models import expert_health
-from step_jax.models.context import Context
 from step_jax.models.layers.initialisation import FanIn
 from step_jax.models.layers.moe import Experts, MoE
 from step_jax.models.layers.routing import Router
 from step_jax.models.text.decoder import MTP, Block, Decoder, Group
-from step_jax.training.losses.text import language_model_loss
 from step_jax.runs.expert_alarm import ExpertAlarm, ExpertHealth
+from step_jax.training.learner import Learning
+from step_jax.training.losses.text import packed_text_loss
 from step_jax.training.optimizers.build import make_optimizer
 from step_jax.training.optimizers.config import AdamW
 from step_jax.training.schedules import Constant
 from step_jax.training.state import init_state
-from step_jax.training.step import LossOutput, make_train_step
+from step_jax.training.step import make_train_step
 from tests.models import small
 
+SCHEMA = text_schema(*small.packed_batch()["tokens"].shape)
 MIXTURE = MoE(
     (Experts(8, 16),), Router(2, score="sigmoid", bias=True, bias_rate=1e-2, group_loss=1e-3)
 )
@@ -39,15 +41,21 @@ def decoder(**changes) -> Decoder:
 
 
 def loss_fn(c: Decoder):
-    def loss(params, batch, key):
-        ctx = Context(batch["positions"], batch["segments"], execution=small.execution())
-        return LossOutput(*language_model_loss(params, c, batch, ctx))
+    text_loss = packed_text_loss(c, small.execution(), None)
+    return lambda params, batch, key: text_loss(params["model"], batch)
 
-    return loss
+
+def learnings(c: Decoder, config: AdamW):
+    specs = c.specs()
+    return {"model": Learning(specs, specs, make_optimizer(config, specs, total_steps=100))}
+
+
+def mlp_of(state):
+    return state.learners["model"].params.groups[0][0].mlp
 
 
 def report_of(c: Decoder, p, batch):
-    stats = loss_fn(c)(p, batch, None).sums
+    stats = loss_fn(c)({"model": p}, batch, None).sums
     return expert_health.report(c, p, stats)
 
 
@@ -77,15 +85,15 @@ def test_a_model_without_experts_reports_nothing():
 
 def trained(c: Decoder, steps: int, explode_at: int | None):
     """(loss, health) of every step on text with structure; one expert may be made to explode."""
-    optimizer = make_optimizer(AdamW(3e-3, Constant()), c.specs(), total_steps=steps)
+    how = learnings(c, AdamW(3e-3, Constant(), clip_norm=1.0))
     step = jax.jit(
         make_train_step(
-            loss_fn(c), optimizer, compute_dtype=jnp.float32, clip_norm=1.0,
-            report=lambda params, sums: expert_health.report(c, params, sums),
+            loss_fn(c), how, SCHEMA, compute_dtype=jnp.float32,
+            report=lambda params, sums: expert_health.report(c, params["model"], sums),
         ),
         compiler_options=small.FAST_COMPILE,
     )  # fmt: skip
-    state = init_state(c.initialise(jax.random.key(0)), optimizer)
+    state = init_state({"model": c.initialise(jax.random.key(0))}, how)
     found = []
     for i in range(steps):
         batch = small.packed_batch(seed=i)
@@ -93,11 +101,14 @@ def trained(c: Decoder, steps: int, explode_at: int | None):
         tokens = (tokens[:, :1] + np.arange(tokens.shape[1])) % 8
         batch |= {"tokens": tokens, "targets": (tokens + 1) % 8}
         if explode_at is not None and i >= explode_at:
-            experts = state.params.groups[0][0].mlp.experts[0]
-            experts = jax.tree.map(lambda w_LEIO: w_LEIO.at[1, 3].multiply(1.15), experts)
-            mlp = state.params.groups[0][0].mlp.replace(experts=(experts,))
-            block = state.params.groups[0][0].replace(mlp=mlp)
-            state = state.replace(params=state.params.replace(groups=((block,),)))
+            held = state.learners["model"]
+            block = held.params.groups[0][0]
+            experts = jax.tree.map(
+                lambda w_LEIO: w_LEIO.at[1, 3].multiply(1.15), block.mlp.experts[0]
+            )
+            block = block.replace(mlp=block.mlp.replace(experts=(experts,)))
+            params = held.params.replace(groups=((block,),))
+            state = state.replace(learners={"model": held.replace(params=params)})
         state, metrics = step(state, batch)
         found.append({k: float(v) for k, v in metrics.items()})
     return found
@@ -127,9 +138,9 @@ def test_an_exploding_expert_raises_the_alarm_before_the_loss_shows_it():
 def test_loads_move_the_selection_bias():
     """Overloaded experts' biases fall and idle ones' rise, by the rate, whatever the loss."""
     c, batch = decoder(), small.packed_batch()
-    optimizer = make_optimizer(AdamW(1e-3, Constant()), c.specs(), total_steps=3)
-    state = init_state(jax.tree.map(jnp.asarray, small.params(c)), optimizer)
-    old = state.params.groups[0][0].mlp.bias_E
+    how = learnings(c, AdamW(1e-3, Constant(), clip_norm=1e-3))
+    state = init_state({"model": jax.tree.map(jnp.asarray, small.params(c))}, how)
+    old = mlp_of(state).bias_E
     loads = {}
 
     def record(params, sums):
@@ -137,13 +148,13 @@ def test_loads_move_the_selection_bias():
 
     for accumulation in (1, 4):
         step = make_train_step(
-            loss_fn(c), optimizer, compute_dtype=jnp.float32, accumulation=accumulation,
-            clip_norm=1e-3, report=record,
+            loss_fn(c), how, SCHEMA, compute_dtype=jnp.float32, accumulation=accumulation,
+            report=record,
         )  # fmt: skip
         new, metrics = jax.jit(step, compiler_options=small.FAST_COMPILE)(state, batch)
         loads_LE = np.array([[metrics[f"load{i}_{e}"] for e in range(8)] for i in range(2)])
         expected = -1e-2 * np.sign(loads_LE - loads_LE.mean(1, keepdims=True))
-        moved = new.params.groups[0][0].mlp.bias_E - old
+        moved = mlp_of(new).bias_E - old
         np.testing.assert_allclose(moved, expected, rtol=1e-4, atol=1e-7)
         loads[accumulation] = loads_LE
         assert float(metrics["grad_norm"]) < 1e3  # loads are not part of the gradient's norm
@@ -153,11 +164,11 @@ def test_loads_move_the_selection_bias():
 def test_a_frozen_router_does_not_move():
     frozen = replace(MIXTURE, router=replace(MIXTURE.router, frozen=True))
     c = replace(decoder(), layers=(Group(2, (Block(small.KINDS["mfa"], frozen),)),))
-    optimizer = make_optimizer(AdamW(1e-2, Constant()), c.specs(), total_steps=3)
-    state = init_state(jax.tree.map(jnp.asarray, small.params(c)), optimizer)
-    step = make_train_step(loss_fn(c), optimizer, compute_dtype=jnp.float32)
+    how = learnings(c, AdamW(1e-2, Constant()))
+    state = init_state({"model": jax.tree.map(jnp.asarray, small.params(c))}, how)
+    step = make_train_step(loss_fn(c), how, SCHEMA, compute_dtype=jnp.float32)
     new, _ = jax.jit(step, compiler_options=small.FAST_COMPILE)(state, small.packed_batch())
-    old_mlp, new_mlp = (s.params.groups[0][0].mlp for s in (state, new))
+    old_mlp, new_mlp = mlp_of(state), mlp_of(new)
     np.testing.assert_array_equal(new_mlp.router_DE, old_mlp.router_DE)
     np.testing.assert_array_equal(new_mlp.bias_E, old_mlp.bias_E)
     assert np.any(new_mlp.experts[0].gate_EDF != old_mlp.experts[0].gate_EDF)

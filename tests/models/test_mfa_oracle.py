@@ -17,6 +17,7 @@ from step_jax.models.layers.attention import MFA, MHA, MLA
 from step_jax.models.layers.initialisation import FanIn
 from step_jax.models.layers.norm import RMSNorm
 from step_jax.models.layers.positions import Alibi, Rope
+from step_jax.models.tokens import Tokens
 from tests.models import numpy_oracles as oracle
 
 WIDTH, EPS = 20, 1e-3  # an eps that shows
@@ -53,7 +54,7 @@ def check(attention, expected_rows, *, tokens=11, implementation="reference", re
     def apply(p, x_BTD):
         positions_BT = jnp.broadcast_to(jnp.arange(tokens), x_BTD.shape[:2])
         execution = Execution(dtype="float32", attention=implementation)
-        return attention.apply(p, x_BTD, Context(positions_BT, execution=execution))[0]
+        return attention.apply(p, x_BTD, Context(Tokens(positions_BT), execution=execution))[0]
 
     to_float32 = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), tree)  # noqa: E731
     actual_BTD = apply(to_float32(p), to_float32(x_BTD))
@@ -161,7 +162,7 @@ def test_mfa_decoding_one_token_at_a_time(value):
             def step(cache, inputs):
                 x_BD, t = inputs
                 ctx_t = ctx.replace(
-                    positions_BT=jnp.full((B, 1), t),
+                    tokens=Tokens(jnp.full((B, 1), t)),
                     lengths_B=jnp.full((B,), t, jnp.int32),
                     layer=jnp.int32(0),
                 )

@@ -21,7 +21,9 @@ from step_jax.models.layers.initialisation import Fixed
 from step_jax.models.layers.mlp import SwiGLU
 from step_jax.models.layers.moe import Experts, MoE
 from step_jax.models.layers.routing import Router
-from step_jax.models.text.decoder import Block, Decoder, Group, routing_of
+from step_jax.models.text.decoder import Block, Decoder, Group
+from step_jax.models.tokens import Tokens
+from step_jax.models.trunk import routing_of
 from step_jax.ops import grouped_matmul
 from tests.models import small
 
@@ -41,7 +43,7 @@ def decoder(moe: MoE = MIXTURE, repeat=2) -> Decoder:
 
 
 def context(batch, **changes) -> Context:
-    return Context(batch["positions"], batch["segments"], execution=small.execution(), **changes)
+    return Context(Tokens.packed(batch), execution=small.execution(), **changes)
 
 
 # --- definitions ---------------------------------------------------------------------------------
@@ -111,7 +113,7 @@ def test_layer_is_its_definition(router, experts):
         c.specs(small.WIDTH, Fixed(0.1)),
     )
     x_BTD = np.random.default_rng(0).standard_normal((2, 7, small.WIDTH)).astype(np.float32)
-    ctx = Context(jnp.broadcast_to(jnp.arange(7), (2, 7)), execution=small.execution())
+    ctx = Context(Tokens.in_order(2, 7), execution=small.execution())
     y_BTD, stats = small.run(lambda p, x: c.apply(p, x, ctx), p, x_BTD)
     expected = oracle(c, p, x_BTD.reshape(14, -1)).reshape(y_BTD.shape)
     np.testing.assert_allclose(y_BTD, expected, rtol=2e-5, atol=2e-5)
@@ -265,9 +267,8 @@ def test_capacity_drops_and_counts(exchange):
     x_BTD = np.random.default_rng(0).standard_normal((8, 4, small.WIDTH)).astype(np.float32)
 
     def run(c, sharding):
-        ctx = Context(
-            jnp.broadcast_to(jnp.arange(4), (8, 4)), execution=small.execution(), sharding=sharding
-        )
+        tokens = Tokens.in_order(8, 4)
+        ctx = Context(tokens, execution=small.execution(), sharding=sharding)
         return jax.jit(lambda p, x: c.apply(p, x, ctx))(p, x_BTD)
 
     _, stats = run(c, sharding)
@@ -313,16 +314,17 @@ def test_the_configuration_names_the_grouped_matmul(monkeypatch):
     p = small.map_specs(lambda s: np.ones(s.shape, np.float32), c.specs(small.WIDTH, Fixed(0.1)))
     x_BTD = np.ones((1, 3, small.WIDTH), np.float32)
     for name in ("reference", "tiles"):
-        compute = grouped_matmul.IMPLEMENTATIONS[name]
+        entry = grouped_matmul.IMPLEMENTATIONS[name]
 
-        def record(*args, name=name, compute=compute):
+        def record(*args, name=name, compute=entry.compute):
             used.append(name)
             return compute(*args)
 
-        monkeypatch.setitem(grouped_matmul.IMPLEMENTATIONS, name, record)
+        recorded = replace(entry, compute=record)
+        monkeypatch.setitem(grouped_matmul.IMPLEMENTATIONS, name, recorded)
 
     def apply(name):
-        ctx = Context(jnp.arange(3)[None], execution=small.execution(grouped_matmul=name))
+        ctx = Context(Tokens.in_order(1, 3), execution=small.execution(grouped_matmul=name))
         return jax.eval_shape(lambda x: c.apply(p, x, ctx)[0], x_BTD)
 
     for name, expected in (("auto", "tiles"), ("reference", "reference"), ("tiles", "tiles")):

@@ -20,8 +20,9 @@ from step_jax.models.layers.mlp import SwiGLU
 from step_jax.models.layers.moe import Experts, MoE
 from step_jax.models.layers.routing import Router
 from step_jax.models.text.decoder import MTP, Block, Decoder, Group
-from step_jax.training.losses.text import language_model_loss
+from step_jax.models.tokens import Tokens
 from step_jax.models.vision.image_transformer import ImageTransformer
+from step_jax.training.losses.text import packed_text_loss
 from tests.models import small
 
 ROUTER = Router(
@@ -71,11 +72,11 @@ def on(**axes) -> Sharding:
 def loss(c: Decoder, sharding: Sharding | None, **changes):
     """(params, batch) -> ((loss, ExpertStats), gradient)."""
 
+    text_loss = packed_text_loss(c, small.execution(**changes), sharding, 1e-2)
+
     def f(p, batch):
-        execution = small.execution(**changes)
-        ctx = Context(batch["positions"], batch["segments"], sharding=sharding, execution=execution)
-        total, _, _, experts = language_model_loss(p, c, batch, ctx, 1e-2)
-        return total, experts
+        out = text_loss(p, batch)
+        return small.summed(out), out.sums
 
     return jax.value_and_grad(f, has_aux=True)
 
@@ -170,7 +171,7 @@ def test_idle_steps_keep_only_what_a_stage_was_handed():
     c, p, batch = problem("dense")
 
     def f(p, batch):
-        ctx = Context(batch["positions"], batch["segments"], sharding=sharding,
+        ctx = Context(Tokens.packed(batch), sharding=sharding,
                       execution=small.execution(remat="full"))  # fmt: skip
         return c.hidden(p, batch["tokens"], ctx)[0].sum()
 
@@ -193,7 +194,8 @@ def test_cached_and_recorded_calls_run_without_the_pipeline():
 
     def f(sharding):
         def cached(p, batch):
-            ctx = Context(batch["positions"], sharding=sharding, execution=small.execution(),
+            tokens, execution = Tokens(batch["positions"]), small.execution()
+            ctx = Context(tokens, sharding=sharding, execution=execution,
                           fresh=True, record_routing=True)  # fmt: skip
             cache = c.init_cache(16, 8, jnp.float32)
             x_BTD, cache, stats = c.hidden(p, batch["tokens"], ctx, cache)
@@ -246,12 +248,12 @@ def test_microbatches():
 
 def test_the_largest_group_must_divide():
     sharding = on(pipeline=4, pipeline_rounds=2, fsdp=2)
-    pipeline.check([(3, 3), (16, 8)], sharding)
+    pipeline.check(8, sharding)
     with pytest.raises(ConfigError, match=r"repeat 12.*pipeline_rounds \[1, 3\].*\[1, 2, 3, 6\]"):
-        pipeline.check([(8, 8), (12, 12)], sharding)
+        pipeline.check(12, sharding)
     with pytest.raises(ConfigError, match=r"repeat 9.*of no size.*of no size"):
-        pipeline.check([(9, 9)], sharding)
-    pipeline.check([(9, 9)], on(fsdp=8))
+        pipeline.check(9, sharding)
+    pipeline.check(9, on(fsdp=8))
 
 
 @pytest.mark.parametrize(

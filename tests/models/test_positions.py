@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from step_jax.core.errors import ConfigError
+from step_jax.models.layers.attention import MFA, MHA, MLA
 from step_jax.models.layers.positions import Alibi, Rope, RopeScaling, alibi, rotate
 from step_jax.ops.attention import alibi_slopes_N
 
@@ -15,7 +16,8 @@ Q, K = RNG.standard_normal((2, 1, 1, 1, 16)).astype(np.float32)
 
 
 def rotated(rope, x, position):
-    return np.asarray(rope.apply(jnp.asarray(x), np.full((1, 1), position, np.int32)), np.float64)
+    place = np.full((1, 1, 1), position, np.int32)
+    return np.asarray(rope.apply(jnp.asarray(x), place), np.float64)
 
 
 @settings(max_examples=20)
@@ -45,12 +47,12 @@ def test_rope_returns_the_dtype_it_was_given_and_angles_do_not_lose_positions():
     """In bfloat16 position 257 would be 256."""
     x = jnp.asarray(Q, jnp.bfloat16)
     rope = Rope(theta=1e6)
-    y = rope.apply(x, np.full((1, 1), 257, np.int32))
+    y = rope.apply(x, np.full((1, 1, 1), 257, np.int32))
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(
         np.asarray(y, np.float64), rotated(rope, np.asarray(x, np.float32), 257), atol=0.02
     )
-    assert not np.array_equal(y, rope.apply(x, np.full((1, 1), 256, np.int32)))
+    assert not np.array_equal(y, rope.apply(x, np.full((1, 1, 1), 256, np.int32)))
 
 
 def test_rope_scaling_slows_down_what_turns_seldom():
@@ -65,6 +67,33 @@ def test_rope_scaling_slows_down_what_turns_seldom():
     np.testing.assert_array_equal(rotated(slow, Q, 100)[..., 0], rotated(plain, Q, 100)[..., 0])
 
 
+@pytest.mark.parametrize("axes,theta", [((8, 8), 100.0), ((64, 32, 32), 1e4), ((6, 4, 2), 1e4)])
+def test_places_of_several_axes_rotate_a_piece_of_the_head_each(axes, theta):
+    """Step-Video's convention in complex numbers: in piece a, of width w, coordinates i and
+    i + w/2 turn by place_a * theta^(-2i/w); what is left over does not turn."""
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((2, 5, 3, sum(axes) + 2)).astype(np.float32)
+    place = rng.integers(0, 60, (2, 5, len(axes))).astype(np.int32)
+    expected, start = x.astype(np.float64), 0
+    for a, width in enumerate(axes):
+        half = width // 2
+        turn = place[..., a, None, None] * theta ** (-2 * np.arange(half) / width)
+        first, second = slice(start, start + half), slice(start + half, start + width)
+        z = (x[..., first] + 1j * x[..., second].astype(np.float64)) * np.exp(1j * turn)
+        expected[..., first], expected[..., second] = z.real, z.imag
+        start += width
+    got = Rope(theta=theta, axes=axes).apply(jnp.asarray(x), place)
+    np.testing.assert_allclose(got, expected, atol=3e-5)  # float32 angles of up to 60 radians
+
+
+@pytest.mark.parametrize("axes,found", [((), 3), ((8, 8), 3), ((8, 8), 1)])
+def test_places_with_other_axes_than_the_rope_are_refused(axes, found):
+    place = np.zeros((1, 1, found), np.int32)
+    message = rf"places of {found} coordinate\(s\), and rope rotates by {len(axes) or 1} "
+    with pytest.raises(ConfigError, match=message):
+        Rope(axes=axes).apply(jnp.asarray(Q), place)
+
+
 def test_published_alibi_slopes():
     """2108.12409, section 3: 8 heads 1/2 .. 1/256; 12 heads: those and the odd ones of 16."""
     eight = [2.0**-n for n in range(1, 9)]
@@ -76,7 +105,7 @@ def test_published_alibi_slopes():
 
 def test_each_position_takes_its_own_way():
     x = jnp.asarray(Q)
-    at = np.full((1, 1), 3, np.int32)
+    at = np.full((1, 1, 1), 3, np.int32)
     for position in (None, Alibi(), Alibi("sqrt")):
         assert rotate(position, x, at) is x
     assert [alibi(p) for p in (None, Rope(), Alibi(), Alibi("sqrt"))] == [
@@ -93,6 +122,13 @@ def test_each_position_takes_its_own_way():
         (Rope(fraction=0.0), r"fraction is 0.0; it must be in \(0, 1\]"),
         (Rope(fraction=1.5), "fraction is 1.5"),
         (Rope(theta=1.0), "theta is 1.0; it must be above 1"),
+        (Rope(axes=(8,)), r"rope axes are \[8\]; they must be two or more even widths"),
+        (Rope(axes=(8, 3)), r"rope axes are \[8, 3\]; they must be two or more even widths"),
+        (Rope(axes=(8, 0)), r"rope axes are \[8, 0\]"),
+        (Rope(axes=(8, 8), fraction=0.5), "leave fraction at 1"),
+        (MHA(2, 8, position=Rope(axes=(6, 4))), r"axes \[6, 4\] take 10 .* of a head of 8"),
+        (MFA(2, 8, position=Rope(axes=(6, 4))), r"axes \[6, 4\] take 10 .* of a head of 8"),
+        (MLA(2, 8, 8, 4, 8, position=Rope(axes=(4, 2))), r"take 6 coordinates of a head of 4"),
         (RopeScaling(0.5, 8), "needs a factor and a length of at least 1, not 0.5 and 8"),
         (RopeScaling(2.0, 8, low=4.0), "needs 0 < low < high, not 4.0 and 4.0"),
     ],

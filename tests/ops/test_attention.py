@@ -35,13 +35,17 @@ def definition(q, k, v, mask, scale, alibi):
             seen = []
             for s in range(S):
                 distance = int(mask.q_positions_BT[b, t]) - int(mask.kv_positions_BS[b, s])
-                ok = mask.kv_positions_BS[b, s] >= 0 and (distance >= 0 or not mask.causal)
-                ok = ok and (mask.window is None or distance < mask.window)
+                ok = distance >= 0 or not mask.causal
+                ok = ok and (mask.window is None or abs(distance) < mask.window)
+                if mask.q_blocks_BT is not None:
+                    block = mask.q_blocks_BT[b, t]
+                    ok = ok or (block >= 0 and block == mask.kv_blocks_BS[b, s])
+                ok = ok and mask.kv_positions_BS[b, s] >= 0
                 if mask.q_segments_BT is not None:
                     document = mask.kv_segments_BS[b, s]
                     ok = ok and document > 0 and mask.q_segments_BT[b, t] == document
                 if ok:
-                    seen.append((s, max(distance, 0)))
+                    seen.append((s, abs(distance)))
             if not seen:
                 continue
             keys, distances = (np.array(a) for a in zip(*seen, strict=True))
@@ -64,6 +68,13 @@ def packed(rng, rows, length, documents):
             segments[r, start:stop], positions[r, start:stop] = i + 1, np.arange(stop - start)
     segments[-1] = 0
     return positions, segments
+
+
+def blocks_of(rng, rows, length):
+    """Blocks of a few neighbours, numbered anew in every row, and tokens of none; some numbers
+    appear twice, so that blocks may lie in two pieces and reach into two documents."""
+    number = np.cumsum(rng.random((rows, length)) < 0.3, axis=1) % 7
+    return np.where(number % 2 == 0, number, -1).astype(np.int32)
 
 
 def inputs(rng, B, T, S, N, K, H, V, dtype=np.float32):
@@ -93,22 +104,29 @@ CASES = st.tuples(
     st.sampled_from([None, 1, 7, 70]),
     st.sampled_from([None, "linear", "sqrt"]),
     st.sampled_from([0, 1, 3]),
+    st.sampled_from(["causal", "blocks", "both ways", "blocks both ways"]),
     st.integers(0, 2**31),
 )
 
 
 # no shrinking: every example compiles anew
 @settings(max_examples=4, phases=[Phase.explicit, Phase.generate])
-@example((256, (6, 2), (8, 3), 70, "sqrt", 3, 0))  # several blocks with everything in them
+@example((256, (6, 2), (8, 3), 70, "sqrt", 3, "causal", 0))  # several blocks, everything in them
+@example((256, (4, 1), (4, 4), 9, "linear", 3, "blocks", 1))
+@example((17, (4, 1), (4, 4), 3, "sqrt", 2, "both ways", 2))
 @given(CASES)
 def test_xla_equals_reference_equals_definition(case):
-    T, (N, K), (H, V), window, alibi, documents, seed = case
+    T, (N, K), (H, V), window, alibi, documents, sees, seed = case
     rng = np.random.default_rng(seed)
     q, k, v, cotangent = inputs(rng, 2, T, T, N, K, H, V)
     positions, segments = packed(rng, 2, T, documents) if documents else (None, None)
     if not documents:
         positions = np.broadcast_to(np.arange(T, dtype=np.int32), (2, T))
-    mask = ops.Mask(positions, positions, segments, segments, window=window, in_order=True)
+    blocks = blocks_of(rng, 2, T) if "blocks" in sees else None
+    mask = ops.Mask(
+        positions, positions, segments, segments, blocks, blocks,
+        causal="both ways" not in sees, window=window, in_order=True,
+    )  # fmt: skip
     (grads, o), (ref_grads, ref_o) = (
         run(forward_and_gradient(name, mask, alibi), q, k, v, cotangent)
         for name in ("xla", "reference")
@@ -128,7 +146,10 @@ def test_large_blocks_are_worked_off_in_parts(monkeypatch, in_order):
     rng = np.random.default_rng(5)
     q, k, v, cotangent = inputs(rng, 2, 256, 256, 4, 2, 8, 8)
     positions, segments = packed(rng, 2, 256, 3)
-    mask = ops.Mask(positions, positions, segments, segments, window=90, in_order=in_order)
+    blocks = None if in_order else blocks_of(rng, 2, 256)
+    mask = ops.Mask(
+        positions, positions, segments, segments, blocks, blocks, window=90, in_order=in_order
+    )
     f = forward_and_gradient("xla", mask)
     whole = run(f, q, k, v, cotangent)
     monkeypatch.setattr(ops, "MOST_ROWS", 48)
@@ -233,15 +254,25 @@ def ring(mesh, q, k, v, mask, alibi=None, scale=SCALE):
 
 # With scores 50 times as large, the float32 gradients of both are 2e-6 to 3e-6 from float64's.
 @pytest.mark.parametrize(
-    "window,alibi,scale,bound", [(5, None, SCALE, 2e-6), (None, "sqrt", 50.0, 5e-6)]
+    "window,alibi,scale,bound,sees",
+    [
+        (5, None, SCALE, 2e-6, "causal"),
+        (None, "sqrt", 50.0, 5e-6, "causal"),
+        (3, "linear", SCALE, 2e-6, "blocks"),
+        (3, "linear", SCALE, 2e-6, "both ways"),
+    ],
 )
-def test_ring_equals_reference(window, alibi, scale, bound):
+def test_ring_equals_reference(window, alibi, scale, bound, sees):
     """Windows, packing, ALiBi, large scores, an all-padding row; forward and gradient."""
     rng = np.random.default_rng(2)
     T = 16
     q, k, v, cotangent = inputs(rng, 3, T, T, 4, 2, 8, 4)
     positions, segments = packed(rng, 3, T, 2)
-    mask = ops.Mask(positions, positions, segments, segments, window=window, in_order=True)
+    blocks = blocks_of(rng, 3, T) if sees == "blocks" else None
+    mask = ops.Mask(
+        positions, positions, segments, segments, blocks, blocks,
+        causal=sees != "both ways", window=window, in_order=True,
+    )  # fmt: skip
     mesh = make_mesh(MeshConfig(context=4), jax.devices()[:4])
 
     def f(q, k, v, cotangent):
@@ -274,7 +305,10 @@ PROBLEM = ops.Problem(
 def test_auto_goes_by_the_devices_compiled_for():
     assert ops.resolve("auto", PROBLEM) == "xla"  # this machine's
     assert ops.resolve("auto", PROBLEM, TPU) == "pallas_tpu"
-    for change in ({"width": 100}, {"alibi": True}, {"dtype": "float16"}, {"queries": 1}):
+    for change in (
+        {"width": 100}, {"alibi": True}, {"dtype": "float16"}, {"queries": 1}, {"blocks": True},
+        {"two_sided": True},
+    ):  # fmt: skip
         assert ops.resolve("auto", dataclasses.replace(PROBLEM, **change), TPU) == "xla"
     assert set(typing.get_args(ops.Implementation)) == {"auto", *ops.IMPLEMENTATIONS}
     for device in (HOPPER, BLACKWELL, AMPERE):  # the kernel has not been measured yet
@@ -292,12 +326,15 @@ def test_auto_goes_by_the_devices_compiled_for():
         ({"width": 100}, TPU, "widths 100 .* and 256 .* not among 64, 128, 192, 256"),
         ({"dtype": "float16"}, TPU, "float16 is neither bfloat16 nor float32"),
         ({"alibi": True}, TPU, "no ALiBi"),
+        ({"blocks": True}, TPU, "no blocks of tokens that see each other"),
+        ({"two_sided": True}, TPU, "its windows look back only"),
         ({}, BLACKWELL, "needs a Hopper GPU .* compiled for gpu 10.0; use auto"),
         ({}, AMPERE, "needs a Hopper GPU .* compiled for gpu 8.0; use auto"),
         ({"width": 96, "value_width": 96}, HOPPER, "widths 96 .* same of 64, 128, 192, 256"),
         ({"value_width": 128}, HOPPER, "widths 256 .* and 128 .* same of 64"),
         ({"dtype": "float32"}, HOPPER, "float32 is not bfloat16"),
         ({"alibi": True}, HOPPER, "no ALiBi"),
+        ({"blocks": True}, HOPPER, "no blocks of tokens that see each other"),
         ({"in_order": False}, HOPPER, "the same tokens in order"),
     ],
 )
@@ -309,7 +346,11 @@ def test_an_impossible_request_says_why(change, device, reason):
 
 def test_a_mask_of_other_rows_keeps_its_description():
     positions = np.arange(6, dtype=np.int32)[None]
-    mask = ops.Mask(positions, positions, positions + 1, positions + 1, window=3, in_order=True)
+    mask = ops.Mask(
+        positions, positions, positions + 1, positions + 1, positions + 2, positions + 2,
+        window=3, in_order=True,
+    )  # fmt: skip
     part = mask.rows(2, 4, 5)
     assert part.q_positions_BT.tolist() == [[2, 3]] and part.kv_segments_BS.shape == (1, 5)
+    assert part.q_blocks_BT.tolist() == [[4, 5]] and part.kv_blocks_BS.shape == (1, 5)
     assert dataclasses.replace(part, window=None) != part and part.window == 3

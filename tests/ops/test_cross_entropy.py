@@ -100,14 +100,19 @@ def test_a_mesh_that_does_not_divide_the_batch_is_an_error():
 
 
 def test_auto_is_chunked_everywhere_and_a_kernel_is_asked_for_by_name():
+    whole, cut = ops.Problem(), ops.Problem(vocabulary_pieces=2)
     assert set(typing.get_args(ops.Implementation)) == {"auto", *ops.IMPLEMENTATIONS}
-    assert {ops.resolve("auto", d) for d in (None, CPU, TPU, HOPPER, BLACKWELL)} == {"chunked"}
-    assert ops.resolve("pallas_tpu", TPU) == "pallas_tpu"
-    assert ops.resolve("pallas_gpu", HOPPER) == "pallas_gpu"
-    for name, device, reason in (
-        ("pallas_gpu", BLACKWELL, "Hopper GPU .* compiled for gpu 10.0"),
-        ("pallas_gpu", AMPERE, "Hopper GPU .* compiled for gpu 8.0"),
-        ("pallas_tpu", HOPPER, "needs a TPU, and this is compiled for gpu"),
+    for problem in (whole, cut):
+        found = {ops.resolve("auto", problem, d) for d in (None, CPU, TPU, HOPPER, BLACKWELL)}
+        assert found == {"chunked"}
+    assert ops.resolve("pallas_tpu", whole, TPU) == "pallas_tpu"
+    assert ops.resolve("pallas_gpu", whole, HOPPER) == "pallas_gpu"
+    for name, problem, device, reason in (
+        ("pallas_gpu", whole, BLACKWELL, "Hopper GPU .* compiled for gpu 10.0"),
+        ("pallas_gpu", whole, AMPERE, "Hopper GPU .* compiled for gpu 8.0"),
+        ("pallas_tpu", whole, HOPPER, "needs a TPU, and this is compiled for gpu"),
+        ("pallas_tpu", cut, TPU, "vocabulary, which is cut into 2 pieces over the tensor axis"),
+        ("pallas_gpu", cut, HOPPER, "vocabulary, which is cut into 2 pieces over the tensor axis"),
     ):
         with pytest.raises(ConfigError, match=f"cross-entropy {name} cannot do this: .*{reason}"):
-            ops.resolve(name, device)
+            ops.resolve(name, problem, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -25,7 +25,7 @@ def test_reference(case, window, page):
     q, k, v, positions, lengths = case.arrays()
     theta = 10_000.0 if case.reuse else None
     caches, table = paged((k, v), page) if page else ((k, v), None)
-    got = ops.decode_attention(
+    call = ops.DecodeCall(
         q,
         *caches,
         positions,
@@ -34,8 +34,8 @@ def test_reference(case, window, page):
         window=window,
         frequency_F=frequencies_F(theta, case.width // 2) if theta else None,
         page_table_BM=table,
-        implementation="reference",
     )
+    got = ops.decode_attention(call, implementation="reference")
     expected = attention(q, k, v, positions, lengths, 0.2, window, theta)
     np.testing.assert_allclose(got, expected, atol=2e-6)
 
@@ -43,32 +43,23 @@ def test_reference(case, window, page):
 def test_reference_scales_and_slices():
     q, k, v, positions, lengths = Case((30, 9), 32, heads=4, kv_heads=2, width=16).arrays()
     scales = {"k_scale": np.float32([0.5, 2.0]), "v_scale": 3.0}
-    got = ops.decode_attention(
-        q[:, :, 1:],
-        k,
-        v,
-        positions,
-        lengths,
-        scale=0.2,
-        first_head=1,
-        heads_per_key=2,
-        implementation="reference",
-        **scales,
-    )
+    arrays = q[:, :, 1:], k, v, positions, lengths
+    call = ops.DecodeCall(*arrays, scale=0.2, first_head=1, heads_per_key=2, **scales)
+    got = ops.decode_attention(call, implementation="reference")
     expected = attention(q, k * scales["k_scale"][:, None], 3.0 * v, positions, lengths, 0.2)
     np.testing.assert_allclose(got, expected[:, :, 1:], atol=5e-6)
 
 
 def test_auto_is_the_kernel_where_it_can_be():
-    def choose(implementation, device, width=128, alibi=None, slots=64):
-        q = jnp.zeros((1, 1, 4, width), jnp.bfloat16)
-        cache = jnp.zeros((1, slots, 1, width), jnp.bfloat16)
-        return ops.kernel(implementation, device, q, cache, cache, None, alibi)
+    def choose(implementation, device, width=128, alibi=False, slots=64):
+        case = Case((3,), slots, width=width, dtype=ml_dtypes.bfloat16)
+        problem = ops.Problem(ops.DecodeCall(*case.arrays(), scale=1.0), alibi)
+        return ops.kernel(implementation, problem, device)
 
     assert choose("auto", CPU) is None
     assert choose("auto", TPU) == "pallas_tpu"
     assert choose("auto", TPU, width=64) is None
-    assert choose("auto", TPU, alibi="linear") is None
+    assert choose("auto", TPU, alibi=True) is None
     assert choose("xla", TPU) is None
     assert choose("pallas_tpu", TPU) == "pallas_tpu"
     assert choose("auto", HOPPER) == choose("pallas_gpu", HOPPER) == "pallas_gpu"
@@ -79,10 +70,22 @@ def test_auto_is_the_kernel_where_it_can_be():
         with pytest.raises(ConfigError, match=f"capability 9.0.*compiled for {found}; use auto"):
             choose("pallas_gpu", device)
     with pytest.raises(ValueError, match="no ALiBi"):
-        choose("pallas_gpu", HOPPER, alibi="linear")
+        choose("pallas_gpu", HOPPER, alibi=True)
 
 
-def test_unknown_name():
-    q, k, v, positions, lengths = Case((3,), 8, width=16).arrays()
-    with pytest.raises(ValueError, match="no decode attention 'cudnn'; there are: reference, "):
-        ops.decode_attention(q, k, v, positions, lengths, scale=1.0, implementation="cudnn")
+def test_bad_calls_say_what_there_is():
+    arrays = Case((3,), 8, width=16).arrays()
+    call = ops.DecodeCall(*arrays, scale=1.0)
+    names = "auto, reference, pallas_gpu, pallas_tpu, pallas_tpu_interpret"
+    with pytest.raises(ConfigError, match=f"no decode attention 'cudnn'; there are: {names}"):
+        ops.decode_attention(call, implementation="cudnn")
+    with pytest.raises(ConfigError, match="no decode attention 'cudnn'"):
+        ops.kernel("cudnn", ops.Problem(call), CPU)
+    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
+        ops.decode_attention(ops.DecodeCall(*arrays, scale=1.0, window=0))
+
+
+def test_auto_decodes_anywhere():
+    arrays = Case((3,), 8, width=16).arrays()
+    got = ops.decode_attention(ops.DecodeCall(*arrays, scale=0.2))
+    np.testing.assert_allclose(got, attention(*arrays, 0.2), atol=2e-6)

@@ -21,7 +21,7 @@ from tests.devices import BLACKWELL, CPU, HOPPER, TPU
 D, F = 8, 12
 
 
-ANYWHERE = [name for name in ops.IMPLEMENTATIONS if not name.startswith("pallas")]
+ANYWHERE = [name for name, entry in ops.IMPLEMENTATIONS.items() if not entry.kernel]
 
 
 def definition(x, w, sizes, cotangent):
@@ -146,14 +146,35 @@ def test_inside_shard_map_checkpoint_and_scan(name, check):
     assert_near(got, (np.concatenate(y), np.concatenate(dx), dw[0] + dw[1]), 2e-6)
 
 
+FITS = ops.Problem.of(rows=4096, groups=8, width=512, result=1024, dtype="bfloat16")
+
+
 def test_auto_follows_the_platform_compiled_for():
-    assert ops.resolve("auto") == ops.resolve("auto", CPU) == "tiles"  # the tests' backend
-    assert ops.resolve("auto", HOPPER) == ops.resolve("auto", BLACKWELL) == "tiles"
-    assert ops.resolve("auto", TPU) == "pallas_tpu"
-    assert ops.resolve("reference", TPU) == "reference"
-    assert ops.resolve("pallas_gpu", HOPPER) == "pallas_gpu"
-    with pytest.raises(ConfigError, match="pallas_gpu .*for gpu 10.0; use auto"):
-        ops.resolve("pallas_gpu", BLACKWELL)
+    for problem in (FITS, None):
+        assert ops.resolve("auto", problem) == "tiles"  # the tests' backend
+        assert {ops.resolve("auto", problem, d) for d in (CPU, HOPPER, BLACKWELL)} == {"tiles"}
+        assert ops.resolve("auto", problem, TPU) == "pallas_tpu"
+        assert ops.resolve("reference", problem, TPU) == "reference"
+        assert ops.resolve("pallas_gpu", problem, HOPPER) == "pallas_gpu"
+        with pytest.raises(ConfigError, match="pallas_gpu .*for gpu 10.0; use auto"):
+            ops.resolve("pallas_gpu", problem, BLACKWELL)
+
+
+@pytest.mark.parametrize(
+    "width,result",
+    [
+        (2**20, 128),  # the product does not fit
+        (128, 2**20),  # the rows' gradient
+        (2040, 8200),  # the matrices' gradient: no multiples of 128
+    ],
+)
+def test_auto_on_a_tpu_takes_tiles_for_widths_that_the_kernel_cannot_hold(width, result):
+    problem = ops.Problem.of(4096, 8, width, result, "bfloat16")
+    assert ops.resolve("auto", problem, TPU) == "tiles"
+    with pytest.raises(ConfigError, match="pallas_tpu cannot do this: .* do not fit .*; use auto"):
+        ops.resolve("pallas_tpu", problem, TPU)
+    y_MF = jax.eval_shape(functools.partial(ops.grouped_matmul, device=TPU), *problem)
+    assert y_MF.shape == (4096, result)
 
 
 def test_every_implementation_can_be_configured():

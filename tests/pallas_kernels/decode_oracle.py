@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.decode_call import DecodeCall
+
 THETA = 10_000.0
 
 
@@ -98,14 +100,12 @@ def paged(caches, page: int, seed: int = 1):
     return tuple(pool(c) for c in caches), order.reshape(B, M)
 
 
-def decoded(decode, case: Case, *, page=None, cache_dtype=None, **kwargs):
-    """(what ``decode`` makes of the case, what the oracle does, float64).
+def decoded(decode, case: Case, *, page=None, cache_dtype=None, window=None):
+    """(what ``decode`` makes of the call of a case, what the oracle does, float64).
 
     Args:
-      decode: a kernel's, to be called as both are; its result is converted.
       page: size of the pages the caches are cut into, None for no pages.
       cache_dtype: what the caches are rounded to, None for the case's.
-      kwargs: more arguments of ``decode``.
     """
     q, k, v, positions, lengths = case.arrays()
     if cache_dtype is not None:
@@ -113,10 +113,11 @@ def decoded(decode, case: Case, *, page=None, cache_dtype=None, **kwargs):
     theta, scale = (THETA if case.reuse else None), case.width**-0.5
     caches, table = ((k, v), None) if page is None else paged((k, v), page)
     frequency = None if theta is None else jnp.asarray(frequency_F(theta, case.width))
-    got = decode(
-        q, *caches, positions, lengths, scale=scale, frequency_F=frequency, page_table_BM=table,
-        **kwargs,
+    call = DecodeCall(
+        q, *caches, positions, lengths, scale=scale, window=window, frequency_F=frequency,
+        page_table_BM=table,
     )  # fmt: skip
+    got = decode(call)
     assert got.dtype == q.dtype
-    expected = attention(q, k, v, positions, lengths, scale, kwargs.get("window"), theta)
+    expected = attention(q, k, v, positions, lengths, scale, window, theta)
     return np.asarray(got, np.float64), expected

@@ -13,19 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import decode_plan
+from pallas_kernels.decode_call import DecodeCall
 from pallas_kernels.tpu import decode as kernel
 from tests.pallas_kernels.decode_oracle import THETA, Case, attention, decoded, frequency_F, paged
 
 FLOAT32 = 2e-5  # of numbers around 1; angles of a few thousand radians are float32
 
 
-def run(case: Case, page: int | None = None, **kwargs):
+def run(case: Case, page: int | None = None, window: int | None = None, **kwargs):
     """(result of the kernel, of the oracle) as float64."""
-
-    def decode(*arrays, **options):
-        return jax.jit(functools.partial(kernel.decode, interpret=True, **options))(*arrays)
-
-    return decoded(decode, case, page=page, **kwargs)
+    decode = jax.jit(functools.partial(kernel.decode, interpret=True, **kwargs))
+    return decoded(decode, case, page=page, window=window)
 
 
 CASES = {
@@ -76,7 +74,7 @@ def test_float8_cache_with_scales(reuse, page):
     k, v = (None if c is None else (8 * c).astype(ml_dtypes.float8_e4m3fn) for c in (k, v))
     frequency = frequency_F(THETA, case.width) if reuse else None
     caches, table = paged((k, v), page) if page else ((k, v), None)
-    got = kernel.decode(
+    call = DecodeCall(
         q,
         *caches,
         positions,
@@ -86,8 +84,8 @@ def test_float8_cache_with_scales(reuse, page):
         k_scale=k_scale,
         v_scale=k_scale if reuse else v_scale,
         page_table_BM=table,
-        interpret=True,
     )
+    got = kernel.decode(call, interpret=True)
     k64 = k.astype(np.float64) * k_scale[:, None]
     v64 = None if reuse else v.astype(np.float64) * v_scale[:, None]
     expected = attention(q, k64, v64, positions, lengths, 0.1, theta=THETA if reuse else None)
@@ -98,9 +96,12 @@ def test_a_slice_of_the_query_heads():
     """A device of a tensor axis wider than the key heads holds all keys and some queries."""
     case = Case((90, 40), 96, heads=8, kv_heads=2)
     q, *rest = case.arrays()
-    decode = functools.partial(kernel.decode, scale=0.1, heads_per_key=4, interpret=True)
-    whole = decode(q, *rest)
-    of_slice = jax.jit(lambda q, first: decode(q, *rest, first_head=first))
+
+    def decode(q, first=None):
+        call = DecodeCall(q, *rest, scale=0.1, heads_per_key=4, first_head=first)
+        return kernel.decode(call, interpret=True)
+
+    whole, of_slice = decode(q), jax.jit(decode)
     for first in (0, 3, 5):
         part = of_slice(q[:, :, first : first + 3], jnp.int32(first))
         np.testing.assert_allclose(part, whole[:, :, first : first + 3], atol=1e-6)
@@ -112,17 +113,17 @@ def test_lengths_are_not_compiled_in():
     traces = []
 
     @jax.jit
-    def call(q, k, positions, lengths):
+    def decode(q, k, positions, lengths):
         traces.append(1)
         frequency = jnp.asarray(frequency_F(THETA, 128))
-        return kernel.decode(
-            q, k, v, positions, lengths, scale=0.1, frequency_F=frequency, interpret=True
-        )
+        arrays = q, k, v, positions, lengths
+        call = DecodeCall(*arrays, scale=0.1, frequency_F=frequency)
+        return kernel.decode(call, interpret=True)
 
     for lengths in ((1, 2), (128, 0), (4000, 77)):
         lengths = np.asarray(lengths, np.int32)
         positions = lengths[:, None] - 1
-        got = call(q, k, positions, lengths)
+        got = decode(q, k, positions, lengths)
         expected = attention(q, k, None, positions, lengths, 0.1, theta=THETA)
         np.testing.assert_allclose(got, expected, atol=2e-4)  # 4000 radians in float32
     assert len(traces) == 1
@@ -184,9 +185,10 @@ def pallas_call(reuse: bool, dtype=jnp.bfloat16, B=16, S=32_768, N=64, H=256):
     q = jax.ShapeDtypeStruct((B, 1, N, H), jnp.bfloat16)
     cache = jax.ShapeDtypeStruct((B, S, 1, H), dtype)
     frequency = jnp.asarray(frequency_F(THETA, H)) if reuse else None
-    call = functools.partial(kernel.decode, scale=1.0, frequency_F=frequency)
     ints = jax.ShapeDtypeStruct((B, 1), jnp.int32), jax.ShapeDtypeStruct((B,), jnp.int32)
-    jaxpr = jax.make_jaxpr(call)(q, cache, None if reuse else cache, *ints)
+    values = None if reuse else cache
+    call = DecodeCall(q, cache, values, *ints, scale=1.0, frequency_F=frequency)
+    jaxpr = jax.make_jaxpr(kernel.decode)(call)
     (equation,) = [e for e in jaxpr.eqns if e.primitive.name == "pallas_call"]
     caches = [v for v in equation.invars if v.aval.shape == (B, S, H)]
     return equation.params["cost_estimate"], len(caches), 4 * B * N * H

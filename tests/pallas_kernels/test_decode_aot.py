@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels.decode_call import DecodeCall
 from pallas_kernels.tpu import decode as kernel
 from pallas_kernels.tpu.aot import TOPOLOGIES, arrays
 from tests.pallas_kernels.decode_oracle import frequency_F
@@ -31,33 +34,24 @@ def compiled(chip: str, shape: str):
     pages = None if page is None else S // page
     cache_shape = (B, S, K, H) if page is None else (B * pages, page, K, H)
 
-    def step(q, k, v, positions, lengths, table):
-        return kernel.decode(
-            q,
-            k,
-            v,
-            positions,
-            lengths,
-            scale=H**-0.5,
-            frequency_F=jnp.asarray(frequency_F(10_000.0, H)) if reuse else None,
-            page_table_BM=table,
-            splits=splits,
-        )
-
+    frequency = jnp.asarray(frequency_F(10_000.0, H)) if reuse else None
     with arrays(chip) as array:
         cache = array(dtype, *cache_shape)
-        return (
-            jax.jit(step)
-            .lower(
-                array("bfloat16", B, T, N, H),
-                cache,
-                None if reuse else cache,
-                array("int32", B, T),
-                array("int32", B),
-                None if page is None else array("int32", B, pages),
-            )
-            .compile()
+        call = DecodeCall(
+            array("bfloat16", B, T, N, H),
+            cache,
+            None if reuse else cache,
+            array("int32", B, T),
+            array("int32", B),
+            scale=H**-0.5,
+            page_table_BM=None if page is None else array("int32", B, pages),
         )
+
+        def step(call):
+            call = dataclasses.replace(call, frequency_F=frequency)
+            return kernel.decode(call, splits=splits)
+
+        return jax.jit(step).lower(call).compile()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

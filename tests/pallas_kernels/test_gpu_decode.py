@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import decode_plan
+from pallas_kernels.decode_call import DecodeCall
 from pallas_kernels.gpu import decode as kernel
 from tests.pallas_kernels.decode_oracle import THETA, Case, attention, decoded, frequency_F, rotated
 from tests.pallas_kernels.test_gpu_attention import interpreted
@@ -18,23 +21,17 @@ from tests.pallas_kernels.test_gpu_attention import interpreted
 BFLOAT16 = 1e-2
 
 
-def run(case: Case, page: int | None = None, float8: bool = False, **kwargs):
+def run(case: Case, page: int | None = None, float8: bool = False, window=None, **kwargs):
     """(result of the kernel, of the oracle) as float64."""
     case.dtype = ml_dtypes.bfloat16
     static = {"splits": 2, "interpret": plgpu.InterpretGPUParams()} | kwargs
 
-    def decode(q, k, v, positions, lengths, page_table_BM, **options):
-        def call(arrays):
-            return kernel.decode(**arrays, **options | static)
-
-        named = {
-            "q_BTNH": q, "k_cache": k, "v_cache": v, "positions_BT": positions,
-            "lengths_B": lengths, "page_table_BM": page_table_BM,
-        }  # fmt: skip
-        return interpreted(call, jax.tree.map(jnp.asarray, named))
+    def decode(call):
+        kernel_of = functools.partial(kernel.decode, **static)
+        return interpreted(kernel_of, jax.tree.map(jnp.asarray, call))
 
     cache_dtype = ml_dtypes.float8_e4m3fn if float8 else None
-    return decoded(decode, case, page=page, cache_dtype=cache_dtype, **kwargs)
+    return decoded(decode, case, page=page, cache_dtype=cache_dtype, window=window)
 
 
 CASES = {
@@ -92,7 +89,7 @@ def test_a_layer_of_a_stack_with_scales_and_a_slice_of_the_heads():
     stack = [np.stack([0 * c, c, 0 * c]) for c in (k, v)]
 
     def decode(q, k, v, positions, lengths, layer, first):
-        return kernel.decode(
+        call = DecodeCall(
             q[:, :, 1:4],
             k,
             v,
@@ -104,9 +101,8 @@ def test_a_layer_of_a_stack_with_scales_and_a_slice_of_the_heads():
             layer=layer,
             first_head=first,
             heads_per_key=2,
-            splits=1,
-            interpret=plgpu.InterpretGPUParams(),
         )
+        return kernel.decode(call, splits=1, interpret=plgpu.InterpretGPUParams())
 
     got = interpreted(decode, *map(jnp.asarray, (q, *stack, positions, lengths, 1, 1)))
     k64, v64 = (c.astype(np.float64) * s[:, None] for c, s in ((k, k_scale), (v, v_scale)))
@@ -123,17 +119,9 @@ def test_rotated_keys_with_values_of_their_own():
         k, v = k.astype(cast), v.astype(cast)
 
         def decode(q, k, v, positions, lengths):
-            return kernel.decode(
-                q,
-                k,
-                v,
-                positions,
-                lengths,
-                scale=0.1,
-                frequency_F=frequency,
-                splits=1,
-                interpret=plgpu.InterpretGPUParams(),
-            )
+            arrays = q, k, v, positions, lengths
+            call = DecodeCall(*arrays, scale=0.1, frequency_F=frequency)
+            return kernel.decode(call, splits=1, interpret=plgpu.InterpretGPUParams())
 
         got = interpreted(decode, *map(jnp.asarray, (q, k, v, positions, lengths)))
         positions_BS = np.broadcast_to(np.arange(case.slots), (2, case.slots))

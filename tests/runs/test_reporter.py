@@ -1,25 +1,30 @@
 """What a run records and shows: kill, resume, full disk, slow sinks, terminals."""
 
+import contextlib
 import io
 import json
 import math
+import sys
 import threading
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from step_jax.core.config import parse_config
-from step_jax.core.errors import ConfigError
+from step_jax.core.errors import ConfigError, RestartRequested
 from step_jax.runs import sinks as sink_lib
-from step_jax.runs.console import duration, format_value, si
-from step_jax.runs.metrics_log import MetricsLog, read_metrics
+from step_jax.runs.console import Shown, cells, duration, format_value, si
+from step_jax.runs.history import outcome
+from step_jax.runs.metrics_log import MetricsLog, read_metrics, work_unit
 from step_jax.runs.reporter import LoggingConfig, Reporter, environment
 from step_jax.runs.run_directory import RunDirectory
-from step_jax.runs.sinks import AsyncSink, RunInfo
+from step_jax.runs.sinks import AsyncSink
 
 QUIET = LoggingConfig(sinks=())
+REAL = Path(__file__).parent / "real"
 
 
 def steps(path):
@@ -36,7 +41,7 @@ def test_records_and_plain_output(run):
     out = io.StringIO()
     config = LoggingConfig(every=10, sinks=())
     with Reporter(run, config, total_steps=25, stream=out) as reporter:
-        reporter.header({"parameters": 1234567, "devices": "1 x cpu"})
+        reporter.header({"parameters": Shown(1234567, "1.2 million"), "devices": "1 x cpu"})
         for step in range(1, 26):
             metrics = {"loss": np.float32(1 / step), "tokens_per_s": 52_345.0, "norm/a": 1.0}
             reporter.step(step, metrics)
@@ -45,15 +50,18 @@ def test_records_and_plain_output(run):
         reporter.summary({"status": "done", "run_s": 65.0})
     assert steps(run.path) == [(s, float(np.float32(1 / s))) for s in range(1, 26)]
     events = [r["event"] for r in read_metrics(run.path) if r["event"] != "step"]
-    assert events == ["header", "eval", "note", "summary"]
+    assert events == ["header", "eval", "note", "summary", "end"]
+    header = read_metrics(run.path)[0]
+    assert header["values"] == {"parameters": 1234567, "devices": "1 x cpu"}  # a number to compare
+    assert header["shown"] == {"parameters": "1.2 million"}
     lines = out.getvalue().splitlines()
-    assert lines[:3] == ["run", "  parameters  1,234,567", "  devices     1 x cpu"]
+    assert lines[:3] == ["run", "  parameters  1.2 million", "  devices     1 x cpu"]
     progress = [line.split("  ")[0] for line in lines if line.startswith("step ")]
     assert progress == ["step 1/25", "step 10/25", "step 20/25", "step 25/25"]
     assert "loss 0.1  tokens/s 52.3k  left " in out.getvalue() and "norm/a" not in out.getvalue()
     assert lines[-2:] == ["  status  done", "  run_s   1m05s"]
     log = run.log.read_text()
-    assert "something happened" in log and "step 20/25" in log and "parameters: 1,234,567" in log
+    assert "something happened" in log and "step 20/25" in log and "parameters: 1.2 million" in log
 
 
 def test_resume_gives_each_step_once(run):
@@ -72,6 +80,64 @@ def test_resume_gives_each_step_once(run):
     (resumed,) = [r for r in read_metrics(run.path) if r["event"] == "resumed"]
     assert (resumed["step"], resumed["dropped"]) == (4, 5)
     assert all(json.loads(line) for line in run.metrics.read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (None, "done", ""),
+        (RestartRequested("stopped after step 3"), "stopped", "stopped after step 3"),
+        (KeyboardInterrupt(), "interrupted", ""),
+        (ValueError("no"), "failed", "ValueError: no"),
+    ],
+)
+def test_how_a_run_is_left_is_recorded(run, error, status, reason):
+    with contextlib.suppress(RestartRequested, KeyboardInterrupt, ValueError):
+        with Reporter(run, QUIET, stream=io.StringIO()) as reporter:
+            reporter.header({"parameters": 5})
+            reporter.step(3, {"loss": 1.0})
+            if error is not None:
+                raise error
+    end = read_metrics(run.path)[-1]
+    assert (end["event"], end["step"], end["status"], end["reason"]) == ("end", 3, status, reason)
+
+
+def test_a_start_that_is_refused_leaves_the_account_of_the_run_alone(run):
+    with Reporter(run, QUIET, stream=io.StringIO()) as reporter:
+        reporter.header({"parameters": 5})
+        reporter.step(1, {"loss": 1.0})
+        reporter.summary({"status": "done"})
+    with contextlib.suppress(ConfigError), Reporter(run, QUIET, stream=io.StringIO()) as reporter:
+        reporter.event("reading the data")
+        raise ConfigError("another rate")
+    assert outcome(read_metrics(run.path), running=False).status == "done"
+
+
+def test_what_was_done_twice_is_told_once_as_it_was_done_last(run):
+    log = MetricsLog(run.metrics)
+    for loss in (1.0, 2.0):  # a kill came between the first and the next checkpoint
+        log.append("step", 7, {"loss": loss})
+        log.append("eval", 7, {"name": "heldout", "loss": 10 * loss})
+        log.append("eval", 7, {"name": "final", "loss": 20 * loss})
+        log.append("summary", 7, {"values": {"loss": loss}})
+    log.close()
+    told = [(r["event"], r.get("name"), r.get("loss")) for r in read_metrics(run.path)]
+    assert told == [
+        ("step", None, 2.0),
+        ("eval", "heldout", 20.0),
+        ("eval", "final", 40.0),
+        ("summary", None, None),
+    ]
+
+
+def test_work_is_counted_in_the_unit_of_the_loop(run):
+    with Reporter(run, QUIET, stream=io.StringIO()) as reporter:
+        reporter.step(1, {"loss": 1.0, "images": 64000, "images_per_s": 32.0})
+    records = read_metrics(run.path)
+    assert work_unit(records) == "images" and work_unit([]) is None
+    assert cells(records[0])["images"] == "64k"
+    for name, unit in (("quick", "tokens"), ("toy_rl", "tokens")):
+        assert work_unit(read_metrics(REAL / name)) == unit
 
 
 def test_torn_line_without_resume_does_not_swallow_the_next(run):
@@ -156,40 +222,129 @@ def test_dead_sink_is_given_up_once_and_hanging_one_is_left():
     assert time.perf_counter() - start < 2 and "did not finish in 0.1 s" in errors[-1]
 
 
-def test_services_get_every_record(tmp_path, monkeypatch):
-    """What wandb, trackio and mlflow are called with (fakes: no real service is asked)."""
-    calls = []
+class Service:
+    """A metrics service that remembers what it is told, as a server does between two processes.
 
-    def module(*names):
-        def make(name):
-            def call(*args, **kwargs):
-                calls.append((name, args, kwargs))
-                return fake
+    Its methods have the names and the meaning that wandb, trackio and mlflow give them; all three
+    were also run with the real packages.
+    """
 
-            return call
+    def __init__(self):
+        self.runs: dict[str, dict] = {}
+        self.entities = types.SimpleNamespace(
+            Param=lambda key, value: (key, value),
+            Metric=lambda key, value, timestamp, step: (key, value, step),
+        )
 
-        fake = types.SimpleNamespace(**{name: make(name) for name in names})
-        return fake
+    def init(self, *, project, name, config=None, id=None, resume, dir=None):
+        assert resume == "allow"
+        key = id or name
+        run = self.runs.setdefault(key, {"configs": [config] if config else [], "points": []})
+        update = run["configs"].append
+        log = lambda values, step: run["points"].extend((k, step) for k in values)  # noqa: E731
+        return types.SimpleNamespace(
+            resumed=bool(run["points"]),
+            config=types.SimpleNamespace(update=update),
+            log=log,
+            finish=lambda: None,
+        )
 
-    monkeypatch.setitem(__import__("sys").modules, "wandb", module("init", "log", "finish"))
-    monkeypatch.setitem(__import__("sys").modules, "trackio", module("init", "log", "finish"))
-    functions = ("set_experiment", "start_run", "log_metrics", "end_run")
-    monkeypatch.setitem(__import__("sys").modules, "mlflow", module(*functions))
-    info = RunInfo(tmp_path / "run-1", "project", {"a": 1})
-    for name in ("wandb", "trackio", "mlflow"):
-        sink = sink_lib.SINKS[name](info)
-        sink.write(3, {"loss": 1.0})
-        sink.close()
-    logged = [(a, k) for name, a, k in calls if name in ("log", "log_metrics")]
-    assert logged == [(({"loss": 1.0},), {"step": 3})] * 3
-    inits = [k for name, _, k in calls if name == "init"]
-    assert all(k["project"] == "project" and k["name"] == "run-1" for k in inits)
-    assert [name for name, _, _ in calls if name in ("finish", "end_run")].count("finish") == 2
+    def set_experiment(self, name):
+        pass
+
+    def get_experiment_by_name(self, name):
+        return types.SimpleNamespace(experiment_id=name)
+
+    def search_runs(self, experiment_names, filter_string, output_format):
+        found = [key for key, run in self.runs.items() if f"'{run['tag']}'" in filter_string]
+        return [types.SimpleNamespace(info=types.SimpleNamespace(run_id=key)) for key in found]
+
+    def MlflowClient(self):
+        return self
+
+    def create_run(self, experiment_id, tags, run_name):
+        key = f"run-{len(self.runs)}"
+        self.runs[key] = {"tag": tags["step_jax.run"], "configs": [], "points": []}
+        return types.SimpleNamespace(info=types.SimpleNamespace(run_id=key))
+
+    def update_run(self, run_id, status):
+        assert run_id in self.runs
+
+    def log_batch(self, run_id, metrics=(), params=()):
+        assert len(params) <= 100
+        if params:
+            self.runs[run_id]["configs"].append(dict(params))
+        self.runs[run_id]["points"] += [(key, step) for key, _, step in metrics]
+
+    def set_terminated(self, run_id):
+        pass
+
+
+def start_twice(path, sink, config):
+    """A run that is killed after step 7, whose last checkpoint was of step 4."""
+    for first, last in ((1, 7), (5, 9)):
+        with RunDirectory(path) as run:
+            logging, out = LoggingConfig(sinks=(sink,)), io.StringIO()
+            with Reporter(run, logging, stream=out, resolved_config=config) as reporter:
+                if first > 1:
+                    reporter.resumed(first - 1)
+                for step in range(first, last + 1):
+                    reporter.step(step, {"loss": float(step)})
+                    if step % 2 == 0:
+                        reporter.evaluation(step, {"loss": 0.5}, "heldout")
+        assert "gave up" not in run.log.read_text()
+
+
+@pytest.mark.parametrize("sink", ["wandb", "trackio", "mlflow"])
+def test_a_resumed_run_is_one_run_in_every_service_with_each_point_once(
+    tmp_path, monkeypatch, sink
+):
+    service = Service()
+    monkeypatch.setitem(sys.modules, sink, service)
+    monkeypatch.setattr(sink_lib.importlib.util, "find_spec", lambda name: True)
+    config = {"a": {"b": 1}, "many": list(range(150))}
+    start_twice(tmp_path / "seed_0", sink, config)
+    (run,) = service.runs.values()
+    expected = [("loss", s) for s in range(1, 10)] + [("heldout/loss", s) for s in (2, 4, 6, 8)]
+    assert sorted(run["points"]) == sorted(expected)
+    if sink == "mlflow":  # whose servers take 100 at once
+        told = dict(item for part in run["configs"] for item in part.items())
+        assert told["a.b"] == "1" and told["many.149"] == "149" and len(told) == 151
+    else:
+        assert run["configs"] == [config]
+    # a directory of the same name elsewhere is another run, and one that was moved the same
+    start_twice(tmp_path / "other" / "seed_0", sink, config)
+    assert len(service.runs) == 2
+    (tmp_path / "seed_0").rename(tmp_path / "moved")
+    with RunDirectory(tmp_path / "moved") as moved:
+        with Reporter(moved, LoggingConfig(sinks=(sink,)), stream=io.StringIO()) as reporter:
+            reporter.resumed(9)
+            reporter.step(10, {"loss": 1.0})
+    assert len(service.runs) == 2
+
+
+def test_a_resumed_run_has_each_step_once_in_tensorboard(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    start_twice(tmp_path / "run", "tensorboard", {})
+    points: dict[str, list[int]] = {}
+    for path in sorted((tmp_path / "run" / "tensorboard").iterdir()):
+        data, i = path.read_bytes(), 0
+        while i < len(data):  # length, its checksum, the event, its checksum
+            size = int.from_bytes(data[i : i + 8], "little")
+            event = Event.FromString(data[i + 12 : i + 12 + size])
+            i += size + 16
+            if event.HasField("session_log"):  # what TensorBoard then forgets
+                for name in points:
+                    points[name] = [s for s in points[name] if s < event.step]
+            for value in event.summary.value:
+                points.setdefault(value.tag, []).append(event.step)
+    assert points == {"loss": list(range(1, 10)), "heldout/loss": [2, 4, 6, 8]}
 
 
 def test_missing_sink_package_is_a_configuration_error(monkeypatch):
     monkeypatch.setattr(sink_lib.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'step-jax\[wandb\]'"):
+    with pytest.raises(ConfigError, match=r"'wandb' needs .*: pip install wandb$"):
         parse_config(LoggingConfig, "sinks: [wandb]")
     with pytest.raises(ConfigError, match="expected 'tensorboard' or 'wandb'"):
         parse_config(LoggingConfig, "sinks: [wandbb]")

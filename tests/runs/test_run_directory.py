@@ -97,7 +97,7 @@ def test_configurations_are_kept(tmp_path):
             run.write_config(text)
     names = ("config.1.yaml", "config.2.yaml", "config.yaml")
     assert [(tmp_path / n).read_text() for n in names] == ["a: 1\n", "a: 2\n", "a: 3\n"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names, "lock"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*names, "identity", "lock"])
 
 
 def test_write_whole_leaves_the_old_text_when_it_fails(tmp_path, monkeypatch):

@@ -81,7 +81,8 @@ def test_run_leaves_everything_behind(straight):
     assert summary["status"] == "done" and summary["gzip bits per byte"] > 0
     assert (straight / "plots" / "loss.png").stat().st_size > 1000
     assert (straight / "samples" / "step_8.txt").exists()
-    assert (straight / "tokenizer.model").exists() and (straight / "config.yaml").exists()
+    assert (straight / "tokenizer/tokenizer.model").exists() and (straight / "config.yaml").exists()
+    assert (straight / "heldout" / "meta.json").exists()
 
 
 def test_resumed_run_repeats_the_undisturbed_one_bit_for_bit(straight, tmp_path, text, monkeypatch):
@@ -141,6 +142,9 @@ def test_a_run_that_does_not_continue_the_checkpoint_is_refused(straight, capsys
         (["--training.steps", "0"], "training.steps"),
         (["--training.tokens", "1e6"], "either training.steps or training.tokens"),
         (["--model.vocab", "10"], "model.vocab is 10"),
+        (["--data.isolate", "false", "--model.mtp.heads", "1", "--model.mtp.block",
+          "{attention: {kind: mfa, heads: 4, head_dim: 8}, mlp: {kind: swiglu, hidden: 64}}"],
+         "set data.isolate: true"),
         (["--optimizer.schedule.warmup-steps", "9"], "warm-up of 9 steps"),
         (["--data.path", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--execution.grouped-matmul", "dense"], "expected 'auto' or 'reference' or 'tiles'"),

@@ -3,12 +3,21 @@
 # ruff: noqa: F401, F811 (the fixture `text`)
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from step_jax.cli.main import main
+from step_jax.core.command_line import load_config
+from step_jax.models.layers.attention import MFA
+from step_jax.models.layers.moe import Experts, MoE
+from step_jax.models.layers.routing import Router
+from step_jax.models.text.decoder import Block, Decoder, Group
+from step_jax.trainers.pretrain import PretrainConfig, implementations
+from tests.devices import TPU
 from tests.trainers.test_pretrain import losses, recipe, text
 
 MLP = (
@@ -58,3 +67,20 @@ def test_a_checkpoint_of_another_number_of_experts_is_refused(
     assert main(["pretrain", str(other)]) != 0
     message = capsys.readouterr().err
     assert "gate_EDF" in message and "[2, 8, " in message and "[2, 16, " in message
+
+
+def test_the_header_names_what_each_mixture_is_computed_with(tmp_path, text):
+    """The kernel for TPUs holds the narrow experts; the wide ones have no width it can cut."""
+    device = SimpleNamespace(devices=np.array([TPU], object))
+    sharding = SimpleNamespace(mesh=device, size=lambda axis: 1, ways=lambda axis: 1)
+    config = load_config(PretrainConfig, [with_experts(tmp_path, text)]).config
+
+    def shown(*hidden: int) -> str:
+        blocks = [Block(MFA(4, 64), MoE((Experts(8, h),), Router(2))) for h in hidden]
+        model = Decoder(2040, (Group(1, tuple(blocks)),))
+        chosen = implementations(replace(config, model=model), sharding)
+        return chosen["grouped matmul"]
+
+    assert shown(64) == "auto -> pallas_tpu"
+    assert shown(10_000) == "auto -> tiles"
+    assert shown(64, 10_000) == "auto -> pallas_tpu, tiles"

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
 from step_jax.checkpoint.load import load_model
+
 from step_jax.cli.main import main
 from step_jax.core.config import load_file
 from step_jax.core.errors import ExitCode
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.models.context import Context
+from step_jax.models.tokens import Tokens
 from step_jax.trainers.rl import reinforce
 from tests.models.small import FAST_COMPILE, run
 from tests.trainers.loops import run_loop, steps
@@ -68,7 +69,7 @@ def test_rollouts_are_what_they_say(tmp_path):
     rewards, logprobs = [], []
     text = np.concatenate([batch["tokens"], batch["targets"][:, -1:]], axis=1)
     positions = jnp.broadcast_to(jnp.arange(4), batch["tokens"].shape)
-    ctx = Context(positions, sharding=sharding, execution=config.execution)
+    ctx = Context(Tokens(positions), sharding=sharding, execution=config.execution)
 
     def logits(params, tokens_BT):
         return model.logits(params, model.hidden(params, tokens_BT, ctx)[0], ctx)

@@ -16,6 +16,7 @@ from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
 from step_jax.core.spec import Normal, ParamSpec
 from step_jax.training import scaling_laws
+from step_jax.training.learner import Learning
 from step_jax.training.optimizers import muon
 from step_jax.training.optimizers.build import decay_mask, group_labels, make_optimizer
 from step_jax.training.optimizers.config import AdamW, Muon
@@ -214,9 +215,10 @@ def test_each_device_orthogonalises_whole_matrices():
 def test_state_follows_the_parameters(config):
     sharding = Sharding(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
     optimizer = make_optimizer(config, SPECS, total_steps=1, sharding=sharding)
-    abstract = abstract_state(SPECS, optimizer, sharding, ema=True)
-    shardings = state_shardings(abstract, SPECS, sharding)
-    make = jax.jit(lambda p: init_state(p, optimizer, ema=True), out_shardings=shardings)
+    learnings = {"model": Learning(SPECS, SPECS, optimizer, 0.9)}
+    abstract = abstract_state(learnings, sharding)
+    shardings = state_shardings(abstract, learnings, sharding)
+    make = jax.jit(lambda p: init_state({"model": p}, learnings), out_shardings=shardings)
     state = make(params_of(SPECS))
     jax.tree.map(
         lambda x, a: (
@@ -228,7 +230,7 @@ def test_state_follows_the_parameters(config):
     query = sharding.params(SPECS)["layers"][0]["query"]
     moments = [
         a.sharding
-        for path, a in jax.tree.leaves_with_path(abstract.opt_state)
+        for path, a in jax.tree.leaves_with_path(abstract.learners["model"].opt_state)
         if spec_lib.path_name(path).endswith("layers/0/query")
     ]
     assert moments == [query] * (2 if config.kind == "adamw" else 1)
@@ -240,7 +242,8 @@ def test_unknown_optimizer_array_has_no_guessed_sharding():
     optimizer = make_optimizer(AdamW(1e-3, SCHEDULE), SPECS, total_steps=1)
     factored = optax.GradientTransformation(lambda p: {"rows": jnp.zeros(7)}, None)
     with pytest.raises(ValueError, match=r"rows of shape \(7,\) belongs to no parameter"):
-        abstract_state(SPECS, dataclasses.replace(optimizer, direction=factored), sharding)
+        optimizer = dataclasses.replace(optimizer, direction=factored)
+        abstract_state({"model": Learning(SPECS, SPECS, optimizer)}, sharding)
 
 
 def test_step_law():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import jax
@@ -14,11 +15,13 @@ from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
 from step_jax.core.spec import ZEROS, Normal, ParamSpec
+from step_jax.data.batches import schema_like
+from step_jax.training.learner import Learning
 from step_jax.training.optimizers.build import Optimizer, make_optimizer
 from step_jax.training.optimizers.config import AdamW, Muon
 from step_jax.training.schedules import Constant
-from step_jax.training.state import abstract_state, init_state, state_shardings
-from step_jax.training.step import DivergedError, LossOutput, check_skipped, make_train_step
+from step_jax.training.state import TrainState, abstract_state, init_state, state_shardings
+from step_jax.training.step import DivergedError, LossOutput, Part, check_skipped, make_train_step
 
 ROWS, WIDTH, HIDDEN = 16, 8, 16
 SPECS = {
@@ -46,9 +49,13 @@ def loss_fn(params, batch, key):
     hidden = jnp.tanh(batch["x"].astype(dtype) @ params["up"])
     y = (hidden @ params["down"]) * params["scale"]
     error = jnp.mean(jnp.square(y.astype(jnp.float32) - batch["y"]), axis=-1)
-    loss_sum, weight = jnp.sum(error * batch["weight"]), jnp.sum(batch["weight"])
+    part = Part(jnp.sum(error * batch["weight"]), jnp.sum(batch["weight"]))
     heavy = (batch["weight"] > 1).astype(jnp.float32)
-    return LossOutput(loss_sum, weight, {"heavy": (jnp.sum(error * heavy), jnp.sum(heavy))})
+    return LossOutput({"error": part}, {"heavy": (jnp.sum(error * heavy), jnp.sum(heavy))})
+
+
+def one_part(total, metrics=None):
+    return LossOutput({"only": Part(total, jnp.float32(1))}, metrics or {})
 
 
 ONE = {"w": ParamSpec((2,), (None,), ZEROS, role="vector")}
@@ -57,6 +64,36 @@ ONE = {"w": ParamSpec((2,), (None,), ZEROS, role="vector")}
 def sgd(rate=1.0, specs=None):
     """The direction is the gradient itself, so that a step shows what reached the optimizer."""
     return Optimizer(optax.identity(), lambda step: jnp.float32(rate), rate, specs or SPECS)
+
+
+def learnings(optimizer, average=None, specs=None):
+    specs = specs or optimizer.specs
+    return {"model": Learning(specs, specs, optimizer, average)}
+
+
+def start(params, optimizer, average=None) -> TrainState:
+    return init_state({"model": params}, learnings(optimizer, average))
+
+
+def train_step(loss, optimizer, average=None, **options):
+    """The step of a single learner; every array of the batch has its rows first."""
+
+    def run(state, batch):
+        arrays = jax.tree.map(jnp.asarray, batch)
+        axes = {name: ("batch", *(None,) * (a.ndim - 1)) for name, a in arrays.items()}
+        step = make_train_step(
+            lambda params, rows, key: loss(params["model"], rows, key),
+            learnings(optimizer, average),
+            schema_like(arrays, axes),
+            **options,
+        )
+        return step(state, arrays)
+
+    return run
+
+
+def params_of(state: TrainState):
+    return state.learners["model"].params
 
 
 def adamw():
@@ -76,15 +113,15 @@ def test_accumulation_equals_the_large_batch(accumulation):
     params, batch = arrays()
 
     def gradient(n):
-        step = make_train_step(loss_fn, sgd(), accumulation=n, compute_dtype=jnp.float32)
-        state, metrics = jax.jit(step)(init_state(params, sgd()), batch)
-        return jax.tree.map(jnp.subtract, params, state.params), metrics
+        step = train_step(loss_fn, sgd(), accumulation=n, compute_dtype=jnp.float32)
+        state, metrics = jax.jit(step)(start(params, sgd()), batch)
+        return jax.tree.map(jnp.subtract, params, params_of(state)), metrics
 
     (expected, expected_metrics), (found, metrics) = gradient(1), gradient(accumulation)
     equal(found, expected, atol=1e-6)
     equal(metrics, expected_metrics, rtol=1e-6)
     # ... which is the gradient of the weighted mean.
-    mean = jax.grad(lambda p: (lambda o: o.loss_sum / o.weight)(loss_fn(p, batch, None)))(params)
+    mean = jax.grad(lambda p: loss_fn(p, batch, None).parts["error"].value())(params)
     equal(expected, mean, atol=1e-6)
 
 
@@ -94,10 +131,10 @@ def test_accumulation_takes_rows_modulo():
 
     def record(params, rows, key):
         jax.debug.callback(lambda r: seen.append(sorted(r.tolist())), rows["row"])
-        return LossOutput(jnp.sum(params["w"]) * jnp.sum(rows["row"]), jnp.float32(1))
+        return one_part(jnp.sum(params["w"]) * jnp.sum(rows["row"]))
 
-    step = make_train_step(record, sgd(specs=ONE), accumulation=3)
-    jax.block_until_ready(jax.jit(step)(init_state({"w": jnp.ones(2)}, sgd()), batch))
+    step = train_step(record, sgd(specs=ONE), accumulation=3)
+    jax.block_until_ready(jax.jit(step)(start({"w": jnp.ones(2)}, sgd(specs=ONE)), batch))
     jax.effects_barrier()
     assert sorted(seen) == [[0, 3], [1, 4], [2, 5]]
 
@@ -105,10 +142,10 @@ def test_accumulation_takes_rows_modulo():
 def test_accumulation_moves_no_rows_between_devices():
     sharding = Sharding(make_mesh(MeshConfig(data=8)))
     params, _ = arrays()
-    step = make_train_step(loss_fn, sgd(), accumulation=2, compute_dtype=jnp.float32)
+    step = train_step(loss_fn, sgd(), accumulation=2, compute_dtype=jnp.float32)
     _, batch = arrays()
     batch = jax.device_put(batch, sharding.named(("batch",), (ROWS,)))
-    state = jax.device_put(init_state(params, sgd()), sharding.replicated())
+    state = jax.device_put(start(params, sgd()), sharding.replicated())
     text = jax.jit(step).lower(state, batch).compile().as_text()
     assert re.search(r"= .* all-reduce\(", text)  # the gradients
     assert not re.search(r"= .* (all-gather|all-to-all|collective-permute)\(", text)
@@ -116,24 +153,27 @@ def test_accumulation_moves_no_rows_between_devices():
 
 def test_rows_that_do_not_divide():
     params, batch = arrays()
-    step = make_train_step(loss_fn, sgd(), accumulation=3)
-    with pytest.raises(ConfigError, match="16 rows cannot be split into 3 microbatches"):
-        step(init_state(params, sgd()), batch)
+    step = train_step(loss_fn, sgd(), accumulation=3)
+    with pytest.raises(
+        ConfigError, match=r"16 rows \(weight\) cannot be split into 3 microbatches"
+    ):
+        step(start(params, sgd()), batch)
 
 
 def test_clipping_by_the_global_norm():
     params, batch = arrays()
-    state = init_state(params, sgd())
-    free, metrics = make_train_step(loss_fn, sgd(), compute_dtype=jnp.float32)(state, batch)
-    gradient = jax.tree.map(jnp.subtract, params, free.params)
+    state = start(params, sgd())
+    free, metrics = train_step(loss_fn, sgd(), compute_dtype=jnp.float32)(state, batch)
+    gradient = jax.tree.map(jnp.subtract, params, params_of(free))
     flat = np.concatenate([np.ravel(g).astype(np.float64) for g in jax.tree.leaves(gradient)])
     norm = np.linalg.norm(flat)
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
     for limit in (norm / 10, norm * 10):
-        step = make_train_step(loss_fn, sgd(), clip_norm=float(limit), compute_dtype=jnp.float32)
+        optimizer = dataclasses.replace(sgd(), clip_norm=float(limit))
+        step = train_step(loss_fn, optimizer, compute_dtype=jnp.float32)
         clipped, metrics = step(state, batch)
         np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
-        found = jax.tree.map(jnp.subtract, params, clipped.params)
+        found = jax.tree.map(jnp.subtract, params, params_of(clipped))
         scale = min(1.0, limit / norm)
         equal(found, optax.tree.scale(scale, gradient), atol=1e-6)
 
@@ -148,13 +188,13 @@ def test_compute_dtype_and_master():
 
     # Updates far below bfloat16's resolution of the parameters must not be lost.
     optimizer = sgd(1e-5)
-    state, metrics = make_train_step(spy, optimizer)(init_state(params, optimizer), batch)
+    state, metrics = train_step(spy, optimizer)(start(params, optimizer), batch)
     assert seen == [{"bfloat16"}]
-    assert {p.dtype.name for p in jax.tree.leaves(state.params)} == {"float32"}
-    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), state.params, params)
+    assert {p.dtype.name for p in jax.tree.leaves(params_of(state))} == {"float32"}
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), params_of(state), params)
     assert all(jax.tree.leaves(moved))
-    exact = make_train_step(loss_fn, optimizer, compute_dtype=jnp.float32)
-    _, exact_metrics = exact(init_state(params, optimizer), batch)
+    exact = train_step(loss_fn, optimizer, compute_dtype=jnp.float32)
+    _, exact_metrics = exact(start(params, optimizer), batch)
     np.testing.assert_allclose(metrics["loss"], exact_metrics["loss"], rtol=2e-2)
     assert metrics["loss"] != exact_metrics["loss"]
 
@@ -162,13 +202,13 @@ def test_compute_dtype_and_master():
 def test_metrics():
     params, batch = arrays()
     optimizer = make_optimizer(AdamW(1e-2, Constant(4)), SPECS, total_steps=10)
-    step = jax.jit(make_train_step(loss_fn, optimizer, compute_dtype=jnp.float32))
-    state, metrics = step(init_state(params, optimizer), batch)
+    step = jax.jit(train_step(loss_fn, optimizer, compute_dtype=jnp.float32))
+    state, metrics = step(start(params, optimizer), batch)
     out = loss_fn(params, batch, None)
     norm = np.sqrt(sum(np.sum(np.square(p, dtype=np.float64)) for p in params.values()))
     expected = {
-        "loss": out.loss_sum / out.weight,
-        "loss_weight": out.weight,
+        "loss": out.parts["error"].value(),
+        "loss_weight": out.parts["error"].weight,
         "heavy": out.metrics["heavy"][0] / out.metrics["heavy"][1],
         "param_norm": norm,
         "lr": 1e-2 / 4,
@@ -187,23 +227,21 @@ def test_metric_names_of_the_step_are_taken():
 
     params, batch = arrays()
     with pytest.raises(ValueError, match="these names itself: lr"):
-        make_train_step(clash, sgd())(init_state(params, sgd()), batch)
+        train_step(clash, sgd())(start(params, sgd()), batch)
 
 
-def test_ema():
+def test_the_average_is_warm_from_the_start():
+    """Update n forgets at most what (1 + n) / (10 + n) says: after three steps 0.1 % is left."""
     params, batch = arrays()
     optimizer = adamw()
-    step = jax.jit(make_train_step(loss_fn, optimizer, ema_decay=0.9))
-    state, ema = init_state(params, optimizer, ema=True), params
-    for _ in range(3):
+    step = jax.jit(train_step(loss_fn, optimizer, 0.5))
+    state, average = start(params, optimizer, 0.5), params
+    for decay in (1 / 10, 2 / 11, 3 / 12, 4 / 13, 5 / 14, 6 / 15, 7 / 16, 8 / 17, 0.5, 0.5):
         state, _ = step(state, batch)
-        ema = jax.tree.map(lambda e, p: 0.9 * np.float64(e) + 0.1 * p, ema, state.params)
-    equal(state.ema, ema, atol=1e-6)
-    for decay, held in ((None, True), (0.9, False)):
-        with pytest.raises(ValueError, match="ema_decay and TrainState.ema"):
-            make_train_step(loss_fn, optimizer, ema_decay=decay)(
-                init_state(params, optimizer, ema=held), batch
-            )
+        average = jax.tree.map(
+            lambda e, p, d=decay: d * np.float64(e) + (1 - d) * p, average, params_of(state)
+        )
+    equal(state.learners["model"].average, average, atol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "accumulation"), [("loss", 1), ("gradient", 2), ("weight", 1)])
@@ -214,7 +252,8 @@ def test_non_finite_steps_change_nothing_but_counters(kind, accumulation):
             return out
         # sqrt has the finite value 0 at 0, and no slope there.
         root = jnp.sqrt(jnp.sum(jnp.square(params["up"])) * jnp.min(rows["alive"]))
-        return out.replace(loss_sum=out.loss_sum + root)
+        part = out.parts["error"]
+        return out.replace(parts={"error": part.replace(total=part.total + root)})
 
     good = arrays()[1] | {"alive": np.ones(ROWS, np.float32)}
     bad = jax.tree.map(np.copy, good)
@@ -226,10 +265,8 @@ def test_non_finite_steps_change_nothing_but_counters(kind, accumulation):
         bad["alive"][3] = 0
 
     optimizer = adamw()
-    step = jax.jit(
-        make_train_step(loss, optimizer, accumulation=accumulation, clip_norm=1.0, ema_decay=0.9)
-    )
-    state, _ = step(init_state(arrays()[0], optimizer, ema=True), good)
+    step = jax.jit(train_step(loss, optimizer, accumulation=accumulation, average=0.9))
+    state, _ = step(start(arrays()[0], optimizer, 0.9), good)
     before = state
     for n in (1, 2):
         state, metrics = step(state, bad)
@@ -237,10 +274,10 @@ def test_non_finite_steps_change_nothing_but_counters(kind, accumulation):
         assert not np.isfinite(metrics["grad_norm"])
         assert (metrics["skipped"], metrics["skipped_total"]) == (n, n)
     assert state.step == before.step + 2
-    bits((state.params, state.opt_state, state.ema), (before.params, before.opt_state, before.ema))
+    bits(state.learners, before.learners)
     state, metrics = step(state, good)
     assert (metrics["skipped"], metrics["skipped_total"]) == (0, 2)
-    assert np.any(np.asarray(state.params["up"]) != before.params["up"])
+    assert np.any(np.asarray(params_of(state)["up"]) != params_of(before)["up"])
 
 
 def test_budget_of_skipped_steps():
@@ -252,19 +289,19 @@ def test_budget_of_skipped_steps():
 def test_donation_and_bitwise_replay():
     optimizer = adamw()
     step = jax.jit(
-        make_train_step(loss_fn, optimizer, accumulation=2, clip_norm=1.0, ema_decay=0.9),
+        train_step(loss_fn, optimizer, accumulation=2, average=0.9),
         donate_argnums=0,
     )
 
     def run():
         params, batch = arrays()
-        state = init_state(params, optimizer, ema=True)
+        state = start(params, optimizer, 0.9)
         leaves = jax.tree.leaves(state)
         assert len({x.unsafe_buffer_pointer() for x in leaves}) == len(leaves)
         for _ in range(3):
             old = state
             state, metrics = step(state, batch)
-            assert all(x.is_deleted() for x in jax.tree.leaves((old.params, old.ema)))
+            assert all(x.is_deleted() for x in jax.tree.leaves(old.learners))
         return jax.tree.map(np.asarray, (state, metrics))
 
     bits(run(), run())
@@ -273,11 +310,11 @@ def test_donation_and_bitwise_replay():
 def test_keys_differ_by_step_and_microbatch_and_repeat():
     def noisy(params, rows, key):
         draw = jax.random.uniform(key)
-        return LossOutput(jnp.sum(params["w"]), jnp.float32(1), {"draw": (draw, jnp.float32(1))})
+        return one_part(jnp.sum(params["w"]), {"draw": (draw, jnp.float32(1))})
 
     def draws(seed, accumulation):
-        step = jax.jit(make_train_step(noisy, sgd(0.0, ONE), accumulation=accumulation, seed=seed))
-        state, found = init_state({"w": jnp.ones(2)}, sgd()), []
+        step = jax.jit(train_step(noisy, sgd(0.0, ONE), accumulation=accumulation, seed=seed))
+        state, found = start({"w": jnp.ones(2)}, sgd(0.0, ONE)), []
         for _ in range(2):
             state, metrics = step(state, {"x": np.zeros(4)})
             found.append(float(metrics["draw"]))
@@ -296,20 +333,20 @@ def test_a_mesh_gives_the_step_of_one_device(config):
     def run(sharding, accumulation):
         params, batch = arrays()
         optimizer = make_optimizer(config, SPECS, total_steps=3, sharding=sharding)
-        state = init_state(params, optimizer, ema=True)
+        optimizer = dataclasses.replace(optimizer, clip_norm=0.5)
+        state = start(params, optimizer, 0.9)
         rows, shardings = batch, None
         if sharding is not None:
-            shardings = state_shardings(state, SPECS, sharding)
+            shardings = state_shardings(state, learnings(optimizer, 0.9), sharding)
             state = jax.device_put(state, shardings)
             rows = jax.device_put(batch, sharding.named(("batch",), (ROWS,)))
-        step = make_train_step(
+        step = train_step(
             loss_fn,
             optimizer,
+            0.9,
             accumulation=accumulation,
-            clip_norm=0.5,
-            ema_decay=0.9,
             compute_dtype=jnp.float32,
-            param_shardings=None if sharding is None else shardings.params,
+            shardings=shardings,
         )
         step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
         for _ in range(2):
@@ -321,14 +358,12 @@ def test_a_mesh_gives_the_step_of_one_device(config):
     found, metrics, optimizer = run(sharding, 2)
     equal(found, expected, atol=2e-5)
     equal(metrics, expected_metrics, rtol=1e-5)
-    abstract = abstract_state(SPECS, optimizer, sharding, ema=True)
+    abstract = abstract_state(learnings(optimizer, 0.9), sharding)
     assert jax.tree.map(lambda x: x.sharding, found) == jax.tree.map(lambda x: x.sharding, abstract)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"accumulation": 0}, "at least 1"), ({"ema_decay": 1.0}, "EMA decay is 1.0")],
-)
-def test_bad_options(options, message):
-    with pytest.raises(ConfigError, match=message):
-        make_train_step(loss_fn, sgd(), **options)
+def test_bad_options():
+    with pytest.raises(ConfigError, match="at least 1"):
+        train_step(loss_fn, sgd(), accumulation=0)(start(arrays()[0], sgd()), arrays()[1])
+    with pytest.raises(ConfigError, match="EMA decay is 1.0"):
+        learnings(sgd(), 1.0)

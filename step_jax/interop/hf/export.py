@@ -8,6 +8,7 @@ from typing import Any
 
 from step_jax.core.errors import ConfigError
 from step_jax.interop.hf.families import FAMILIES, config_from_hf
+from step_jax.interop.hf.rope import rope_keys, scaling_keys
 from step_jax.models.layers.attention import MHA, MLA
 from step_jax.models.layers.moe import MoE
 from step_jax.models.layers.positions import Rope
@@ -16,7 +17,7 @@ from step_jax.models.text.decoder import Block, Decoder
 
 def layers_of(config: Decoder) -> list[Block]:
     """The blocks of all layers in turn."""
-    return [block for group in config.layers for block in group.blocks * group.repeat]
+    return [stack.block for stack, _ in config.trunk.layers()]
 
 
 def family_of(config: Decoder) -> str:
@@ -33,14 +34,14 @@ def family_of(config: Decoder) -> str:
         kind = type(attention).__name__
         raise ConfigError(f"no Hugging Face family we know has {kind} attention: cannot export")
     if attention.qk_norm is None:
-        return "llama"
+        return "qwen2" if attention.qkv_bias else "llama"
     if attention.output_gate:
         return "step3p5"
     return "qwen3_moe" if any(isinstance(b.mlp, MoE) for b in layers) else "qwen3"
 
 
 def config_to_hf(config: Decoder) -> dict[str, Any]:
-    """The config.json of ``config``, in the layout of transformers 5.
+    """The config.json of ``config``, in the words of both transformers 4 and 5.
 
     What only training knows (how a router is balanced, how tokens reach their experts and how many
     rows their devices have room for) is left out.
@@ -51,7 +52,9 @@ def config_to_hf(config: Decoder) -> dict[str, Any]:
     """
     model_type = family_of(config)
     layers = layers_of(config)
-    write = {"qwen3": _qwen3, "qwen3_moe": _qwen3_moe, "deepseek_v3": _deepseek_v3}
+    write = {
+        "qwen2": _qwen, "qwen3": _qwen, "qwen3_moe": _qwen3_moe, "deepseek_v3": _deepseek_v3
+    }  # fmt: skip
     dense = [b.mlp.hidden for b in layers if not isinstance(b.mlp, MoE)]
     out = {
         "model_type": model_type,
@@ -63,33 +66,16 @@ def config_to_hf(config: Decoder) -> dict[str, Any]:
         "num_hidden_layers": len(layers),
         "rms_norm_eps": config.norm.eps,
         "hidden_act": "silu",
-        "attention_bias": False,
         "tie_word_embeddings": config.tied,
     }
     if model_type == "step3p5":
         out |= _step(layers)
     else:
-        out["rope_parameters"] = _rope(layers[0].attention)
+        position = layers[0].attention.position
+        out |= rope_keys(position if isinstance(position, Rope) else Rope())
         out |= write.get(model_type, _mha)(layers)
     _check_same(config, config_from_hf(out), model_type)
     return out
-
-
-def _rope(attention: MHA | MLA) -> dict:
-    rope = attention.position if isinstance(attention.position, Rope) else Rope()
-    return {"rope_theta": rope.theta, **_rope_scaling(rope)}
-
-
-def _rope_scaling(rope: Rope) -> dict:
-    if (s := rope.scaling) is None:
-        return {"rope_type": "default"}
-    return {
-        "rope_type": "llama3",
-        "factor": s.factor,
-        "original_max_position_embeddings": s.length,
-        "low_freq_factor": s.low,
-        "high_freq_factor": s.high,
-    }
 
 
 def _mha(layers: list[Block]) -> dict:
@@ -98,6 +84,7 @@ def _mha(layers: list[Block]) -> dict:
         "num_attention_heads": a.heads,
         "num_key_value_heads": a.kv,
         "head_dim": a.head_dim,
+        **({} if a.qkv_bias else {"attention_bias": False}),  # Qwen2 has no such key
     }
 
 
@@ -117,10 +104,10 @@ def _smallest(values) -> Any:
     return min((v for v in values if v is not None), default=None)
 
 
-def _qwen3(layers: list[Block]) -> dict:
+def _qwen(layers: list[Block]) -> dict:
     window = _smallest(_windows(layers))
     if window is None:
-        return _mha(layers)
+        return _mha(layers) | {"use_sliding_window": False}
     return _mha(layers) | {
         "use_sliding_window": True,
         "sliding_window": window,
@@ -137,7 +124,8 @@ def _qwen3_moe(layers: list[Block]) -> dict:
     return _mha(layers) | {
         "use_sliding_window": window is not None,
         "sliding_window": window,
-        "num_local_experts": moe.total,
+        "num_experts": moe.total,  # in transformers 4
+        "num_local_experts": moe.total,  # in transformers 5
         "num_experts_per_tok": moe.router.top_k,
         "moe_intermediate_size": moe.experts[0].hidden,
         "norm_topk_prob": moe.router.normalise,
@@ -151,6 +139,7 @@ def _deepseek_v3(layers: list[Block]) -> dict:
     out = {
         "num_attention_heads": a.heads,
         "num_key_value_heads": a.heads,
+        "attention_bias": False,
         "kv_lora_rank": a.kv_rank,
         "q_lora_rank": a.query_rank,
         "qk_nope_head_dim": a.nope_dim,
@@ -191,7 +180,7 @@ def _step(layers: list[Block]) -> dict:
         "use_head_wise_attn_gate": True,
         "rope_theta": [rope.theta for rope in ropes],
         "partial_rotary_factors": [rope.fraction for rope in ropes],
-        "rope_scaling": None if scaled is None else _rope_scaling(scaled),
+        "rope_scaling": None if scaled is None else scaling_keys(scaled.scaling),
         "yarn_only_types": ["full_attention"],
         "moe_layers_enum": ",".join(str(i) for i, b in enumerate(layers) if isinstance(b.mlp, MoE)),
         "swiglu_limits": [_limits(b)[0] for b in layers],

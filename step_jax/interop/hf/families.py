@@ -1,28 +1,28 @@
 """What the keys of a config.json mean: one function per family gives the decoder's layers.
 
 A key that has a default there and is missing has that default here. What a file asks for and our
-decoder does not compute is refused by its name.
+decoder does not compute is refused by its name, and so is a key of no known meaning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
 from step_jax.core.config import validate
 from step_jax.core.errors import ConfigError
+from step_jax.interop.hf.fp8 import check_quantization
+from step_jax.interop.hf.keys import REQUIRED, WITHOUT_EFFECT, Keys
+from step_jax.interop.hf.rope import one_rope, read_rope
 from step_jax.models.layers.attention import MHA, MLA
 from step_jax.models.layers.mlp import SwiGLU
 from step_jax.models.layers.moe import Experts, MoE
 from step_jax.models.layers.norm import RMSNorm
-from step_jax.models.layers.positions import Rope, RopeScaling
+from step_jax.models.layers.positions import Rope
 from step_jax.models.layers.routing import Router
 from step_jax.models.text.decoder import Block, Decoder, Group
-
-# The keys of a config.json, of which a missing one raises KeyError.
-Keys = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -31,167 +31,176 @@ class Family:
     Attributes:
       architecture: what config.json names.
       layers: keys -> the blocks of all layers in turn.
-      unsupported: keys -> what they ask for and we lack.
       zero_centred: of the norms between layers.
+      auto_class: the class of `transformers` that loads the model by the file alone, None if the
+        library has this architecture only as part of another one.
+      note: what a reader of an exported folder has to know.
     """
 
     architecture: str
     layers: Callable[[Keys], list[Block]]
-    unsupported: Callable[[Keys], Iterator[str]]
     zero_centred: bool = False
+    auto_class: str | None = "AutoModelForCausalLM"
+    note: str = ""
 
 
 # --- keys that families share --------------------------------------------------------------------
 
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
-def _rope(parameters: Keys, theta: float) -> Rope:
-    """Of ``rope_parameters`` or ``rope_scaling`` (transformers 4), whose kinds are checked."""
-    scaling = None
-    if _rope_kind(parameters) == "llama3":
-        scaling = RopeScaling(
-            factor=parameters["factor"],
-            length=parameters["original_max_position_embeddings"],
-            low=parameters["low_freq_factor"],
-            high=parameters["high_freq_factor"],
+
+def _plain(c: Keys) -> None:
+    """What changes the function of any decoder, and is nowhere supported."""
+    c.only(
+        hidden_act="silu", attention_bias=False, mlp_bias=False, attention_dropout=0.0,
+        is_causal=True, use_bidirectional_attention=False, is_encoder_decoder=False,
+        add_cross_attention=False, pruned_heads={},
+    )  # fmt: skip
+    check_quantization(c)
+
+
+def _depth(c: Keys) -> int:
+    return c.integer("num_hidden_layers")
+
+
+def _kv_heads(c: Keys, heads: int) -> int:
+    return c.integer("num_key_value_heads", heads)
+
+
+def _head_dim(c: Keys, heads: int) -> int:
+    """As written, else an equal part of the width."""
+    width = c.integer("hidden_size")
+    if "head_dim" not in c and width % heads:
+        raise ConfigError(
+            f"{c.where} has hidden_size {width}, which num_attention_heads {heads} does not "
+            "divide, and no head_dim"
         )
-    fraction = parameters.get("partial_rotary_factor", 1.0)
-    return Rope(parameters.get("rope_theta", theta), fraction, scaling)
+    return c.integer("head_dim", width // heads)
 
 
-def _rope_kind(parameters: Keys) -> str:
-    return parameters.get("rope_type", parameters.get("type", "default"))
+def _kinds(c: Keys, depth: int) -> list[str]:
+    """``layer_types``: full or sliding attention, for every layer."""
+    known = (_FULL, _SLIDING)
+    return c.per_layer(
+        "layer_types", depth, known.__contains__, " or ".join(map(repr, known)), _FULL
+    )
 
 
-def _one_rope(c: Keys) -> Rope:
-    """The rotation that all layers share."""
-    parameters = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    return _rope(parameters, c.get("rope_theta", 10_000.0))
-
-
-def _plain_unsupported(c: Keys) -> Iterator[str]:
-    if c.get("hidden_act", "silu") != "silu":
-        yield f"hidden_act {c['hidden_act']!r} (only 'silu')"
-    yield from (key for key in ("attention_bias", "mlp_bias", "quantization_config") if c.get(key))
-
-
-def _unsupported(c: Keys) -> Iterator[str]:
-    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
-    yield from _rope_unsupported(rope)
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        yield f"partial_rotary_factor {rope['partial_rotary_factor']}"
-    if any(isinstance(v, dict) for v in rope.values()):
-        yield "rope parameters that differ between layers"
-    yield from _plain_unsupported(c)
-
-
-def _only(c: Keys, allowed: Keys) -> Iterator[str]:
-    """Keys that may be missing but may not have another value."""
-    for key, value in allowed.items():
-        if c.get(key) not in (None, value):
-            yield f"{key} {c[key]!r} (only {value!r})"
-
-
-def _rope_unsupported(parameters: Keys) -> Iterator[str]:
-    if (kind := _rope_kind(parameters)) not in ("default", "llama3"):
-        yield f"rope scaling {kind!r} (only 'llama3')"
-
-
-# --- Llama and Qwen3 -----------------------------------------------------------------------------
+# --- Llama and Qwen ------------------------------------------------------------------------------
 
 
 def _llama(c: Keys) -> list[Block]:
-    heads = c["num_attention_heads"]
-    attention = MHA(
-        heads=heads,
-        head_dim=c.get("head_dim") or c["hidden_size"] // heads,
-        kv_heads=c.get("num_key_value_heads") or heads,
-        position=_one_rope(c),
-    )
-    return [Block(attention, SwiGLU(c["intermediate_size"]))] * c["num_hidden_layers"]
+    heads = c.integer("num_attention_heads")
+    attention = MHA(heads, _head_dim(c, heads), _kv_heads(c, heads), position=one_rope(c))
+    return [Block(attention, SwiGLU(c.integer("intermediate_size")))] * _depth(c)
 
 
-def _qwen3_attention(c: Keys, head_dim: int, window: int | None) -> MHA:
-    return MHA(
-        heads=c["num_attention_heads"],
-        head_dim=head_dim,
-        kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
-        window=window,
-        qk_norm=RMSNorm(eps=c.get("rms_norm_eps", 1e-6)),
-        position=_one_rope(c),
-    )
+def _qwen2(c: Keys) -> list[Block]:
+    heads = c.integer("num_attention_heads")
+    head_dim, kv, rope = _head_dim(c, heads), _kv_heads(c, heads), one_rope(c)
+    mlp = SwiGLU(c.integer("intermediate_size"))
+    return [
+        Block(MHA(heads, head_dim, kv, window, qkv_bias=True, position=rope), mlp)
+        for window in _qwen_windows(c)
+    ]
+
+
+def _qwen3_attention(c: Keys, head_dim: int) -> MHA:
+    heads = c.integer("num_attention_heads")
+    norm = RMSNorm(eps=c.number("rms_norm_eps", 1e-6))
+    return MHA(heads, head_dim, _kv_heads(c, heads), qk_norm=norm, position=one_rope(c))
 
 
 def _qwen3(c: Keys) -> list[Block]:
-    head_dim, mlp = c.get("head_dim") or 128, SwiGLU(c["intermediate_size"])
-    return [Block(_qwen3_attention(c, head_dim, w), mlp) for w in _qwen3_windows(c)]
+    attention = _qwen3_attention(c, c.integer("head_dim", 128))
+    mlp = SwiGLU(c.integer("intermediate_size"))
+    return [Block(replace(attention, window=w), mlp) for w in _qwen_windows(c)]
 
 
-def _qwen3_windows(c: Keys) -> list[int | None]:
-    depth = c["num_hidden_layers"]
-    if not c.get("use_sliding_window"):
+def _qwen_windows(c: Keys) -> list[int | None]:
+    depth = _depth(c)
+    if not c.flag("use_sliding_window", False):
+        c.without_effect("sliding_window", "max_window_layers")
+        c.only(layer_types=[_FULL] * depth)
         return [None] * depth
-    sliding = (
-        [kind == "sliding_attention" for kind in c["layer_types"]]
-        if c.get("layer_types")
-        else [layer >= c["max_window_layers"] for layer in range(depth)]
-    )
-    if len(sliding) != depth:
-        raise ConfigError(f"layer_types names {len(sliding)} layers, num_hidden_layers is {depth}")
-    return [c["sliding_window"] if s else None for s in sliding]
+    window = c.integer("sliding_window")
+    if "layer_types" in c:
+        c.without_effect("max_window_layers")
+        kinds = _kinds(c, depth)
+    else:
+        full = c.integer("max_window_layers", least=0)
+        kinds = [_FULL if layer < full else _SLIDING for layer in range(depth)]
+    return [window if kind == _SLIDING else None for kind in kinds]
 
 
 def _qwen3_moe(c: Keys) -> list[Block]:
-    head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-    window = c["sliding_window"] if c.get("use_sliding_window") else None  # of every layer
-    attention = _qwen3_attention(c, head_dim, window)
-    experts = c["num_experts"] if "num_experts" in c else c["num_local_experts"]
-    router = Router(c["num_experts_per_tok"], normalise=c.get("norm_topk_prob", False))
-    moe = MoE((Experts(experts, c["moe_intermediate_size"]),), router)
-    step, dense = c.get("decoder_sparse_step", 1), c.get("mlp_only_layers") or ()
-
-    def mlp(layer: int):
-        sparse = layer not in dense and (layer + 1) % step == 0
-        return moe if sparse else SwiGLU(c["intermediate_size"])
-
-    return [Block(attention, mlp(layer)) for layer in range(c["num_hidden_layers"])]
+    heads = c.integer("num_attention_heads")
+    attention = _qwen3_attention(c, _head_dim(c, heads))
+    if c.flag("use_sliding_window", False):  # of every layer
+        attention = replace(attention, window=c.integer("sliding_window"))
+    c.without_effect("sliding_window", "max_window_layers", "router_aux_loss_coef")
+    experts = c.one_of(("num_experts", "num_local_experts"), c.integer)
+    router = Router(c.integer("num_experts_per_tok"), normalise=c.flag("norm_topk_prob", False))
+    moe = MoE((Experts(experts, c.integer("moe_intermediate_size")),), router)
+    step, dense = c.integer("decoder_sparse_step", 1), c.integers("mlp_only_layers") or ()
+    mlp = SwiGLU(c.integer("intermediate_size"))
+    return [
+        Block(attention, moe if layer not in dense and (layer + 1) % step == 0 else mlp)
+        for layer in range(_depth(c))
+    ]
 
 
 # --- DeepSeek-V3 ---------------------------------------------------------------------------------
 
 
 def _deepseek_v3(c: Keys) -> list[Block]:
+    heads, rope_dim = c.integer("num_attention_heads"), c.integer("qk_rope_head_dim")
+    nope_dim = c.integer("qk_nope_head_dim")
     attention = MLA(
-        heads=c["num_attention_heads"],
-        kv_rank=c["kv_lora_rank"],
-        nope_dim=c["qk_nope_head_dim"],
-        rope_dim=c["qk_rope_head_dim"],
-        value_dim=c["v_head_dim"],
-        query_rank=c["q_lora_rank"],
+        heads=heads,
+        kv_rank=c.integer("kv_lora_rank"),
+        nope_dim=nope_dim,
+        rope_dim=rope_dim,
+        value_dim=c.integer("v_head_dim"),
+        query_rank=c.integer("q_lora_rank", None),
         norm=RMSNorm(eps=1e-6),  # the library's default there, whatever rms_norm_eps says
-        position=_one_rope(c),
+        position=one_rope(c),
     )
-    depth, dense = c["num_hidden_layers"], c.get("first_k_dense_replace", 3)
-    first = [Block(attention, SwiGLU(c["intermediate_size"]))] * min(dense, depth)
+    # Keys of the released files that the library does not read, and those it derives.
+    c.only(
+        scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1,
+        num_key_value_heads=heads, head_dim=rope_dim, qk_head_dim=nope_dim + rope_dim,
+    )  # fmt: skip
+    c.flag("rope_interleave", True)  # how rotated coordinates lie in the file: see tensors.py
+    c.without_effect("ep_size", "aux_loss_alpha", "seq_aux", "router_aux_loss_coef")
+    mtp_depth(c)
+    depth, dense = _depth(c), c.integer("first_k_dense_replace", 3, least=0)
+    first = [Block(attention, SwiGLU(c.integer("intermediate_size")))] * min(dense, depth)
+    mixture = (
+        "moe_intermediate_size", "num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor",
+        "n_group", "topk_group", "n_routed_experts", "num_local_experts", "n_shared_experts",
+    )  # fmt: skip
     if dense >= depth:
+        c.without_effect(*mixture)
         return first
-    hidden = c["moe_intermediate_size"]
+    hidden = c.integer("moe_intermediate_size")
     router = Router(
-        top_k=c["num_experts_per_tok"],
+        top_k=c.integer("num_experts_per_tok"),
         score="sigmoid",
-        normalise=c.get("norm_topk_prob", True),
-        scale=c.get("routed_scaling_factor", 2.5),
-        groups=c["n_group"],
-        top_groups=c["topk_group"],
+        normalise=c.flag("norm_topk_prob", True),
+        scale=c.number("routed_scaling_factor", 2.5),
+        groups=c.integer("n_group"),
+        top_groups=c.integer("topk_group"),
         bias=True,
     )
-    moe = MoE((Experts(c["n_routed_experts"], hidden),), router, hidden * c["n_shared_experts"])
+    experts = c.one_of(("n_routed_experts", "num_local_experts"), c.integer)
+    moe = MoE((Experts(experts, hidden),), router, hidden * c.integer("n_shared_experts"))
     return [*first, *[Block(attention, moe)] * (depth - dense)]
 
 
-def _deepseek_v3_unsupported(c: Keys) -> Iterator[str]:
-    yield from _unsupported(c)
-    # Keys of the released files that the library does not read.
-    yield from _only(c, {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1})
+def mtp_depth(c: Keys) -> int:
+    """Layers of multi-token prediction that follow the decoder's own in the checkpoint."""
+    return c.one_of(("num_nextn_predict_layers", "num_mtp_layers"), c.integer, 0, 0)
 
 
 # --- Step-3.5-Flash and the language model of Step-3.7-Flash -------------------------------------
@@ -199,132 +208,178 @@ def _deepseek_v3_unsupported(c: Keys) -> Iterator[str]:
 
 def _step(c: Keys) -> list[Block]:
     """Reads the released files' keys and those that `transformers` writes instead."""
-    norm = RMSNorm(eps=c.get("rms_norm_eps", 1e-5), zero_centred=True)
-    kinds = _step_kinds(c)
-    depth, sparse = len(kinds), _step_sparse(c)
-    full_heads = c["num_attention_heads"]
-    other = c.get("attention_other_setting") or {}
-    other_heads = c.get("num_sliding_attention_heads") or other.get("num_attention_heads")
-    heads = {"full_attention": full_heads, "sliding_attention": other_heads or full_heads}
-    windows = {"full_attention": None, "sliding_attention": c.get("sliding_window")}
-    limits = _per_layer(c.get("swiglu_limits"), depth)
-    shared_limits = _per_layer(c.get("swiglu_limits_shared"), depth)
-
-    def mlp(layer: int):
-        if layer not in sparse:  # a dense layer has the limit of a shared expert
-            return SwiGLU(c["intermediate_size"], shared_limits[layer] or None)
-        return MoE(
-            (Experts(_either(c, *_EXPERTS), c["moe_intermediate_size"]),),
-            Router(
-                top_k=_either(c, "num_experts_per_tok", "moe_top_k"),
-                score="sigmoid",
-                scale=c.get("moe_router_scaling_factor", 1.0),
-                bias=c.get("use_moe_router_bias", True),
-            ),
-            shared=_either(c, "share_expert_dim", "share_expert_dims"),
-            clamp=limits[layer] or None,
-            shared_clamp=shared_limits[layer] or None,
-        )
-
+    depth = _depth(c)
+    kinds, head_dim = _kinds(c, depth), c.integer("head_dim")
+    window = c.integer("sliding_window", REQUIRED if _SLIDING in kinds else None)
+    kv = c.one_of(("num_key_value_heads", "num_attention_groups"), c.integer)
+    full_heads = c.integer("num_attention_heads")
+    sliding_heads = _step_sliding_heads(c, kinds, full_heads, kv, head_dim)
+    norm = RMSNorm(eps=c.number("rms_norm_eps", 1e-5), zero_centred=True)
+    full = MHA(full_heads, head_dim, kv, qk_norm=norm, output_gate=True)
+    by_kind = {_FULL: full, _SLIDING: replace(full, heads=sliding_heads, window=window)}
+    c.only(
+        use_head_wise_attn_gate=True, yarn_only_types=[_FULL], query_pre_attn_scalar=head_dim,
+        use_qk_norm=True, zero_centered=True, sink=False, att_impl_type="GQA",
+    )  # fmt: skip
+    c.without_effect("max_seq_len", "mtp_layer_types", "mtp_mlp_layer_types")
+    mtp_depth(c)
+    if not all(c.get("use_rope_layers", ())):
+        c.unsupported("use_rope_layers: layers without rope")
     return [
-        Block(
-            MHA(
-                heads=heads[kind],
-                head_dim=c["head_dim"],
-                kv_heads=_either(c, "num_key_value_heads", "num_attention_groups"),
-                window=windows[kind],
-                qk_norm=norm,
-                output_gate=True,
-                position=rope,
-            ),
-            mlp(layer),
-        )
-        for layer, (kind, rope) in enumerate(zip(kinds, _step_ropes(c, kinds), strict=True))
+        Block(replace(by_kind[kind], position=rope), mlp)
+        for kind, rope, mlp in zip(kinds, _step_ropes(c, kinds), _step_mlps(c, depth), strict=True)
     ]
 
 
-_EXPERTS = ("n_routed_experts", "moe_num_experts", "num_local_experts")
+def _step_sliding_heads(c: Keys, kinds: list[str], heads: int, kv: int, head_dim: int) -> int:
+    """Heads of windowed layers, of which there are three spellings."""
+    other = c.table("attention_other_setting")
+    other.only(
+        attention_type=_SLIDING, num_attention_groups=kv, head_dim=head_dim, true_head_dim=head_dim
+    )
+    there = other.integer("num_attention_heads", None)
+    other.note_unread()
+    sliding = c.integer("num_sliding_attention_heads", there or heads)
+    if there not in (None, sliding):
+        raise ConfigError(
+            f"{c.where} has num_sliding_attention_heads {sliding} but num_attention_heads {there} "
+            "in attention_other_setting"
+        )
+    c.only(
+        per_layer_config={
+            str(i): {"num_attention_heads": sliding} for i, k in enumerate(kinds) if k == _SLIDING
+        }
+    )
+    return sliding
 
 
-def _either(c: Keys, *names: str):
-    return c[next((n for n in names if n in c), names[0])]
+def _step_mlps(c: Keys, depth: int) -> list[SwiGLU | MoE]:
+    sparse = _step_sparse(c, depth)
+    limits = c.numbers_per_layer("swiglu_limits", depth)
+    shared_limits = c.numbers_per_layer("swiglu_limits_shared", depth)
+    c.only(moe_router_activation="sigmoid", norm_expert_weight=True, use_moe=True)
+    c.without_effect("need_fp32_gate")  # ours is float32 either way
+    if not sparse:
+        c.without_effect(
+            *_STEP_EXPERTS, *_STEP_TOP_K, *_STEP_SHARED, "moe_intermediate_size",
+            "moe_router_scaling_factor", "use_moe_router_bias",
+        )  # fmt: skip
+        mixture = None
+    else:
+        mixture = MoE(
+            (Experts(c.one_of(_STEP_EXPERTS, c.integer), c.integer("moe_intermediate_size")),),
+            Router(
+                top_k=c.one_of(_STEP_TOP_K, c.integer),
+                score="sigmoid",
+                scale=c.number("moe_router_scaling_factor", 1.0),
+                bias=c.flag("use_moe_router_bias", True),
+            ),
+            shared=c.one_of(_STEP_SHARED, c.integer),
+        )
+
+    def mlp(layer: int):
+        shared = shared_limits[layer] or None
+        if layer not in sparse:  # a dense layer has the limit of a shared expert
+            return SwiGLU(c.integer("intermediate_size"), shared)
+        return replace(mixture, clamp=limits[layer] or None, shared_clamp=shared)
+
+    c.integer("intermediate_size", None)
+    return [mlp(layer) for layer in range(depth)]
 
 
-def _per_layer(value, depth: int, default=None) -> list:
-    """A value for every layer; a list may go on with those of multi-token prediction."""
-    if isinstance(value, list):
-        return value[:depth]
-    return [default if value is None else value] * depth
+_STEP_EXPERTS = ("n_routed_experts", "moe_num_experts", "num_local_experts")
+_STEP_TOP_K = ("num_experts_per_tok", "moe_top_k")
+_STEP_SHARED = ("share_expert_dim", "share_expert_dims")
 
 
-def _step_kinds(c: Keys) -> list[str]:
-    depth = c["num_hidden_layers"]
-    kinds = _per_layer(c.get("layer_types"), depth, "full_attention")
-    if len(kinds) != depth:
-        raise ConfigError(f"layer_types names {len(kinds)} layers, num_hidden_layers is {depth}")
-    return kinds
-
-
-def _step_sparse(c: Keys) -> set[int]:
-    """Layers with experts."""
-    depth = c["num_hidden_layers"]
-    if kinds := c.get("mlp_layer_types"):
-        return {i for i, kind in enumerate(kinds[:depth]) if kind == "sparse"}
+def _step_sparse(c: Keys, depth: int) -> set[int]:
+    """Layers with experts; those past the depth are of multi-token prediction."""
+    known = ("dense", "sparse")
+    kinds = c.per_layer("mlp_layer_types", depth, known.__contains__, "'dense' or 'sparse'")
     named = c.get("moe_layers_enum")
-    if named is None:
-        return set(range(3, depth))
-    items = named.split(",") if isinstance(named, str) else named
-    return {int(i) for i in items if str(i).strip()}
+    listed = None
+    if isinstance(named, str):
+        listed = [i.strip() for i in named.split(",") if i.strip()]
+        if wrong := [i for i in listed if not i.isdecimal()]:
+            raise ConfigError(f"{c.where} has {wrong[0]!r} in moe_layers_enum; it must be a layer")
+        listed = [int(i) for i in listed]
+    elif named is not None:
+        listed = c.integers("moe_layers_enum")
+    by_number = set(range(3, depth)) if listed is None else {i for i in listed if i < depth}
+    by_kind = {i for i, kind in enumerate(kinds) if kind == "sparse"}
+    if kinds[0] is None:
+        return by_number
+    if listed is not None and by_kind != by_number:
+        raise ConfigError(f"{c.where}: mlp_layer_types and moe_layers_enum name unlike layers")
+    return by_kind
 
 
 def _step_ropes(c: Keys, kinds: list[str]) -> list[Rope]:
-    parameters = c.get("rope_parameters") or {}
-    if all(isinstance(parameters.get(kind), Mapping) for kind in kinds):
-        return [_rope(parameters[kind], 10_000.0) for kind in kinds]
-    thetas = _per_layer(c.get("rope_theta"), len(kinds), 10_000.0)
-    fractions = _per_layer(c.get("partial_rotary_factors"), len(kinds), 1.0)
-    full = c.get("rope_scaling") or {}
+    length = c.integer("max_position_embeddings", None)
+    nested, ropes = c.table("rope_parameters"), []
+    if nested.values:
+        by_kind = {
+            kind: read_rope(nested.table(kind, REQUIRED), 10_000.0, length) for kind in set(kinds)
+        }
+        nested.note_unread(frozenset({_FULL, _SLIDING}))
+        ropes.append([by_kind[kind] for kind in kinds])
+    released = ("rope_theta", "partial_rotary_factors", "rope_scaling")
+    if not nested.values or any(name in c for name in released):
+        ropes.append(_released_step_ropes(c, kinds, length))
+    if ropes[0] != ropes[-1]:
+        raise ConfigError(
+            f"{c.where}: rope_parameters say otherwise than {', '.join(released)}: which of them "
+            "holds depends on the reader, so make them equal"
+        )
+    return ropes[0]
+
+
+def _released_step_ropes(c: Keys, kinds: list[str], length: int | None) -> list[Rope]:
+    thetas = c.numbers_per_layer("rope_theta", len(kinds), 10_000.0)
+    fractions = c.numbers_per_layer("partial_rotary_factors", len(kinds), 1.0)
+    table = c.table("rope_scaling")
+    table.only(rope_theta=10_000.0, partial_rotary_factor=1.0)
+    scaling = read_rope(table, 10_000.0, length).scaling
     return [
-        _rope({**(full if kind == "full_attention" else {}), "partial_rotary_factor": f}, theta)
-        for kind, theta, f in zip(kinds, thetas, fractions, strict=True)
+        Rope(theta, fraction, scaling if kind == _FULL else None)
+        for kind, theta, fraction in zip(kinds, thetas, fractions, strict=True)
     ]
-
-
-def _step_unsupported(c: Keys) -> Iterator[str]:
-    yield from _plain_unsupported(c)
-    scalings = [v for v in (c.get("rope_parameters") or {}).values() if isinstance(v, Mapping)]
-    for parameters in (*scalings, c.get("rope_scaling") or {}):
-        yield from _rope_unsupported(parameters)
-    other = {"full_attention", "sliding_attention"}
-    yield from sorted(f"attention {kind!r}" for kind in set(_step_kinds(c)) - other)
-    yield from _only(
-        c,
-        {
-            "moe_router_activation": "sigmoid",
-            "norm_expert_weight": True,
-            "use_head_wise_attn_gate": True,
-            "yarn_only_types": ["full_attention"],
-            "use_bidirectional_attention": False,
-            "query_pre_attn_scalar": c["head_dim"],
-        },
-    )
-    groups = _either(c, "num_key_value_heads", "num_attention_groups")
-    windowed = c.get("attention_other_setting") or {}
-    same = {"num_attention_groups": groups, "head_dim": c["head_dim"]}
-    yield from (f"windowed layers with {problem}" for problem in _only(windowed, same))
-    if not all(c.get("use_rope_layers") or ()):
-        yield "layers without rope"
 
 
 # --- the table -----------------------------------------------------------------------------------
 
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", _llama, _unsupported),
-    "qwen3": Family("Qwen3ForCausalLM", _qwen3, _unsupported),
-    "qwen3_moe": Family("Qwen3MoeForCausalLM", _qwen3_moe, _unsupported),
-    "deepseek_v3": Family("DeepseekV3ForCausalLM", _deepseek_v3, _deepseek_v3_unsupported),
-    "step3p5": Family("Step3p5ForCausalLM", _step, _step_unsupported, zero_centred=True),
+    "llama": Family("LlamaForCausalLM", _llama),
+    "qwen2": Family("Qwen2ForCausalLM", _qwen2),
+    "qwen3": Family("Qwen3ForCausalLM", _qwen3),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", _qwen3_moe),
+    "deepseek_v3": Family("DeepseekV3ForCausalLM", _deepseek_v3),
+    "step3p5": Family(
+        "Step3p5ForCausalLM",
+        _step,
+        zero_centred=True,
+        auto_class=None,
+        note="`transformers` (5.24) has this architecture only within Step3p7ForConditionalGeneration; "
+        "Step3p5ForCausalLM is the class of the released model's own code and of serving engines",
+    ),
 }
+
+
+def text_keys(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The keys of the language model: of a model that also sees, those of its ``text_config``.
+
+    How the weights are quantized stands at the top there.
+
+    Raises:
+      ConfigError: ``text_config`` is no table.
+    """
+    if not isinstance(hf_config, Mapping):
+        raise ConfigError(f"config.json is no table of keys but {type(hf_config).__name__}")
+    if hf_config.get("model_type") != "step3p7" or "text_config" not in hf_config:
+        return hf_config
+    text = Keys(hf_config, "config.json").table("text_config").values
+    outer = {k: hf_config[k] for k in ("quantization_config",) if hf_config.get(k) is not None}
+    return text | outer | {"model_type": "step3p5"}
 
 
 def config_from_hf(hf_config: Mapping[str, Any]) -> Decoder:
@@ -334,32 +389,31 @@ def config_from_hf(hf_config: Mapping[str, Any]) -> Decoder:
     balance losses and the bias's step are zero.
 
     Raises:
-      ConfigError: another architecture, a feature we do not compute, or a key that is missing,
-        each by its name.
+      ConfigError: another architecture, a feature we do not compute, a key that is missing, of the
+        wrong type or of no known meaning, each by its name; or keys that contradict each other.
     """
-    model_type = hf_config.get("model_type")
-    if model_type == "step3p7" and "text_config" in hf_config:
-        outer = {k: hf_config[k] for k in ("quantization_config",) if k in hf_config}
-        return config_from_hf(outer | hf_config["text_config"] | {"model_type": "step3p5"})
-    if model_type not in FAMILIES:
+    text = text_keys(hf_config)
+    model_type = text.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(
             f"cannot import the architecture {model_type!r}; there are: "
             f"{', '.join(FAMILIES)}, step3p7"
         )
     family = FAMILIES[model_type]
-    eps = 1e-5 if family.zero_centred else 1e-6
-    try:
-        if problems := list(family.unsupported(hf_config)):
-            raise ConfigError(f"this {model_type} model needs what we lack: {'; '.join(problems)}")
-        blocks = family.layers(hf_config)
-        config = Decoder(
-            width=hf_config["hidden_size"],
-            vocab=hf_config["vocab_size"],
-            tied=bool(hf_config.get("tie_word_embeddings", False)),
-            norm=RMSNorm(hf_config.get("rms_norm_eps", eps), family.zero_centred),
-            layers=tuple(Group(len(list(same)), (block,)) for block, same in groupby(blocks)),
-        )
-    except KeyError as e:
-        raise ConfigError(f"config.json of this {model_type} model lacks {e.args[0]!r}") from e
+    c = Keys(text, f"config.json of this {model_type} model")
+    _plain(c)
+    blocks = family.layers(c)
+    config = Decoder(
+        width=c.integer("hidden_size"),
+        vocab=c.integer("vocab_size"),
+        tied=c.flag("tie_word_embeddings", False),
+        norm=RMSNorm(
+            c.number("rms_norm_eps", 1e-5 if family.zero_centred else 1e-6), family.zero_centred
+        ),
+        layers=tuple(Group(len(list(same)), (block,)) for block, same in groupby(blocks)),
+    )
+    c.note_unread(WITHOUT_EFFECT)
+    if c.problems:
+        raise ConfigError(f"this {model_type} model needs what we lack: {'; '.join(c.problems)}")
     validate(config)
     return config

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -21,12 +21,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from step_jax.core.errors import CheckpointError, ConfigError
-from step_jax.core.spec import FLOAT32_ROLES, ParamSpec, is_spec, path_name
+from step_jax.core.errors import ConfigError
+from step_jax.core.spec import ParamSpec, is_spec, path_name
 from step_jax.interop.hf.export import family_of
+from step_jax.interop.hf.families import mtp_depth, text_keys
+from step_jax.interop.hf.keys import Keys
 from step_jax.models.layers.attention import MHA, MLA
 from step_jax.models.layers.moe import MoE
-from step_jax.models.text.decoder import Block, Decoder, DecoderParams
+from step_jax.models.text.decoder import Block, Decoder
 
 _TOP = {
     "model.embed_tokens.weight": "embedding_VD",
@@ -70,6 +72,9 @@ _ATTENTION = {
         "self_attn.q_proj.weight": ("attention/query_DNH",),
         "self_attn.k_proj.weight": ("attention/key_DKH",),
         "self_attn.v_proj.weight": ("attention/value_DKH",),
+        "self_attn.q_proj.bias": ("attention/query_bias_NH",),
+        "self_attn.k_proj.bias": ("attention/key_bias_KH",),
+        "self_attn.v_proj.bias": ("attention/value_bias_KH",),
         "self_attn.o_proj.weight": ("attention/output_NHD",),
         "self_attn.q_norm.weight": ("attention/query_norm_H",),
         "self_attn.k_norm.weight": ("attention/key_norm_H",),
@@ -97,7 +102,7 @@ _ROTATED = (
 
 
 @dataclass(frozen=True)
-class _Tensor:
+class Tensor:
     """One tensor of the other layout, and the leaves of ours it holds."""
 
     name: str
@@ -113,36 +118,44 @@ class _Tensor:
         return (*shapes[0][:-1], sum(s[-1] for s in shapes))
 
     @property
-    def transposed(self) -> bool:
-        return self.specs[0].role in ("matrix", "head", "router")
+    def axes(self) -> tuple[int, ...]:
+        """Our axes in their order: what a matrix gives comes before what it reads."""
+        every, spec = tuple(range(len(self.shape))), self.specs[0]
+        if spec.role not in ("matrix", "head", "router"):
+            return every
+        stack = spec.stacked - len(self.place)
+        out = stack + spec.fan_in
+        return (*every[:stack], *every[out:], *every[stack:out])
+
+    @property
+    def apart(self) -> tuple[int, ...]:
+        """Their shape with each of our axes for itself."""
+        return tuple(self.shape[axis] for axis in self.axes)
 
     @property
     def their_shape(self) -> tuple[int, ...]:
-        if not self.transposed:
-            return self.shape
+        """A matrix is two axes there, a vector one, and experts may be stacked before them."""
         spec = self.specs[0]
         stack = spec.stacked - len(self.place)
-        fan_in = stack + spec.fan_in
-        rows, columns = math.prod(self.shape[stack:fan_in]), math.prod(self.shape[fan_in:])
-        return (*self.shape[:stack], columns, rows)
+        if spec.role == "embedding":
+            return self.shape
+        if spec.role in ("vector", "balance"):
+            return (*self.shape[:stack], math.prod(self.shape[stack:]))
+        rows = math.prod(self.shape[stack : stack + spec.fan_in])
+        return (*self.shape[:stack], math.prod(self.shape[stack:]) // rows, rows)
 
-    def to_ours(self, w: np.ndarray) -> list[np.ndarray]:
-        a = (w.swapaxes(-1, -2) if self.transposed else w).reshape(self.shape)
+    @property
+    def order(self) -> np.ndarray:
+        """For every one of our joined coordinates on the last axis, which one it is there."""
+        order = np.arange(self.shape[-1])
         if self.reorder:
-            order = np.arange(self.reorder).reshape(-1, 2).T.ravel()
-            a = np.concatenate([a[..., : -self.reorder], a[..., -self.reorder :][..., order]], -1)
+            order[-self.reorder :] = order[-self.reorder :].reshape(-1, 2).T.ravel()
+        return order
+
+    def parts(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Every leaf with its part of ``order``."""
         widths = [s.shape[-1] for s in self.specs]
-        return np.split(a, np.cumsum(widths)[:-1], axis=-1)
-
-    def to_theirs(self, leaves: list[np.ndarray]) -> np.ndarray:
-        a = np.concatenate(leaves, axis=-1)
-        if self.reorder:
-            order = np.arange(self.reorder).reshape(2, -1).T.ravel()
-            a = np.concatenate([a[..., : -self.reorder], a[..., -self.reorder :][..., order]], -1)
-        if self.transposed:
-            *stack, columns, rows = self.their_shape
-            a = a.reshape(*stack, rows, columns).swapaxes(-1, -2)
-        return np.ascontiguousarray(a)
+        yield from zip(self.leaves, np.split(self.order, np.cumsum(widths)[:-1]), strict=True)
 
 
 def _table(block: Block, family: str) -> dict[str, tuple[str, ...]]:
@@ -167,8 +180,13 @@ def _layer_tensors(block: Block, family: str, specs, leaf_path: str, rope_interl
         yield name, leaves, its, reorder, its[0].shape[1] if "#" in name else None
 
 
-def _layout(config: Decoder, rope_interleave: bool) -> tuple[list[_Tensor], dict[str, ParamSpec]]:
+def layout(
+    config: Decoder, rope_interleave: bool = True
+) -> tuple[list[Tensor], dict[str, ParamSpec]]:
     """All tensors of ``config`` and all its leaves by path.
+
+    Args:
+      rope_interleave: of DeepSeek-V3's config.json; other families do not have it.
 
     Raises:
       ConfigError: parameters that the layout has no tensor for.
@@ -179,20 +197,16 @@ def _layout(config: Decoder, rope_interleave: bool) -> tuple[list[_Tensor], dict
     }
     family = family_of(config)
     tensors = [
-        _Tensor(name, (leaf,), (specs[leaf],)) for name, leaf in _TOP.items() if leaf in specs
+        Tensor(name, (leaf,), (specs[leaf],)) for name, leaf in _TOP.items() if leaf in specs
     ]
-    first = 0
-    for g, group in enumerate(config.layers):
-        for j, block in enumerate(group.blocks):
-            for name, leaves, its, reorder, experts in _layer_tensors(
-                block, family, specs, f"groups/{g}/{j}", rope_interleave
-            ):
-                places = product(range(group.repeat), *([range(experts)] if experts else []))
-                for place in places:
-                    layer = first + place[0] * len(group.blocks) + j
-                    full = f"model.layers.{layer}.{name.replace('#', str(place[-1]))}"
-                    tensors.append(_Tensor(full, leaves, its, place, reorder))
-        first += group.repeat * len(group.blocks)
+    for stack in config.trunk.walk():
+        for name, leaves, its, reorder, experts in _layer_tensors(
+            stack.block, family, specs, stack.path, rope_interleave
+        ):
+            for place in product(range(stack.repeat), *([range(experts)] if experts else [])):
+                layer = stack.layer(place[0])
+                full = f"model.layers.{layer}.{name.replace('#', str(place[-1]))}"
+                tensors.append(Tensor(full, leaves, its, place, reorder))
     if homeless := specs.keys() - {leaf for t in tensors for leaf in t.leaves}:
         raise ConfigError(
             f"no Hugging Face tensor for the parameters {', '.join(sorted(homeless))}"
@@ -206,97 +220,11 @@ def left_out(hf_config: Mapping[str, Any]) -> re.Pattern:
     Those are the layers of multi-token prediction (DeepSeek-V3, Step-3.5-Flash) and what sees
     (Step-3.7-Flash).
     """
-    text = hf_config.get("text_config") or hf_config
-    depth = text.get("num_hidden_layers", 0)
-    extra = range(depth, depth + (text.get("num_nextn_predict_layers") or 0))
+    text = text_keys(hf_config)
+    c = Keys(text, "config.json")
+    depth = c.integer("num_hidden_layers")
+    extra = range(depth, depth + mtp_depth(c))
     patterns = [rf"model\.layers\.{layer}\." for layer in extra]
     if text is not hf_config:
         patterns += [r"(model\.)?vision_model\.", r"(model\.)?vit_large_projector\."]
     return re.compile("|".join(patterns) or r"(?!)")
-
-
-def params_from_hf(
-    state: Mapping[str, np.ndarray],
-    config: Decoder,
-    *,
-    rope_interleave: bool = True,
-    ignored: re.Pattern | None = None,
-) -> DecoderParams:
-    """Parameters of ``config`` as NumPy arrays of the specs' dtype, for ``jax.device_put``.
-
-    Args:
-      state: tensor name -> array, any float dtype; read one tensor at a time.
-      config: usually from ``config_from_hf``.
-      rope_interleave: of DeepSeek-V3's config.json; other families do not have it.
-      ignored: names of tensors that may be there without being read, see ``left_out``.
-
-    Raises:
-      CheckpointError: another number of experts; or names every tensor that is missing, unused or
-        of another shape.
-      ConfigError: ``config`` has parameters without a tensor.
-    """
-    tensors, specs = _layout(config, rope_interleave)
-    _check_experts(state, tensors)
-    # Buffers that older versions of the library saved, and a head that is the embedding.
-    unused = {k for k in state if not k.endswith("rotary_emb.inv_freq")} - {t.name for t in tensors}
-    if ignored is not None:
-        unused = {k for k in unused if not ignored.match(k)}
-    if config.tied and "lm_head.weight" in unused and _same_as_embedding(state):
-        unused.remove("lm_head.weight")
-    problems = [f"missing {t.name} {t.their_shape}" for t in tensors if t.name not in state]
-    problems += [f"unused {name} {tuple(state[name].shape)}" for name in sorted(unused)]
-    flat = {path: np.empty(s.shape, s.dtype) for path, s in specs.items()} if not problems else {}
-    for t in tensors:
-        if t.name not in state:
-            continue
-        w = state[t.name]
-        if tuple(w.shape) != t.their_shape:
-            problems.append(f"{t.name} has shape {tuple(w.shape)}, expected {t.their_shape}")
-        elif not problems:
-            for leaf, a in zip(t.leaves, t.to_ours(w), strict=True):
-                flat[leaf][t.place or ...] = a
-    if problems:
-        raise CheckpointError("the weights do not fit the model: " + "; ".join(problems))
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: flat[path_name(path)], config.specs(), is_leaf=is_spec
-    )
-
-
-def _check_experts(state: Mapping[str, np.ndarray], tensors: list[_Tensor]) -> None:
-    """Refuses routers to another number of experts, before every expert is listed as missing."""
-    for t in tensors:
-        if t.specs[0].role != "router" or t.name not in state:
-            continue
-        there, here = state[t.name].shape[0], t.their_shape[0]
-        if there != here:
-            raise CheckpointError(
-                f"the checkpoint has {there} experts ({t.name}), the model {here}: set the "
-                "number of experts to the checkpoint's"
-            )
-
-
-def _same_as_embedding(state: Mapping[str, np.ndarray]) -> bool:
-    embedding = state.get("model.embed_tokens.weight")
-    return embedding is not None and np.array_equal(state["lm_head.weight"], embedding)
-
-
-def params_to_hf(
-    params: DecoderParams, config: Decoder, *, rope_interleave: bool = True, dtype=None
-) -> dict[str, np.ndarray]:
-    """The inverse of ``params_from_hf``: tensor name -> array, of ``dtype`` or the parameters' own.
-
-    Routers and selection biases stay float32, in which they decide.
-
-    Raises:
-      ConfigError: ``config`` has parameters without a tensor.
-    """
-    tensors, _ = _layout(config, rope_interleave)
-    flat = {
-        path_name(path): np.asarray(a) for path, a in jax.tree_util.tree_leaves_with_path(params)
-    }
-    out = {}
-    for t in tensors:
-        w = t.to_theirs([flat[leaf][t.place or ...] for leaf in t.leaves])
-        kept = dtype is None or t.specs[0].role in FLOAT32_ROLES
-        out[t.name] = w if kept else w.astype(dtype)
-    return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from step_jax.core import checks
 from step_jax.core.spec import ZEROS, Normal
 
 
@@ -20,6 +21,9 @@ class FanIn:
 
     kind: ClassVar[str] = "fan_in"
     gain: float = 1.0
+
+    def validate(self):
+        checks.at_least(self, gain=0)
 
     def matrix(self, fan_in: int):
         return Normal(self.gain * fan_in**-0.5)
@@ -49,6 +53,9 @@ class Fixed:
     kind: ClassVar[str] = "fixed"
     std: float = 0.02
     scale_mlp_output: bool = True
+
+    def validate(self):
+        checks.at_least(self, std=0)
 
     def matrix(self, fan_in: int):
         return Normal(self.std)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from step_jax.core import checks
 from step_jax.core.errors import ConfigError
 from step_jax.core.spec import ParamSpec
 from step_jax.models.context import Context
@@ -42,6 +43,7 @@ class SwiGLU:
     def validate(self):
         if self.hidden < 1:
             raise ConfigError(f"the hidden width of an MLP is {self.hidden}")
+        checks.above(self, clamp=0)
 
     def specs(self, width: int, init: Initialisation) -> SwiGLUParams:
         read = ParamSpec((width, self.hidden), ("embed", "mlp"), init.matrix(width))

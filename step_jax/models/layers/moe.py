@@ -18,6 +18,7 @@ import numpy as np
 from flax import struct
 from jax.sharding import PartitionSpec
 
+from step_jax.core import checks
 from step_jax.core.errors import ConfigError
 from step_jax.core.hardware import has_ragged_all_to_all
 from step_jax.core.sharding import varying_axes
@@ -110,6 +111,8 @@ class MoE:
         self.router.check(self.total)
         if self.capacity is not None and self.capacity <= 0:
             raise ConfigError(f"capacity is {self.capacity}; use a positive number or null")
+        checks.at_least(self, shared=0, common=0)
+        checks.above(self, clamp=0, shared_clamp=0)
 
     @property
     def total(self) -> int:
@@ -153,7 +156,8 @@ class MoE:
         Raises:
           ConfigError: more expert shards than experts, or a number that does not divide.
         """
-        routing = self.router.apply(p.router_DE, p.bias_E, x_BTD, ctx.counted_BT(), chosen_BTK)
+        counted_BT = ctx.tokens.counted_BT()
+        routing = self.router.apply(p.router_DE, p.bias_E, x_BTD, counted_BT, chosen_BTK)
         y_BTD, square_E, dropped = self._routed(p, x_BTD, routing, ctx)
         if self.common:
             total_BT1 = jnp.sum(routing.weight_BTK, -1, keepdims=True).astype(x_BTD.dtype)
@@ -202,7 +206,7 @@ class MoE:
         shards = 1 if sharding is None else sharding.size("expert")
         places_E = self.shard_order(shards)
         # decisions as places; assignments of padding go nowhere
-        counted_BT1 = ctx.counted_BT()[..., None]
+        counted_BT1 = ctx.tokens.counted_BT()[..., None]
         place_BTK = jnp.where(counted_BT1, jnp.asarray(places_E)[routing.chosen_BTK], self.total)
         arguments = (p.experts, x_BTD, place_BTK, routing.weight_BTK)
         if sharding is None or sharding.mesh.size == 1:

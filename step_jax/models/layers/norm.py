@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from step_jax.core import checks
 from step_jax.core.spec import ONES, ZEROS, ParamSpec
 from step_jax.ops.norm import rms_norm
 
@@ -14,6 +15,9 @@ class RMSNorm:
 
     eps: float = 1e-5
     zero_centred: bool = False
+
+    def validate(self):
+        checks.at_least(self, eps=0)
 
     def specs(self, width: int) -> ParamSpec:
         return ParamSpec((width,), (None,), ZEROS if self.zero_centred else ONES, role="vector")

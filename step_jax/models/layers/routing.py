@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from step_jax.core import checks
 from step_jax.core.errors import ConfigError
 from step_jax.core.spec import ZEROS, ParamSpec
 from step_jax.models.layers.initialisation import Initialisation
@@ -70,6 +71,8 @@ class Router:
             )
         if self.bias_rate and not self.bias:
             raise ConfigError("bias_rate needs bias: true")
+        checks.at_least(self, bias_rate=0, balance_loss=0, group_loss=0, z_loss=0)
+        checks.above(self, scale=0)
 
     def specs(
         self, width: int, experts: int, init: Initialisation

@@ -33,11 +33,10 @@ def cache_bytes_per_token(model: Decoder, bytes_per_number: int = 2) -> int:
     ``bytes_per_number`` is 2 for a cache of 16 bits.
     """
     entries = (
-        (group.repeat, entry)
-        for group in model.layers
-        for block in group.blocks
-        if block.attention.window is None
-        for entry in block.attention.cache_entries()
+        (stack.repeat, entry)
+        for stack in model.trunk.walk()
+        if stack.block.attention.window is None
+        for entry in stack.block.attention.cache_entries()
     )
     return bytes_per_number * sum(repeat * math.prod(entry) for repeat, entry in entries)
 
@@ -51,13 +50,30 @@ def implementations(
       ConfigError: an implementation that was named cannot be had on these devices.
     """
     device = sharding.mesh.devices.flat[0]
-    blocks = [block for group in model.layers for block in group.blocks]
     names = ", ".join(attention_implementations(model, execution, tokens, sharding))
     values = {"attention": f"{execution.attention} -> {names}"}
-    name = grouped_matmul.resolve(execution.grouped_matmul, device)
-    if any(isinstance(block.mlp, MoE) for block in blocks):
-        values["grouped matmul"] = f"{execution.grouped_matmul} -> {name}"
-    return values | {"loss": f"{execution.loss} -> {cross_entropy.resolve(execution.loss, device)}"}
+    names = ", ".join(grouped_matmul_implementations(model, execution, tokens, sharding))
+    if names:
+        values["grouped matmul"] = f"{execution.grouped_matmul} -> {names}"
+    name = cross_entropy.resolve(execution.loss, cross_entropy.Problem.of(sharding), device)
+    return values | {"loss": f"{execution.loss} -> {name}"}
+
+
+def grouped_matmul_implementations(
+    model: Decoder, execution: Execution, tokens: int, sharding: Sharding
+) -> list[str]:
+    """What the experts' products are computed with, each named once; none without experts."""
+    asked, device = execution.grouped_matmul, sharding.mesh.devices.flat[0]
+    grouped_matmul.resolve(asked, None, device)  # refused whether used or not
+    names = set()
+    for mlp in (stack.block.mlp for stack in model.trunk.walk()):
+        for experts in mlp.experts if isinstance(mlp, MoE) else ():
+            rows = tokens * mlp.router.top_k  # at least
+            hidden = experts.hidden // sharding.ways("mlp")
+            for widths in ((model.width, hidden), (hidden, model.width)):
+                problem = grouped_matmul.Problem.of(rows, experts.count, *widths, execution.dtype)
+                names.add(grouped_matmul.resolve(asked, problem, device))
+    return sorted(names)
 
 
 def attention_implementations(
@@ -65,7 +81,7 @@ def attention_implementations(
 ) -> list[str]:
     """What the layers' attention is computed with, each named once."""
     names = []
-    for kind in (block.attention for group in model.layers for block in group.blocks):
+    for kind in (stack.block.attention for stack in model.trunk.walk()):
         width, value_width = kind.score_and_value_widths()
         problem = attention.Problem(
             width,

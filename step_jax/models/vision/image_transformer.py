@@ -6,23 +6,27 @@ width, M modulations of a block.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from step_jax.core import checks
 from step_jax.core import spec as specs_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import Sharding
 from step_jax.core.spec import ZEROS, ParamSpec
-from step_jax.models import pipeline
 from step_jax.models.context import Context, Execution
 from step_jax.models.layers.attention import AttentionKind
+from step_jax.models.layers.block import Block
 from step_jax.models.layers.initialisation import FanIn, Initialisation
 from step_jax.models.layers.mlp import SwiGLU
-from step_jax.models.trunk import gather, run_layers
+from step_jax.models.layers.norm import RMSNorm
+from step_jax.models.tokens import Tokens
+from step_jax.models.trunk import Group, Trunk, gather
 from step_jax.ops.einsum import einsum
 from step_jax.ops.norm import rms_norm
 
@@ -30,10 +34,40 @@ EPS = 1e-6
 
 
 @struct.dataclass
-class BlockParams:
+class ModulatedBlockParams:
     modulation_DMD: Any
     attention: Any
     mlp: Any
+
+
+@dataclass(frozen=True)
+class ModulatedBlock(Block):
+    """A layer whose norms have scale, shift and gate linear in a condition (AdaLN)."""
+
+    def specs(self, width: int, norm: RMSNorm, init: Initialisation) -> ModulatedBlockParams:
+        return ModulatedBlockParams(
+            modulation_DMD=_modulation(width, 6),
+            attention=self.attention.specs(width, init),
+            mlp=self.mlp.specs(width, init),
+        )
+
+    def apply(
+        self, p, norm: RMSNorm, x_BTD, ctx: Context, cache=None, chosen_BTK=None, condition=None
+    ):
+        """As of :class:`Block`; ``condition`` is (B, D). Of ``norm``, only the ``eps`` is used.
+
+        The gates are 1 + g, not DiT's g: the branches' last weights start at zero.
+        """
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _modulations(
+            p.modulation_DMD, condition
+        )
+        y_BTD = rms_norm(x_BTD, None, norm.eps) * (1 + scale_a) + shift_a
+        y_BTD, cache = self.attention.apply(p.attention, y_BTD, ctx, cache)
+        x_BTD = ctx.constrain(x_BTD + (1 + gate_a) * y_BTD, "batch", "sequence", None)
+        y_BTD = rms_norm(x_BTD, None, norm.eps) * (1 + scale_m) + shift_m
+        y_BTD, stats = self.mlp.apply(p.mlp, y_BTD, ctx, chosen_BTK)
+        x_BTD = ctx.constrain(x_BTD + (1 + gate_m) * y_BTD, "batch", "sequence", None)
+        return x_BTD, cache, stats
 
 
 @struct.dataclass
@@ -43,7 +77,7 @@ class ImageTransformerParams:
     class_KD: Any
     time_in_DD: Any
     time_out_DD: Any
-    blocks: BlockParams
+    blocks: ModulatedBlockParams
     modulation_DMD: Any
     head_DP: Any
 
@@ -56,6 +90,7 @@ class ImageTransformer:
     size, channels, classes: of the images.
     """
 
+    kind: ClassVar[str] = "image_transformer"
     width: int
     depth: int
     attention: AttentionKind
@@ -67,6 +102,7 @@ class ImageTransformer:
     init: Initialisation = field(default_factory=FanIn)
 
     def validate(self):
+        checks.at_least(self, size=1, channels=1, classes=1)
         if self.width < 2 or self.width % 2 or self.depth < 1:
             raise ConfigError("an image transformer needs an even width and at least one layer")
         if self.patch < 1 or self.size % self.patch:
@@ -76,15 +112,11 @@ class ImageTransformer:
     def patches(self) -> int:
         return (self.size // self.patch) ** 2
 
-    def _block_specs(self) -> BlockParams:
-        return BlockParams(
-            modulation_DMD=self._modulation(6),
-            attention=self.attention.specs(self.width, self.init),
-            mlp=self.mlp.specs(self.width, self.init),
-        )
-
-    def _modulation(self, n: int) -> ParamSpec:
-        return ParamSpec((self.width, n, self.width), ("embed", None, None), ZEROS)
+    @functools.cached_property
+    def trunk(self) -> Trunk:
+        """The layers, all of one stack."""
+        group = Group(self.depth, (ModulatedBlock(self.attention, self.mlp),))
+        return Trunk(self.width, (group,), RMSNorm(EPS), self.init)
 
     def specs(self) -> ImageTransformerParams:
         """The parameter table."""
@@ -96,8 +128,8 @@ class ImageTransformer:
             class_KD=ParamSpec((self.classes, D), (None, "embed"), table, role="embedding"),
             time_in_DD=ParamSpec((D, D), (None, "embed"), square),
             time_out_DD=ParamSpec((D, D), ("embed", None), square),
-            blocks=specs_lib.stack(self._block_specs(), self.depth),
-            modulation_DMD=self._modulation(2),
+            blocks=self.trunk.specs()[0][0],
+            modulation_DMD=_modulation(D, 2),
             head_DP=ParamSpec((D, P), ("embed", None), self.init.head(D), role="head"),
         )
 
@@ -121,22 +153,15 @@ class ImageTransformer:
           time_B: float32 in [0, 1].
           class_B: int32 below ``classes``.
         """
-        pipeline.check([(self.depth, self.depth)], sharding)
-        B, T = x_BHWC.shape[0], self.patches
-        positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-        ctx = Context(positions_BT, causal=False, sharding=sharding, execution=execution)
+        tokens = Tokens.in_order(x_BHWC.shape[0], self.patches, causal=False)
+        ctx = Context(tokens, sharding=sharding, execution=execution)
         blocks, specs = p.blocks, self.specs().replace(blocks=None)
         p = gather(specs, p.replace(blocks=None), ctx)
         condition_BD = self._condition(p, time_B, class_B, execution.dtype)
         x_BTP = self._patches(x_BHWC).astype(execution.dtype)
         x_BTD = einsum("BTP,PD->BTD", x_BTP, p.patch_PD) + p.position_TD.astype(execution.dtype)
         x_BTD = ctx.constrain(x_BTD, "batch", "sequence", None)
-        block_specs = self._block_specs()
-
-        def turn(x_BTD, block, ctx, condition_BD):
-            return self._block(gather(block_specs, block, ctx), x_BTD, condition_BD, ctx), None
-
-        x_BTD, _ = run_layers(turn, x_BTD, blocks, self.depth, ctx, rows=condition_BD)
+        x_BTD, *_ = self.trunk.apply(((blocks,),), x_BTD, ctx, condition=condition_BD)
         shift_B1D, scale_B1D = _modulations(p.modulation_DMD, condition_BD)
         x_BTD = rms_norm(x_BTD, None, EPS) * (1 + scale_B1D) + shift_B1D
         return self._image(einsum("BTD,DP->BTP", x_BTD, p.head_DP).astype(jnp.float32))
@@ -151,18 +176,6 @@ class ImageTransformer:
         time_BD = einsum("BD,DE->BE", hidden_BD, p.time_out_DD)
         return jax.nn.silu(time_BD + p.class_KD.astype(dtype)[class_B])
 
-    def _block(self, p: BlockParams, x_BTD, condition_BD, ctx: Context):
-        """One layer. The gates are 1 + g, not DiT's g: the branches' last weights start at zero."""
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = _modulations(
-            p.modulation_DMD, condition_BD
-        )
-        y_BTD = rms_norm(x_BTD, None, EPS) * (1 + scale_a) + shift_a
-        y_BTD, _ = self.attention.apply(p.attention, y_BTD, ctx)
-        x_BTD = ctx.constrain(x_BTD + (1 + gate_a) * y_BTD, "batch", "sequence", None)
-        y_BTD = rms_norm(x_BTD, None, EPS) * (1 + scale_m) + shift_m
-        y_BTD = self.mlp.apply(p.mlp, y_BTD, ctx)[0]
-        return ctx.constrain(x_BTD + (1 + gate_m) * y_BTD, "batch", "sequence", None)
-
     def _patches(self, x_BHWC):
         B, n, s, C = x_BHWC.shape[0], self.size // self.patch, self.patch, self.channels
         x = x_BHWC.reshape(B, n, s, n, s, C).transpose(0, 1, 3, 2, 4, 5)
@@ -172,6 +185,10 @@ class ImageTransformer:
         B, n, s, C = x_BTP.shape[0], self.size // self.patch, self.patch, self.channels
         x = x_BTP.reshape(B, n, n, s, s, C).transpose(0, 1, 3, 2, 4, 5)
         return x.reshape(B, self.size, self.size, C)
+
+
+def _modulation(width: int, n: int) -> ParamSpec:
+    return ParamSpec((width, n, width), ("embed", None, None), ZEROS)
 
 
 def _modulations(w_DMD, condition_BD):

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from step_jax.checkpoint.artifact import Description
-from step_jax.checkpoint.artifact import Part as Kept
 from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
@@ -28,8 +27,7 @@ from step_jax.models.vision.image_transformer import ImageTransformer
 from step_jax.runs import plots
 from step_jax.runs.device_memory import fitting
 from step_jax.runs.session import RunConfig, Session
-from step_jax.training.learner import Learning, tables
-from step_jax.training.optimizers.build import make_optimizer
+from step_jax.training.learner import learn
 from step_jax.training.optimizers.config import AdamW, OptimizerConfig, check_optimizer
 from step_jax.training.program import Program, Work
 from step_jax.training.step import LossOutput, Part
@@ -108,12 +106,19 @@ def program(config: Config, sharding: Sharding) -> Program:
 
 def make_program(config: Config, begin: Start, sharding: Sharding) -> Program:
     c, model = config.training, begin.model
-    model_specs, specs = tables(model.specs(), begin.freeze, begin.lora)
-    optimizer = make_optimizer(config.optimizer, specs, total_steps=c.steps, sharding=sharding)
+    learning = learn(
+        model,
+        config.optimizer,
+        total_steps=c.steps,
+        sharding=sharding,
+        average=c.ema_decay,
+        freeze=begin.freeze,
+        lora=begin.lora,
+    )
     return Program.build(
         make_loss(model, config.execution, sharding),
         {LEARNER: model},
-        {LEARNER: Learning(model_specs, specs, optimizer, c.ema_decay, begin.lora)},
+        {LEARNER: learning},
         digits_schema(c.batch_size),
         sharding,
         total_steps=c.steps,
@@ -138,17 +143,17 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         fits_digits(begin.model)
         built = make_program(config, begin, sharding)
         train_step = fitting(built.compile, jax.local_devices()[0], force)
-        given = {} if begin.params is None else {LEARNER: begin.params}
-        state, start = session.start(built, given)
+        state, start = session.start(built, begin.given(LEARNER))
         description = Description(
             config.loop,
-            {LEARNER: Kept(begin.model, True, begin.freeze, begin.lora)},
+            {LEARNER: begin.part(average=True)},
             dtype=config.execution.dtype,
             origin=begin.origin,
         )
         learning = built.learnings[LEARNER]
-        header = {"parameters": f"{spec_lib.count(learning.model_specs):,}", "steps": steps}
-        session.describe(config, description, {}, header)
+        header = {"parameters": spec_lib.count(learning.model_specs), "steps": steps}
+        units = {"loss": "squared error of a number"}
+        session.describe(config, description, {}, header, units=units)
         part = process_rows(sharding, rows)
         for step in range(start, steps):
             batch = to_mesh(sharding, built.schema, digits.batch(seed, step, rows, *part))

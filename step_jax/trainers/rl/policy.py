@@ -12,6 +12,7 @@ from step_jax.inference.generate import rollout
 from step_jax.inference.sampling import SamplingConfig
 from step_jax.models.context import Context, Execution
 from step_jax.models.text.decoder import Decoder
+from step_jax.models.tokens import Tokens
 from step_jax.training.losses.text import token_losses
 
 
@@ -65,7 +66,6 @@ def weighted_nll(
     With advantages as weights, the first one's gradient is the policy gradient.
     """
     tokens_BT = batch["tokens"]
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    ctx = Context(positions_BT, sharding=sharding, execution=execution)
+    ctx = Context(Tokens.in_order(*tokens_BT.shape), sharding=sharding, execution=execution)
     x_BTD, *_ = model.hidden(params, tokens_BT, ctx)
     return token_losses(params, model, x_BTD, batch["targets"], weights_BT, ctx)

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 
 from step_jax.checkpoint.artifact import Description
-from step_jax.checkpoint.artifact import Part as Kept
 from step_jax.core import rng
 from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
@@ -28,11 +27,10 @@ from step_jax.models.text.decoder import Decoder
 from step_jax.runs import plots
 from step_jax.runs.device_memory import fitting
 from step_jax.runs.session import RunConfig, Session
-from step_jax.tokenizers.characters import character_tokenizer
+from step_jax.tokenizers.huggingface import character_tokenizer
 from step_jax.trainers.rl.policy import weighted_nll, write_answers
 from step_jax.trainers.rl.tasks import SYMBOLS, Sorting
-from step_jax.training.learner import Learning, tables
-from step_jax.training.optimizers.build import make_optimizer
+from step_jax.training.learner import learn
 from step_jax.training.optimizers.config import AdamW, OptimizerConfig, check_optimizer
 from step_jax.training.program import Program, Work, shardings_of
 from step_jax.training.step import LossOutput, Part
@@ -130,11 +128,16 @@ def program(config: Config, sharding: Sharding) -> Program:
 def make_program(config: Config, begin: Start, sharding: Sharding) -> Program:
     c = config.training
     model, _, task = policy_and_task(config, begin)
-    model_specs, specs = tables(model.specs(), begin.freeze, begin.lora)
-    optimizer = make_optimizer(config.optimizer, specs, total_steps=c.steps, sharding=sharding)
-    learning = Learning(model_specs, specs, optimizer, None, begin.lora)
+    learning = learn(
+        model,
+        config.optimizer,
+        total_steps=c.steps,
+        sharding=sharding,
+        freeze=begin.freeze,
+        lora=begin.lora,
+    )
     roll = make_roll(config, model, task, sharding)
-    batch = jax.eval_shape(roll, spec_lib.abstract(model_specs), 0)
+    batch = jax.eval_shape(roll, spec_lib.abstract(learning.model_specs), 0)
     axes = {name: ("batch", "sequence")[: a.ndim] for name, a in batch.items()}
     tokens = c.prompts * c.samples * 2 * c.digits
     return Program.build(
@@ -170,18 +173,20 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         model, tokenizer, task = policy_and_task(config, begin)
         built = make_program(config, begin, sharding)
         train_step = fitting(built.compile, jax.local_devices()[0], force)
-        given = {} if begin.params is None else {LEARNER: begin.params}
-        state, start = session.start(built, given)
+        state, start = session.start(built, begin.given(LEARNER))
         description = Description(
             config.loop,
-            {LEARNER: Kept(model, freeze=begin.freeze, lora=begin.lora)},
+            {LEARNER: begin.part(model)},
             {"tokenizer": tokenizer.hash},
             context=2 * c.digits + 1,
             dtype=config.execution.dtype,
             origin=begin.origin,
         )
-        session.describe(config, description, {"tokenizer": tokenizer}, {"steps": c.steps})
-        best = built.learnings[LEARNER].best
+        learning = built.learnings[LEARNER]
+        header = {"parameters": spec_lib.count(learning.model_specs), "steps": c.steps}
+        units = {"loss": "policy gradient per token", "reward": "share of places right"}
+        session.describe(config, description, {"tokenizer": tokenizer}, header, units=units)
+        best = learning.best
         roll = jax.jit(
             make_roll(config, model, task, sharding), out_shardings=shardings_of(built.batch_like)
         )

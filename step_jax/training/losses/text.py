@@ -15,6 +15,7 @@ from step_jax.core.sharding import Sharding
 from step_jax.models import expert_health
 from step_jax.models.context import Context, Execution
 from step_jax.models.text.decoder import Decoder, DecoderParams
+from step_jax.models.tokens import Tokens
 from step_jax.models.trunk import gather
 from step_jax.ops.cross_entropy import cross_entropy
 from step_jax.training.step import LossOutput, Part
@@ -53,21 +54,25 @@ def packed_text_loss(c: Decoder, execution: Execution, sharding: Sharding, z_los
     Args:
       z_loss: coefficient of the squared log-partition.
     """
-    routers = [mixture.router for mixture in expert_health.mixtures(c)]
-    balanced = any(not r.frozen and (r.balance_loss or r.group_loss or r.z_loss) for r in routers)
-
-    def routing(stats) -> dict[str, jax.Array]:
-        return {"routing": expert_health.routing_loss(c, stats)}
+    joint = routing_loss(c)
 
     def loss(p: DecoderParams, batch: Mapping[str, Any]) -> LossOutput:
-        ctx = Context(batch["positions"], batch["segments"], sharding=sharding, execution=execution)
-        parts, metrics, stats = _token_parts(p, c, batch, ctx, z_loss)
-        return LossOutput(parts, metrics, stats, routing if balanced else None)
+        ctx = Context(Tokens.packed(batch), sharding=sharding, execution=execution)
+        parts, metrics, stats = token_parts(p, c, batch, ctx, z_loss)
+        return LossOutput(parts, metrics, stats, joint)
 
     return loss
 
 
-def _token_parts(p: DecoderParams, c: Decoder, batch, ctx: Context, z_loss: float):
+def routing_loss(c: Decoder):
+    """What mixtures of experts add to a loss, as ``LossOutput.joint``; None for nothing."""
+    routers = [mixture.router for mixture in expert_health.mixtures(c)]
+    if all(r.frozen or not (r.balance_loss or r.group_loss or r.z_loss) for r in routers):
+        return None
+    return lambda stats: {"routing": expert_health.routing_loss(c, stats)}
+
+
+def token_parts(p: DecoderParams, c: Decoder, batch, ctx: Context, z_loss: float = 0.0):
     """(parts, metrics, the ExpertStats of every stack of layers) of packed text.
 
     The metrics are nats per token: ``nll`` and ``nll_mtp1``, ...
@@ -84,14 +89,16 @@ def _token_parts(p: DecoderParams, c: Decoder, batch, ctx: Context, z_loss: floa
     x_BTD, _, stats = c.hidden(p, batch["tokens"], ctx)
     weights_BT = batch["weights"]
     add("next_token", "nll", x_BTD, batch["targets"], weights_BT, 1.0)
-    for k, head in enumerate(p.mtp, start=1):
+    mtp = c.mtp
+    for k, head in enumerate(p.mtp if mtp else (), start=1):
+        assert mtp is not None
         # the token k ahead is the target k - 1 ahead; nothing is predicted across documents
         embedded_BTD = c.embed(p, _ahead(batch["targets"], k - 1), ctx)
         same_BT = _ahead(batch["segments"], k) == batch["segments"]
-        specs = c.mtp.specs(c.width, c.norm, c.init)
-        x_BTD, head_stats = c.mtp.apply(gather(specs, head, ctx), c.norm, x_BTD, embedded_BTD, ctx)
+        specs = mtp.specs(c.width, c.norm, c.init)
+        x_BTD, head_stats = mtp.apply(gather(specs, head, ctx), c.norm, x_BTD, embedded_BTD, ctx)
         stats = (stats, head_stats)
         targets_BT, weights_k_BT = _ahead(batch["targets"], k), _ahead(weights_BT, k) * same_BT
-        coefficient = c.mtp.weight / c.mtp.heads
+        coefficient = mtp.weight / mtp.heads
         add(f"mtp{k}", f"nll_mtp{k}", x_BTD, targets_BT, weights_k_BT, coefficient)
     return parts, metrics, expert_health.layers(stats)

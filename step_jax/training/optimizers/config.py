@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -88,7 +89,7 @@ def check_optimizer(config: OptimizerConfig, total_steps: int, tokens: float | N
 def _validate_common(c: AdamW | Muon) -> None:
     name = c.kind
     if c.learning_rate != "step_law" and not (
-        isinstance(c.learning_rate, int | float) and c.learning_rate > 0
+        isinstance(c.learning_rate, int | float) and 0 < c.learning_rate < math.inf
     ):
         raise ConfigError(
             f"optimizer {name}: learning_rate is {c.learning_rate!r}; use a positive number or "
@@ -99,9 +100,9 @@ def _validate_common(c: AdamW | Muon) -> None:
             raise ConfigError(
                 f"optimizer {name}: {field} is {getattr(c, field)}; use a number in [0, 1)"
             )
-    if c.eps <= 0:
+    if not 0 < c.eps < math.inf:
         raise ConfigError(f"optimizer {name}: eps is {c.eps}; use a positive number")
-    if c.weight_decay < 0:
+    if not 0 <= c.weight_decay < math.inf:
         raise ConfigError(f"optimizer {name}: weight_decay is {c.weight_decay}; use 0 or more")
     if c.clip_norm is not None and c.clip_norm <= 0:
         raise ConfigError(

@@ -10,8 +10,8 @@ one entry per token; ``through_cache`` does all there is to do with it.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -70,15 +70,14 @@ def attend(
     bias = alibi(position)
     q_BTNH = ctx.constrain(q_BTNH, "batch", "sequence", "heads", None)
     if k_BSKH.ndim == 5:
-        decode = _decoder(q_BTNH, k_BSKH, v_BSKV, ctx, position)
-        if decode is not None:
-            o_BTNV = decode(scale=scale, window=window)
+        o_BTNV = _decoded(q_BTNH, k_BSKH, v_BSKV, ctx, scale, window, position)
+        if o_BTNV is not None:
             return ctx.constrain(o_BTNV, "batch", "sequence", "heads", None)
         k_BSKH = k_BSKH[ctx.layer]
         v_BSKV = None if v_BSKV is None else v_BSKV[ctx.layer]
     k_BSKH = k_BSKH.astype(q_BTNH.dtype)
     if v_BSKV is None:
-        v_BSKV, k_BSKH = k_BSKH, rotate(position, k_BSKH, kv_positions_BS)
+        v_BSKV, k_BSKH = k_BSKH, rotate(position, k_BSKH, kv_positions_BS[..., None])
     v_BSKV = v_BSKV.astype(q_BTNH.dtype)
     mask = ctx.mask(kv_positions_BS, window)
     context = 1 if sharding is None else sharding.size("context")
@@ -97,45 +96,46 @@ def attend(
     return ctx.constrain(o_BTNV, "batch", "sequence", "heads", None)
 
 
-def _decoder(q_BTNH, k_LBSKH, v_LBSKH, ctx: Context, position: Position | None):
-    """One token over a cache by a kernel: a function of scale and window; None without a kernel."""
-    sharding = ctx.sharding
-    device = jax.local_devices()[0] if sharding is None else sharding.mesh.devices.flat[0]
-    H = q_BTNH.shape[-1]
+def _decoded(q_BTNH, k_LBSKH, v_LBSKH, ctx: Context, scale, window, position: Position | None):
+    """One token over a cache by a kernel; None without a kernel."""
+    sharding, device = ctx.sharding, ctx.device
     rotates = v_LBSKH is None and isinstance(position, Rope)
-    frequency_F = position.frequencies_F(H) if rotates else None
-    name = ops_decode.kernel(
-        ctx.execution.attention, device, q_BTNH, k_LBSKH, v_LBSKH, frequency_F, alibi(position)
+    frequency_F = position.frequencies_F(q_BTNH.shape[-1]) if rotates else None
+    arrays = (q_BTNH, k_LBSKH, v_LBSKH, ctx.tokens.order_BT, ctx.lengths_after_B())
+    call = ops_decode.DecodeCall(
+        *arrays, scale=scale, window=window, frequency_F=frequency_F, layer=ctx.layer
     )
+    problem = ops_decode.Problem(call, alibi=alibi(position) is not None)
+    name = ops_decode.kernel(ctx.execution.attention, problem, device)
     if name is None:
         return None
-    call: Callable = functools.partial(
-        ops_decode.decode_attention, implementation=name, device=device, frequency_F=frequency_F
-    )
-    args = (q_BTNH, k_LBSKH, v_LBSKH, ctx.positions_BT, ctx.lengths_after_B(), ctx.layer)
+    decode = functools.partial(ops_decode.decode_attention, implementation=name, device=device)
     if sharding is None or sharding.mesh.size == 1:
-        return functools.partial(call, *args[:-1], layer=ctx.layer)
+        return decode(call)
     heads = sharding.spec(("batch", None, "heads", None), q_BTNH.shape)
     keys = sharding.spec(("layers", "batch", None, "kv_heads", None), k_LBSKH.shape)
-    batch = sharding.spec(("batch",), q_BTNH.shape[:1])
+    batch, whole = sharding.spec(("batch",), q_BTNH.shape[:1]), PartitionSpec()
     slices_heads_only = heads[2] is not None and keys[3] is None
-    heads_per_key = q_BTNH.shape[2] // k_LBSKH.shape[3]
 
-    def run(**kwargs):
-        def local(q_BTNH, *args):
-            *args, layer = args  # type: ignore[assignment]
-            first_head = jax.lax.axis_index(heads[2]) * q_BTNH.shape[2] if slices_heads_only else 0
-            part = {"first_head": first_head, "heads_per_key": heads_per_key}
-            return call(q_BTNH, *args, layer=layer, **part, **kwargs)
+    def local(call):
+        if slices_heads_only:
+            first_head = jax.lax.axis_index(heads[2]) * call.q_BTNH.shape[2]
+            call = dataclasses.replace(call, first_head=first_head)
+        return decode(call)
 
-        values = None if v_LBSKH is None else keys
-        specs = (heads, keys, values, batch, batch, PartitionSpec())
-        # the kernel's own results carry no mesh axes to check
-        return jax.shard_map(
-            local, mesh=sharding.mesh, in_specs=specs, out_specs=heads, check_vma=False
-        )(*args)
-
-    return run
+    call = dataclasses.replace(call, heads_per_key=q_BTNH.shape[2] // k_LBSKH.shape[3])
+    specs = dataclasses.replace(
+        jax.tree.map(lambda _: whole, call),
+        q_BTNH=heads,
+        k_cache=keys,
+        v_cache=None if v_LBSKH is None else keys,
+        positions_BT=batch,
+        lengths_B=batch,
+    )
+    # the kernel's own results carry no mesh axes to check
+    return jax.shard_map(
+        local, mesh=sharding.mesh, in_specs=(specs,), out_specs=heads, check_vma=False
+    )(call)
 
 
 def _gathered(q_BTNH, k_BSKH, v_BSKV, mask, ctx: Context, scale, bias):
@@ -173,13 +173,8 @@ def _on_each_device(compute, q_BTNH, k_BSKH, v_BSKV, mask, sharding):
     q_spec = sharding.spec(("batch", "sequence", heads, None), (B, T, count, H))
     kv_spec = sharding.spec(("batch", None, "kv_heads", None), k_BSKH.shape)
     tokens, keys = PartitionSpec(*q_spec[:2]), PartitionSpec(kv_spec[0])
-    packed = mask.q_segments_BT is not None
-    masks = mask.replace(
-        q_positions_BT=tokens,
-        kv_positions_BS=keys,
-        q_segments_BT=tokens if packed else None,
-        kv_segments_BS=keys if packed else None,
-    )
+    masks = mask.with_queries(*jax.tree.map(lambda _: tokens, mask.of_queries()))
+    masks = masks.with_keys(*jax.tree.map(lambda _: keys, mask.of_keys()))
     return jax.shard_map(
         compute,
         mesh=sharding.mesh,

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal
 
 from flax import struct
 
+from step_jax.core import checks
 from step_jax.core.errors import ConfigError
 from step_jax.core.spec import ZEROS, ParamSpec
 from step_jax.models.context import Context, through_cache
@@ -25,7 +26,7 @@ from step_jax.models.layers.attention.core import attend
 from step_jax.models.layers.attention.mha import gate_specs, gated
 from step_jax.models.layers.initialisation import Initialisation
 from step_jax.models.layers.norm import RMSNorm
-from step_jax.models.layers.positions import Position, Rope, rotate
+from step_jax.models.layers.positions import Position, Rope, check, rotate, rotate_queries
 from step_jax.ops.einsum import einsum
 
 
@@ -66,8 +67,10 @@ class MFA:
     position: Position | None = Rope()
 
     def validate(self):
+        checks.at_least(self, heads=1, head_dim=1, query_rank=1)
         if self.window is not None and self.window < 1:
             raise ConfigError(f"the attention window is {self.window}; it must be at least 1")
+        check(self.position, self.head_dim)
 
     @property
     def rank(self) -> int:
@@ -103,7 +106,7 @@ class MFA:
         if self.query_norm is not None:
             latent_BTR = self.query_norm.apply(p.query_norm_R, latent_BTR)
         q_BTNC = einsum("BTR,RNC->BTNC", latent_BTR, p.query_up_RNC)
-        q_BTNC = rotate(self.position, q_BTNC, ctx.positions_BT)
+        q_BTNC = rotate_queries(self.position, q_BTNC, ctx.tokens.places_BTA)
         k_BTC = einsum("BTD,DC->BTC", x_BTD, p.key_DC)
         if self.value == "projected":
             o_BTNC, cache = self._projected(p, x_BTD, q_BTNC, k_BTC, ctx, cache)
@@ -113,16 +116,21 @@ class MFA:
         return einsum("BTNC,NCD->BTD", o_BTNC, p.output_NCD), cache
 
     def _projected(self, p, x_BTD, q_BTNC, k_BTC, ctx, cache):
-        k_BTC = rotate(self.position, k_BTC[:, :, None], ctx.positions_BT)[:, :, 0]
+        k_BTC = rotate(self.position, k_BTC[:, :, None], ctx.tokens.places_BTA)[:, :, 0]
         v_BTC = einsum("BTD,DC->BTC", x_BTD, p.value_DC)
         (k_BSC, v_BSC), kv_positions_BS, cache = through_cache((k_BTC, v_BTC), cache, ctx)
         return self._attend(q_BTNC, k_BSC, v_BSC, ctx, kv_positions_BS), cache
 
     def _reused(self, p, q_BTNC, k_BTC, ctx, cache):
+        if cache is not None and ctx.tokens.place_BTA is not None:
+            raise ConfigError(
+                "key reuse caches keys unrotated and knows their places by their slots alone: "
+                "tokens with places of their own cannot be cached; use value: projected"
+            )
         (k_BSC,), kv_positions_BS, cache = through_cache((k_BTC,), cache, ctx)
         if kv_positions_BS is None:
             k_BSC = k_BSC.astype(q_BTNC.dtype)
-            rotated_BSC = rotate(self.position, k_BSC[:, :, None], ctx.positions_BT)[:, :, 0]
+            rotated_BSC = rotate(self.position, k_BSC[:, :, None], ctx.tokens.places_BTA)[:, :, 0]
             return self._attend(q_BTNC, rotated_BSC, self._value(p, k_BSC), ctx, None), cache
         # values are linear in keys: with a cache it is cheaper to average keys first
         return self._value(p, self._attend(q_BTNC, k_BSC, None, ctx, kv_positions_BS)), cache

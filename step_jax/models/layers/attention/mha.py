@@ -11,13 +11,14 @@ from typing import Any, ClassVar
 import jax
 from flax import struct
 
+from step_jax.core import checks
 from step_jax.core.errors import ConfigError
-from step_jax.core.spec import ParamSpec
+from step_jax.core.spec import ZEROS, ParamSpec
 from step_jax.models.context import Context, through_cache
 from step_jax.models.layers.attention.core import attend
 from step_jax.models.layers.initialisation import Initialisation
 from step_jax.models.layers.norm import RMSNorm
-from step_jax.models.layers.positions import Position, Rope, rotate
+from step_jax.models.layers.positions import Position, Rope, check, rotate, rotate_queries
 from step_jax.ops.einsum import einsum
 
 
@@ -30,6 +31,9 @@ class MHAParams:
     query_norm_H: Any
     key_norm_H: Any
     gate_DN: Any
+    query_bias_NH: Any
+    key_bias_KH: Any
+    value_bias_KH: Any
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class MHA:
 
     qk_norm: normalises every head's query and key before rotation (Qwen3, Step-3.5-Flash).
     output_gate: multiplies head h by ``sigmoid(w_h . x)`` (Step-3.5-Flash, arXiv 2602.10604).
+    qkv_bias: queries, keys and values have a bias (Qwen2).
     window: sliding window in tokens, None for full attention.
     """
 
@@ -48,13 +53,16 @@ class MHA:
     window: int | None = None
     qk_norm: RMSNorm | None = None
     output_gate: bool = False
+    qkv_bias: bool = False
     position: Position | None = Rope()
 
     def validate(self):
+        checks.at_least(self, heads=1, head_dim=1, kv_heads=1)
         if self.heads % self.kv:
             raise ConfigError(f"kv_heads {self.kv} does not divide heads {self.heads}")
         if self.window is not None and self.window < 1:
             raise ConfigError(f"the attention window is {self.window}; it must be at least 1")
+        check(self.position, self.head_dim)
 
     @property
     def kv(self) -> int:
@@ -65,6 +73,8 @@ class MHA:
         read = init.matrix(width)
         kv = ParamSpec((width, K, H), ("embed", "kv_heads", None), read)
         norm = None if self.qk_norm is None else self.qk_norm.specs(H)
+        bias = ParamSpec((K, H), ("kv_heads", None), ZEROS, role="vector")
+        query_bias = ParamSpec((N, H), ("heads", None), ZEROS, role="vector")
         return MHAParams(
             query_DNH=ParamSpec((width, N, H), ("embed", "heads", None), read),
             key_DKH=kv,
@@ -75,6 +85,9 @@ class MHA:
             query_norm_H=norm,
             key_norm_H=norm,
             gate_DN=gate_specs(self, width, init),
+            query_bias_NH=query_bias if self.qkv_bias else None,
+            key_bias_KH=bias if self.qkv_bias else None,
+            value_bias_KH=bias if self.qkv_bias else None,
         )
 
     def cache_entries(self):
@@ -87,11 +100,15 @@ class MHA:
         q_BTNH = einsum("BTD,DNH->BTNH", x_BTD, p.query_DNH)
         k_BTKH = einsum("BTD,DKH->BTKH", x_BTD, p.key_DKH)
         v_BTKH = einsum("BTD,DKH->BTKH", x_BTD, p.value_DKH)
+        if self.qkv_bias:
+            q_BTNH = q_BTNH + p.query_bias_NH.astype(q_BTNH.dtype)
+            k_BTKH = k_BTKH + p.key_bias_KH.astype(k_BTKH.dtype)
+            v_BTKH = v_BTKH + p.value_bias_KH.astype(v_BTKH.dtype)
         if self.qk_norm is not None:
             q_BTNH = self.qk_norm.apply(p.query_norm_H, q_BTNH)
             k_BTKH = self.qk_norm.apply(p.key_norm_H, k_BTKH)
-        q_BTNH = rotate(self.position, q_BTNH, ctx.positions_BT)
-        k_BTKH = rotate(self.position, k_BTKH, ctx.positions_BT)
+        q_BTNH = rotate_queries(self.position, q_BTNH, ctx.tokens.places_BTA)
+        k_BTKH = rotate(self.position, k_BTKH, ctx.tokens.places_BTA)
         (k_BSKH, v_BSKH), kv_positions_BS, cache = through_cache((k_BTKH, v_BTKH), cache, ctx)
         o_BTNH = attend(
             q_BTNH,

@@ -13,13 +13,14 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from flax import struct
 
+from step_jax.core import checks
 from step_jax.core.errors import ConfigError
 from step_jax.core.spec import ParamSpec
 from step_jax.models.context import Context, one_layer, through_cache
 from step_jax.models.layers.attention.core import attend
 from step_jax.models.layers.initialisation import Initialisation
 from step_jax.models.layers.norm import RMSNorm
-from step_jax.models.layers.positions import Rope, rotate
+from step_jax.models.layers.positions import Rope, check, rotate, rotate_queries
 from step_jax.ops.einsum import einsum
 
 
@@ -59,10 +60,13 @@ class MLA:
     position: Rope = Rope()
 
     def validate(self):
+        checks.at_least(self, heads=1, kv_rank=1, query_rank=1, value_dim=1)
+        checks.at_least(self, nope_dim=0, rope_dim=0)
         if self.window is not None and self.window < 1:
             raise ConfigError(f"the attention window is {self.window}; it must be at least 1")
         if self.rope_dim % 2:
             raise ConfigError(f"rope_dim is {self.rope_dim}; it must be even")
+        check(self.position, self.rope_dim)
 
     def specs(self, width: int, init: Initialisation) -> MLAParams:
         N, R, Q, V = self.heads, self.kv_rank, self.query_rank, self.value_dim
@@ -97,7 +101,8 @@ class MLA:
             latent_BTQ = einsum("BTD,DQ->BTQ", x_BTD, p.query_down_DQ)
             latent_BTQ = self.norm.apply(p.query_norm_Q, latent_BTQ)
             q_BTNH = einsum("BTQ,QNH->BTNH", latent_BTQ, p.query_up_QNH)
-        rotated_BTNE = rotate(self.position, q_BTNH[..., self.nope_dim :], ctx.positions_BT)
+        q_BTNE = q_BTNH[..., self.nope_dim :]
+        rotated_BTNE = rotate_queries(self.position, q_BTNE, ctx.tokens.places_BTA)
         return q_BTNH[..., : self.nope_dim], rotated_BTNE
 
     def apply(self, p: MLAParams, x_BTD, ctx: Context, cache=None):
@@ -105,7 +110,7 @@ class MLA:
         latent_BTR = einsum("BTD,DR->BTR", x_BTD, p.latent_DR)
         latent_BTR = self.norm.apply(p.latent_norm_R, latent_BTR)
         k_BTE = einsum("BTD,DE->BTE", x_BTD, p.rotated_key_DE)
-        k_BTE = rotate(self.position, k_BTE[:, :, None], ctx.positions_BT)[:, :, 0]
+        k_BTE = rotate(self.position, k_BTE[:, :, None], ctx.tokens.places_BTA)[:, :, 0]
         keys, kv_positions_BS, cache = through_cache((latent_BTR, k_BTE), cache, ctx)
         c_BSR, k_BSE = (a.astype(x_BTD.dtype) for a in one_layer(keys, ctx))
         if kv_positions_BS is None:
@@ -121,7 +126,7 @@ class MLA:
             v,
             ctx,
             kv_positions_BS,
-            scale=(self.nope_dim + self.rope_dim) ** -0.5,
+            scale=(self.nope_dim + self.rope_dim) ** -0.5 * self.position.score_factor,
             window=self.window,
             position=self.position,
         )

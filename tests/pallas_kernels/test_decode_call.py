@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from pallas_kernels.decode_call import DecodeCall
 from pallas_kernels.gpu import decode as gpu
 from pallas_kernels.tpu import decode as tpu
 from tests.devices import BLACKWELL, HOPPER
@@ -16,15 +17,15 @@ from tests.pallas_kernels.decode_oracle import Case, paged
 
 BFLOAT16 = ml_dtypes.bfloat16
 KERNELS = {
-    "TPU": functools.partial(tpu.decode, scale=1.0, interpret=True),
-    "GPU": functools.partial(gpu.decode, scale=1.0, device=HOPPER),
+    "TPU": functools.partial(tpu.decode, interpret=True),
+    "GPU": functools.partial(gpu.decode, device=HOPPER),
 }
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 
 
-def refused(kernel: str, message: str, arrays, **options):
+def refused(kernel: str, message: str, arrays, splits: int = 1, **options):
     with pytest.raises(ValueError, match=message):
-        KERNELS[kernel](*arrays, **options)
+        KERNELS[kernel](DecodeCall(*arrays, scale=1.0, **options), splits=splits)
 
 
 @pytest.mark.parametrize(
@@ -99,4 +100,4 @@ def test_devices():
     arrays = Case((3,), 64, dtype=BFLOAT16).arrays()
     for device, found in ((BLACKWELL, "gpu 10.0"), (None, "cpu")):
         with pytest.raises(ValueError, match=f"needs a Hopper GPU .* compiled for {found}"):
-            gpu.decode(*arrays, scale=1.0, device=device)
+            gpu.decode(DecodeCall(*arrays, scale=1.0), device=device)

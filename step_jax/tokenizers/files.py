@@ -1,0 +1,207 @@
+"""Finding and reading the files of a tokenizer, and what they say of special tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from step_jax.core.errors import DataError
+from step_jax.tokenizers.base import FILES, Tokenizer
+
+_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
+_REMEDY = "Give a SentencePiece .model file, a tokenizer.json, or a folder with either"
+_CONVERT = (
+    "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers writes one"
+)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a file or folder.
+
+    Args:
+      path: a SentencePiece ``.model``, a ``tokenizer.json`` (these two alone, without the files
+        beside them), or a folder with either: as `Tokenizer.save` and Hugging Face write them, with
+        ``tokenizer_config.json``, ``special_tokens_map.json``, ``generation_config.json`` and
+        ``chat_template.jinja``. A folder with both is read from its ``tokenizer.json``.
+
+    Raises:
+      DataError: there is none, or a file of it is damaged; says what was found and what is missing.
+    """
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        if path.suffix not in (".model", ".json"):
+            state = "is no tokenizer" if path.exists() else "does not exist"
+            raise DataError(f"tokenizer {path} {state}. {_REMEDY}, or `data.tokenizer: train`")
+        name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
+        return _make({name: read_file(path)}, str(path))
+    files = {name: read_file(path / name) for name in FILES if (path / name).exists()}
+    if not {"tokenizer.json", "tokenizer.model"} & set(files):
+        models = sorted(path.glob("*.model"))
+        if len(models) != 1:
+            raise DataError(_nothing_in(path, [model.name for model in models]))
+        files["tokenizer.model"] = read_file(models[0])
+    return _make(files, str(path))
+
+
+def _make(files: dict[str, bytes], name: str) -> Tokenizer:
+    if "tokenizer.json" in files:
+        from step_jax.tokenizers.huggingface import HuggingFaceTokenizer
+
+        return HuggingFaceTokenizer(files, name)
+    from step_jax.tokenizers.sentencepiece import SentencePieceTokenizer
+
+    return SentencePieceTokenizer(files, name)
+
+
+def read_file(path: Path) -> bytes:
+    """A file of a tokenizer; raises `DataError` if it is unreadable, empty, or not the file."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"tokenizer {path} cannot be read ({error.strerror}). {_REMEDY}, or "
+            "`data.tokenizer: train`"
+        ) from error
+    if not content.strip():
+        raise DataError(f"{path} is empty: copy or download it again")
+    if content.startswith(b"version https://git-lfs"):
+        raise DataError(
+            f"{path} is the pointer that Git LFS leaves in place of a large file: fetch the file "
+            "itself with `git lfs pull`"
+        )
+    return content
+
+
+def _nothing_in(folder: Path, models: list[str]) -> str:
+    if models:
+        return f"{folder} has several SentencePiece models ({', '.join(models)}): name one"
+    found = sorted(p.name for p in folder.iterdir())[:12]
+    listed = ", ".join(found) or "nothing"
+    source = next(
+        (n for n in found if n in ("vocab.json", "tekken.json") or n.endswith(".tiktoken")), None
+    )
+    if source:
+        return f"{folder} has {source}, but no tokenizer.json, which is read here: {_CONVERT}"
+    return f"{folder} has neither tokenizer.json nor a .model file (found: {listed}). {_REMEDY}"
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """What the configuration files beside a tokenizer say.
+
+    Attributes:
+      named: role (``bos_token``, ...) -> the token's text.
+      added: text -> (id, attributes) of tokens that the configuration adds.
+      ids: ``bos_token_id``, ``eos_token_id``, ``pad_token_id`` of the generation configuration,
+        each a list.
+      template: the source of the chat template.
+    """
+
+    named: Mapping[str, str]
+    added: Mapping[str, tuple[int, dict[str, Any]]]
+    ids: Mapping[str, list[int]]
+    template: str | None
+
+    @classmethod
+    def read(cls, files: Mapping[str, bytes], name: str) -> SpecialTokens:
+        """Raises `DataError` naming file and key of what is damaged or not understood."""
+
+        def load(file: str) -> dict[str, Any]:
+            return parse_object(files[file], f"{name}, {file}") if file in files else {}
+
+        config, generation = load("tokenizer_config.json"), load("generation_config.json")
+        tokens = load("special_tokens_map.json") | config
+        named = {
+            role: content
+            for role in _NAMED
+            if (content := _content(tokens.get(role), f"{name}, {role}")) is not None
+        }
+        decoder = config.get("added_tokens_decoder") or {}
+        if not isinstance(decoder, dict):
+            raise DataError(f"{name}, tokenizer_config.json: added_tokens_decoder is no object")
+        added = {}
+        for key, value in decoder.items():
+            where = f"{name}, tokenizer_config.json, added_tokens_decoder.{key}"
+            content = _content(value, where)
+            if content is None or not key.isdecimal():
+                raise DataError(f"{where} is {value!r}; it must be a token under its id")
+            added[content] = (int(key), value if isinstance(value, dict) else {})
+        ids = {
+            key: _ids(generation[key], f"{name}, generation_config.json, {key}")
+            for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+            if generation.get(key) is not None
+        }
+        return cls(named, added, ids, _template(files, config, load("chat_template.json"), name))
+
+    def id_of(
+        self, role: str, token_to_id: Callable[[str], int | None], name: str, default: int | None
+    ) -> int | None:
+        """Id of ``bos``, ``eos`` or ``pad``: by its text, by the generation configuration, or else
+        ``default``. Raises `DataError` for a text that is no token."""
+        text = self.named.get(f"{role}_token")
+        if text is None:
+            return next(iter(self.ids.get(f"{role}_token_id", [])), default)
+        found = token_to_id(text)
+        if found is None:
+            raise DataError(
+                f"{name}: the configuration names {text!r} as {role}_token, but the tokenizer has "
+                "no such token; the files are not of one tokenizer"
+            )
+        return found
+
+    def stops(self, eos_id: int | None, vocab_size: int, name: str) -> tuple[int, ...]:
+        """All tokens that end a text, eos first. Raises `DataError` for ids beyond the tokens."""
+        ids = [] if eos_id is None else [eos_id]
+        ids = list(dict.fromkeys([*ids, *self.ids.get("eos_token_id", [])]))
+        if beyond := [i for i in ids if i >= vocab_size]:
+            raise DataError(
+                f"{name}, generation_config.json: eos_token_id {beyond[0]} is beyond the "
+                f"tokenizer's {vocab_size} tokens"
+            )
+        return tuple(ids)
+
+
+def parse_object(content: bytes, where: str) -> dict[str, Any]:
+    """A JSON object; raises `DataError` saying where it breaks."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:  # a wrong encoding is a ValueError too
+        raise DataError(f"{where} is damaged: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{where} is a {type(value).__name__}; it must be a JSON object")
+    return value
+
+
+def _content(value: Any, where: str) -> str | None:
+    text = value.get("content") if isinstance(value, dict) else value
+    if text is not None and (not isinstance(text, str) or not text):
+        raise DataError(f"{where} is {value!r}; it must be a token's text")
+    return text
+
+
+def _ids(value: Any, where: str) -> list[int]:
+    ids = value if isinstance(value, list) else [value]
+    if bad := [i for i in ids if type(i) is not int or i < 0]:
+        raise DataError(f"{where} has {bad[0]!r}; it must be token ids")
+    return ids
+
+
+def _template(files, config: dict[str, Any], legacy: dict[str, Any], name: str) -> str | None:
+    """Source of the template: its own file, the older JSON file, or a key of the configuration."""
+    if "chat_template.jinja" in files:
+        try:
+            return files["chat_template.jinja"].decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name}, chat_template.jinja is not UTF-8: {error}") from error
+    value = legacy.get("chat_template", config.get("chat_template"))
+    if isinstance(value, list):  # several by name
+        named = {v.get("name"): v.get("template") for v in value if isinstance(v, dict)}
+        value = named.get("default")
+        if value is None:
+            raise DataError(f"{name}: chat_template has {sorted(map(str, named))}, no `default`")
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{name}: chat_template is a {type(value).__name__}; it must be text")
+    return value

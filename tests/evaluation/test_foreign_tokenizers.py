@@ -1,0 +1,90 @@
+"""Scores and texts of runs whose tokenizer loses text, or puts a mark before the first word."""
+
+from types import SimpleNamespace
+
+import pytest
+from tokenizers import normalizers
+
+from step_jax.checkpoint import Checkpointer
+from step_jax.cli.generate import _Screen, _write
+from step_jax.cli.main import main
+from step_jax.core.config import to_plain
+from step_jax.data import DataConfig
+from step_jax.evaluation.heldout import figures
+from step_jax.inference.generate import Generation
+from step_jax.inference.sampling import SamplingConfig
+from tests.models import small
+from tests.tokenizers.made import byte_level, metaspace, ours
+
+LENGTH = 32
+
+
+def run_of(tokenizer, folder, data: DataConfig):
+    """(path, decoder, parameters) of a run as pretraining leaves it."""
+    c = small.decoder("mfa", vocab=tokenizer.vocab_size)
+    p = small.params(c)
+    config = {"model": to_plain(c), "data": to_plain(data), "training": {"ema_decay": None}}
+    config["execution"] = to_plain(small.execution())
+    with Checkpointer(folder / "run/checkpoints") as checkpointer:
+        checkpointer.save(1, {"params": p}, {"config": config, "tokenizer": tokenizer.hash})
+    tokenizer.save(folder / "run/tokenizer")
+    return folder / "run", c, p
+
+
+@pytest.fixture
+def data(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i in range(8):
+        (tmp_path / f"texts/{i}.txt").write_text(f"The quick Fox {i}\n" * 3)
+    return DataConfig(
+        path=str(tmp_path / "texts"),
+        tokenizer=str(tmp_path / "run/tokenizer"),
+        cache_dir=str(tmp_path / "cache"),
+        heldout_fraction=0.5,
+        sequence_length=LENGTH,
+        lossy_tokenizer=True,
+    )
+
+
+def test_bits_per_byte_are_not_given_where_the_tokenizer_loses_text(tmp_path, data, capsys):
+    assert "bits_per_byte" in figures(3.0, 2.0, 5) and "bits_per_byte" not in figures(
+        3.0, 2.0, None
+    )
+    normalizer = normalizers.Lowercase()
+    lower = ours(byte_level(normalizer), tokenizer_config={"eos_token": "<|endoftext|>"})
+    path = run_of(lower, tmp_path, data)[0]
+    assert main(["eval", str(path), "--data.path", str(tmp_path / "texts")]) == 0
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("bits per byte")]
+    assert "not available: the tokenizer loses text (its normaliser Lowercase" in line
+
+
+@pytest.mark.parametrize("prompts", [["the"], ["the", "a"]])
+def test_generate_keeps_the_space_between_prompt_and_answer(monkeypatch, capsys, prompts):
+    tokenizer = ours(metaspace())
+    answer = tokenizer.encode("fox").tolist()
+    assert tokenizer.decode(answer) == "fox"
+
+    def write(params, decoder, ids, sampling, *, on_tokens, stop_ids, start_id, **_):
+        if on_tokens:
+            on_tokens(0, answer)
+        return Generation([answer] * len(ids), [], ["stop"] * len(ids))
+
+    monkeypatch.setattr("step_jax.inference.generate.generate", write)
+    data = SimpleNamespace(sequence_length=LENGTH)
+    trained = SimpleNamespace(tokenizer=tokenizer, data=data, params=0, decoder=0, execution=0)
+    _write(trained, None, SamplingConfig(), prompts, first=4)
+    printed = capsys.readouterr().out
+    assert printed == ("the fox\n" if len(prompts) == 1 else "--- 4\nthe fox\n--- 5\na fox\n")
+
+
+def test_a_single_answer_is_shown_with_its_space_as_it_comes(capsys):
+    tokenizer = ours(metaspace())
+    prompt, answer = tokenizer.encode("the").tolist(), tokenizer.encode("fox \u4e16 the").tolist()
+    screen = _Screen(tokenizer, "the", prompt)
+    seen = []
+    for token in answer:
+        screen.show([token])
+        seen.append(capsys.readouterr().out)
+    screen.end()
+    assert seen[0] == "the fox" and "\ufffd" not in "".join(seen)
+    assert "".join(seen) + capsys.readouterr().out == "the fox \u4e16 the\n"

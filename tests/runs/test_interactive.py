@@ -1,0 +1,133 @@
+"""An interrupted cell: the process that somebody types into stays, and can run again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from step_jax.runs.history import outcome
+from step_jax.runs.metrics_log import read_metrics
+
+CELL = """
+import signal, threading, time
+import jax, jax.numpy as jnp
+from dataclasses import dataclass
+from step_jax.core.sharding import MeshConfig
+from step_jax.runs.reporter import LoggingConfig
+from step_jax.runs.session import RunConfig, Session, Work
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig
+    parallel: MeshConfig = MeshConfig()
+
+like = {"w": jax.ShapeDtypeStruct((), jnp.float32)}
+fresh = lambda: {"w": jnp.zeros(())}
+
+def prepare():
+    print("preparing", flush=True)
+    time.sleep(60)
+    print("prepared", flush=True)
+
+def loop(directory, steps=3, slow=0.0, prepare=lambda: None):
+    config = Config(RunConfig(directory, logging=LoggingConfig(sinks=())))
+    with Session(config, config.run, config.parallel) as session:
+        prepare()
+        state, start = session.start(fresh, like)
+        session.describe(config, steps, Work(1), {}, {})
+        for step in range(start, steps):
+            session.before(step)
+            if slow and step == start + 1:
+                print("running", flush=True)
+            time.sleep(slow)
+            state = {"w": state["w"] + 1}
+            session.finished(step + 1, state, {"loss": state["w"]})
+        session.flush()
+    print("finished at", int(state["w"]), flush=True)
+
+"""
+
+
+class Prompt:
+    """A Python prompt, as a notebook's kernel is one: cells go in, what they print comes out."""
+
+    def __init__(self, tmp_path):
+        (tmp_path / "cell.py").write_text(CELL)
+        self.process = subprocess.Popen(
+            [sys.executable, "-i", "-u", str(tmp_path / "cell.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.getcwd(), "XLA_FLAGS": ""},
+        )
+        self.seen: list[str] = []
+
+    def type(self, line):
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def wait_for(self, text):
+        for line in self.process.stdout:
+            self.seen.append(line)
+            if text in line:
+                return
+        pytest.fail(f"the prompt is gone, without '{text}':\n{''.join(self.seen)}")
+
+    def interrupt(self):
+        self.process.send_signal(signal.SIGINT)
+
+
+@pytest.fixture
+def prompt(tmp_path):
+    prompt = Prompt(tmp_path)
+    limit = threading.Timer(120, prompt.process.kill)  # whoever waits for a word then fails
+    limit.start()
+    yield prompt
+    limit.cancel()
+    prompt.process.kill()
+    prompt.process.wait()
+
+
+def test_an_interrupted_cell_saves_and_the_next_one_goes_on(prompt, tmp_path):
+    run = str(tmp_path / "run")
+    prompt.type(f"loop({run!r}, steps=100_000, slow=0.05)")
+    prompt.wait_for("running")
+    prompt.interrupt()
+    prompt.wait_for("KeyboardInterrupt")
+    assert outcome(read_metrics(run), running=False).status == "interrupted"
+    done = max(r["step"] for r in read_metrics(run) if r["event"] == "step")
+    prompt.type(f"loop({run!r}, steps={done + 3})")  # neither locked nor deaf
+    prompt.wait_for(f"finished at {done + 3}")
+    prompt.type("print('handler', signal.getsignal(signal.SIGINT))")
+    prompt.wait_for("handler <built-in function default_int_handler>")
+    prompt.type("print([t.name for t in threading.enumerate() if t.name == 'stop-signal'])")
+    prompt.wait_for("[]")
+    assert prompt.process.poll() is None
+
+
+def test_a_second_interrupt_leaves_at_once_and_the_process_stays(prompt, tmp_path):
+    run = str(tmp_path / "run")
+    prompt.type(f"loop({run!r}, prepare=prepare)")  # long before the next step could save
+    prompt.wait_for("preparing")
+    prompt.interrupt()
+    prompt.wait_for("a second one stops at once without saving")
+    prompt.interrupt()
+    prompt.wait_for("KeyboardInterrupt")
+    assert "prepared\n" not in prompt.seen
+    prompt.type(f"loop({run!r}, steps=4)")
+    prompt.wait_for("finished at 4")
+
+
+def test_a_hang_shows_its_stacks_and_the_process_stays(prompt):
+    prompt.type("from step_jax.runs.watchdog import HangWatchdog")
+    prompt.type("with HangWatchdog(0.2, 2, 0.2): time.sleep(5)")
+    prompt.type("")
+    prompt.wait_for("Timeout")
+    prompt.type("print('still', 'here')")
+    prompt.wait_for("still here")

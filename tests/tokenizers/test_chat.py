@@ -1,0 +1,243 @@
+import os
+import pickle
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from step_jax.core.errors import DataError
+from step_jax.tokenizers import chat
+from step_jax.tokenizers.chat import ChatTemplate, encode_chat
+from tests.tokenizers.made import byte_level, ours
+
+ASK = {"role": "user", "content": "the fox?"}
+SAY = {"role": "assistant", "content": "yes"}
+ENDS = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+
+
+@pytest.fixture(scope="module")
+def qwen_like():
+    return ours(byte_level(), tokenizer_config=ENDS)
+
+
+def template(source: str) -> ChatTemplate:
+    return ChatTemplate(source, {"eos_token": "</s>"}, "mine.jinja")
+
+
+def said(tokenizer, made, messages) -> list[str]:
+    """What the mask marks, one text for every run of marked tokens."""
+    ids, mask = encode_chat(tokenizer, made, messages)
+    names = {i: text for text, i in tokenizer.special.items()}
+    runs = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(mask)) + 1)
+    written = [
+        "".join(names.get(int(i)) or tokenizer.decode([i]) for i in ids[run])
+        for run in runs
+        if mask[run[0]]
+    ]
+    return written
+
+
+def test_chatml_marks_every_answer_and_its_end(qwen_like):
+    made = ChatTemplate.built_in("chatml", qwen_like)
+    system = {"role": "system", "content": "be kind"}
+    text, spans = made.assistant_spans([system, ASK, SAY, ASK, SAY])
+    assert text == (
+        "<|im_start|>system\nbe kind<|im_end|>\n"
+        + 2 * "<|im_start|>user\nthe fox?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
+    )
+    assert [text[a:b] for a, b in spans] == ["yes<|im_end|>"] * 2
+    assert said(qwen_like, made, [system, ASK, SAY, ASK, SAY]) == ["yes<|im_end|>"] * 2
+    asked = made.render([system, ASK], add_generation_prompt=True)
+    assert text.startswith(asked) and asked.endswith("<|im_start|>assistant\n")
+
+
+def test_plain_needs_an_end_token_only(qwen_like):
+    made = ChatTemplate.built_in("plain", qwen_like)
+    text, ((a, b),) = made.assistant_spans([ASK, SAY])
+    assert text == "User: the fox?\n\nAssistant: yes<|im_end|>\n\n"
+    assert text[a:b] == " yes<|im_end|>" and text[:a] == made.render(
+        [ASK], add_generation_prompt=True
+    )
+    with pytest.raises(DataError, match="plain writes: an end-of-text token"):
+        ChatTemplate.built_in("plain", ours(byte_level()))
+
+
+def test_plain_works_with_a_trained_sentencepiece(tokenizer):
+    made = ChatTemplate.built_in("plain", tokenizer)
+    ids, mask = encode_chat(tokenizer, made, [ASK, SAY])
+    assert tokenizer.decode(ids) == "User: the fox?\n\nAssistant: yes\n\n"
+    assert tokenizer.decode(ids[mask]) == " yes" and ids[mask][-1] == tokenizer.eos_id
+    with pytest.raises(DataError, match="chatml writes: <|im_start|> and"):
+        ChatTemplate.built_in("chatml", tokenizer)
+    with pytest.raises(DataError, match="no chat template 'llama'; there are chatml, plain"):
+        ChatTemplate.built_in("llama", tokenizer)
+
+
+def test_built_in_templates_take_text_only(qwen_like):
+    picture = {"role": "user", "content": [{"type": "image", "url": "x"}]}
+    for name in chat.BUILT_IN:
+        with pytest.raises(DataError, match=f"{name} takes text content only"):
+            ChatTemplate.built_in(name, qwen_like).render([picture])
+
+
+PREFIXES = """\
+{%- for m in messages %}
+{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+def test_answers_are_found_by_prefixes_where_a_template_marks_none(qwen_like):
+    made = template(PREFIXES)
+    text, spans = made.assistant_spans([ASK, SAY, ASK, SAY])
+    assert [text[a:b] for a, b in spans] == ["yes<|im_end|>\n"] * 2
+    assert said(qwen_like, made, [ASK, SAY, ASK, SAY]) == ["yes<|im_end|>"] * 2
+
+
+def test_a_template_that_rewrites_earlier_answers_is_refused(qwen_like):
+    forgetful = template(PREFIXES.replace("m.content", "(m.content if loop.last else '')"))
+    assert len(forgetful.assistant_spans([ASK | {"content": ""}, SAY])[1]) == 1
+    with pytest.raises(DataError, match="chats:7: mine.jinja writes message 1 in another way"):
+        forgetful.assistant_spans([ASK | {"content": ""}, SAY, ASK, SAY], record="chats:7")
+
+
+def test_marks_leave_no_trace_whatever_a_message_holds():
+    made = template("{% generation %}{{ messages[0].content }}{% endgeneration %}!")
+    text, spans = made.assistant_spans([{"role": "assistant", "content": "\0a<\0>b\ue000"}])
+    assert (text, spans) == ("\0a<\0>b\ue000!", [(0, 7)])
+    nosy = "{% set x %}{% generation %}a{% endgeneration %}{% endset %}{{ x | length }}"
+    with pytest.raises(DataError, match="looks at the text of a generation block"):
+        template(nosy).assistant_spans([SAY])
+    assert template(nosy).render([SAY]) == "1"
+
+
+def test_variables_and_tools_reach_the_template():
+    made = template("{{ eos_token }}{{ depth }}{{ tools | tojson }}{{ tools[0].a is defined }}")
+    text = made.render([ASK], tools=[{"b": "<\u00e9>"}], depth=3)
+    assert text == '</s>3[{"b": "<\u00e9>"}]False'
+    assert template("{{ strftime_now('%Y') }}").render([ASK]) == time.strftime("%Y")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            "mine.jinja failed: roles must alternate",
+        ),
+        ("\n{% for %}", "line 2: Expected an expression"),
+        ("{{ x.y }}", "'x' is undefined"),
+        ("{{ messages.__class__ }}", "not allowed: to reach for '__class__' of a list"),
+        ("{{ ''.__class__.__mro__ }}", "not allowed: to reach for '__class__' of a str"),
+        ("{{ 'x' | attr('__class__') }}", "not allowed: to reach for '__class__'"),
+        ("{{ cycler.__init__.__globals__ }}", "not allowed"),
+        ("{{ messages.append(1) }}", "not allowed: to reach for 'append'"),
+        ("{% set ns = namespace(_a=1) %}", "not allowed: to name something '_a'"),
+        ("{% set ns = namespace() %}{% set ns.__class__ = 1 %}", "not allowed|not defined"),
+        ("{% include 'x' %}", "TypeError: no loader"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself without end"),
+        ("{{ 'a' * 10 ** 12 }}", "more memory than is allowed"),
+        (
+            "{% set ns = namespace(x='aaaaaaaa') %}"
+            "{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+            "more memory than is allowed",
+        ),
+        ("{% for i in range(99999) %}{{ 'a' * 9999 }}{% endfor %}", "more than 16,777,216 charac"),
+        ("{{ range(10 ** 9) }}", "range"),
+        (
+            "{% generation %}a{% generation %}b{% endgeneration %}{% endgeneration %}",
+            "in each other",
+        ),
+    ],
+)
+def test_what_a_template_may_not_do_is_named(source, message):
+    with pytest.raises(DataError, match=f"chats:3: .*({message})"):
+        template(source).assistant_spans([ASK], record="chats:3")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ n ** (n ** n) }}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) ~ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}",
+    ],
+)
+def test_a_template_without_end_is_stopped_and_the_next_call_works(source, monkeypatch):
+    monkeypatch.setattr(chat, "MAX_SECONDS", 1.0)
+    made = template("{% if eternal %}" + source + "{% endif %}done")
+    started = time.monotonic()
+    with pytest.raises(DataError, match="mine.jinja did not end within 1 s"):
+        made.render([ASK], eternal=True, n=9)
+    assert time.monotonic() - started < 5
+    monkeypatch.setattr(chat, "MAX_SECONDS", 10.0)
+    assert made.render([ASK], eternal=False) == "done"
+
+
+def test_an_overlong_template_is_refused_unread():
+    with pytest.raises(DataError, match="600,000 characters; at most 524,288"):
+        template("a" * 600_000)
+
+
+def test_long_conversations_and_many_threads_are_served():
+    made, texts = template("{% for m in messages %}{{ m.content }}{% endfor %}"), {}
+
+    def ask(i):
+        texts[i] = made.render([ASK | {"content": str(i) * 300_000}])
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(6)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert texts == {i: str(i) * 300_000 for i in range(6)}
+
+
+def test_a_copy_elsewhere_and_a_killed_process_start_anew():
+    made = template("a")
+    assert made.render([ASK]) == "a"
+    made._worker._process.kill()
+    made._worker._process.wait()
+    assert made.render([ASK]) == "a"
+    assert pickle.loads(pickle.dumps(made)).render([ASK]) == "a"
+
+
+def test_a_template_s_process_gets_no_secrets_and_ends_with_its_owner(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    made = template("a")
+    made.render([ASK])
+    process = made._worker._process
+    with open(f"/proc/{process.pid}/environ", "rb") as file:
+        assert b"secret" not in file.read()
+    del made
+    assert process.wait(5) is not None and not os.path.exists(f"/proc/{process.pid}")
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hello", "chats:1 is a str; it must be a list"),
+        ([], "chats:1 has no messages"),
+        (["hello"], "chats:1, message 0 is a str"),
+        ([ASK, {"role": "bot", "content": "x"}], "message 1: role is 'bot'; it must be one of sys"),
+        ([{"content": "x"}], "message 0: role is None"),
+        ([{"role": "user"}], "message 0: content is missing"),
+        ([{"role": "assistant", "content": None}], "message 0: content is missing"),
+        ([{"role": "user", "content": 3}], "message 0: content is a int"),
+        ([{"role": "user", "content": ["x"]}], "message 0, part 0 is 'x'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "part 0: a part of type text"),
+        ([{"role": "user", "content": "x", "extra": {1, 2}}], "no JSON value"),
+    ],
+)
+def test_messages_that_are_none_are_refused_by_place(messages, message):
+    with pytest.raises(DataError, match=message):
+        template("a").render(messages, record="chats:1")
+
+
+def test_calls_of_tools_and_parts_are_messages():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    parts = {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image"}]}
+    made = template(
+        "{{ messages[1].tool_calls[0].function.name }}{{ messages[0].content[0].text }}"
+    )
+    assert made.render([parts, call, {"role": "tool", "content": "4"}]) == "fx"

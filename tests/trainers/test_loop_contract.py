@@ -1,0 +1,239 @@
+"""What every loop must do: resume, run on any mesh, refuse, leave an artifact, be planned, go on.
+
+The loops are those of the table, and the one outside the package that docs/writing_a_loop.md shows.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from step_jax.checkpoint import Checkpointer
+from step_jax.cli.main import main
+from step_jax.core.errors import CheckpointError, ExitCode
+from step_jax.core.sharding import MeshConfig, Sharding
+from step_jax.interop.artifacts import load_artifact
+from step_jax.models.text.decoder import Decoder
+from step_jax.models.vision.image_transformer import ImageTransformer
+from step_jax.trainers import LOOPS
+from tests.trainers.loops import run_loop, steps
+from tests.trainers.test_pretrain import WORDS
+
+EXAMPLE = str(Path(__file__).parents[2] / "docs" / "examples" / "counting.py")
+COMMON = """
+run: {{directory: {run}, checkpoint: {{every_steps: 2}}, logging: {{sinks: []}}}}
+optimizer: {{kind: adamw, learning_rate: 1e-2, schedule: {{kind: constant}}}}
+"""
+DECODER = """
+  width: 16
+  init: {{kind: fixed, std: 0.2}}
+  layers:
+    - repeat: 2
+      blocks:
+        - attention: {{kind: mfa, heads: 2, head_dim: 8}}
+          mlp: {{kind: swiglu, hidden: 32}}
+"""
+TEXT = """
+data: {{path: {text}, vocab_size: 300, sequence_length: 16, cache_dir: {cache}}}
+evaluation: {{every_steps: 0, tokens: 100}}
+sample: {{tokens: 0}}
+execution: {{dtype: float32}}
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loop with a recipe of seconds.
+
+    recipe: with ``model``; ``start`` is what stands in its place with ``init_from``.
+    kind: of its model.
+    steps: the setting of that name.
+    """
+
+    loop: str
+    model: str
+    rest: str
+    kind: type
+    steps: str = "training.steps"
+
+    def write(self, folder: Path, start: str = "", name: str = "run", **places) -> str:
+        """The recipe's path; ``start`` replaces the model."""
+        path = folder / f"{name}.yaml"
+        head = start or f"model:{self.model}"
+        loop = f"loop: {self.loop}\n"
+        path.write_text((loop + head + COMMON + self.rest).format(run=folder / name, **places))
+        return str(path)
+
+
+CASES = [
+    Case("pretrain", DECODER, "training: {{steps: 6, batch_size: 8}}" + TEXT, Decoder),
+    Case(
+        "reinforce",
+        DECODER,
+        "training: {{steps: 6, prompts: 4, samples: 4, digits: 2}}\n"
+        "execution: {{dtype: float32, loss_chunks: 1}}\n",
+        Decoder,
+    ),
+    Case(
+        "flow-matching",
+        "\n  width: 16\n  depth: 2\n"
+        "  attention: {{kind: mha, heads: 2, head_dim: 8, position: null}}\n"
+        "  mlp: {{kind: swiglu, hidden: 32}}\n",
+        "training: {{steps: 6, batch_size: 16, samples: 2, euler_steps: 2}}\n"
+        "execution: {{dtype: float32}}\n",
+        ImageTransformer,
+    ),
+    Case(EXAMPLE, DECODER + "  vocab: 13\n", "steps: 6\nrows: 8\nlength: 8\n", Decoder, "steps"),
+]
+LOOP = pytest.mark.parametrize("case", CASES, ids=lambda c: Path(c.loop).stem)
+ONE = Sharding.build(MeshConfig(), jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("contract")
+    rng = np.random.default_rng(0)
+    (folder / "text").mkdir()
+    for i in range(40):
+        text = " ".join(f"{w} {n % 10}=" for n, w in enumerate(rng.choice(WORDS, 60)))
+        (folder / "text" / f"{i}.txt").write_text(text)
+    return {"text": folder / "text", "cache": folder / "cache"}
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory, places):
+    """Loop -> (run directory, last state) of an undisturbed run, made when first asked for."""
+    made: dict[str, tuple] = {}
+
+    def of(case: Case):
+        if case.loop not in made:
+            folder = tmp_path_factory.mktemp("straight")
+            state = run_loop(case.loop, case.write(folder, **places))
+            made[case.loop] = (folder / "run", state)
+        return made[case.loop]
+
+    return of
+
+
+def test_every_loop_of_the_table_is_here():
+    assert {case.loop for case in CASES} == {*LOOPS, EXAMPLE}
+
+
+@LOOP
+def test_a_resumed_run_ends_in_the_same_bits(case, straight, places, tmp_path):
+    run, state = straight(case)
+    run_loop(case.loop, case.write(tmp_path, **places), cut_after=3)
+    again = run_loop(case.loop, case.write(tmp_path, **places))
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+    assert steps(tmp_path / "run") == steps(run)
+    assert [r["step"] for r in steps(run)] == [1, 2, 3, 4, 5, 6]
+
+
+@LOOP
+def test_a_mesh_changes_nothing(case, straight, places, tmp_path):
+    run, _ = straight(case)
+    mesh = ["--parallel.data", "2", "--parallel.fsdp", "2", "--parallel.tensor", "2"]
+    run_loop(case.loop, case.write(tmp_path, **places), *mesh, devices=8)
+    for got, want in zip(steps(tmp_path / "run"), steps(run), strict=True):
+        assert got == pytest.approx(want, rel=2e-5, abs=1e-6)
+
+
+@LOOP
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--parallel.tensor", "3", "--parallel.fsdp", "1"], "does not match the 8 devices"),
+        (["--optimizer.learning-rate", "-1"], "learning_rate is -1"),
+        (["--run.checkpoint.every-steps", "0"], "every_steps"),
+        (["--init-from.artifact", "nowhere"], "nowhere does not exist"),
+        (["--loop", "other"], "other"),
+    ],
+    ids=lambda v: v[0] if isinstance(v, list) else "",
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    case, flags, message, places, tmp_path, capsys
+):
+    start = "" if "--init-from.artifact" not in flags else "init_from: {{part: null}}\n"
+    code = main([case.loop, case.write(tmp_path, start, **places), *flags])
+    if flags[0] == "--loop" and case.loop == EXAMPLE:
+        pytest.skip("a loop in a file may call itself anything")
+    assert code == ExitCode.CONFIG
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists() or not any(
+        (tmp_path / "run" / "checkpoints").iterdir()
+    )
+
+
+@LOOP
+def test_its_artifact_holds_the_model_as_it_was(case, straight):
+    run, state = straight(case)
+    artifact = load_artifact(str(run), ONE)
+    artifact.require(case.kind, "a test")
+    (learner,) = state.learners.values()
+    best = learner.params if learner.average is None else learner.average
+    jax.tree.map(np.testing.assert_array_equal, artifact.params, best)
+    assert artifact.step == 6 and artifact.meta["artifact"]["loop"] == case.loop
+    assert load_artifact(f"{run}@4", ONE).step == 4
+    with pytest.raises(CheckpointError, match="has no step 5; there are"):
+        load_artifact(f"{run}@5", ONE)
+    with pytest.raises(CheckpointError, match="has no part 'critic'; there are"):
+        load_artifact(str(run), ONE, "critic")
+
+
+@LOOP
+def test_it_is_planned(case, places, tmp_path, capsys):
+    path = case.write(tmp_path, **places)
+    topology = ["--topology", "cpu:1", "--output", str(tmp_path / "plans")]
+    assert main(["plan", path, *topology]) == 0
+    assert "operations" in capsys.readouterr().out
+    (saved,) = (tmp_path / "plans").glob("*.json")
+    plan = json.loads(saved.read_text())
+    assert plan["memory_compiler"] > 0 and plan["flops"] > 0 and plan["parameters"] > 0
+
+
+@LOOP
+@pytest.mark.parametrize("source", CASES, ids=lambda c: f"from_{Path(c.loop).stem}")
+def test_every_result_can_be_given_to_every_loop_of_its_kind(
+    case, source, straight, places, tmp_path, capsys
+):
+    run, _ = straight(source)
+    start = f"init_from: {{{{artifact: {run}}}}}\n"
+    recipe = case.write(tmp_path, start, **places)
+    if source.kind is not case.kind:
+        assert main([case.loop, recipe]) == ExitCode.FAILURE
+        assert f"a model of kind {source.kind.kind}" in capsys.readouterr().err
+        return
+    if source.loop == EXAMPLE and case.loop != EXAMPLE:  # its model reads no text
+        assert main([case.loop, recipe]) == ExitCode.FAILURE
+        assert "has no tokenizer" in capsys.readouterr().err
+        return
+    if source.loop == "reinforce" and case.loop == "pretrain":
+        assert main([case.loop, recipe]) == ExitCode.FAILURE  # eleven symbols are no text
+        assert "no end-of-text token" in capsys.readouterr().err
+        return
+    trained = load_artifact(str(run), ONE)
+    run_loop(case.loop, recipe, f"--{case.steps}", "1")
+    norm = np.sqrt(sum(np.sum(np.square(a)) for a in jax.tree.leaves(trained.params)))
+    assert steps(tmp_path / "run")[0]["param_norm"] == pytest.approx(norm, rel=1e-6)
+    mine = load_artifact(str(tmp_path / "run"), ONE)
+    assert mine.meta["artifact"]["origin"] == f"{run}, step 6"
+    assert mine.model == trained.model
+
+
+@LOOP
+def test_what_is_frozen_stays_and_needs_no_moments(case, straight, places, tmp_path):
+    run, _ = straight(case)
+    pattern = "groups" if case.kind is Decoder else "blocks"
+    start = f"init_from: {{{{artifact: {run}, freeze: [{pattern}]}}}}\n"
+    run_loop(case.loop, case.write(tmp_path, start, **places), f"--{case.steps}", "2")
+    before, after = (load_artifact(str(p), ONE).params for p in (run, tmp_path / "run"))
+    jax.tree.map(np.testing.assert_array_equal, getattr(before, pattern), getattr(after, pattern))
+    changed = [np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True)]
+    assert any(changed)
+    saved = Checkpointer(tmp_path / "run" / "checkpoints")._info(2)["leaves"]
+    assert not [name for name in saved if "opt_state" in name and f".{pattern}." in name]
