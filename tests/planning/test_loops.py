@@ -114,7 +114,7 @@ def test_recipe_names_its_loop_by_a_file(tmp_path, capsys):
         (["--loop", "reinforced"], "did you mean 'reinforce'?"),
         (["--loop", "nowhere.py"], "nowhere.py is no file"),
         (["--loop", "pretrain"], "prompts"),
-        (["--search"], "trains model (ImageTransformer)"),
+        (["--search"], "trains model (image_transformer)"),
         (["--topology", "gpu:h200x8"], "only a single decoder of texts can be estimated"),
     ],
 )
@@ -173,7 +173,10 @@ def run(tmp_path_factory):
         PRETRAIN.format(run=folder / "run", text=folder / "text.txt", cache=folder / "cache")
     )
     run_loop("pretrain", str(recipe))
-    return recipe
+    more, text = folder / "more.yaml", recipe.read_text()
+    model = text[text.index("model:") : text.index("training:")]
+    more.write_text(text.replace(model, f"init_from: {{artifact: {folder / 'run'}}}\n"))
+    return recipe, more
 
 
 def test_run_from_an_artifact_is_planned_without_its_arrays(run, tmp_path, monkeypatch):
@@ -181,12 +184,9 @@ def test_run_from_an_artifact_is_planned_without_its_arrays(run, tmp_path, monke
         raise AssertionError("a plan loads no arrays")
 
     monkeypatch.setattr(Checkpointer, "restore", restored)
-    recipe = tmp_path / "more.yaml"
-    text = run.read_text()
-    model = text[text.index("model:") : text.index("training:")]
-    recipe.write_text(text.replace(model, f"init_from: {{artifact: {run.parent / 'run'}}}\n"))
-    plan = planned(recipe, tmp_path / "plans")
-    config = resolved(load_file(pretrain.Config, run), 2)
+    recipe, more = run
+    plan = planned(more, tmp_path / "plans")
+    config = resolved(load_file(pretrain.Config, recipe), 2)
     fresh = program_for(pretrain, config, topology.parse("cpu:2"))
     assert plan["flops_model"] == fresh.work.flops / 2
     expected = estimate.memory(estimate.case_of(fresh, config.execution))
@@ -194,10 +194,10 @@ def test_run_from_an_artifact_is_planned_without_its_arrays(run, tmp_path, monke
 
 
 def test_adapters_alone_have_gradients_and_moments_in_the_estimate(run):
-    flags = ["--init_from.artifact", str(run.parent / "run"), "--init_from.lora.rank", "2"]
     at = topology.parse("cpu:2")
     config, adapted = (
-        resolved(load_config(pretrain.Config, [str(run), *more]).config, 2) for more in ([], flags)
+        resolved(load_config(pretrain.Config, [str(run[1]), *flags]).config, 2)
+        for flags in ([], ["--init_from.lora.rank", "2"])
     )
     whole, few = (
         estimate.memory(estimate.case_of(program_for(pretrain, c, at), c.execution))
