@@ -201,7 +201,7 @@ def search(loop: Loop, config: Any, topology: Topology, compiled: bool = True) -
     program = estimated.program(config)
     case = estimate.case_of(program, execution_of(config))
     if case is None:
-        kinds = ", ".join(f"{n} ({type(m).__name__})" for n, m in program.models.items())
+        kinds = ", ".join(f"{n} ({m.kind})" for n, m in program.models.items())
         raise ConfigError(
             f"only a single decoder of texts can be estimated before it is compiled; this loop "
             f"trains {kinds}: give a mesh, and a topology that can be compiled for, without "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,22 +24,25 @@ from step_jax.runs import device_memory
 from step_jax.trainers import pretrain
 from step_jax.trainers.diffusion import flow_matching
 from step_jax.trainers.rl import reinforce
+from step_jax.training.optimizers.config import Muon
+from step_jax.training.schedules import Constant
 from tests.trainers.loops import run_loop
 
 TOYS = Path(__file__).parents[2] / "configs" / "toys"
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards boil some odd juice".split()
 
 PRETRAIN = """
 run: {{directory: {run}, logging: {{sinks: []}}}}
 model:
   width: 32
-  vocab: 260
   layers:
     - repeat: 2
       blocks:
         - attention: {{kind: mha, heads: 2, head_dim: 16}}
           mlp: {{kind: swiglu, hidden: 32}}
 training: {{steps: 1, batch_size: 4}}
-data: {{path: {text}, sequence_length: 16, vocab_size: 260}}
+data: {{path: {text}, sequence_length: 16, vocab_size: 300, cache_dir: {cache}}}
 optimizer: {{kind: adamw, learning_rate: 1e-3, schedule: {{kind: constant}}}}
 execution: {{dtype: float32}}
 evaluation: {{every_steps: 0, tokens: 100}}
@@ -110,7 +114,7 @@ def test_recipe_names_its_loop_by_a_file(tmp_path, capsys):
         (["--loop", "reinforced"], "did you mean 'reinforce'?"),
         (["--loop", "nowhere.py"], "nowhere.py is no file"),
         (["--loop", "pretrain"], "prompts"),
-        (["--search"], "trains model (ImageTransformer)"),
+        (["--search"], "trains model (image_transformer)"),
         (["--topology", "gpu:h200x8"], "only a single decoder of texts can be estimated"),
     ],
 )
@@ -135,10 +139,12 @@ def test_search_works_for_a_loop_that_takes_its_batch_at_once():
 
 
 def test_search_on_paper_knows_the_devices_that_an_optimizer_asks_for():
-    flags = ["--optimizer.kind", "muon", "--training.steps", "3"]
-    recipe = [str(TOYS / "pretrain.yaml"), "--training.batch_size", "16", *flags]
-    config = load_config(pretrain.Config, recipe).config
-    found = search.search(pretrain, config, topology.parse("gpu:h200x2"))
+    config = load_file(pretrain.Config, TOYS / "pretrain.yaml")
+    muon = Muon(learning_rate=1e-3, schedule=Constant())
+    training = replace(config.training, batch_size=16)
+    found = search.search(
+        pretrain, replace(config, optimizer=muon, training=training), topology.parse("gpu:h200x2")
+    )
     assert found and all(p.plan is None for p in found)
 
 
@@ -158,13 +164,19 @@ def test_batch_of_step_law_fits_every_mesh_that_is_tried():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    (folder / "text").mkdir()
-    for n in range(20):
-        (folder / "text" / f"{n}.txt").write_text(f"the {n}th text of some words\n" * 20)
+    draw, lines = random.Random(0), []
+    for _ in range(300):
+        lines.append(" ".join(draw.choices(WORDS, k=8)))
+    (folder / "text.txt").write_text("\n".join(lines))
     recipe = folder / "recipe.yaml"
-    recipe.write_text(PRETRAIN.format(run=folder / "run", text=folder / "text"))
+    recipe.write_text(
+        PRETRAIN.format(run=folder / "run", text=folder / "text.txt", cache=folder / "cache")
+    )
     run_loop("pretrain", str(recipe))
-    return recipe
+    more, text = folder / "more.yaml", recipe.read_text()
+    model = text[text.index("model:") : text.index("training:")]
+    more.write_text(text.replace(model, f"init_from: {{artifact: {folder / 'run'}}}\n"))
+    return recipe, more
 
 
 def test_run_from_an_artifact_is_planned_without_its_arrays(run, tmp_path, monkeypatch):
@@ -172,12 +184,9 @@ def test_run_from_an_artifact_is_planned_without_its_arrays(run, tmp_path, monke
         raise AssertionError("a plan loads no arrays")
 
     monkeypatch.setattr(Checkpointer, "restore", restored)
-    recipe = tmp_path / "more.yaml"
-    text = run.read_text()
-    model = text[text.index("model:") : text.index("training:")]
-    recipe.write_text(text.replace(model, f"init_from: {{artifact: {run.parent / 'run'}}}\n"))
-    plan = planned(recipe, tmp_path / "plans")
-    config = resolved(load_file(pretrain.Config, run), 2)
+    recipe, more = run
+    plan = planned(more, tmp_path / "plans")
+    config = resolved(load_file(pretrain.Config, recipe), 2)
     fresh = program_for(pretrain, config, topology.parse("cpu:2"))
     assert plan["flops_model"] == fresh.work.flops / 2
     expected = estimate.memory(estimate.case_of(fresh, config.execution))
@@ -185,10 +194,10 @@ def test_run_from_an_artifact_is_planned_without_its_arrays(run, tmp_path, monke
 
 
 def test_adapters_alone_have_gradients_and_moments_in_the_estimate(run):
-    flags = ["--init_from.artifact", str(run.parent / "run"), "--init_from.lora.rank", "2"]
     at = topology.parse("cpu:2")
     config, adapted = (
-        resolved(load_config(pretrain.Config, [str(run), *more]).config, 2) for more in ([], flags)
+        resolved(load_config(pretrain.Config, [str(run[1]), *flags]).config, 2)
+        for flags in ([], ["--init_from.lora.rank", "2"])
     )
     whole, few = (
         estimate.memory(estimate.case_of(program_for(pretrain, c, at), c.execution))
