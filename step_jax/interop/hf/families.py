@@ -359,8 +359,9 @@ FAMILIES = {
         _step,
         zero_centred=True,
         auto_class=None,
-        note="`transformers` (5.24) has this architecture only within Step3p7ForConditionalGeneration; "
-        "Step3p5ForCausalLM is the class of the released model's own code and of serving engines",
+        note="`transformers` (5.24) has this architecture only within "
+        "Step3p7ForConditionalGeneration; Step3p5ForCausalLM is the class of the released model's "
+        "own code and of serving engines",
     ),
 }
 
