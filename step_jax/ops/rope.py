@@ -17,7 +17,8 @@ def frequencies_F(theta: float, pairs: int):
 def rotate(x_BTNH, positions_BT, frequency_F, weight: float = 1.0):
     """Rotates the pairs ``(i, i + F)`` of the first 2 F coordinates by ``position * frequency``.
 
-    What is rotated is multiplied by ``weight``. Angles and products are float32; the result has the dtype of ``x_BTNH``.
+    What is rotated is multiplied by ``weight``. Angles and products are float32; the result has the
+    dtype of ``x_BTNH``.
     """
     pairs = frequency_F.shape[0]
     angle_BT1F = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_F

@@ -176,10 +176,10 @@ class _Leaf:
             first = int(wanted.min())
             rest = [*rest[:-1], (first, int(wanted.max()) + 1)]
             part = view[tuple(slice(*rest[axis]) for axis in tensor.axes)]
-            wanted = tuple((wanted - first).tolist())
-            in_order = wanted == tuple(range(len(wanted)))
+            coordinates = tuple((wanted - first).tolist())
+            in_order = coordinates == tuple(range(len(coordinates)))
             place = [i - a for i, (a, _) in zip(tensor.place, lead, strict=True)]
-            if not shard.write(part, place, tensor.axes, None if in_order else wanted):
+            if not shard.write(part, place, tensor.axes, None if in_order else coordinates):
                 raise CheckpointError(f"{tensor.name} holds NaN or infinite values")
 
     def array(self) -> jax.Array:
