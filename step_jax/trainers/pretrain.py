@@ -50,6 +50,9 @@ class Training:
     tokens: tokens of the whole run instead.
     batch_size: rows of a step over all devices, or ``step_law`` (arXiv 2503.04715; needs tokens).
     accumulation: microbatches that a step is computed in; changes memory, not results.
+    balance: of which tokens the routers' losses take the loads of experts: all of a step, so that
+      accumulation changes nothing (with several microbatches their layers are run once more to know
+      the loads), or those of each microbatch.
     z_loss: coefficient of the squared log-partition function.
     ema_decay: of a moving average of the parameters, which evaluation and sampling then use.
     """
@@ -58,6 +61,7 @@ class Training:
     tokens: float | None = None
     batch_size: int | Literal["step_law"] = "step_law"
     accumulation: int = 1
+    balance: Literal["batch", "microbatch"] = "batch"
     z_loss: float = 0.0
     ema_decay: float | None = None
 
@@ -314,7 +318,9 @@ def make_program(config: Config, sharding: Sharding) -> Program:
         freeze=init.freeze if init else (),
         lora=init.lora if init else None,
     )
-    text_loss = packed_text_loss(model, config.execution, sharding, training.z_loss)
+    text_loss = packed_text_loss(
+        model, config.execution, sharding, training.z_loss, training.balance
+    )
     return Program.build(
         lambda params, batch, key: text_loss(params[LEARNER], batch),
         {LEARNER: model},

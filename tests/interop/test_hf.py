@@ -21,9 +21,6 @@ from step_jax.models.tokens import Tokens
 from step_jax.trainers.pretrain import Config as PretrainConfig
 from tests.golden import golden
 
-safetensors = pytest.importorskip("safetensors.numpy")
-
-
 # These models run once: the compiler's time is most of the test's.
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 

@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 
 from step_jax.core.errors import ConfigError
 from step_jax.models.layers.attention import MFA, MHA, MLA
-from step_jax.models.layers.positions import Alibi, Rope, RopeScaling, alibi, rotate
+from step_jax.models.layers.positions import (
+    Alibi,
+    LinearScaling,
+    Rope,
+    RopeScaling,
+    Yarn,
+    alibi,
+    rotate,
+    rotate_queries,
+)
 from step_jax.ops.attention import alibi_slopes_N
 
 RNG = np.random.default_rng(0)
@@ -59,7 +68,7 @@ def test_rope_scaling_slows_down_what_turns_seldom():
     """Wavelengths 10, 500 and 100000 at a context of 1000: kept, half way, eight times slower."""
     scaling = RopeScaling(factor=8.0, length=1000, low=1.0, high=3.0)
     wavelength = np.array([10.0, 500.0, 1e5])
-    scaled = scaling.apply(jnp.asarray(2 * np.pi / wavelength, jnp.float32))
+    scaled = scaling.apply(jnp.asarray(2 * np.pi / wavelength, jnp.float32), 1e5)
     between = (0.5 + 0.5 / 8) / 500
     np.testing.assert_allclose(scaled / (2 * np.pi), [1 / 10, between, 1 / 8e5], rtol=1e-6)
     slow, plain = Rope(theta=1e5, scaling=scaling), Rope(theta=1e5)
@@ -92,6 +101,33 @@ def test_places_with_other_axes_than_the_rope_are_refused(axes, found):
     message = rf"places of {found} coordinate\(s\), and rope rotates by {len(axes) or 1} "
     with pytest.raises(ConfigError, match=message):
         Rope(axes=axes).apply(jnp.asarray(Q), place)
+
+
+def test_yarn_slows_down_what_turns_seldom_and_raises_scores():
+    """2309.00071, 3.2 and 3.4: of 8 rotations, those of 6.4 to 0.4 turns at a context of 64."""
+    yarn = Yarn(factor=4.0, length=64, fast=4.0, slow=0.5, truncate=False)
+    rope, plain = Rope(theta=256.0, scaling=yarn), Rope(theta=256.0)
+    turns = 64 * 256.0 ** (-np.arange(8) / 8) / (2 * np.pi)
+    number = lambda t: 8 * np.log(64 / (2 * np.pi * t)) / np.log(256.0)  # noqa: E731
+    slowed = np.clip((np.arange(8) - number(4.0)) / (number(0.5) - number(4.0)), 0, 1)
+    expected = turns * (1 - slowed + slowed / 4.0) * 2 * np.pi / 64
+    np.testing.assert_allclose(rope.frequencies_F(16), expected, rtol=1e-5)
+    assert slowed[0] == 0.0 and 0.0 < slowed[3] < 1.0 and slowed[-1] == 1.0
+    # queries carry the factor of queries and of keys, and keys none
+    factor = 1 + 0.1 * np.log(4.0)
+    at = np.full((1, 1, 1), 5, np.int32)
+    np.testing.assert_allclose(
+        rotate_queries(rope, jnp.asarray(Q), at), factor**2 * rotated(rope, Q, 5), rtol=1e-5
+    )
+    np.testing.assert_array_equal(
+        rotate_queries(plain, jnp.asarray(Q), at), rotate(plain, jnp.asarray(Q), at)
+    )
+    assert yarn.score_factor == 1.0
+    assert Yarn(4.0, 64, mscale=1.0, mscale_all_dim=1.0).magnitude == 1.0
+    assert Yarn(4.0, 64, mscale_all_dim=1.0).score_factor == pytest.approx(factor**2)
+    np.testing.assert_allclose(
+        Rope(scaling=LinearScaling(3.0)).frequencies_F(16), Rope().frequencies_F(16) / 3, rtol=1e-6
+    )
 
 
 def test_published_alibi_slopes():
@@ -130,6 +166,10 @@ def test_each_position_takes_its_own_way():
         (MFA(2, 8, position=Rope(axes=(6, 4))), r"axes \[6, 4\] take 10 .* of a head of 8"),
         (MLA(2, 8, 8, 4, 8, position=Rope(axes=(4, 2))), r"take 6 coordinates of a head of 4"),
         (RopeScaling(0.5, 8), "needs a factor and a length of at least 1, not 0.5 and 8"),
+        (LinearScaling(0.5), "needs a factor and a length of at least 1, not 0.5"),
+        (Yarn(0.5, 8), "needs a factor and a length of at least 1, not 0.5 and 8"),
+        (Yarn(2.0, 8, fast=1.0), "yarn needs 0 < slow < fast, not 1.0 and 1.0"),
+        (Yarn(2.0, 8, attention_factor=0.0), "a positive attention_factor: 0.0"),
         (RopeScaling(2.0, 8, low=4.0), "needs 0 < low < high, not 4.0 and 4.0"),
     ],
 )

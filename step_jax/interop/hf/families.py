@@ -259,14 +259,16 @@ def _step_mlps(c: Keys, depth: int) -> list[SwiGLU | MoE]:
     shared_limits = c.numbers_per_layer("swiglu_limits_shared", depth)
     c.only(moe_router_activation="sigmoid", norm_expert_weight=True, use_moe=True)
     c.without_effect("need_fp32_gate")  # ours is float32 either way
-    if not sparse:
-        c.without_effect(
-            *_STEP_EXPERTS, *_STEP_TOP_K, *_STEP_SHARED, "moe_intermediate_size",
-            "moe_router_scaling_factor", "use_moe_router_bias",
-        )  # fmt: skip
-        mixture = None
-    else:
-        mixture = MoE(
+    c.without_effect(
+        *_STEP_EXPERTS, *_STEP_TOP_K, *_STEP_SHARED, "moe_intermediate_size", "intermediate_size",
+        "moe_router_scaling_factor", "use_moe_router_bias",
+    )  # fmt: skip
+
+    def mlp(layer: int) -> SwiGLU | MoE:
+        shared_limit = shared_limits[layer] or None
+        if layer not in sparse:  # a dense layer has the limit of a shared expert
+            return SwiGLU(c.integer("intermediate_size"), shared_limit)
+        return MoE(
             (Experts(c.one_of(_STEP_EXPERTS, c.integer), c.integer("moe_intermediate_size")),),
             Router(
                 top_k=c.one_of(_STEP_TOP_K, c.integer),
@@ -275,15 +277,10 @@ def _step_mlps(c: Keys, depth: int) -> list[SwiGLU | MoE]:
                 bias=c.flag("use_moe_router_bias", True),
             ),
             shared=c.one_of(_STEP_SHARED, c.integer),
+            clamp=limits[layer] or None,
+            shared_clamp=shared_limit,
         )
 
-    def mlp(layer: int):
-        shared = shared_limits[layer] or None
-        if layer not in sparse:  # a dense layer has the limit of a shared expert
-            return SwiGLU(c.integer("intermediate_size"), shared)
-        return replace(mixture, clamp=limits[layer] or None, shared_clamp=shared)
-
-    c.integer("intermediate_size", None)
     return [mlp(layer) for layer in range(depth)]
 
 
@@ -297,13 +294,12 @@ def _step_sparse(c: Keys, depth: int) -> set[int]:
     known = ("dense", "sparse")
     kinds = c.per_layer("mlp_layer_types", depth, known.__contains__, "'dense' or 'sparse'")
     named = c.get("moe_layers_enum")
-    listed = None
     if isinstance(named, str):
-        listed = [i.strip() for i in named.split(",") if i.strip()]
-        if wrong := [i for i in listed if not i.isdecimal()]:
+        items = [item.strip() for item in named.split(",") if item.strip()]
+        if wrong := [item for item in items if not item.isdecimal()]:
             raise ConfigError(f"{c.where} has {wrong[0]!r} in moe_layers_enum; it must be a layer")
-        listed = [int(i) for i in listed]
-    elif named is not None:
+        listed: list[int] | None = [int(item) for item in items]
+    else:
         listed = c.integers("moe_layers_enum")
     by_number = set(range(3, depth)) if listed is None else {i for i in listed if i < depth}
     by_kind = {i for i, kind in enumerate(kinds) if kind == "sparse"}
@@ -359,8 +355,9 @@ FAMILIES = {
         _step,
         zero_centred=True,
         auto_class=None,
-        note="`transformers` (5.24) has this architecture only within Step3p7ForConditionalGeneration; "
-        "Step3p5ForCausalLM is the class of the released model's own code and of serving engines",
+        note="`transformers` (5.24) has this architecture only within "
+        "Step3p7ForConditionalGeneration; Step3p5ForCausalLM is the class of the released model's "
+        "own code and of serving engines",
     ),
 }
 

@@ -128,6 +128,8 @@ class Keys:
         if any(value != next(iter(given.values())) for value in given.values()):
             both = " but ".join(f"{name} {value!r}" for name, value in given.items())
             raise ConfigError(f"{self.where} has {both}: which are names for the same thing")
+        if not given and not args:
+            raise ConfigError(f"{self.where} lacks {' or '.join(map(repr, names))}")
         return read(next(iter(given), names[0]), *args)
 
     def only(self, **allowed: Any) -> None:

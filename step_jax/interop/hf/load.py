@@ -8,6 +8,7 @@ the host never has more than one tensor.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -175,10 +176,10 @@ class _Leaf:
             first = int(wanted.min())
             rest = [*rest[:-1], (first, int(wanted.max()) + 1)]
             part = view[tuple(slice(*rest[axis]) for axis in tensor.axes)]
-            wanted = tuple((wanted - first).tolist())
-            in_order = wanted == tuple(range(len(wanted)))
+            coordinates = tuple((wanted - first).tolist())
+            in_order = coordinates == tuple(range(len(coordinates)))
             place = [i - a for i, (a, _) in zip(tensor.place, lead, strict=True)]
-            if not shard.write(part, place, tensor.axes, None if in_order else wanted):
+            if not shard.write(part, place, tensor.axes, None if in_order else coordinates):
                 raise CheckpointError(f"{tensor.name} holds NaN or infinite values")
 
     def array(self) -> jax.Array:
@@ -197,7 +198,7 @@ class _Shard:
         shape = tuple(stop - start for start, stop in bounds)
         self.on_host = _on_host(device)
         self.array: Any = (
-            np.zeros(shape, spec.dtype)
+            _aligned(shape, np.dtype(spec.dtype))
             if self.on_host
             else jnp.zeros(shape, spec.dtype, device=device)
         )
@@ -219,6 +220,17 @@ class _Shard:
 
 def _on_host(device: jax.Device) -> bool:
     return device.platform == "cpu"
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that a CPU device takes over as it is; what is not aligned it would copy."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+_ALIGNMENT = 64  # bytes
 
 
 def _turn(xp, part, axes, order):

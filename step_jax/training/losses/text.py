@@ -6,7 +6,7 @@ Shape suffixes: B batch, T tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -44,22 +44,34 @@ def _ahead(a_BT, k: int):
     return jnp.pad(a_BT[:, k:], ((0, 0), (0, k)))
 
 
-def packed_text_loss(c: Decoder, execution: Execution, sharding: Sharding, z_loss: float = 0.0):
+def packed_text_loss(
+    c: Decoder,
+    execution: Execution,
+    sharding: Sharding | None,
+    z_loss: float = 0.0,
+    balance: Literal["batch", "microbatch"] = "batch",
+):
     """A function (params, batch) -> LossOutput: the next-token loss of packed text.
 
     Its parts are ``next_token``; ``mtp1``, ... for every head of multi-token prediction, each
     divided by its own number of targets; and ``routing`` of a mixture of experts whose router has a
-    loss, which is one of the loads of the whole batch. The sums are the experts' stats.
+    loss. The sums are the experts' stats.
 
     Args:
       z_loss: coefficient of the squared log-partition.
+      balance: ``batch`` takes the routers' losses of the loads of the whole batch, which are joint
+        (``LossOutput.joint``); ``microbatch`` those of each call, weighted by their tokens.
     """
     joint = routing_loss(c)
 
     def loss(p: DecoderParams, batch: Mapping[str, Any]) -> LossOutput:
         ctx = Context(Tokens.packed(batch), sharding=sharding, execution=execution)
         parts, metrics, stats = token_parts(p, c, batch, ctx, z_loss)
-        return LossOutput(parts, metrics, stats, joint)
+        if joint is None or balance == "batch":
+            return LossOutput(parts, metrics, stats, joint)
+        tokens = jnp.sum(ctx.tokens.counted_BT(), dtype=jnp.float32)
+        own = {name: Part(value * tokens, tokens) for name, value in joint(stats).items()}
+        return LossOutput(parts | own, metrics, stats)
 
     return loss
 

@@ -1,0 +1,66 @@
+"""Host memory of importing and exporting a checkpoint of several hundred megabytes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from step_jax.core.spec import map_specs
+from step_jax.interop import hf
+from step_jax.models.layers.attention import MHA
+from step_jax.models.layers.mlp import SwiGLU
+from step_jax.models.text.decoder import Block, Decoder, Group
+
+SHARD = 60_000_000
+
+SCRIPT = """
+import json, resource, sys
+import jax
+from step_jax.interop import hf
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+small, large, out, shard = sys.argv[1:]
+config, params = hf.load_hf(small)
+hf.save_hf(out + "/small", params, config, context_length=8, max_shard_size=int(shard))
+start = peak()
+config, params = hf.load_hf(large)
+jax.block_until_ready(params)
+held = sum(a.nbytes for a in jax.tree.leaves(params))
+imported = peak()
+hf.save_hf(out + "/large", params, config, context_length=8, max_shard_size=int(shard))
+print(json.dumps({"held": held, "import": imported - start, "both": peak() - start}))
+"""
+
+
+def decoder(width: int, layers: int) -> Decoder:
+    block = Block(MHA(width // 64, 64), SwiGLU(2 * width))
+    return Decoder(width, (Group(layers, (block,)),), vocab=8 * width)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read as Linux reports it")
+def test_the_host_holds_no_more_than_a_shard_beside_what_the_devices_hold(tmp_path):
+    """A parameter of all layers is 84 MB here, twice the largest tensor and more than a shard."""
+    for name, config in {"small": decoder(64, 1), "large": decoder(1024, 10)}.items():
+        zeros = map_specs(lambda s: np.zeros(s.shape, np.float32), config.specs())
+        hf.save_hf(tmp_path / name, zeros, config, context_length=8, max_shard_size=SHARD)
+    sizes = [p.stat().st_size for p in (tmp_path / "large").glob("*.safetensors")]
+    assert len(sizes) > 3 and max(sizes) < SHARD + 100_000 and sum(sizes) > 200e6
+    paths = [str(tmp_path / name) for name in ("small", "large", "out")]
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *paths, str(SHARD)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    measured = json.loads(run.stdout.splitlines()[-1])
+    allowed = measured["held"] + 1.2 * max(sizes)
+    assert measured["import"] <= allowed and measured["both"] <= allowed, measured
+    assert measured["import"] > 0.9 * measured["held"], "zeros that were never written"
