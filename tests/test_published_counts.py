@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from step_jax import PretrainConfig
 from step_jax.core.command_line import load_config
 from step_jax.core.spec import count
 from step_jax.models.flops import forward_flops_per_token, mean_keys
 from step_jax.models.layers.initialisation import FanIn
-from step_jax.trainers.pretrain import PretrainConfig, cache_bytes_per_token
+from step_jax.models.text.facts import cache_bytes_per_token
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

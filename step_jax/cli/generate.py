@@ -89,9 +89,7 @@ def _write(artifact, sharding, sampling: SamplingConfig, prompts, first: int, *,
 
     tokenizer = artifact.tokenizer
     ids = [tokenizer.encode(prompt).tolist() for prompt in prompts]
-    stream = TextStream(tokenizer.decode, ids[0])
-    if alone:
-        print(prompts[0], end="", flush=True)
+    screen = _Screen(prompts[0], TextStream(tokenizer.decode, ids[0]))
     generation = generate(
         artifact.params,
         artifact.model,
@@ -103,13 +101,11 @@ def _write(artifact, sharding, sampling: SamplingConfig, prompts, first: int, *,
         execution=artifact.execution,
         sharding=sharding,
         requests=range(first, first + len(prompts)),
-        on_tokens=(lambda row, tokens: print(stream.push(tokens), end="", flush=True))
-        if alone
-        else None,
+        on_tokens=(lambda row, tokens: screen.show(tokens)) if alone else None,
         chunk=8,
     )
     if alone:
-        print(stream.end(), flush=True)
+        screen.end()
     for row, prompt in enumerate(prompts if not alone else []):
         text = prompt + tokenizer.decode_continuation(ids[row], generation.tokens[row])
         print(f"--- {first + row}\n{text}", flush=True)
@@ -119,3 +115,17 @@ def _write(artifact, sharding, sampling: SamplingConfig, prompts, first: int, *,
                 f"text {first + row} ended at the model's context of {artifact.context} tokens",
                 file=sys.stderr,
             )
+
+
+class _Screen:
+    """Prints a text as its tokens come; the prompt not before the first of them."""
+
+    def __init__(self, prompt: str, stream):
+        self.unseen, self.stream = prompt, stream
+
+    def show(self, tokens: list[int]) -> None:
+        print(self.unseen + self.stream.push(tokens), end="", flush=True)
+        self.unseen = ""
+
+    def end(self) -> None:
+        print(self.unseen + self.stream.end(), flush=True)

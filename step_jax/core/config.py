@@ -142,6 +142,9 @@ def type_name(declared: Any) -> str:
 _BAD: Any = object()
 
 
+_EMPTY = Mapping({}, {}, DEFAULT)
+
+
 class _Converter:
     """Walks a tree and a schema together; gathers errors and origins on the way."""
 
@@ -243,6 +246,8 @@ class _Converter:
             if field.name in node.entries and field.name not in replaced:
                 sub_node = node.entries[field.name]
                 values[field.name] = self.value(hints[field.name], sub_node, sub_path, standing)
+            elif standing is None and not path and (group := self._optional(hints[field.name])):
+                values[field.name] = self.group(group, _EMPTY, sub_path, dataclasses.MISSING)
             elif standing is not dataclasses.MISSING:
                 values[field.name] = standing
                 self.record_default(standing, sub_path)
@@ -257,6 +262,12 @@ class _Converter:
             return cls(**values)
         except (TypeError, ValueError) as error:
             return self.fail(node.origin, path, str(error))
+
+    def _optional(self, declared: Any) -> tuple[Any, ...]:
+        """The groups that a page of help shows although nothing stands in their place."""
+        if self.placeholder is None:
+            return ()
+        return tuple(part for part in members(declared) if dataclasses.is_dataclass(part))
 
     def choose(self, classes: tuple[Any, ...], node: Mapping, path: str, default: Any):
         """The member of a union that ``kind`` names; without ``kind``, the one in place."""

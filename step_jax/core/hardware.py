@@ -8,14 +8,18 @@ Peaks are dense (no structured sparsity), and vendors' figures, not measurements
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import jax
 
+#: Google's number among vendors of PCI devices.
+GOOGLE = "0x1ae0"
 Precision = Literal["bf16", "fp8", "int8", "fp32"]
 #: compute dtype of a run -> the precision whose peak its products have.
 PRECISION: dict[str, Precision] = {"bfloat16": "bf16", "float32": "fp32"}
@@ -194,6 +198,24 @@ def from_device_kind(kind: str) -> Chip | None:
             if name in words and not is_cut_down:
                 return CHIPS[name]
     return None
+
+
+@functools.cache
+def leave_out_absent_tpus() -> None:
+    """Keeps JAX from looking for TPUs where there are none, for half a minute and with warnings.
+
+    libtpu is installed on machines that only compile for TPUs. Call it before a device is touched.
+    """
+    import jax
+
+    if jax.config.jax_platforms or importlib.util.find_spec("libtpu") is None:
+        return
+    others = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
+    if any(importlib.util.find_spec(name) for name in others):
+        return
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    if not any(vendor.read_text().strip() == GOOGLE for vendor in vendors):
+        jax.config.update("jax_platforms", "cpu")
 
 
 def has_ragged_all_to_all(device: jax.Device) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from step_jax.core import hardware
 from step_jax.core.errors import ConfigError
 from step_jax.core.spec import map_specs
 
@@ -108,7 +109,10 @@ def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh:
     Raises:
       ConfigError: sizes that do not make the devices, or that no slice can be cut from.
     """
-    devices = jax.devices() if devices is None else list(devices)
+    if devices is None:
+        hardware.leave_out_absent_tpus()
+        devices = jax.devices()
+    devices = list(devices)
     config = config.resolve(len(devices))
     shape = tuple(config.sizes().values())
     types = (AxisType.Auto,) * len(AXES)

@@ -48,15 +48,18 @@ def draw(
       steps: of Euler's method.
       seed: of the noise.
     """
-    key = rng.fold(seed, 0, "noise")
+    key, count = rng.fold(seed, 0, "noise"), len(classes_B)
+    more = -count % sharding.ways("batch")  # so that every device has as many
+    classes_B = np.pad(np.asarray(classes_B, np.int32), (0, more))
 
     def images(params):
-        shape = (len(classes_B), model.size, model.size, model.channels)
+        shape = (count, model.size, model.size, model.channels)
 
         def velocity(x_BHWC, time_B):
             x_BHWC = sharding.constrain(x_BHWC, "batch", None, None, None)
             return model.apply(params, x_BHWC, time_B, classes_B, execution, sharding)
 
-        return euler(velocity, jax.random.normal(key, shape), steps)
+        noise_BHWC = jnp.pad(jax.random.normal(key, shape), ((0, more), *((0, 0),) * 3))
+        return euler(velocity, noise_BHWC, steps)
 
-    return np.asarray(jax.jit(images, out_shardings=sharding.replicated())(params))
+    return np.asarray(jax.jit(images, out_shardings=sharding.replicated())(params))[:count]

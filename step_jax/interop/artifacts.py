@@ -6,7 +6,7 @@ layout.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,7 @@ def starting_point(
     kind: type,
     run: Path | None = None,
     *,
+    complete: Callable[[Any, Any], Any] = lambda model, found: model,
     arrays: bool = True,
 ) -> Start:
     """The start of a loop that is configured with a ``model``, an ``init_from``, or both.
@@ -120,6 +121,7 @@ def starting_point(
       kind: of the model that the loop trains.
       run: directory of the run. One that has checkpoints goes on by itself: what it once started
         from need not be there any more.
+      complete: (model, the artifact's model) -> the model with what it leaves to the artifact.
       arrays: False leaves the parameters out (of a plan).
 
     Raises:
@@ -134,7 +136,7 @@ def starting_point(
     name, part = (str(run), None) if goes_on else (init.artifact, init.part)
     artifact = load_artifact(name, sharding, part, arrays=arrays and not goes_on)
     artifact.require(kind, "init_from here")
-    model = artifact.model if model is None else model
+    model = artifact.model if model is None else complete(model, artifact.model)
     origin = artifact.meta["artifact"]["origin"] if goes_on else f"{name}, step {artifact.step}"
     start = Start(model, None, artifact.processor, origin, init.freeze, init.lora)
     if goes_on:

@@ -20,10 +20,10 @@ from step_jax.core.config import load_file
 from step_jax.core.errors import ConfigError
 from step_jax.core.files import write_whole
 from step_jax.core.spec import count
+from step_jax.models.text.facts import with_vocabulary
 from step_jax.runs.metrics_log import read_metrics
 from step_jax.runs.plots import plot_groups
 from step_jax.trainers import pretrain
-from step_jax.trainers.pretrain import PretrainConfig
 
 BASE = "base.yaml"
 PUBLISHED = "published.json"
@@ -191,7 +191,7 @@ class Ablation:
 
 def load_variants(
     paths: Sequence[Path | str], overrides: Sequence[str] = ()
-) -> dict[str, PretrainConfig]:
+) -> dict[str, pretrain.Config]:
     """Configurations by file name.
 
     Args:
@@ -207,12 +207,12 @@ def load_variants(
         files += inside if path.is_dir() else [path]
     if not files:
         raise ConfigError(f"no configuration (*.yaml) in {', '.join(map(str, paths))}")
-    variants: dict[str, PretrainConfig] = {}
+    variants: dict[str, pretrain.Config] = {}
     for file in files:
         if file.stem in variants:
             raise ConfigError(f"two variants are named {file.stem}: rename {file}")
         argv = [str(file), *overrides]
-        variants[file.stem] = load_config(PretrainConfig, argv, prog="step-jax ablate").config
+        variants[file.stem] = load_config(pretrain.Config, argv, prog="step-jax ablate").config
     first, *others = variants
     for name in others:
         ours = replace(variants[name], run=variants[first].run, model=variants[first].model)
@@ -224,13 +224,13 @@ def load_variants(
     return variants
 
 
-def with_seed(name: str, config: PretrainConfig, seed: int) -> PretrainConfig:
+def with_seed(name: str, config: pretrain.Config, seed: int) -> pretrain.Config:
     """The run of a variant with a seed, in a directory of its own."""
     directory = Path(config.run.directory) / name / f"seed_{seed}"
     return replace(config, run=replace(config.run, directory=str(directory), seed=seed))
 
 
-def finished(config: PretrainConfig) -> float | None:
+def finished(config: pretrain.Config) -> float | None:
     """The final held-out loss in the run directory of ``config``; None if it is not finished.
 
     Raises:
@@ -239,8 +239,8 @@ def finished(config: PretrainConfig) -> float | None:
     directory = Path(config.run.directory)
     if not (directory / "config.yaml").exists():
         return None
-    saved = load_file(PretrainConfig, directory / "config.yaml")
-    ours = pretrain.with_vocabulary(config.model, saved.model.vocab)
+    saved = load_file(pretrain.Config, directory / "config.yaml")
+    ours = with_vocabulary(config.model, saved.model.vocab)
     if saved.run.seed != config.run.seed or saved != replace(config, run=saved.run, model=ours):
         raise ConfigError(
             f"{directory} holds a run of another configuration: give --run.directory a new place, "
@@ -276,14 +276,14 @@ def collect(
     )
 
 
-def _row(name: str, config: PretrainConfig, seeds: Sequence[int]) -> Row:
+def _row(name: str, config: pretrain.Config, seeds: Sequence[int]) -> Row:
     runs = {seed: with_seed(name, config, seed) for seed in seeds}
     losses = {seed: loss for seed, run in runs.items() if (loss := finished(run)) is not None}
     model = config.model
     for run in runs.values():
         if (saved := Path(run.run.directory) / "config.yaml").exists():
-            model = load_file(PretrainConfig, saved).model
-    model = pretrain.with_vocabulary(model, config.data.vocab_size)
+            model = load_file(pretrain.Config, saved).model
+    model = with_vocabulary(model, config.data.vocab_size)
     length = config.data.sequence_length
     return Row(
         name=name,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -175,6 +176,21 @@ class Config:
         return self.data.tokenizer == TRAIN_TOKENIZER and self.init_from is None
 
 
+def start_of(
+    config: Config, sharding: Sharding, run: Path | None = None, *, arrays: bool = True
+) -> Start:
+    """See ``starting_point``; a model without a vocabulary has the artifact's."""
+    return starting_point(
+        config.model,
+        config.init_from,
+        sharding,
+        Decoder,
+        run,
+        complete=lambda model, found: model if model.vocab else replace(model, vocab=found.vocab),
+        arrays=arrays,
+    )
+
+
 def check_documents(model: Decoder, data: DataConfig) -> None:
     """Raises ConfigError for a model that must know documents, of data that do not tell them."""
     if model.mtp is not None and not data.isolate:
@@ -196,9 +212,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
     """
     with Session(config) as session:
         sharding, report = session.sharding, session.reporter
-        begin = starting_point(
-            config.model, config.init_from, sharding, Decoder, session.directory.path
-        )
+        begin = start_of(config, sharding, session.directory.path)
         check_documents(begin.model, config.data)
         chosen = implementations(
             begin.model, config.execution, config.data.sequence_length, sharding
@@ -290,7 +304,7 @@ def program(config: Config, sharding: Sharding) -> Program:
     Raises:
       ConfigError: no vocabulary without the tokenizer, or sizes that the mesh does not divide.
     """
-    begin = starting_point(config.model, config.init_from, sharding, Decoder, arrays=False)
+    begin = start_of(config, sharding, arrays=False)
     model, data = begin.model, config.data
     if not model.vocab:
         if not config.trains_tokenizer:

@@ -1,6 +1,5 @@
 """Typed configuration: conversion by declared type, precedence, messages, flags."""
 
-import importlib
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from step_jax.core import config as config_lib
 from step_jax.core.command_line import load_config
 from step_jax.core.config import config_hash, load_file, parse_config, to_yaml
 from step_jax.core.errors import ConfigError, ExitCode
+from step_jax.trainers import find_loop
 
 
 class Colour(Enum):
@@ -462,17 +462,16 @@ def test_text_that_is_not_unicode_is_refused(write):
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "flags"),
+    ("loop", "flags"),
     [
-        ("pretrain", "PretrainConfig", ["--model.width", "--data.path", "--training.steps"]),
-        ("rl.reinforce", "ReinforceConfig", ["--training.digits", "--init-from"]),
-        ("diffusion.flow_matching", "FlowMatchingConfig", ["--model.attention.heads"]),
+        ("pretrain", ["--model.width", "--data.path", "--training.steps"]),
+        ("reinforce", ["--training.digits", "--init-from"]),
+        ("flow-matching", ["--model.attention.heads"]),
     ],
 )
-def test_every_loop_shows_its_help_without_a_recipe(module, name, flags, capsys):
-    schema = getattr(importlib.import_module(f"step_jax.trainers.{module}"), name)
+def test_every_loop_shows_its_help_without_a_recipe(loop, flags, capsys):
     with pytest.raises(SystemExit) as caught:
-        load_config(schema, ["--help"])
+        load_config(find_loop(loop).Config, ["--help"])
     page = capsys.readouterr().out
     assert caught.value.code == 0 and [flag for flag in flags if flag not in page] == []
 

@@ -5,14 +5,13 @@ from types import SimpleNamespace
 import pytest
 from tokenizers import normalizers
 
-from step_jax.checkpoint import Checkpointer
-from step_jax.cli.generate import _Screen, _write
+from step_jax.cli.generate import _write
 from step_jax.cli.main import main
-from step_jax.core.config import to_plain
 from step_jax.data import DataConfig
 from step_jax.evaluation.heldout import figures
 from step_jax.inference.generate import Generation
 from step_jax.inference.sampling import SamplingConfig
+from tests.artifacts import save_run
 from tests.models import small
 from tests.tokenizers.made import byte_level, metaspace, ours
 
@@ -23,11 +22,7 @@ def run_of(tokenizer, folder, data: DataConfig):
     """(path, decoder, parameters) of a run as pretraining leaves it."""
     c = small.decoder("mfa", vocab=tokenizer.vocab_size)
     p = small.params(c)
-    config = {"model": to_plain(c), "data": to_plain(data), "training": {"ema_decay": None}}
-    config["execution"] = to_plain(small.execution())
-    with Checkpointer(folder / "run/checkpoints") as checkpointer:
-        checkpointer.save(1, {"params": p}, {"config": config, "tokenizer": tokenizer.hash})
-    tokenizer.save(folder / "run/tokenizer")
+    save_run(folder / "run", c, p, tokenizer, data.sequence_length, step=1)
     return folder / "run", c, p
 
 
@@ -70,21 +65,9 @@ def test_generate_keeps_the_space_between_prompt_and_answer(monkeypatch, capsys,
         return Generation([answer] * len(ids), [], ["stop"] * len(ids))
 
     monkeypatch.setattr("step_jax.inference.generate.generate", write)
-    data = SimpleNamespace(sequence_length=LENGTH)
-    trained = SimpleNamespace(tokenizer=tokenizer, data=data, params=0, decoder=0, execution=0)
-    _write(trained, None, SamplingConfig(), prompts, first=4)
+    artifact = SimpleNamespace(
+        tokenizer=tokenizer, context_of_text=LENGTH, params=0, model=0, execution=0
+    )
+    _write(artifact, None, SamplingConfig(), prompts, first=4, alone=len(prompts) == 1)
     printed = capsys.readouterr().out
     assert printed == ("the fox\n" if len(prompts) == 1 else "--- 4\nthe fox\n--- 5\na fox\n")
-
-
-def test_a_single_answer_is_shown_with_its_space_as_it_comes(capsys):
-    tokenizer = ours(metaspace())
-    prompt, answer = tokenizer.encode("the").tolist(), tokenizer.encode("fox \u4e16 the").tolist()
-    screen = _Screen(tokenizer, "the", prompt)
-    seen = []
-    for token in answer:
-        screen.show([token])
-        seen.append(capsys.readouterr().out)
-    screen.end()
-    assert seen[0] == "the fox" and "\ufffd" not in "".join(seen)
-    assert "".join(seen) + capsys.readouterr().out == "the fox \u4e16 the\n"

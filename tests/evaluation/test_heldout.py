@@ -13,19 +13,18 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from step_jax.checkpoint.load import load_model
 
-from step_jax.checkpoint import Checkpointer
 from step_jax.cli.main import main
-from step_jax.core.config import to_plain
 from step_jax.core.errors import DataError
 from step_jax.data import DataConfig, Tokenizer
 from step_jax.evaluation.corpus import whole_corpus
 from step_jax.evaluation.heldout import figures, make_evaluator
+from step_jax.interop.artifacts import load_artifact
 from step_jax.models.context import Context
 from step_jax.models.tokens import Tokens
 from step_jax.tokenizers.files import load_tokenizer
 from step_jax.tokenizers.sentencepiece import train_sentencepiece
+from tests.artifacts import save_run
 from tests.models import small
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards box with care".split()
@@ -57,18 +56,8 @@ def run(tokenizer, folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "small"
     c = small.decoder("mfa", vocab=tokenizer.vocab_size)
     p = small.params(c)
-    data = DataConfig(path=str(folder), sequence_length=LENGTH, heldout_fraction=0.5)
-    config = {
-        "model": to_plain(c),
-        "data": to_plain(data),
-        "execution": to_plain(small.execution()),
-        "training": {"ema_decay": 0.9},
-    }
     wrong = jax.tree.map(np.zeros_like, p)  # what must not be used when there is an average
-    with Checkpointer(path / "checkpoints") as checkpointer:
-        meta = {"config": config, "tokenizer": tokenizer.hash}
-        checkpointer.save(7, {"params": wrong, "ema": p}, meta)
-    tokenizer.save(path / "tokenizer")
+    save_run(path, c, wrong, tokenizer, LENGTH, step=7, average=p)
     return path, c, p
 
 
@@ -122,11 +111,11 @@ def test_figures_of_a_hopeless_model_and_of_nothing(run, tokenizer, folder):
         evaluate(p, nothing)
 
 
-def test_load_model_takes_the_average_and_the_run_s_own_tokenizer(run):
+def test_an_artifact_has_the_average_and_the_run_s_own_tokenizer(run, tokenizer):
     path, c, p = run
-    loaded = load_model(path, small.on_mesh(fsdp=8))
-    assert loaded.decoder == c and loaded.step == 7
-    assert loaded.data.sequence_length == LENGTH and loaded.execution == small.execution()
+    loaded = load_artifact(str(path), small.on_mesh(fsdp=8))
+    assert loaded.model == c and loaded.step == 7 and loaded.context == LENGTH
+    assert loaded.dtype == "float32" and loaded.tokenizer.hash == tokenizer.hash
     for got, expected in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(p), strict=True):
         assert np.array_equal(got, expected)
 
@@ -151,7 +140,7 @@ def test_eval_reads_what_the_run_held_out_or_refuses(run, folder, tmp_path, caps
     assert main(command) == 1  # this run kept nothing: its texts of today may be others
     assert re.search("does not keep what it held out.*Give --data.path", capsys.readouterr().err)
 
-    tokenizer = Tokenizer.load(path / "tokenizer.model")
+    tokenizer = load_tokenizer(path / "tokenizer")
     kept = tmp_path / "kept"
     kept.mkdir()
     for i in (30, 31):
@@ -182,9 +171,7 @@ def test_eval_reads_what_the_run_held_out_or_refuses(run, folder, tmp_path, caps
 def test_generate_command_streams_what_it_writes(run, tmp_path, capsys):
     path, *_ = run
     options = ["--temperature", "0.8", "--seed", "3", "--max-new-tokens", "12"]
-    assert (
-        main(["generate", str(path / "checkpoints" / "00000007"), "--prompt", "the", *options]) == 0
-    )
+    assert main(["generate", f"{path}@7", "--prompt", "the", *options]) == 0
     first = capsys.readouterr()
     assert first.out.startswith("the") and len(first.out) > len("the\n")
     prompts = tmp_path / "prompts"
@@ -204,7 +191,7 @@ def test_a_prompts_file_with_a_stray_byte_names_the_line(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate"], "needs a run first"),
+        (["generate"], "needs an artifact"),
         (["generate", "nowhere"], "nowhere does not exist: give the directory of a run"),
         (["generate", "RUN", "--top-p", "2"], "top_p is 2.0; it must be in"),
         (["generate", "RUN", "--prompts-file", "nofile"], "prompts file nofile"),
@@ -212,13 +199,13 @@ def test_a_prompts_file_with_a_stray_byte_names_the_line(run, tmp_path, capsys):
         (["generate", "RUN\udce9"], r"RUN\\\\xe9' is not UTF-8 text"),
         (["generate", "RUN", "--seed", "9223372036854775808"], "seed is 9223.* from 0 to 4294967"),
         (["generate", "RUN", "--seed", "-1"], "seed is -1; it must be from 0 to 4294967295"),
-        (["generate", "RUN", "--step", "8"], "step 8|00000008"),
+        (["generate", "RUN@8"], "has no step 8; there are: .7."),
         (["generate", "RUN", "--prompt", "fox " * 99], "more than the context of 32 tokens"),
         (["eval", "RUN", "--batch-size", "0"], "batch_size is 0"),
         (["eval", "RUN", "--data.path", "nowhere"], "'nowhere' does not exist"),
     ],
 )
 def test_commands_name_bad_input(run, arguments, message, capsys):
-    assert main([str(run[0]) if word == "RUN" else word for word in arguments]) != 0
+    assert main([str(run[0]) + w[3:] if w in ("RUN", "RUN@8") else w for w in arguments]) != 0
     captured = capsys.readouterr()
     assert re.search(message, captured.err) and captured.out == ""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from step_jax import PretrainConfig
 from step_jax.core.config import load_file
 from step_jax.core.errors import CheckpointError
 from step_jax.core.spec import map_specs
@@ -18,7 +19,6 @@ from step_jax.models.context import Context, Execution
 from step_jax.models.layers.moe import Experts, MoE
 from step_jax.models.text.decoder import Group
 from step_jax.models.tokens import Tokens
-from step_jax.trainers.pretrain import Config as PretrainConfig
 from tests.golden import golden
 
 # These models run once: the compiler's time is most of the test's.

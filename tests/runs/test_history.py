@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from step_jax import PretrainConfig
 from step_jax.core.errors import ConfigError, ExitCode
 from step_jax.runs.history import continue_configuration, ending, flat_configuration, outcome
 from step_jax.runs.metrics_log import read_metrics
 from step_jax.runs.run_directory import RunDirectory
 from step_jax.runs.session import RunConfig
-from step_jax.trainers.diffusion.flow_matching import FlowMatchingConfig
-from step_jax.trainers.pretrain import PretrainConfig
-from step_jax.trainers.rl.reinforce import ReinforceConfig
+from step_jax.trainers.diffusion.flow_matching import Config as FlowMatchingConfig
+from step_jax.trainers.rl.reinforce import Config as ReinforceConfig
 
 REAL = Path(__file__).parent / "real"
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from step_jax import equal_parameter_heads
+from step_jax import PretrainConfig, equal_parameter_heads
 from step_jax.cli import main as cli
 from step_jax.core.command_line import load_config
 from step_jax.core.config import load_file
 from step_jax.core.errors import ConfigError
 from step_jax.core.spec import count
 from step_jax.models.layers.initialisation import FanIn
+from step_jax.models.text.facts import with_vocabulary
 from step_jax.runs.metrics_log import read_metrics
 from step_jax.runs.plots import plot_groups
 from step_jax.trainers import ablation
@@ -24,7 +25,6 @@ from step_jax.trainers.ablation import (
     load_variants,
     run_ablation,
 )
-from step_jax.trainers.pretrain import PretrainConfig, with_vocabulary
 
 ATTENTION = Path(__file__).parents[2] / "configs" / "ablations" / "attention"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -73,8 +74,11 @@ def test_an_export_is_an_artifact_again(tmp_path, places, capsys):  # noqa: F811
     assert json.loads((folder / "config.json").read_text())["max_position_embeddings"] == 16
     run, hub = load_artifact(str(tmp_path / "run"), ONE), load_artifact(f"hf:{folder}", ONE)
     jax.tree.map(np.testing.assert_array_equal, run.params, hub.params)
-    assert hub.model == run.model and hub.context == 16 and hub.dtype == "float32"
-    assert hub.tokenizer.hash == run.tokenizer.hash
+    assert replace(hub.model, init=run.model.init) == run.model
+    assert hub.context == 16 and hub.dtype == "float32"
+    text = "the quick brown fox 3="
+    np.testing.assert_array_equal(hub.tokenizer.encode(text), run.tokenizer.encode(text))
+    assert hub.tokenizer.stop_ids == run.tokenizer.stop_ids
     start = f"init_from: {{{{artifact: 'hf:{folder}'}}}}\n"
     again = PRETRAIN.write(tmp_path, start, name="again", **places)
     run_loop("pretrain", again, "--training.steps", "1")
@@ -105,7 +109,7 @@ def test_pictures_are_drawn_from_an_artifact_and_texts_are_not(tmp_path, places,
         ("fresh: [head]", "no parameter is named 'head'; there are: embedding_VD"),
         ("freeze: ['*']", "leaves nothing to train"),
         ("part: critic", "has no part 'critic'; there are: model"),
-        ("lora: {{{{rank: 2}}}}, freeze: [groups]", "leave freeze and fresh out"),
+        ("lora: {{rank: 2}}, freeze: [groups]", "leave freeze and fresh out"),
     ],
 )
 def test_a_start_that_cannot_be_meant_is_refused(chain, places, tmp_path, capsys, init, message):  # noqa: F811

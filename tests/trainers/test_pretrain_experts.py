@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from step_jax import PretrainConfig
 from step_jax.cli.main import main
 from step_jax.core.command_line import load_config
 from step_jax.models.layers.attention import MFA
 from step_jax.models.layers.moe import Experts, MoE
 from step_jax.models.layers.routing import Router
 from step_jax.models.text.decoder import Block, Decoder, Group
-from step_jax.trainers.pretrain import PretrainConfig, implementations
+from step_jax.models.text.facts import implementations
 from tests.devices import TPU
 from tests.trainers.test_pretrain import losses, recipe, text
 
@@ -78,7 +79,7 @@ def test_the_header_names_what_each_mixture_is_computed_with(tmp_path, text):
     def shown(*hidden: int) -> str:
         blocks = [Block(MFA(4, 64), MoE((Experts(8, h),), Router(2))) for h in hidden]
         model = Decoder(2040, (Group(1, tuple(blocks)),))
-        chosen = implementations(replace(config, model=model), sharding)
+        chosen = implementations(model, config.execution, config.data.sequence_length, sharding)
         return chosen["grouped matmul"]
 
     assert shown(64) == "auto -> pallas_tpu"

@@ -10,14 +10,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from step_jax.checkpoint.load import load_model
 
 from step_jax.cli.main import main
 from step_jax.core.config import load_file
 from step_jax.core.errors import ExitCode
 from step_jax.core.sharding import MeshConfig, Sharding
+from step_jax.interop.artifacts import Start
 from step_jax.models.context import Context
 from step_jax.models.tokens import Tokens
 from step_jax.trainers.rl import reinforce
@@ -58,9 +57,9 @@ def straight(tmp_path_factory):
 
 def test_rollouts_are_what_they_say(tmp_path):
     """Rewards by sorting text in Python; log-probabilities by a full forward pass."""
-    config = load_file(reinforce.ReinforceConfig, recipe(tmp_path))
+    config = load_file(reinforce.Config, recipe(tmp_path))
     sharding = Sharding.build(MeshConfig(), jax.devices()[:1])
-    model, task, _ = reinforce.starting_point(config, sharding)
+    model, _, task = reinforce.policy_and_task(config, Start(config.model))
     params = run(lambda: model.initialise(jax.random.key(3)))
     roll = jax.jit(reinforce.make_roll(config, model, task, sharding))
     roll = roll.lower(params, 5).compile(compiler_options=FAST_COMPILE)
@@ -122,42 +121,10 @@ def test_it_learns(tmp_path):
     assert (tmp_path / "run" / "plots" / "reward.png").stat().st_size > 1000
 
 
-@pytest.mark.slow
-def test_it_goes_on_from_a_pretrained_decoder(tmp_path):
-    text = tmp_path / "text"
-    text.mkdir()
-    words = "the quick brown fox jumps over a lazy dog while seven wizards boil some odd juice"
-    rng = np.random.default_rng(0)
-    for i in range(10):
-        chosen = rng.choice(words.split(), 200)
-        (text / f"{i}.txt").write_text(" ".join(f"{w} {n}" for n, w in enumerate(chosen)))
-    pretrained = tmp_path / "pretrained"
-    text_recipe = RECIPE.replace("  vocab: 12\n", "").replace("steps: 6", "steps: 1")
-    text_recipe = text_recipe.replace("prompts: 4, samples: 4, digits: 2", "batch_size: 2")
-    (tmp_path / "pretrain.yaml").write_text(
-        text_recipe.format(run=pretrained)
-        + f"data: {{path: {text}, vocab_size: 300, sequence_length: 16, cache_dir: {tmp_path}}}\n"
-        "sample: {tokens: 0}\n"
-    )
-    run_loop("pretrain", str(tmp_path / "pretrain.yaml"))
-    (tmp_path / "toy.yaml").write_text(
-        f"run: {{directory: {tmp_path / 'toy'}}}\ninit_from: {pretrained}\n"
-        "training: {steps: 1, prompts: 2, samples: 2, digits: 3}\n"
-        "optimizer: {kind: adamw, learning_rate: 1e-3, schedule: {kind: constant}}\n"
-        "execution: {dtype: float32}\n"
-    )
-    run_loop("reinforce", str(tmp_path / "toy.yaml"))
-    params = load_model(pretrained, Sharding.build(MeshConfig(), jax.devices()[:1])).params
-    norm = float(optax.tree.norm(params))
-    assert steps(tmp_path / "toy")[0]["param_norm"] == pytest.approx(norm, rel=1e-6)
-    for line in (tmp_path / "toy" / "samples" / "step_1.txt").read_text().splitlines():
-        assert line[:3].isdigit() and line[3] == "="
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--init-from", "runs/x"], "either a model or init_from"),
+        (["--init-from.artifact", "runs/x"], "either a model, or init_from"),
         (["--training.samples", "0"], "samples must be at least 1"),
         (["--optimizer.learning-rate", "step_law"], "step_law is a law of pretraining tokens"),
         (["--optimizer.schedule.warmup-steps", "9"], "warm-up of 9 steps"),
