@@ -1,7 +1,7 @@
 # Two commands do everything on a fresh machine with Python >= 3.12 and make:
 #   make quickstart              install, train a small model, sample from it
 #   make quickstart DATA=~/text  the same on your own text
-#   make test                    the tests and the linter, in the same environment
+#   make test                    linter, formatting, types and tests, in the same environment
 #   make lint                    formatting and types
 
 SHELL := /bin/bash
@@ -24,9 +24,8 @@ help:
 quickstart: $(VENV)/.installed
 	@$(BIN)/step-jax pretrain $(CONFIG) $(if $(DATA),--data.path '$(DATA)') $(ARGS)
 
-test: $(VENV)/.installed-dev
-	@$(BIN)/ruff check .
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: lint
+	@$(BIN)/python -m pytest -rs $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .

@@ -7,10 +7,10 @@ import pytest
 
 from step_jax import PretrainConfig
 from step_jax.cli import main as cli
+from step_jax.cli.main import COMMANDS
 from step_jax.core.command_line import load_config
 from step_jax.core.spec import count
 from step_jax.models.text.facts import with_vocabulary
-from step_jax.cli.main import COMMANDS
 from step_jax.trainers import LOOPS
 
 CONFIGS = Path(__file__).parents[1] / "configs"

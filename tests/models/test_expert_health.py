@@ -104,7 +104,7 @@ def trained(c: Decoder, steps: int, explode_at: int | None):
             held = state.learners["model"]
             block = held.params.groups[0][0]
             experts = jax.tree.map(
-                lambda w_LEIO: w_LEIO.at[1, 3].multiply(1.15), block.mlp.experts[0]
+                lambda w_LEIO: w_LEIO.at[1, 3].multiply(1.2), block.mlp.experts[0]
             )
             block = block.replace(mlp=block.mlp.replace(experts=(experts,)))
             params = held.params.replace(groups=((block,),))
