@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from step_jax.core.errors import DataError
-from step_jax.data.batches import Field, Schema
+from step_jax.data.schema import Field, Schema
 
 
 @dataclass(frozen=True)

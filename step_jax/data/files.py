@@ -224,7 +224,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 def _is_run(names: set[str]) -> bool:
     if {"metrics.jsonl", "config.yaml"} <= names:
         return True
-    return "lock" in names and (bool(names & _RUN_MARKS) or names == {"lock"})
+    return "lock" in names and (bool(names & _RUN_MARKS) or names <= {"lock", "identity"})
 
 
 def _is_cache(folder: str, names: set[str]) -> bool:

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from step_jax.data.batches import Field, Schema
+from step_jax.data.schema import Field, Schema
 
 Batch = dict[str, np.ndarray]
 

@@ -14,7 +14,7 @@ import jax
 
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import Sharding
-from step_jax.data.batches import Schema
+from step_jax.data.schema import Schema
 from step_jax.models.context import Execution
 from step_jax.planning import hlo
 from step_jax.planning.memory import out_of_memory

@@ -11,7 +11,8 @@ import jax
 from step_jax.core import hardware
 from step_jax.core import spec as spec_lib
 from step_jax.core.sharding import Sharding
-from step_jax.data.batches import Schema, abstract_batch
+from step_jax.data.batches import abstract_batch
+from step_jax.data.schema import Schema
 from step_jax.training.learner import Learning
 from step_jax.training.state import TrainState, abstract_state, init_state
 from step_jax.training.step import LossFn, make_train_step

@@ -17,7 +17,8 @@ from flax import struct
 from step_jax.core import rng
 from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError, StepError
-from step_jax.data.batches import Schema, microbatches
+from step_jax.data.batches import microbatches
+from step_jax.data.schema import Schema
 from step_jax.training.learner import Learner, Learning
 from step_jax.training.state import TrainState
 

@@ -10,7 +10,8 @@ import pytest
 
 from step_jax.core.errors import ConfigError, DataError
 from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
-from step_jax.data.batches import Field, abstract_batch, microbatches, to_mesh
+from step_jax.data.batches import abstract_batch, microbatches, to_mesh
+from step_jax.data.schema import Field
 
 #: a text of 8 rows, a stack of patches for each row, a pack of clips with rows of its own, a table
 SCHEMA = {

@@ -15,19 +15,38 @@ from step_jax.runs.metrics_log import read_metrics
 
 CELL = """
 import signal, threading, time
-import jax, jax.numpy as jnp
+import jax.numpy as jnp, numpy as np, optax
 from dataclasses import dataclass
+from step_jax.checkpoint.artifact import Description
 from step_jax.core.sharding import MeshConfig
+from step_jax.core.spec import ZEROS, ParamSpec
+from step_jax.data.schema import Field
 from step_jax.runs.reporter import LoggingConfig
-from step_jax.runs.session import RunConfig, Session, Work
+from step_jax.runs.session import RunConfig, Session
+from step_jax.training.learner import Learning
+from step_jax.training.optimizers.build import Optimizer
+from step_jax.training.program import Program, Work
+from step_jax.training.step import LossOutput, Part
 
 @dataclass(frozen=True)
 class Config:
     run: RunConfig
     parallel: MeshConfig = MeshConfig()
 
-like = {"w": jax.ShapeDtypeStruct((), jnp.float32)}
-fresh = lambda: {"w": jnp.zeros(())}
+class Model:
+    def initialise(self, key):
+        return {"w": jnp.zeros(1)}
+
+def loss(params, batch, key):
+    return LossOutput({"all": Part(-jnp.sum(params["model"]["w"]), jnp.float32(1))})
+
+def program(sharding, steps):
+    specs = {"w": ParamSpec((1,), (None,), ZEROS, role="vector")}
+    counting = Optimizer(optax.identity(), lambda step: jnp.float32(1), 1.0, specs)
+    return Program.build(
+        loss, {"model": Model()}, {"model": Learning(specs, specs, counting)},
+        {"x": Field(("batch",), (1,))}, sharding, total_steps=steps, work=Work(1, "rows"), seed=0,
+    )
 
 def prepare():
     print("preparing", flush=True)
@@ -36,19 +55,20 @@ def prepare():
 
 def loop(directory, steps=3, slow=0.0, prepare=lambda: None):
     config = Config(RunConfig(directory, logging=LoggingConfig(sinks=())))
-    with Session(config, config.run, config.parallel) as session:
+    with Session(config) as session:
         prepare()
-        state, start = session.start(fresh, like)
-        session.describe(config, steps, Work(1), {}, {})
+        built = program(session.sharding, steps)
+        state, start = session.start(built)
+        session.describe(config, Description("test", {}), {}, {})
         for step in range(start, steps):
             session.before(step)
             if slow and step == start + 1:
                 print("running", flush=True)
             time.sleep(slow)
-            state = {"w": state["w"] + 1}
-            session.finished(step + 1, state, {"loss": state["w"]})
+            state, metrics = built.step(state, {"x": np.ones(1, np.float32)})
+            session.finished(step + 1, state, metrics)
         session.flush()
-    print("finished at", int(state["w"]), flush=True)
+    print("finished at", int(state.learners["model"].params["w"][0]), flush=True)
 
 """
 

@@ -138,7 +138,7 @@ def test_a_run_that_does_not_continue_the_checkpoint_is_refused(straight, capsys
         (["--parallel.data", "3"], "does not match the 8 devices"),
         (["--parallel.tensor", "8"], "'vocab' has size 300"),
         (["--parallel.data", "1", "--parallel.fsdp", "1", "--parallel.context", "8",
-          "--data.sequence-length", "36"], "does not divide data.sequence_length 36"),
+          "--data.sequence-length", "36"], "'sequence' has size 36"),
         (["--training.steps", "0"], "training.steps"),
         (["--training.tokens", "1e6"], "either training.steps or training.tokens"),
         (["--model.vocab", "10"], "model.vocab is 10"),

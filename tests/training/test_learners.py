@@ -12,7 +12,7 @@ from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
 from step_jax.core.spec import Normal, ParamSpec
-from step_jax.data.batches import Field
+from step_jax.data.schema import Field
 from step_jax.training.learner import Learning, LoRA, tables, view
 from step_jax.training.optimizers.build import Optimizer, make_optimizer
 from step_jax.training.optimizers.config import AdamW

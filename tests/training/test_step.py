@@ -15,7 +15,7 @@ from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
 from step_jax.core.spec import ZEROS, Normal, ParamSpec
-from step_jax.data.batches import schema_like
+from step_jax.data.schema import schema_like
 from step_jax.training.learner import Learning
 from step_jax.training.optimizers.build import Optimizer, make_optimizer
 from step_jax.training.optimizers.config import AdamW, Muon

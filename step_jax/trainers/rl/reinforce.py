@@ -18,7 +18,7 @@ from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.files import write_whole
 from step_jax.core.sharding import MeshConfig, Sharding
-from step_jax.data.batches import schema_like
+from step_jax.data.schema import schema_like
 from step_jax.inference.sampling import SamplingConfig
 from step_jax.interop.artifacts import InitFrom, Start, starting_point
 from step_jax.models.context import Execution
