@@ -107,33 +107,6 @@ def test_batches_depend_on_seed_and_step_alone():
     assert (digits.batch(1, 7, 16)["images"] != whole["images"]).any()
 
 
-def test_resumed_run_repeats_the_undisturbed_one_bit_for_bit(straight, tmp_path):
-    run, state = straight
-    run_loop("flow-matching", recipe(tmp_path), cut_after=60)
-    again = run_loop("flow-matching", recipe(tmp_path))
-    jax.tree.map(np.testing.assert_array_equal, again, state)
-    assert steps(tmp_path / "run") == steps(run)
-    assert [r["step"] for r in steps(run)] == list(range(1, 81))
-    picture = Path("samples") / "step_80.png"
-    assert (tmp_path / "run" / picture).read_bytes() == (run / picture).read_bytes()
-
-
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        {"data": 2, "fsdp": 2, "tensor": 2},
-        pytest.param({"fsdp": 2, "context": 4}, marks=pytest.mark.slow),
-    ],
-    ids=str,
-)
-def test_a_mesh_changes_nothing(straight, tmp_path, mesh):
-    run, _ = straight
-    flags = [word for axis, n in mesh.items() for word in (f"--parallel.{axis}", str(n))]
-    run_loop("flow-matching", recipe(tmp_path), *flags, "--training.steps", "6", devices=8)
-    for got, want in zip(steps(tmp_path / "run"), steps(run)[:6], strict=True):
-        assert got == pytest.approx(want, rel=1e-5)
-
-
 def test_it_learns(straight):
     """A third of the first loss is gone: what the mean image of a class and time explain."""
     losses = [r["loss"] for r in steps(straight[0])]
