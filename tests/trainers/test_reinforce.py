@@ -90,6 +90,7 @@ def test_it_learns(tmp_path):
     flags = ["--training.digits", "1", "--training.steps", "60", "--training.prompts", "16"]
     run_loop("reinforce", recipe(tmp_path), *flags, "--training.samples", "8")
     rewards = [r["reward"] for r in steps(tmp_path / "run")]
+    assert max(r["sampler_gap"] for r in steps(tmp_path / "run")) < 1e-5  # sampled as trained
     assert np.mean(rewards[:5]) < 0.25 and np.mean(rewards[-5:]) > 0.6
     answers = (tmp_path / "run" / "samples" / "step_60.txt").read_text().splitlines()
     assert len(answers) == 16 and all(a[1] == "=" for a in answers)
