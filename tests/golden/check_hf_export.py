@@ -30,11 +30,11 @@ def write(folder: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from step_jax.interop import hf
     from step_jax.models.context import Context, Execution
+    from step_jax.models.tokens import Tokens
     from tests.golden import golden
 
     def logits(config, params, tokens_BT):
-        positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        ctx = Context(positions_BT, execution=Execution(dtype="float32"))
+        ctx = Context(Tokens.in_order(*tokens_BT.shape), execution=Execution(dtype="float32"))
         x_BTD, *_ = config.hidden(params, tokens_BT, ctx)
         return config.logits(params, x_BTD, ctx)
 

@@ -202,7 +202,7 @@ def test_a_cached_decode_gives_the_logits_of_transformers(name):
 
     def step(params, token_B1, position, cache):
         position_B1 = jnp.broadcast_to(position, token_B1.shape)
-        ctx = Context(position_B1, execution=Execution(dtype="float32"))
+        ctx = Context(Tokens(position_B1), execution=Execution(dtype="float32"))
         x_B1D, cache, _ = config.hidden(params, token_B1, ctx, cache)
         return config.logits(params, x_B1D, ctx), cache
 

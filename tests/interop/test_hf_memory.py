@@ -44,6 +44,7 @@ def decoder(width: int, layers: int) -> Decoder:
     return Decoder(width, (Group(layers, (block,)),), vocab=8 * width)
 
 
+@pytest.mark.slow  # its figures are of a quiet machine
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read as Linux reports it")
 def test_the_host_holds_no_more_than_a_shard_beside_what_the_devices_hold(tmp_path):
     """A parameter of all layers is 84 MB here, twice the largest tensor and more than a shard."""
