@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import Sharding
@@ -140,8 +141,21 @@ _FILES = ("after_optimizations.txt", "-buffer-assignment.txt", "-live-range.txt"
 
 
 @contextlib.contextmanager
+def _compiled_anew() -> Iterator[None]:
+    """No program that was kept on disk is taken: one of a run comes without what XLA dumps."""
+    was = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # it remembers whether it is used
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", was)
+        compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
 def _dump() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="step_jax_plan_") as folder:
+    with _compiled_anew(), tempfile.TemporaryDirectory(prefix="step_jax_plan_") as folder:
         yield Path(folder)
 
 

@@ -25,7 +25,6 @@ ROWS, NEW = 2, 12
 
 def write(folder: Path) -> None:
     import jax
-    import jax.numpy as jnp
 
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from step_jax.interop import hf

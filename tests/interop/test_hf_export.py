@@ -170,6 +170,7 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_written(
 # --- parameters ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh, on_host",
     [(None, False), ({"fsdp": 2, "tensor": 2}, True), ({"pipeline": 2, "expert": 3}, False)],

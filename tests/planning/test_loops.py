@@ -74,6 +74,7 @@ def planned(recipe, folder: Path, *flags: str) -> dict:
     return json.loads(saved.read_text())
 
 
+@pytest.mark.slow
 def test_plan_of_reinforce_says_that_rollouts_are_not_in_it(tmp_path, capsys):
     plan = planned(TOYS / "reinforce.yaml", tmp_path)
     assert (plan["unit"], plan["work"], plan["rows"], plan["sequence"]) == ("tokens", 3072, 512, 6)
@@ -83,6 +84,7 @@ def test_plan_of_reinforce_says_that_rollouts_are_not_in_it(tmp_path, capsys):
     assert "rollouts are a program of their own" in words and "tokens per day" in words
 
 
+@pytest.mark.slow
 def test_plan_of_flow_matching_leaves_out_what_does_not_exist(tmp_path, capsys):
     plan = planned(TOYS / "flow_matching.yaml", tmp_path)
     words = capsys.readouterr().out

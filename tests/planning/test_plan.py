@@ -210,6 +210,7 @@ def test_mesh_of_several_slices_needs_an_axis_that_they_divide(config):
 # --- Bubbles ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bubble_of_a_pipeline_is_in_the_bound(config, capsys):
     config = replace(config, execution=replace(config.execution, remat="none"))
     without, with_bubble = (

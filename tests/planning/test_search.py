@@ -57,6 +57,7 @@ def meshes_tried(config: pretrain.Config, at: topology.Topology):
     return {v.parallel for v in search.variants(config, case, at)}
 
 
+@pytest.mark.slow
 def test_estimate_counts_gathers_over_fsdp_and_context(recipe):
     flags = ["--execution.dtype", "float32", "--model.layers.0.repeat", "2"]
     flags += ["--parallel.context", "2", "--parallel.expert", "2"]

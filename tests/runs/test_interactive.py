@@ -114,6 +114,7 @@ def prompt(tmp_path):
     prompt.process.wait()
 
 
+@pytest.mark.slow
 def test_an_interrupted_cell_saves_and_the_next_one_goes_on(prompt, tmp_path):
     run = str(tmp_path / "run")
     prompt.type(f"loop({run!r}, steps=100_000, slow=0.05)")
@@ -131,6 +132,7 @@ def test_an_interrupted_cell_saves_and_the_next_one_goes_on(prompt, tmp_path):
     assert prompt.process.poll() is None
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_leaves_at_once_and_the_process_stays(prompt, tmp_path):
     run = str(tmp_path / "run")
     prompt.type(f"loop({run!r}, prepare=prepare)")  # long before the next step could save
