@@ -63,8 +63,8 @@ def program(config: Config, sharding: Sharding, start=None) -> Program:
 
 def run(config: Config, force: bool = False) -> dict[str, float]:
     with Session(config) as session:
-        mesh, path = session.sharding, session.directory.path
-        begin = starting_point(config.model, config.init_from, mesh, Decoder, path)
+        mesh, source = session.sharding, session.goes_on_from
+        begin = starting_point(config.model, config.init_from, mesh, Decoder, source)
         built = program(config, mesh, begin)
         state, start = session.start(built, begin.given("model"))
         train_step, metrics = built.compile(), {}

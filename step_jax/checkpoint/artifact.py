@@ -158,12 +158,30 @@ def has_steps(run: Path) -> bool:
     return bool(committed_steps(run / "checkpoints"))
 
 
+def open_run(name: str) -> tuple[Path, Checkpointer, int]:
+    """(directory, checkpoints, step) of ``RUN`` at its newest verified step, or of ``RUN@STEP``.
+
+    A run that is still going may be read: nothing is written or removed.
+
+    Raises:
+      ConfigError: ``name`` is no run.
+      CheckpointError: no verified step, or none of that number.
+    """
+    directory, step = split_name(name)
+    checkpointer = Checkpointer(directory / "checkpoints")
+    if step is None:
+        step = checkpointer.latest()
+        if step is None:
+            raise CheckpointError(f"{directory} has no verified checkpoint to load")
+    elif step not in (steps := checkpointer.steps()):
+        raise CheckpointError(f"{directory} has no step {step}; there are: {steps}")
+    return directory, checkpointer, step
+
+
 def load_run(
     name: str, sharding: Sharding, part: str | None = None, *, arrays: bool = True
 ) -> Artifact:
-    """The model of a run: ``RUN`` at its newest verified step, or ``RUN@STEP``.
-
-    A run that is still going may be read: nothing is written or removed.
+    """The model of a run; see :func:`open_run`.
 
     Args:
       part: the learner whose model it is; None for the first.
@@ -174,14 +192,7 @@ def load_run(
       CheckpointError: no verified step, none of that number, a damaged one, no such part.
       DataError: a processor kept with the run is missing, or not the one it was trained with.
     """
-    directory, step = split_name(name)
-    checkpointer = Checkpointer(directory / "checkpoints")
-    if step is None:
-        step = checkpointer.latest()
-        if step is None:
-            raise CheckpointError(f"{directory} has no verified checkpoint to load")
-    elif step not in (steps := checkpointer.steps()):
-        raise CheckpointError(f"{directory} has no step {step}; there are: {steps}")
+    directory, checkpointer, step = open_run(name)
     meta = checkpointer.meta(step)
     description, order = _description(meta, directory)
     part = part or order[0]

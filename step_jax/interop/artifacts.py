@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from step_jax.checkpoint.artifact import Artifact, Part, has_steps, load_run
+from step_jax.checkpoint.artifact import Artifact, Part, load_run
 from step_jax.core import spec as spec_lib
 from step_jax.core.errors import CheckpointError, ConfigError
 from step_jax.core.sharding import Sharding
@@ -108,7 +107,7 @@ def starting_point(
     init: InitFrom | None,
     sharding: Sharding,
     kind: type,
-    run: Path | None = None,
+    goes_on_from: str | None = None,
     *,
     complete: Callable[[Any, Any], Any] = lambda model, found: model,
     arrays: bool = True,
@@ -119,8 +118,8 @@ def starting_point(
 
     Args:
       kind: of the model that the loop trains.
-      run: directory of the run. One that has checkpoints goes on by itself: what it once started
-        from need not be there any more.
+      goes_on_from: ``Session.goes_on_from``. A run that goes on is what it is by now: what it once
+        started from need not be there any more.
       complete: (model, the artifact's model) -> the model with what it leaves to the artifact.
       arrays: False leaves the parameters out (of a plan).
 
@@ -132,8 +131,8 @@ def starting_point(
         if model is None:
             raise ConfigError("give a model, or init_from: what to start from")
         return Start(model)
-    goes_on = run is not None and has_steps(run)
-    name, part = (str(run), None) if goes_on else (init.artifact, init.part)
+    goes_on = goes_on_from is not None
+    name, part = (goes_on_from, None) if goes_on_from else (init.artifact, init.part)
     artifact = load_artifact(name, sharding, part, arrays=arrays and not goes_on)
     artifact.require(kind, "init_from here")
     model = artifact.model if model is None else complete(model, artifact.model)

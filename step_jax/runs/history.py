@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import yaml
+
 from step_jax.core.config import from_tree, to_yaml
 from step_jax.core.errors import ConfigError, RestartRequested
 from step_jax.core.yaml_strict import Mapping as Tree
@@ -80,8 +82,18 @@ MAY_CHANGE = (
     "sample",
     "data",
 )
-#: How long the run is: not before the step that it has done.
+#: How long the run is: not before the step that it has done, and not so that its learning rate
+#: would have been another one.
 _LENGTH = ("training.steps", "training.tokens")
+#: What a branch may have otherwise besides.
+_OF_A_BRANCH = ("run.branch_from", "optimizer.learning_rate", "optimizer.schedule")
+
+
+class Branch(NamedTuple):
+    """What a new run goes on from: ``RUN`` or ``RUN@STEP``, and the configuration kept there."""
+
+    name: str
+    config: Mapping[str, Any]
 
 
 def flat_configuration(text: str, name: str = "config.yaml") -> dict[str, str]:
@@ -104,8 +116,41 @@ def flat_configuration(text: str, name: str = "config.yaml") -> dict[str, str]:
     return flat
 
 
+def check_rates(
+    learnings: Mapping[str, Any], rates: Mapping[str, float], step: int, run: object
+) -> None:
+    """Refuses a schedule by which the last finished step would have had another learning rate.
+
+    A run that is made longer while its rate decays would jump back up; one whose rate is still
+    constant, or that warms up, is the same run.
+
+    Args:
+      learnings: how each learner learns now.
+      rates: of the step, as its metrics name them.
+      step: finished steps.
+      run: the run directory, for the message.
+
+    Raises:
+      ConfigError: names both rates, and how to branch.
+    """
+    for name, how in learnings.items():
+        was = rates["lr" if len(learnings) == 1 else f"lr/{name}"]
+        now = float(how.optimizer.rate(step - 1))
+        if abs(now - was) > 1e-4 * how.optimizer.peak:
+            raise ConfigError(
+                f"step {step} of {run} had the learning rate {was:.4g}; with the length and "
+                f"schedule given now it would have had {now:.4g}. Set them back to go on; a new "
+                "run can go on from before the decay with any length: run.directory NEW and "
+                f"run.branch_from {run}@STEP (step-jax checkpoints list {run} shows the steps)"
+            )
+
+
 def continue_configuration(
-    directory: RunDirectory, config: Any, finished: int, total_steps: int
+    directory: RunDirectory,
+    config: Any,
+    finished: int,
+    total_steps: int,
+    branch: Branch | None = None,
 ) -> list[str]:
     """Stores a run's configuration, if the run may go on with it.
 
@@ -116,6 +161,7 @@ def continue_configuration(
       directory: the open directory of the run.
       config: the resolved configuration of this start.
       finished: steps of the checkpoint that the run goes on after; after 0 everything may change.
+      branch: what the checkpoint belongs to, if not to this run.
       total_steps: where the run ends now.
 
     Returns:
@@ -126,15 +172,20 @@ def continue_configuration(
         ``total_steps``.
     """
     text = to_yaml(config)
-    was = _stored(directory, config)
+    if branch:
+        was = _flat_as(type(config), yaml.safe_dump(branch.config), branch.name)
+    else:
+        was = _stored(directory, config)
     now = flat_configuration(text)
     changed = [
         (key, was.get(key, "(not set)"), now.get(key, "(not set)"))
         for key in dict.fromkeys([*was, *now])
         if was and was.get(key) != now.get(key)
     ]
+    if branch:  # that it is one is said already
+        changed = [c for c in changed if c[0] not in ("run.directory", "run.branch_from")]
     if finished:
-        _refuse(directory, changed, finished, total_steps)
+        _refuse(directory, changed, finished, total_steps, branch)
     kept = directory.write_config(text)
     where = f" (before: {kept.name})" if kept else ""
     return [
@@ -148,22 +199,32 @@ def _stored(directory: RunDirectory, config: Any) -> dict[str, str]:
     if not directory.config.exists():
         return {}
     text = directory.config.read_text(encoding="utf-8")
-    tree = parse_yaml(text, str(directory.config))
+    return _flat_as(type(config), text, str(directory.config))
+
+
+def _flat_as(kind: type, text: str, name: str) -> dict[str, str]:
+    tree = parse_yaml(text, name)
     try:
-        text = to_yaml(from_tree(type(config), tree, check=False).config)
+        text = to_yaml(from_tree(kind, tree, check=False).config)
     except ConfigError:
         pass  # a setting that is no longer there: it will be named as changed
-    return flat_configuration(text, str(directory.config))
+    return flat_configuration(text, name)
 
 
 def _refuse(
-    directory: RunDirectory, changed: Sequence[tuple[str, str, str]], finished: int, total: int
+    directory: RunDirectory,
+    changed: Sequence[tuple[str, str, str]],
+    finished: int,
+    total: int,
+    branch: Branch | None,
 ) -> None:
+    free = (*MAY_CHANGE, *_LENGTH, *(_OF_A_BRANCH if branch else ()))
+    run = branch.name if branch else directory.path
     told = {key: f"{key} was {was} and is {now}" for key, was, now in changed}
-    fixed = [line for key, line in told.items() if not _is_under(key, (*MAY_CHANGE, *_LENGTH))]
+    fixed = [line for key, line in told.items() if not _is_under(key, free)]
     if fixed:
         raise ConfigError(
-            f"{directory.path} has finished {finished} steps with other settings than now "
+            f"{run} has finished {finished} steps with other settings than now "
             f"({directory.config.name}):\n  "
             + "\n  ".join(fixed)
             + "\nset them back to go on, or choose another run.directory for a new run"
@@ -171,7 +232,7 @@ def _refuse(
     if total < finished:
         lengths = [line for key, line in told.items() if _is_under(key, _LENGTH)]
         raise ConfigError(
-            f"{directory.path} has finished {finished} steps and would end at step {total}"
+            f"{run} has finished {finished} steps and would end at step {total}"
             + (f" ({', '.join(lengths)})" if lengths else "")
             + ": give it at least as many steps, or choose another run.directory for a new run"
         )

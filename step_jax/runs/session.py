@@ -10,18 +10,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import jax
 
 from step_jax.checkpoint import CheckpointConfig, Checkpointer
-from step_jax.checkpoint.artifact import Description
+from step_jax.checkpoint.artifact import Description, has_steps, open_run
 from step_jax.core import checks, distributed, rng
 from step_jax.core.config import config_hash, to_plain
 from step_jax.core.errors import CheckpointError, ConfigError, ExitCode, RestartRequested
 from step_jax.core.sharding import Sharding
-from step_jax.runs.history import continue_configuration
+from step_jax.runs.history import Branch, check_rates, continue_configuration
 from step_jax.runs.metrics_log import read_metrics
 from step_jax.runs.preemption import StopSignal
 from step_jax.runs.profiling import ProfileConfig, ProfilerWindow
@@ -38,11 +38,14 @@ class RunConfig:
     """Where a run lives and how it starts.
 
     directory: everything the run writes; starting it again there goes on after its last checkpoint.
+    branch_from: RUN or RUN@STEP: a new run goes on from the whole state of that one (parameters,
+      averages, optimizer, place in the data), and may have another length or learning rate.
     seed: of parameters, data order and every random choice.
     max_skipped: non-finite steps in a row that are survived by skipping them.
     """
 
     directory: str
+    branch_from: str | None = None
     seed: int = 0
     max_skipped: int = 5
     logging: LoggingConfig = LoggingConfig()
@@ -87,7 +90,9 @@ class Session:
         self._pending: tuple[int, Any, float] | None = None
         self._leave = False
         self._finished = 0
+        self._branch: Branch | None = None
         self._meta: dict[str, Any] = {}
+        self._values: dict[str, float] = {}  # of the step reported last
         #: (step, metrics) -> what to say about a finished step besides its numbers
         self.watch: Callable[[int, Mapping[str, float]], Iterable[str]] = lambda step, metrics: ()
 
@@ -119,38 +124,57 @@ class Session:
 
     # --- before the first step -----------------------------------------------------------------
 
+    @property
+    def goes_on_from(self) -> str | None:
+        """The artifact that this run's steps go on from, ``RUN`` or ``RUN@STEP``: the run itself,
+        else the one that it is a branch of, else None."""
+        if has_steps(self.directory.path):
+            return str(self.directory.path)
+        return self._run.branch_from
+
     def start(
         self,
         program: Program,
         given: Mapping[str, Any] | None = None,
         check: Callable[[dict[str, Any], int], None] = lambda meta, step: None,
     ) -> tuple[TrainState, int]:
-        """The newest verified checkpoint of the run directory, or a fresh state.
+        """The newest verified checkpoint of the run directory (of a new branch: the step that it
+        leaves from), or a fresh state.
 
         Args:
           given: of a fresh state, by learner: parameters that are trained already.
           check: called with the checkpoint's ``meta`` and step before anything is restored; raises
-            if this run does not continue that one (the seed is compared anyway).
+            if this run does not continue that one (loop and seed are compared anyway, and, unless
+            it is a branch, the learning rate that the last finished step had).
 
         Returns:
           (state, number of finished steps)
         """
         self._program, self.total_steps = program, program.total_steps
         self.reporter.total_steps = program.total_steps
-        step = self._checkpointer.latest()
+        checkpoints, step = self._checkpointer, self._checkpointer.latest()
+        if step is None and (steps := checkpoints.steps()):
+            raise CheckpointError(
+                f"the checkpoints in {self.directory.checkpoints} (steps {steps}) are all "
+                "damaged: move them away to start afresh"
+            )
+        if step is None and self._run.branch_from:
+            _, checkpoints, step = open_run(self._run.branch_from)
+            self._branch = Branch(self._run.branch_from, checkpoints.meta(step)["config"])
         if step is None:
-            if steps := self._checkpointer.steps():
-                raise CheckpointError(
-                    f"the checkpoints in {self.directory.checkpoints} (steps {steps}) are all "
-                    "damaged: move them away to start afresh"
-                )
             key = rng.fold(self._run.seed, 0, "parameters")
             return program.initial_state(key, given), 0
-        meta = self._checkpointer.meta(step)
+        meta = checkpoints.meta(step)
+        if (loop := meta["artifact"]["loop"]) != self._config.loop:
+            raise CheckpointError(
+                f"step {step} was made by the loop {loop}, not {self._config.loop}"
+            )
         if (seed := meta["config"]["run"]["seed"]) != self._run.seed:
             raise CheckpointError(f"run.seed was {seed} and is {self._run.seed}: set it back")
         check(meta, step)
-        state, _ = self._checkpointer.restore(step, program.state_like)
+        if self._branch is None:
+            check_rates(program.learnings, meta["rates"], step, self.directory.path)
+        state, _ = checkpoints.restore(step, program.state_like)
         self._finished = step
         return state, step
 
@@ -177,6 +201,8 @@ class Session:
         Raises:
           ConfigError: the finished steps were made with other settings.
         """
+        if self._run.branch_from:
+            artifact = replace(artifact, origin=f"all of {self._run.branch_from}")
         self._meta = {
             "config": to_plain(config),
             "config_hash": config_hash(config),
@@ -184,7 +210,7 @@ class Session:
             **(meta or {}),
         }
         changed = continue_configuration(
-            self.directory, config, self._finished, self._program.total_steps
+            self.directory, config, self._finished, self._program.total_steps, self._branch
         )
         if self._again:
             self.reporter.resumed(self._finished)
@@ -203,6 +229,8 @@ class Session:
             },
             units=units,
         )
+        if self._branch:
+            self.reporter.event(f"a branch of {self._branch.name} after step {self._finished}")
         for text in changed:
             self.reporter.event(text)
         self._clock = time.perf_counter()
@@ -248,7 +276,8 @@ class Session:
         stop = self._stop.requested(step)
         if stop or self._checkpointer.due(step) or step == self.total_steps:
             with self.aside():
-                self._checkpointer.save(step, state, self._meta)
+                rates = {k: v for k, v in self._values.items() if k.partition("/")[0] == "lr"}
+                self._checkpointer.save(step, state, self._meta | {"rates": rates})
         self._leave = stop and step < self.total_steps
 
     def flush(self):
@@ -257,7 +286,7 @@ class Session:
             return
         step, metrics, data_wait = self._pending
         self._pending = None
-        values = {k: v.item() for k, v in jax.device_get(dict(metrics)).items()}
+        self._values = values = {k: v.item() for k, v in jax.device_get(dict(metrics)).items()}
         self._watchdog.beat()
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now

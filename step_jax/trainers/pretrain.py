@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -177,7 +176,7 @@ class Config:
 
 
 def start_of(
-    config: Config, sharding: Sharding, run: Path | None = None, *, arrays: bool = True
+    config: Config, sharding: Sharding, goes_on_from: str | None = None, *, arrays: bool = True
 ) -> Start:
     """See ``starting_point``; a model without a vocabulary has the artifact's."""
     return starting_point(
@@ -185,7 +184,7 @@ def start_of(
         config.init_from,
         sharding,
         Decoder,
-        run,
+        goes_on_from,
         complete=lambda model, found: model if model.vocab else replace(model, vocab=found.vocab),
         arrays=arrays,
     )
@@ -212,7 +211,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
     """
     with Session(config) as session:
         sharding, report = session.sharding, session.reporter
-        begin = start_of(config, sharding, session.directory.path)
+        begin = start_of(config, sharding, session.goes_on_from)
         check_documents(begin.model, config.data)
         chosen = implementations(
             begin.model, config.execution, config.data.sequence_length, sharding

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from step_jax import PretrainConfig
+from step_jax.core.config import to_plain
 from step_jax.core.errors import ConfigError, ExitCode
-from step_jax.runs.history import continue_configuration, ending, flat_configuration, outcome
+from step_jax.runs.history import (
+    Branch,
+    check_rates,
+    continue_configuration,
+    ending,
+    flat_configuration,
+    outcome,
+)
 from step_jax.runs.metrics_log import read_metrics
 from step_jax.runs.run_directory import RunDirectory
 from step_jax.runs.session import RunConfig
 from step_jax.trainers.diffusion.flow_matching import Config as FlowMatchingConfig
 from step_jax.trainers.rl.reinforce import Config as ReinforceConfig
+from step_jax.training.schedules import WSD, Constant, Cosine, build
 
 REAL = Path(__file__).parent / "real"
 
@@ -107,6 +118,62 @@ def test_more_steps_go_on_and_say_so_and_the_old_settings_are_kept(stored):
     )
     assert files(directory)["config.1.yaml"] == before
     assert "steps: 200" in files(directory)["config.yaml"]
+
+
+def learning(config, total: int):
+    """As much of a learner as a check of its learning rate looks at."""
+    return SimpleNamespace(optimizer=SimpleNamespace(rate=build(config, 0.1, total), peak=0.1))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "total", "accepted"),
+    [
+        (Constant(), 100, 200, True),
+        (WSD(10, 0.2), 80, 200, True),
+        (WSD(10, 0.2), 81, 200, False),  # the decay had begun
+        (WSD(10, 0.2), 81, 90, False),  # it would have begun before
+        (Cosine(10), 100, 200, False),
+        (Cosine(10), 60, 200, False),
+        (Cosine(10), 10, 200, True),  # still warming up
+    ],
+    ids=lambda v: getattr(v, "kind", None),
+)
+def test_a_length_that_would_have_given_finished_steps_another_rate_is_refused(
+    schedule, step, total, accepted
+):
+    rates = {"lr": float(build(schedule, 0.1, 100)(step - 1))}
+    with nullcontext() if accepted else pytest.raises(ConfigError) as caught:
+        check_rates({"model": learning(schedule, total)}, rates, step, "runs/a")
+    if not accepted:
+        assert f"step {step} of runs/a had the learning rate" in str(caught.value)
+        assert "run.branch_from runs/a@STEP" in str(caught.value)
+
+
+def test_every_learner_has_its_own_rate():
+    learners = {"actor": learning(Constant(), 9), "critic": learning(Cosine(0), 9)}
+    good = {"lr/actor": 0.1, "lr/critic": float(build(Cosine(0), 0.1, 9)(4))}
+    check_rates(learners, good, 5, "runs/a")
+    with pytest.raises(ConfigError, match="rate 0.2; with the length"):
+        check_rates(learners, good | {"lr/critic": 0.2}, 5, "runs/a")
+
+
+def test_a_branch_may_have_another_length_and_rate_and_nothing_else(stored, tmp_path):
+    directory, config = stored
+    branch = Branch(f"{directory.path}@40", to_plain(config))
+    with RunDirectory(tmp_path / "branch") as other:
+        new = replace(
+            config,
+            run=replace(config.run, directory=str(other.path), branch_from=branch.name),
+            training=Training(60),
+        )
+        lines = continue_configuration(other, new, 40, 60, branch)
+        assert [line.split(" was ")[0] for line in lines] == ["training.steps"]
+        with pytest.raises(ConfigError, match="@40 has finished 40 .*\n  optimizer.clip was null"):
+            changed = replace(new, optimizer=Optimizer(clip=1.0))
+            continue_configuration(other, changed, 40, 60, branch)
+        with pytest.raises(ConfigError, match="run.branch_from was .*@40 and is null"):
+            again = replace(new, run=replace(new.run, branch_from=None))
+            continue_configuration(other, again, 50, 60)
 
 
 def test_how_a_run_is_computed_watched_and_evaluated_may_change_and_is_told(stored):

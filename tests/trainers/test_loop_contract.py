@@ -135,6 +135,16 @@ def test_a_resumed_run_ends_in_the_same_bits(case, straight, places, tmp_path):
 
 
 @LOOP
+def test_a_branch_goes_on_from_the_whole_state_of_another_run(case, straight, places, tmp_path):
+    run, state = straight(case)
+    branch = case.write(tmp_path, **places)
+    again = run_loop(case.loop, branch, "--run.branch-from", f"{run}@4")
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+    assert steps(tmp_path / "run") == steps(run)[4:]
+    assert load_artifact(str(tmp_path / "run"), ONE).meta["artifact"]["origin"] == f"all of {run}@4"
+
+
+@LOOP
 def test_a_mesh_changes_nothing(case, straight, places, tmp_path):
     run, _ = straight(case)
     mesh = ["--parallel.data", "2", "--parallel.fsdp", "2", "--parallel.tensor", "2"]

@@ -139,7 +139,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
     with Session(config) as session:
         sharding = session.sharding
         begin = starting_point(
-            config.model, config.init_from, sharding, ImageTransformer, session.directory.path
+            config.model, config.init_from, sharding, ImageTransformer, session.goes_on_from
         )
         fits_digits(begin.model)
         built = make_program(config, begin, sharding)

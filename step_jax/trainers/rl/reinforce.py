@@ -169,7 +169,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
     with Session(config) as session:
         sharding = session.sharding
         begin = starting_point(
-            config.model, config.init_from, sharding, Decoder, session.directory.path
+            config.model, config.init_from, sharding, Decoder, session.goes_on_from
         )
         model, tokenizer, task = policy_and_task(config, begin)
         built = make_program(config, begin, sharding)
