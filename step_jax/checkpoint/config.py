@@ -14,7 +14,8 @@ class CheckpointConfig:
     keep: int = 2
     """Keep this many of the newest steps; 2 or more leave a fall-back if one gets damaged."""
     keep_every: int = 0
-    """Also keep, for ever, every step that this number divides; 0 keeps none."""
+    """Also keep, for ever, every step that this number divides, a multiple of ``every_steps``; 0
+    keeps none."""
     max_failures: int = 3
     """Stop the run after this many failed saves in a row (disk full, non-finite state)."""
 
@@ -25,3 +26,8 @@ class CheckpointConfig:
                 raise ConfigError(
                     f"checkpoint.{name} must be at least {bound}, got {getattr(self, name)}"
                 )
+        if self.keep_every % self.every_steps:
+            raise ConfigError(
+                f"checkpoint.keep_every is {self.keep_every} and would find few of the steps that "
+                f"are saved: use a multiple of checkpoint.every_steps, {self.every_steps}"
+            )

@@ -156,11 +156,16 @@ def test_mismatch_names_every_leaf(tmp_path):
 
 
 def test_retention_keeps_newest_and_permanent_steps(tmp_path):
-    with Checkpointer(tmp_path, CheckpointConfig(keep=2, keep_every=4)) as saver:
+    with Checkpointer(tmp_path, CheckpointConfig(every_steps=1, keep=2, keep_every=4)) as saver:
         for step in range(1, 8):
             saver.save(step, {"a": jnp.full(3, step)}, {})
     assert sorted(verify(tmp_path)) == [4, 6, 7]
     assert {p.name for p in tmp_path.iterdir()} == {"00000004", "00000006", "00000007"}
+
+
+def test_steps_to_keep_that_are_not_saved_are_refused():
+    with pytest.raises(ConfigError, match="keep_every is 200 .* multiple of .*every_steps, 250"):
+        CheckpointConfig(every_steps=250, keep_every=200)
 
 
 def test_non_finite_state_is_never_committed(tmp_path, events):
