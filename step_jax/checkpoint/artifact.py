@@ -21,7 +21,7 @@ from step_jax.core import spec as spec_lib
 from step_jax.core.config import parse_config, to_plain
 from step_jax.core.errors import CheckpointError, ConfigError
 from step_jax.core.sharding import Sharding
-from step_jax.models.context import Execution
+from step_jax.models.context import ComputeDtype, Execution
 from step_jax.models.kinds import Model
 from step_jax.tokenizers.files import load_tokenizer
 from step_jax.training.learner import LoRA, tables, view
@@ -61,7 +61,7 @@ class Description:
     parts: dict[str, Part]
     processor: dict[str, str] = field(default_factory=dict)
     context: int | None = None
-    dtype: str = "bfloat16"
+    dtype: ComputeDtype = "bfloat16"
     origin: str = ""
 
     def plain(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Artifact:
     params: Any
     processor: Mapping[str, Any]
     context: int | None
-    dtype: str
+    dtype: ComputeDtype
     step: int
     meta: Mapping[str, Any]
 
@@ -115,7 +115,7 @@ class Artifact:
             raise CheckpointError(f"{self.name} does not say how many tokens a text may have")
         return self.context
 
-    def require[T](self, kind: type[T], purpose: str) -> T:
+    def require[T: Model](self, kind: type[T], purpose: str) -> T:
         """The model, if it is of this kind.
 
         Args:

@@ -137,7 +137,7 @@ def verify(directory: str | os.PathLike) -> dict[int, list[str]]:
 
 def signature(step_dir: Path) -> tuple:
     """Changes whenever a file of the step is written to, replaced, added or removed."""
-    rows = []
+    rows: list[tuple] = []
     for name in [MANIFEST, *list_files(step_dir)]:
         try:
             s = os.stat(step_dir / name)

@@ -49,7 +49,8 @@ def to_mesh(sharding: Sharding, schema: Schema, batch: Mapping[str, Any]) -> dic
         axis, (index, count) = field.row_axis, parts[name]
         low = 0 if axis is None else index * (field.shape[axis] // count)
 
-        def piece(where: tuple[slice, ...]):
+        def piece(where: tuple[slice, ...] | None):
+            assert where is not None  # a mesh's device has a part of the array
             if axis is not None:
                 start, stop = where[axis].start or 0, where[axis].stop or field.shape[axis]
                 where = (*where[:axis], slice(start - low, stop - low), *where[axis + 1 :])
@@ -92,7 +93,7 @@ def microbatches(schema: Schema, batch: Mapping[str, Any], count: int):
     Raises:
       ConfigError: rows that do not divide; it names the array.
     """
-    cut = {}
+    cut = {}  # name -> (array, the axis of its microbatches)
     for name, field in schema.items():
         axis, array = field.row_axis, batch[name]
         if axis is not None:
@@ -104,11 +105,11 @@ def microbatches(schema: Schema, batch: Mapping[str, Any], count: int):
                 )
             # (count, rows / count) would tear every device's block apart
             shape = (*array.shape[:axis], rows // count, count, *array.shape[axis + 1 :])
-            cut[name] = array.reshape(shape)
+            cut[name] = array.reshape(shape), axis + 1
 
     def microbatch(i):
         return {
-            name: jax.lax.dynamic_index_in_dim(cut[name], i, schema[name].row_axis + 1, False)
+            name: jax.lax.dynamic_index_in_dim(cut[name][0], i, cut[name][1], False)
             if name in cut
             else array
             for name, array in batch.items()

@@ -139,9 +139,10 @@ class _Engine:
 
     def _draw(self, params, rows: _Rows, x_B1D, key):
         """The token after the cached text of every row that is not done; 0 for the others."""
-        logits_BV = self.decoder.logits(params, x_B1D, self._context(None))[:, 0]
-        if self.sharding is not None:  # ranks are of the whole vocabulary
-            logits_BV = self.sharding.constrain(logits_BV, "batch", None)
+        context = self._context(None)
+        logits_BV = self.decoder.logits(params, x_B1D, context)[:, 0]
+        # ranks are of the whole vocabulary
+        logits_BV = context.constrain(logits_BV, "batch", None)
         length_B = rows.cache.lengths_B
         token_B, logprob_B = sample(
             logits_BV, row_keys(key, length_B, rows.requests_B), self.sampling
@@ -150,7 +151,8 @@ class _Engine:
         token_B, logprob_B = jnp.where(alive_B, token_B, 0), jnp.where(alive_B, logprob_B, 0.0)
         stop_S = jnp.asarray(self.stop_ids, jnp.int32)
         stopped_B = alive_B & jnp.any(token_B[:, None] == stop_S, axis=-1)
-        rows = rows.replace(
+        rows = replace(
+            rows,
             token_B=token_B,
             done_B=rows.done_B | stopped_B | (length_B + 1 >= rows.limit_B),
             stopped_B=rows.stopped_B | stopped_B,
@@ -163,14 +165,15 @@ class _Engine:
 
     def _constrained(self, cache: Cache) -> Cache:
         """Rows of the cache lie with the batch, key/value heads (if any) with the heads."""
-        if self.sharding is None:
+        sharding = self.sharding
+        if sharding is None:
             return cache
 
         def layout(a):
             heads = ("kv_heads", None) if a.ndim == 5 else (None,) * (a.ndim - 3)
-            return self.sharding.constrain(a, None, "batch", None, *heads)
+            return sharding.constrain(a, None, "batch", None, *heads)
 
-        return cache.replace(layers=jax.tree.map(layout, cache.layers))
+        return replace(cache, layers=jax.tree.map(layout, cache.layers))
 
     def _written(self, *arrays) -> Written:
         """The same on every device, so that every process can read it."""
@@ -400,7 +403,7 @@ class _Collected:
                 continue
             new = written.tokens_BN[row, :n].tolist()
             self.tokens[row] += new
-            self.logprobs[row].append(written.logprobs_BN[row, :n])
+            self.logprobs[row].append(np.asarray(written.logprobs_BN[row, :n]))
             if self.on_tokens is not None:
                 self.on_tokens(row, new)
 

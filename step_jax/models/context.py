@@ -5,7 +5,7 @@ Shape suffixes: B batch, T tokens of this call, S slots of a cache or keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
@@ -22,6 +22,9 @@ from step_jax.ops.attention import Mask
 from step_jax.ops.decode_attention import slot_positions_BS
 
 RematPolicy = Literal["none", "dots", "full"]
+
+
+ComputeDtype = Literal["bfloat16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Execution:
     grouped_matmul: grouped_matmul_ops.Implementation = "auto"
     loss: cross_entropy_ops.Implementation = "auto"
     loss_chunks: int = 8
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: ComputeDtype = "bfloat16"
 
     def validate(self):
         checks.at_least(self, loss_chunks=1)
@@ -77,6 +80,12 @@ class Context:
         return x if self.sharding is None else self.sharding.constrain(x, *axes)
 
     @property
+    def on_mesh(self) -> Sharding:
+        """``sharding``, where there must be a mesh."""
+        assert self.sharding is not None
+        return self.sharding
+
+    @property
     def device(self) -> jax.Device:
         """One of those computed on, which may be only compiled for."""
         return jax.devices()[0] if self.sharding is None else self.sharding.mesh.devices.flat[0]
@@ -93,6 +102,7 @@ class Context:
 
     def lengths_after_B(self):
         """Tokens in the cache once those of this call are stored."""
+        assert self.lengths_B is not None  # there is a cache
         return self.lengths_B + jnp.sum(self.tokens.order_BT >= 0, axis=1, dtype=jnp.int32)
 
     def mask(self, kv_positions_BS=None, window: int | None = None) -> Mask:
@@ -109,7 +119,7 @@ class Context:
         if t.block_BT is None or T == 1:  # a single token is no block
             return mask
         kv_blocks_BS = jnp.pad(t.block_BT, ((0, 0), (S - T, 0)), constant_values=-1)
-        return mask.replace(q_blocks_BT=t.block_BT, kv_blocks_BS=kv_blocks_BS)
+        return replace(mask, q_blocks_BT=t.block_BT, kv_blocks_BS=kv_blocks_BS)
 
 
 def through_cache(new, cache, ctx: Context):

@@ -36,6 +36,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -131,7 +132,7 @@ def run(stage: Callable, x_BTD, inputs: Any, repeat: int, ctx: Context, rows: An
     Returns:
       (x_BTD, outputs of all layers, each the sum over the microbatches).
     """
-    sharding = ctx.sharding
+    sharding = ctx.on_mesh
     P, V = sharding.size(AXIS), sharding.rounds
     M = microbatches(x_BTD.shape[0], sharding)
     work = jax.vmap(
@@ -141,7 +142,7 @@ def run(stage: Callable, x_BTD, inputs: Any, repeat: int, ctx: Context, rows: An
     )
     inputs_PVn = jax.tree.map(functools.partial(by_stage, sharding), inputs)
     place_P = jnp.arange(P)
-    sets_PS = _in_sets((x_BTD, ctx.replace(sharding=sharding.of_one_stage()), rows), M // P)
+    sets_PS = _in_sets((x_BTD, replace(ctx, sharding=sharding.of_one_stage()), rows), M // P)
 
     def step(carry, t):
         sets_PS, held_P, sums_PVn = carry

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -171,7 +171,7 @@ class Trunk:
         """
         pipeline.check(self.largest_repeat, ctx.sharding)
         if cache is not None:
-            ctx = ctx.replace(lengths_B=cache.lengths_B)
+            ctx = replace(ctx, lengths_B=cache.lengths_B)
         layers, stats = [], []
         for i, group in enumerate(self.groups):
             nothing = (None,) * len(group.blocks)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,10 +45,10 @@ class Mask:
 
     q_positions_BT: jax.Array
     kv_positions_BS: jax.Array
-    q_segments_BT: jax.Array | None = None
-    kv_segments_BS: jax.Array | None = None
-    q_blocks_BT: jax.Array | None = None
-    kv_blocks_BS: jax.Array | None = None
+    q_segments_BT: Any = None
+    kv_segments_BS: Any = None
+    q_blocks_BT: Any = None
+    kv_blocks_BS: Any = None
     causal: bool = struct.field(pytree_node=False, default=True)
     window: int | None = struct.field(pytree_node=False, default=None)
     in_order: bool = struct.field(pytree_node=False, default=False)
@@ -67,13 +67,13 @@ class Mask:
         return self.kv_positions_BS, self.kv_segments_BS, self.kv_blocks_BS
 
     def with_queries(self, positions_BT, segments_BT, blocks_BT) -> Mask:
-        return self.replace(
-            q_positions_BT=positions_BT, q_segments_BT=segments_BT, q_blocks_BT=blocks_BT
+        return dataclasses.replace(
+            self, q_positions_BT=positions_BT, q_segments_BT=segments_BT, q_blocks_BT=blocks_BT
         )
 
     def with_keys(self, positions_BS, segments_BS, blocks_BS) -> Mask:
-        return self.replace(
-            kv_positions_BS=positions_BS, kv_segments_BS=segments_BS, kv_blocks_BS=blocks_BS
+        return dataclasses.replace(
+            self, kv_positions_BS=positions_BS, kv_segments_BS=segments_BS, kv_blocks_BS=blocks_BS
         )
 
     def rows(self, start: int, stop: int, keys: int) -> Mask:

@@ -150,7 +150,8 @@ class Ablation:
             gap = difference(worse, better)
             ours += f" {'<' if gap is not None and gap.certain else '~'} {worse.name}"
         lines = [f"- ours: {ours} (`<` certain, `~` within the noise of the seeds)"]
-        known = sorted((r.name for r in done if r.name in self.published), key=self.published.get)
+        names = (r.name for r in done if r.name in self.published)
+        known = sorted(names, key=lambda name: self.published[name])
         if known:
             theirs = known[0]
             for lower, higher in zip(known, known[1:], strict=False):
@@ -240,7 +241,7 @@ def finished(config: pretrain.Config) -> float | None:
     if not (directory / "config.yaml").exists():
         return None
     saved = load_file(pretrain.Config, directory / "config.yaml")
-    ours = with_vocabulary(config.model, saved.model.vocab)
+    ours = with_vocabulary(config.decoder, saved.decoder.vocab)
     if saved.run.seed != config.run.seed or saved != replace(config, run=saved.run, model=ours):
         raise ConfigError(
             f"{directory} holds a run of another configuration: give --run.directory a new place, "
@@ -279,10 +280,10 @@ def collect(
 def _row(name: str, config: pretrain.Config, seeds: Sequence[int]) -> Row:
     runs = {seed: with_seed(name, config, seed) for seed in seeds}
     losses = {seed: loss for seed, run in runs.items() if (loss := finished(run)) is not None}
-    model = config.model
+    model = config.decoder
     for run in runs.values():
         if (saved := Path(run.run.directory) / "config.yaml").exists():
-            model = load_file(pretrain.Config, saved).model
+            model = load_file(pretrain.Config, saved).decoder
     model = with_vocabulary(model, config.data.vocab_size)
     length = config.data.sequence_length
     return Row(

@@ -87,11 +87,15 @@ class Training:
     def rows(self, sequence_length: int, multiple: int) -> int:
         """Rows of a batch; Step Law's are rounded to a multiple of ``multiple``."""
         if self.batch_size == "step_law":
+            assert self.tokens is not None  # see validate
             return step_law_batch_rows(self.tokens, sequence_length, multiple * self.accumulation)
         return self.batch_size
 
     def total_steps(self, tokens_per_step: int) -> int:
-        return self.steps or max(1, round(self.tokens / tokens_per_step))
+        if self.steps is not None:
+            return self.steps
+        assert self.tokens is not None  # see validate
+        return max(1, round(self.tokens / tokens_per_step))
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,12 @@ class Config:
             with_vocabulary(self.model, self.data.vocab_size)
 
     @property
+    def decoder(self) -> Decoder:
+        """``model``, once it is known: a run fills in what it takes from ``init_from``."""
+        assert self.model is not None
+        return self.model
+
+    @property
     def trains_tokenizer(self) -> bool:
         """Whether the tokenizer is made of the text: none is named, nor comes with a model."""
         return self.data.tokenizer == TRAIN_TOKENIZER and self.init_from is None
@@ -241,7 +251,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             session.directory.heldout, dataset.tokenizer, write=session.primary
         )
         evaluate = make_evaluator(
-            config.model,
+            config.decoder,
             config.execution,
             sharding,
             dataset.batch_size,
@@ -316,7 +326,7 @@ def program(config: Config, sharding: Sharding) -> Program:
 
 def make_program(config: Config, sharding: Sharding) -> Program:
     """The program of a configuration whose model has its vocabulary."""
-    model, training, T = config.model, config.training, config.data.sequence_length
+    model, training, T = config.decoder, config.training, config.data.sequence_length
     rows = training.rows(T, sharding.ways("batch"))
     tokens = rows * T
     total_steps = training.total_steps(tokens)
@@ -388,7 +398,7 @@ def header(
             f"{steps * tokens / max(1, dataset.tokens_per_epoch):.2f} epochs)",
         ),
         "peak learning rate": learning.optimizer.peak,
-        "cache bytes per token": cache_bytes_per_token(config.model),
+        "cache bytes per token": cache_bytes_per_token(config.decoder),
     }
     if need is not None and limit is not None:
         state = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(built.state_like))
@@ -447,7 +457,7 @@ def write_samples(config: Config, sharding: Sharding, tokenizer, params) -> list
     prompts = [tokenizer.encode(prompt).tolist() for prompt in sample.prompts]
     written = generate(
         params,
-        config.model,
+        config.decoder,
         prompts,
         sample.sampling(config.run.seed),
         max_length=config.data.sequence_length,

@@ -25,10 +25,10 @@ class TrainState:
       skipped_total: int32 scalar, non-finite steps of the whole run.
     """
 
-    step: jax.Array
+    step: Any  # jax.Array, or its shape or sharding, as of all leaves
     learners: dict[str, Learner]
-    skipped: jax.Array
-    skipped_total: jax.Array
+    skipped: Any
+    skipped_total: Any
 
 
 def init_state(params: Mapping[str, Any], learnings: Mapping[str, Learning]) -> TrainState:

@@ -7,6 +7,7 @@ whatever else adds up. So microbatches, packing and devices change nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -258,7 +259,7 @@ def _update(state: TrainState, grads, out: LossOutput, learnings: Mapping[str, L
             how,
             state.step - state.skipped_total,
         )
-    new = _guard(state, state.replace(learners=learners), finite)
+    new = _guard(state, replace(state, learners=learners), finite)
     metrics = {"loss": loss, "skipped": new.skipped, "skipped_total": new.skipped_total}
     if single is not None:
         metrics["loss_weight"] = single.weight
@@ -283,7 +284,7 @@ def _learned(held: Learner, grads, rate, how: Learning, updates) -> Learner:
         decay = average_decay(how.average, updates)
         average = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, average, params)
     params = spec_lib.completed(how.specs, params, held.params)
-    return held.replace(params=params, opt_state=opt_state, average=average)
+    return replace(held, params=params, opt_state=opt_state, average=average)
 
 
 def average_decay(decay: float, updates):

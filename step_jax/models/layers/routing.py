@@ -7,7 +7,7 @@ Everything here is float32 and knows nothing of where experts live.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +110,7 @@ class Router:
             chosen_BTK = self._choose(score_BTE, bias_E)
         weight_BTK = jnp.take_along_axis(score_BTE, chosen_BTK, axis=-1)
         mass_BT = jnp.sum(weight_BTK, axis=-1)
-        total_BT = 1.0 if softmax else jnp.sum(score_BTE, axis=-1)
+        total_BT: Any = 1.0 if softmax else jnp.sum(score_BTE, axis=-1)
         if self.normalise:
             weight_BTK /= mass_BT[..., None] + 1e-20
         probability_BTE = score_BTE if softmax else score_BTE / total_BT[..., None]

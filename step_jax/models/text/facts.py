@@ -66,8 +66,9 @@ def grouped_matmul_implementations(
     asked, device = execution.grouped_matmul, sharding.mesh.devices.flat[0]
     grouped_matmul.resolve(asked, None, device)  # refused whether used or not
     names = set()
-    for mlp in (stack.block.mlp for stack in model.trunk.walk()):
-        for experts in mlp.experts if isinstance(mlp, MoE) else ():
+    mlps = (stack.block.mlp for stack in model.trunk.walk())
+    for mlp in (mlp for mlp in mlps if isinstance(mlp, MoE)):
+        for experts in mlp.experts:
             rows = tokens * mlp.router.top_k  # at least
             hidden = experts.hidden // sharding.ways("mlp")
             for widths in ((model.width, hidden), (hidden, model.width)):

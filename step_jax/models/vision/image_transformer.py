@@ -7,7 +7,7 @@ width, M modulations of a block.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import jax
@@ -77,7 +77,7 @@ class ImageTransformerParams:
     class_KD: Any
     time_in_DD: Any
     time_out_DD: Any
-    blocks: ModulatedBlockParams
+    blocks: Any  # ModulatedBlockParams, stacked
     modulation_DMD: Any
     head_DP: Any
 
@@ -155,8 +155,8 @@ class ImageTransformer:
         """
         tokens = Tokens.in_order(x_BHWC.shape[0], self.patches, causal=False)
         ctx = Context(tokens, sharding=sharding, execution=execution)
-        blocks, specs = p.blocks, self.specs().replace(blocks=None)
-        p = gather(specs, p.replace(blocks=None), ctx)
+        blocks, specs = p.blocks, replace(self.specs(), blocks=None)
+        p = gather(specs, replace(p, blocks=None), ctx)
         condition_BD = self._condition(p, time_B, class_B, execution.dtype)
         x_BTP = self._patches(x_BHWC).astype(execution.dtype)
         x_BTD = einsum("BTP,PD->BTD", x_BTP, p.patch_PD) + p.position_TD.astype(execution.dtype)

@@ -81,15 +81,17 @@ def attend(
     v_BSKV = v_BSKV.astype(q_BTNH.dtype)
     mask = ctx.mask(kv_positions_BS, window)
     context = 1 if sharding is None else sharding.size("context")
+    ring = sharding is not None and sharding.ring
     kv_heads = k_BSKH.shape[2]
-    if context > 1 and sharding.ring and kv_heads > 1 and kv_positions_BS is None:
+    if context > 1 and ring and kv_heads > 1 and kv_positions_BS is None:
         o_BTNV = _ring(q_BTNH, k_BSKH, v_BSKV, mask, ctx, scale, bias)
     else:
         if context > 1 and kv_positions_BS is None:
             # projected where the tokens are: else the partitioner gathers x to project it whole
             k_BSKH = ctx.constrain(k_BSKH, "batch", "sequence", "kv_heads", None)
             v_BSKV = ctx.constrain(v_BSKV, "batch", "sequence", "kv_heads", None)
-            mask = mask.replace(in_order=False)  # a block of queries would cut across devices
+            # a block of queries would cut across devices
+            mask = dataclasses.replace(mask, in_order=False)
         k_BSKH = ctx.constrain(k_BSKH, "batch", None, "kv_heads", None)
         v_BSKV = ctx.constrain(v_BSKV, "batch", None, "kv_heads", None)
         o_BTNV = _gathered(q_BTNH, k_BSKH, v_BSKV, mask, ctx, scale, bias)
@@ -99,8 +101,9 @@ def attend(
 def _decoded(q_BTNH, k_LBSKH, v_LBSKH, ctx: Context, scale, window, position: Position | None):
     """One token over a cache by a kernel; None without a kernel."""
     sharding, device = ctx.sharding, ctx.device
-    rotates = v_LBSKH is None and isinstance(position, Rope)
-    frequency_F = position.frequencies_F(q_BTNH.shape[-1]) if rotates else None
+    frequency_F = None
+    if v_LBSKH is None and isinstance(position, Rope):
+        frequency_F = position.frequencies_F(q_BTNH.shape[-1])
     arrays = (q_BTNH, k_LBSKH, v_LBSKH, ctx.tokens.order_BT, ctx.lengths_after_B())
     call = ops_decode.DecodeCall(
         *arrays, scale=scale, window=window, frequency_F=frequency_F, layer=ctx.layer
@@ -185,7 +188,7 @@ def _on_each_device(compute, q_BTNH, k_BSKH, v_BSKV, mask, sharding):
 
 
 def _ring(q_BTNH, k_BSKH, v_BSKV, mask, ctx: Context, scale, bias):
-    sharding, implementation = ctx.sharding, ctx.execution.attention
+    sharding, implementation = ctx.on_mesh, ctx.execution.attention
     entry = ops_attention.IMPLEMENTATIONS.get(implementation)
     if entry is not None and entry.kernel:
         raise ValueError(f"ring attention is not computed by {implementation}: set ring: false")

@@ -72,12 +72,16 @@ class MLA:
         N, R, Q, V = self.heads, self.kv_rank, self.query_rank, self.value_dim
         H = self.nope_dim + self.rope_dim
         read, up = init.matrix(width), ("rank", "heads", None)
-        full = Q is None
+        names = ("query_down_DQ", "query_norm_Q", "query_up_QNH", "query_DNH")
+        query: dict[str, Any] = dict.fromkeys(names)
+        if Q is None:
+            query["query_DNH"] = ParamSpec((width, N, H), ("embed", "heads", None), read)
+        else:
+            query["query_down_DQ"] = ParamSpec((width, Q), ("embed", None), read)
+            query["query_norm_Q"] = self.norm.specs(Q)
+            query["query_up_QNH"] = ParamSpec((Q, N, H), up, init.matrix(Q))
         return MLAParams(
-            query_down_DQ=None if full else ParamSpec((width, Q), ("embed", None), read),
-            query_norm_Q=None if full else self.norm.specs(Q),
-            query_up_QNH=None if full else ParamSpec((Q, N, H), up, init.matrix(Q)),
-            query_DNH=ParamSpec((width, N, H), ("embed", "heads", None), read) if full else None,
+            **query,
             latent_DR=ParamSpec((width, R), ("embed", None), read),
             latent_norm_R=self.norm.specs(R),
             rotated_key_DE=ParamSpec((width, self.rope_dim), ("embed", None), read),
