@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from step_jax.core.spec import ParamSpec, map_specs, path_name
+from step_jax.core import spec as spec_lib
+from step_jax.core.spec import path_name
 from step_jax.models.context import Context, Execution
 from step_jax.models.layers.block import Block, BlockParams
 from step_jax.models.layers.norm import RMSNorm
@@ -75,13 +76,16 @@ class DecoderModule(nnx.Module):
 
         Args:
           config: the model; static.
-          params: as ``config.initialise`` or ``load_hf`` give them. All but norms and gates are
-            cast to ``execution.dtype``, so choose float32 to train weights or adapters.
+          params: as ``config.initialise`` or ``load_hf`` give them. They are cast as every loop
+            casts them (``spec.cast``), all but routers to ``execution.dtype``, so choose float32 to
+            train weights or adapters.
           execution: how to compute (None: the default); ``scan`` and ``remat`` do not apply.
         """
         self.execution = Execution() if execution is None else execution
         config, params = replace(config, mtp=None), params.replace(mtp=())
-        params = map_specs(self._cast, config.specs(), params)
+        params = spec_lib.cast(
+            jax.tree.map(jnp.asarray, params), self.execution.dtype, config.specs()
+        )
         self.config = config
         self.embedding_VD = nnx.Param(params.embedding_VD)
         self.layers = nnx.List(
@@ -94,9 +98,6 @@ class DecoderModule(nnx.Module):
         )
         self.final_norm_D = nnx.Param(params.final_norm_D)
         self.head_DV = None if config.tied else nnx.Param(params.head_DV)
-
-    def _cast(self, spec: ParamSpec, a):
-        return jnp.asarray(a, a.dtype if spec.role == "vector" else self.execution.dtype)
 
     def _top(self, groups=()) -> DecoderParams:
         head_DV = None if self.config.tied else value(self.head_DV)

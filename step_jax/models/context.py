@@ -63,6 +63,8 @@ class Context:
       lengths_B: int32 tokens in the cache before this call; None without a cache.
       layer: int32 scalar, which layer of its group's caches a layer uses; None without a cache.
       fresh: the cache is empty (lets a prompt attend to itself alone).
+      within_capacity: mixtures of experts keep to their ``capacity`` and drop what is beyond, as a
+        loss of training on text does; where text is scored or written they drop nothing.
       record_routing: mixtures of experts report their decisions (``moe.ExpertStats``).
       sharding: mesh and rules, or None on one device.
       execution: how to compute.
@@ -72,6 +74,7 @@ class Context:
     lengths_B: jax.Array | None = None
     layer: jax.Array | None = None
     fresh: bool = struct.field(pytree_node=False, default=False)
+    within_capacity: bool = struct.field(pytree_node=False, default=False)
     record_routing: bool = struct.field(pytree_node=False, default=False)
     sharding: Sharding | None = struct.field(pytree_node=False, default=None)
     execution: Execution = struct.field(pytree_node=False, default=Execution())

@@ -53,10 +53,10 @@ def report(c: Decoder, p: DecoderParams, stats: list[ExpertStats]) -> dict[str, 
       any layer by an even load), ``moe/entropy`` (of the routing probabilities, 1 is uniform),
       ``moe/confidence`` (probability of the chosen experts), ``moe/dropped`` (share of
       assignments), ``moe/activation_max`` and ``_min`` (largest and smallest root mean square of
-      an expert's hidden activations by its layer's median), ``moe/weight_max`` and ``_min`` (the
-      same of its weights), and ``moe/activation_layer``, ``moe/activation_expert``,
-      ``moe/weight_layer``, ``moe/weight_expert``: where the largest are (layers counted among
-      those with experts).
+      an expert's hidden activations, of the rows it computed, by its layer's median),
+      ``moe/weight_max`` and ``_min`` (the same of its weights), and ``moe/activation_layer``,
+      ``moe/activation_expert``, ``moe/weight_layer``, ``moe/weight_expert``: where the largest are
+      (layers counted among those with experts).
     """
     if not stats:
         return {}
@@ -65,9 +65,9 @@ def report(c: Decoder, p: DecoderParams, stats: list[ExpertStats]) -> dict[str, 
         s = jax.tree.map(lambda a, s=s: a if s.load_E.ndim == 2 else a[None], s)  # MTP: no stack
         experts = s.load_E.shape[1]
         loads.append(s.load_E * experts / jnp.maximum(s.load_E.sum(1, keepdims=True), 1.0))
-        used_LE = s.load_E > 0
-        rms_LE = jnp.sqrt(s.square_E / jnp.maximum(s.load_E, 1.0))
-        activations.append(_by_median(rms_LE, used_LE))
+        computed_LE = s.load_E - s.dropped_E
+        rms_LE = jnp.sqrt(s.square_E / jnp.maximum(computed_LE, 1.0))
+        activations.append(_by_median(rms_LE, computed_LE > 0))
         entropies.append(s.entropy / jnp.maximum(s.tokens, 1.0) / jnp.log(max(experts, 2)))
         confidences.append(s.confidence / jnp.maximum(s.tokens, 1.0))
     weights = [_by_median(_norms(experts)) for experts in expert_weights(c, p)]
@@ -77,7 +77,7 @@ def report(c: Decoder, p: DecoderParams, stats: list[ExpertStats]) -> dict[str, 
         "moe/load_min": jnp.min(jnp.stack([jnp.min(a) for a in loads])),
         "moe/entropy": jnp.mean(jnp.concatenate(entropies)),
         "moe/confidence": jnp.mean(jnp.concatenate(confidences)),
-        "moe/dropped": sum(jnp.sum(s.dropped) for s in stats) / jnp.maximum(assigned, 1.0),
+        "moe/dropped": sum(jnp.sum(s.dropped_E) for s in stats) / jnp.maximum(assigned, 1.0),
         **_extremes("activation", activations),
         **_extremes("weight", weights),
     }

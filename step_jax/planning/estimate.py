@@ -21,7 +21,6 @@ from step_jax.core.sharding import GATHERED_AXES, Sharding, axes_of_entry
 from step_jax.models import pipeline
 from step_jax.models.context import Execution
 from step_jax.models.flops import attention_core_flops, forward_flops_per_token
-from step_jax.models.layers.expert_parallel import rows_needed
 from step_jax.models.layers.moe import MoE
 from step_jax.models.text.decoder import Decoder
 from step_jax.planning import roofline
@@ -248,15 +247,14 @@ def expert_excess(case: Case) -> float:
 
     All others wait for it: the most that unlike loads can cost before assignments are dropped.
     """
-    shards = case.sharding.size("expert")
-    N = round(case.local_tokens) // case.accumulation
+    parts, shards = case.sharding.ways("sequence"), case.sharding.size("expert")
     passes = 3 if case.execution.remat == "none" else 4  # no policy keeps the experts' products
     total = 0.0
     for b in _blocks(case.model, case.execution.dtype, case.sharding):
         if b.experts is None:
             continue
-        K, E = b.experts.router.top_k, b.experts.total
-        full = rows_needed(N, K, shards, E // shards, b.experts.capacity) / (N * K)
+        rows = b.experts.buffer_rows(case.sequence, parts, shards)
+        full = rows / (case.sequence // parts * b.experts.router.top_k)
         total += b.repeat * passes * b.expert_flops * (full - 1)
     return total * case.tokens / case.sharding.mesh.size
 
@@ -323,7 +321,8 @@ def sent(case: Case, topology: Topology) -> dict[Axes, float]:
         send(("context",), x * b.keys * sharding.size("context"), forwards + 1)
         send(("tensor",), x * D * itemsize, 2 * (3 + forwards))  # the last sum is not made again
         if b.experts is not None:
-            axes, nbytes = _exchanged(b.experts, x * D * itemsize, sharding, forwards, ragged)
+            nbytes = x * D * itemsize
+            axes, nbytes = _exchanged(b.experts, nbytes, case.sequence, sharding, forwards, ragged)
             bytes_by[axes] += nbytes
     for s in jax.tree.leaves(case.model.specs(), is_leaf=spec_lib.is_spec):
         if s.role in ("embedding", "head"):
@@ -336,7 +335,7 @@ def sent(case: Case, topology: Topology) -> dict[Axes, float]:
 
 
 def _exchanged(
-    m: MoE, nbytes: float, sharding: Sharding, forwards: int, ragged: bool
+    m: MoE, nbytes: float, sequence: int, sharding: Sharding, forwards: int, ragged: bool
 ) -> tuple[Axes, float]:
     """(axis, bytes) that a mixture's tokens of ``nbytes`` send to their experts and back."""
     shards = sharding.size("expert")
@@ -344,9 +343,9 @@ def _exchanged(
         return ("expert",), 0.0
     if (m.exchange or ("ragged" if ragged else "gather")) == "gather":
         return ("expert",), (forwards + 3) * nbytes * (shards - 1)
-    K, many = m.router.top_k, 8192  # tokens enough for the rounding of buffers not to matter
-    room = rows_needed(many, K, shards, m.total // shards, m.capacity) / many
-    return ("expert",), (forwards + 1) * nbytes * (K + room)
+    parts = sharding.ways("sequence")
+    room = m.buffer_rows(sequence, parts, shards) / (sequence // parts)
+    return ("expert",), (forwards + 1) * nbytes * (m.router.top_k + room)
 
 
 def step_seconds(case: Case, topology: Topology) -> tuple[float, float]:

@@ -8,16 +8,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from step_jax.core import spec as spec_lib
 from step_jax.core.spec import map_specs
 from step_jax.interop.nnx_facade import DecoderModule
 from step_jax.models.context import Context, Execution
 from step_jax.models.layers.attention import MFA, MLA
 from step_jax.models.layers.mlp import SwiGLU
+from step_jax.models.layers.moe import Experts, MoE
 from step_jax.models.layers.norm import RMSNorm
+from step_jax.models.layers.routing import Router
 from step_jax.models.text.decoder import Block, Decoder, Group
 from step_jax.models.tokens import Tokens
 
 NORM = RMSNorm()
+DENSE = SwiGLU(hidden=48)
 MFA_KR = MFA(heads=3, head_dim=8, value="gated_key", query_norm=NORM)
 LATENT = MLA(heads=2, kv_rank=12, nope_dim=8, rope_dim=4, value_dim=8, query_rank=16)
 FLOAT32 = Execution(dtype="float32")
@@ -25,8 +29,8 @@ FLOAT32 = Execution(dtype="float32")
 forward = nnx.jit(lambda module, tokens_BT: module(tokens_BT))
 
 
-def decoder(*attentions, repeat: int = 1) -> Decoder:
-    blocks = tuple(Block(a, SwiGLU(hidden=48)) for a in attentions)
+def decoder(*attentions, repeat: int = 1, mlp=DENSE) -> Decoder:
+    blocks = tuple(Block(a, mlp) for a in attentions)
     return Decoder(width=32, vocab=64, layers=(Group(repeat, blocks),))
 
 
@@ -86,6 +90,26 @@ def test_equals_the_pure_functions_and_gives_the_parameters_back():
     packed = nnx.jit(lambda m: m(tokens_BT, segments_BT, positions_BT))(module)
     np.testing.assert_allclose(packed, pure(params), rtol=1e-5, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, module.params(), params)
+
+
+def test_a_mixture_of_experts_gives_the_same_bits():
+    """Routers in float32 choose the same experts; all else is in the dtype of every loop."""
+    router = Router(2, score="sigmoid", bias=True)
+    config = decoder(MFA_KR, mlp=MoE((Experts(16, 24),), router, shared=16))
+    params, tokens_BT = random_params(config), random_tokens()
+    execution = Execution(dtype="bfloat16")
+    cast = spec_lib.cast(jax.tree.map(jnp.asarray, params), execution.dtype, config.specs())
+
+    @jax.jit
+    def pure(params):
+        ctx = Context(Tokens.in_order(*tokens_BT.shape), execution=execution)
+        return config.logits(params, config.hidden(params, tokens_BT, ctx)[0], ctx)
+
+    module = DecoderModule(config, params, execution)
+    jax.tree.map(np.testing.assert_array_equal, module.params(), cast)
+    kinds = {a.dtype.name for a in jax.tree.leaves(module.params())}
+    assert kinds == {"bfloat16", "float32"}
+    np.testing.assert_array_equal(forward(module, tokens_BT), pure(cast))
 
 
 def test_split_merge_and_gradients():

@@ -114,7 +114,8 @@ def loss_and_gradient(c: Decoder, sharding: Sharding | None = None, z_loss=1e-2,
     joint = routing_loss(c)
 
     def loss(p, batch):
-        ctx = Context(tokens_of(batch), sharding=sharding, execution=execution(**changes))
+        how = {"sharding": sharding, "execution": execution(**changes)}
+        ctx = Context(tokens_of(batch), within_capacity=True, **how)
         return summed(LossOutput(*token_parts(p, c, batch, ctx, z_loss), joint))
 
     return jax.value_and_grad(loss)

@@ -16,7 +16,7 @@ from step_jax.core.errors import ConfigError
 from step_jax.data.packing import text_schema
 from step_jax.models import expert_health
 from step_jax.models.layers.initialisation import FanIn
-from step_jax.models.layers.moe import Experts, MoE
+from step_jax.models.layers.moe import Experts, ExpertStats, MoE
 from step_jax.models.layers.routing import Router
 from step_jax.models.text.decoder import MTP, Block, Decoder, Group
 from step_jax.runs.expert_alarm import ExpertAlarm, ExpertHealth
@@ -33,11 +33,13 @@ SCHEMA = text_schema(*small.packed_batch()["tokens"].shape)
 MIXTURE = MoE(
     (Experts(8, 16),), Router(2, score="sigmoid", bias=True, bias_rate=1e-2, group_loss=1e-3)
 )
+MIXTURE_WITH_DROPS = replace(MIXTURE, capacity=0.75)
 BLOCK = Block(small.KINDS["mfa"], MIXTURE)
 
 
-def decoder(**changes) -> Decoder:
-    return Decoder(small.WIDTH, (Group(2, (BLOCK,)),), small.VOCAB, init=FanIn(), **changes)
+def decoder(mixture: MoE = MIXTURE, **changes) -> Decoder:
+    block = replace(BLOCK, mlp=mixture)
+    return Decoder(small.WIDTH, (Group(2, (block,)),), small.VOCAB, init=FanIn(), **changes)
 
 
 def loss_fn(c: Decoder):
@@ -76,6 +78,21 @@ def test_report_finds_the_odd_expert():
     assert (odd["moe/weight_layer"], odd["moe/weight_expert"]) == (1, 5)
     assert (odd["moe/activation_layer"], odd["moe/activation_expert"]) == (1, 5)
     assert odd["moe/weight_max"] > 10 and odd["moe/activation_max"] > 8
+
+
+def test_activations_are_those_of_what_an_expert_computed():
+    """Expert 2 computed a quarter of what it was sent, expert 3 nothing; all rows are alike."""
+    c, none_E = decoder(), np.zeros((2, 8), np.float32)
+    load_E, dropped_E = none_E + 8, none_E.copy()
+    dropped_E[1, 2], dropped_E[1, 3] = 6, 8
+    stats = ExpertStats(
+        tokens=np.float32([32, 32]), load_E=load_E, probability_E=none_E, squared=none_E[:, 0],
+        entropy=none_E[:, 0], confidence=none_E[:, 0], square_E=4 * (load_E - dropped_E),
+        dropped_E=dropped_E, chosen_BTK=None,
+    )  # fmt: skip
+    report = expert_health.report(c, small.params(c), [stats])
+    assert report["moe/activation_max"] == report["moe/activation_min"] == 1
+    assert report["moe/load_max"] == 1 and report["moe/dropped"] == 14 / 128
 
 
 def test_a_model_without_experts_reports_nothing():
@@ -136,15 +153,19 @@ def test_an_exploding_expert_raises_the_alarm_before_the_loss_shows_it():
 
 
 def test_loads_move_the_selection_bias():
-    """Overloaded experts' biases fall and idle ones' rise, by the rate, whatever the loss."""
-    c, batch = decoder(), small.packed_batch()
+    """Overloaded experts' biases fall and idle ones' rise, by the rate, whatever the loss.
+
+    With a capacity: microbatches drop what the whole batch does.
+    """
+    c, batch = decoder(MIXTURE_WITH_DROPS), small.packed_batch()
     how = learnings(c, AdamW(1e-3, Constant(), clip_norm=1e-3))
     state = init_state({"model": jax.tree.map(jnp.asarray, small.params(c))}, how)
     old = mlp_of(state).bias_E
-    loads = {}
+    loads, steps = {}, {}
 
     def record(params, sums):
-        return {f"load{i}_{e}": sums[0].load_E[i, e] for i in range(2) for e in range(8)}
+        names = {f"load{i}_{e}": sums[0].load_E[i, e] for i in range(2) for e in range(8)}
+        return names | {"dropped": jnp.sum(sums[0].dropped_E)}
 
     for accumulation in (1, 4):
         step = make_train_step(
@@ -157,13 +178,17 @@ def test_loads_move_the_selection_bias():
         moved = mlp_of(new).bias_E - old
         np.testing.assert_allclose(moved, expected, rtol=1e-4, atol=1e-7)
         loads[accumulation] = loads_LE
+        steps[accumulation] = new.learners["model"].params, metrics
+        assert metrics["dropped"] > 20
         assert float(metrics["grad_norm"]) < 1e3  # loads are not part of the gradient's norm
     np.testing.assert_array_equal(loads[1], loads[4])
+    error, leaf = small.worst_leaf(steps[4], steps[1])
+    assert error <= 1e-5, leaf
 
 
 def test_a_frozen_router_does_not_move():
     frozen = replace(MIXTURE, router=replace(MIXTURE.router, frozen=True))
-    c = replace(decoder(), layers=(Group(2, (Block(small.KINDS["mfa"], frozen),)),))
+    c = decoder(frozen)
     how = learnings(c, AdamW(1e-2, Constant()))
     state = init_state({"model": jax.tree.map(jnp.asarray, small.params(c))}, how)
     step = make_train_step(loss_fn(c), how, SCHEMA, compute_dtype=jnp.float32)

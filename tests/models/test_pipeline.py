@@ -29,7 +29,7 @@ ROUTER = Router(
     2, score="sigmoid", bias=True, bias_rate=1e-3, balance_loss=0.1, group_loss=0.1, loss_groups=4,
     z_loss=1e-2,
 )  # fmt: skip
-MIXTURE = MoE((Experts(8, 16),), ROUTER, shared=16)
+MIXTURE = MoE((Experts(8, 16),), ROUTER, shared=16, capacity=0.75)
 ATTENTION = small.KINDS["gqa"]
 DENSE = small.decoder("gqa", repeat=8)
 MIXED = Decoder(
@@ -113,6 +113,7 @@ def check(model: str, case: str):
     assert error <= 1e-5, leaf
     assert len(mesh_stats) == (0 if model == "dense" else 1)
     if stats:
+        assert np.all(stats[0].dropped_E.sum(1) > 10)
         error, leaf = small.worst_leaf(mesh_stats, stats)
         assert error <= 1e-5, leaf
 

@@ -12,14 +12,12 @@ An assignment is one (token, expert) pair, number ``n K + k``. Two exchanges giv
 * ``ragged``: each assignment's row travels to the one shard that needs it (ragged all-to-all).
   It moves K / P of what ``gather`` moves. TPU; elsewhere the collective is emulated.
 
-With ``capacity`` None nothing is ever dropped and buffers hold the worst case; else a shard holds
-``capacity`` times the rows of an even load, and what is beyond is dropped and counted.
+Nothing is dropped here: a shard's buffer holds whatever can be sent to it (:func:`rows_needed`).
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -31,12 +29,15 @@ from step_jax.core.sharding import vary_alike
 Exchange = Literal["gather", "ragged"]
 
 
-def rows_needed(tokens: int, top_k: int, shards: int, shard_experts: int, capacity: float | None):
-    """Rows that one shard's buffer holds for ``tokens`` tokens on each of ``shards`` devices."""
-    worst = tokens * shards * min(top_k, shard_experts)
-    if capacity is None:
-        return worst
-    return min(worst, math.ceil(tokens * top_k * capacity / 8) * 8)
+def rows_needed(tokens: int, top_k: int, shards: int, shard_experts: int, room: int | None = None):
+    """Rows that a shard can be sent at most, by ``tokens`` tokens on each of ``shards`` devices.
+
+    Args:
+      room: assignments that an expert takes of such tokens (``models.layers.capacity``); None for
+        all of them.
+    """
+    most = tokens * min(top_k, shard_experts)
+    return shards * (most if room is None else min(most, room * shard_experts))
 
 
 def apply_experts(
@@ -48,39 +49,40 @@ def apply_experts(
     shards: int,
     shard_experts: int,
     exchange: Exchange,
-    capacity: float | None,
+    rows: int,
     emulate: bool,
     axis: str = "expert",
 ):
     """The weighted sum of every token's experts.
 
     Args:
-      experts: (rows_MD sorted by expert, sizes_e) -> rows_MD; rows past the sizes are zero.
+      experts: (rows_MD sorted by expert, sizes_e) -> (rows_MD, anything); rows past the sizes are
+        zero.
       x_ND: this device's tokens.
       place_NK: int32 experts in shard order; E for an assignment that goes nowhere.
       weight_NK: float32.
+      rows: of a shard's buffer, as many as it can be sent.
       emulate: the backend has no ragged all-to-all.
 
     Returns:
-      (y_ND in ``x_ND.dtype``, dropped: float32 number of assignments dropped on this shard).
+      (y_ND in ``x_ND.dtype``, what ``experts`` gave besides).
     """
-    rows = rows_needed(x_ND.shape[0], place_NK.shape[1], shards, shard_experts, capacity)
     if shards > 1 and exchange == "ragged":
         move = _Ragged(place_NK, shards, shard_experts, rows, emulate, axis)
-        return move.there_and_back(experts, x_ND, weight_NK), move.dropped
+        return move.there_and_back(experts, x_ND, weight_NK)
     if shards > 1:
         gather = functools.partial(jax.lax.all_gather, axis_name=axis, tiled=True)
         x_ND, place_NK, weight_NK = gather(x_ND), gather(place_NK), gather(weight_NK)
         place_NK = place_NK - jax.lax.axis_index(axis) * shard_experts
     elsewhere_NK = (place_NK < 0) | (place_NK >= shard_experts)
     place_NK = jnp.where(elsewhere_NK, shard_experts, place_NK)
-    order_M, inverse_NK, wanted_e = _sorted(place_NK, shard_experts)
-    order_M, sizes_e = order_M[:rows], _first(wanted_e, rows)
-    rows_MD = spread(x_ND, order_M, inverse_NK)
-    y_ND = combine(*vary_alike(experts(rows_MD, sizes_e), weight_NK), order_M, inverse_NK)
+    order_M, inverse_NK, sizes_e = _sorted(place_NK, shard_experts)
+    order_M = order_M[:rows]
+    done_MD, more = experts(spread(x_ND, order_M, inverse_NK), sizes_e)
+    y_ND = combine(*vary_alike(done_MD, weight_NK), order_M, inverse_NK)
     if shards > 1:
         y_ND = jax.lax.psum_scatter(y_ND, axis, scatter_dimension=0, tiled=True)
-    return y_ND, jnp.sum(wanted_e - sizes_e).astype(jnp.float32)
+    return y_ND, more
 
 
 def _sorted(key, kinds: int):
@@ -96,12 +98,6 @@ def _sorted(key, kinds: int):
     # the pipeline axis as well
     sizes = jnp.sum(flat_M == jnp.arange(kinds)[:, None], axis=1, dtype=jnp.int32)
     return order_M, inverse_M.reshape(key.shape), sizes
-
-
-def _first(sizes, rows):
-    """``sizes`` cut where their running sum passes ``rows``."""
-    before = jnp.cumsum(sizes, axis=-1) - sizes
-    return jnp.clip(rows - before, 0, sizes)
 
 
 def _rows(a_MD, index):
@@ -164,18 +160,15 @@ class _Ragged:
         me = jax.lax.axis_index(axis)
         self.order_M, self.inverse_NK, counts_E = _sorted(place_NK, shards * shard_experts)
         counts_PPe = jax.lax.all_gather(counts_E, axis).reshape(shards, shards, shard_experts)
-        wanted_PP = jnp.sum(counts_PPe, -1)  # (from, to)
-        sent_PP = _first(wanted_PP.T, rows).T  # the receiver takes sources in their order
-        kept_Pe = _first(counts_PPe[:, me], sent_PP[:, me, None])
-        self.dropped = jnp.sum((wanted_PP - sent_PP)[:, me]).astype(jnp.float32)
-        start_PP = jnp.cumsum(wanted_PP, 1) - wanted_PP  # in the sender's sorted rows
+        sent_PP = jnp.sum(counts_PPe, -1)  # (from, to)
+        start_PP = jnp.cumsum(sent_PP, 1) - sent_PP  # in the sender's sorted rows
         place_PP = jnp.cumsum(sent_PP, 0) - sent_PP  # in the receiver's buffer
         # (offset here, size, offset there, size received) of each peer
         self.there = (start_PP[me], sent_PP[me], place_PP[me], sent_PP[:, me])
         self.back = (place_PP[:, me], sent_PP[:, me], start_PP[:, me], sent_PP[me])
         self.rows, self.emulate, self.axis = rows, emulate, axis
         # received: source after source, each sorted by expert
-        bounds = jnp.cumsum(kept_Pe.reshape(-1))
+        bounds = jnp.cumsum(counts_PPe[:, me].reshape(-1))
         run_M = jnp.sum(jnp.arange(rows)[:, None] >= bounds, axis=1)
         expert_M = jnp.where(run_M < bounds.size, run_M % shard_experts, shard_experts)
         self.by_expert, self.by_source, self.sizes_e = _sorted(expert_M[:, None], shard_experts)
@@ -186,13 +179,13 @@ class _Ragged:
         here_MD = exchange_rows(rows_MD, *there, self.rows, self.emulate, self.axis)
         # a permutation of rows is a spread of one assignment a token
         sorted_MD = spread(here_MD, self.by_expert, self.by_source)
-        done_MD = experts(sorted_MD, self.sizes_e)
+        done_MD, more = experts(sorted_MD, self.sizes_e)
         source_M1, expert_M = self.by_expert[:, None], self.by_source[:, 0]
         done_MD = spread(done_MD, expert_M, source_M1)
         home_MD = exchange_rows(
             done_MD, self.back, self.there, rows_MD.shape[0], self.emulate, self.axis
         )
-        return combine(*vary_alike(home_MD, weight_NK), self.order_M, self.inverse_NK)
+        return combine(*vary_alike(home_MD, weight_NK), self.order_M, self.inverse_NK), more
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

@@ -1,14 +1,17 @@
 """Mixture of experts: routed, shared and partially shared gated perceptrons.
 
-Shape suffixes: B rows, T tokens of a row, N tokens of one device, D model width, F hidden width,
-E experts, e experts of one shard, M sorted assignments, K experts per token.
+Shape suffixes: B rows, T tokens of a row, N tokens of one device (n of one pass), D model width,
+F hidden width, E experts, e experts of one shard, M sorted assignments, K experts per token.
 
-``y = shared(x) + sum_k w_k expert_k(x)``. Who goes where is ``routing.py``, how tokens get to the
-devices of their experts ``expert_parallel.py``; here is what an expert computes.
+``y = shared(x) + sum_k w_k expert_k(x)``. Who goes where is ``routing.py``, who finds room there
+``capacity.py``, how tokens get to the devices of their experts ``expert_parallel.py``; here is what
+an expert computes.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,11 +27,15 @@ from step_jax.core.hardware import has_ragged_all_to_all
 from step_jax.core.sharding import varying_axes
 from step_jax.core.spec import ParamSpec
 from step_jax.models.context import Context
-from step_jax.models.layers.expert_parallel import Exchange, apply_experts
+from step_jax.models.layers import capacity
+from step_jax.models.layers.expert_parallel import Exchange, apply_experts, rows_needed
 from step_jax.models.layers.initialisation import FanIn, Initialisation
 from step_jax.models.layers.mlp import SwiGLU, gated_unit
 from step_jax.models.layers.routing import Router
 from step_jax.ops.grouped_matmul import grouped_matmul
+
+#: Fewer tokens of a device are never cut into passes (see ``MoE.passes``): their buffers are small.
+SMALLEST_PASS = 256
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,8 @@ class ExpertStats:
 
     Attributes:
       tokens, load_E, probability_E, squared, entropy, confidence: see ``routing.Routing``.
-      square_E: sum over an expert's rows of the mean square of its hidden activations.
-      dropped: assignments that found no room.
+      square_E: sum over the rows an expert computed of the mean square of its hidden activations.
+      dropped_E: assignments that found no room with their expert, part of ``load_E``.
       chosen_BTK: the decisions, if ``ctx.record_routing``, else None.
     """
 
@@ -73,7 +80,7 @@ class ExpertStats:
     entropy: jax.Array
     confidence: jax.Array
     square_E: jax.Array
-    dropped: jax.Array
+    dropped_E: jax.Array
     chosen_BTK: jax.Array | None
 
 
@@ -91,8 +98,8 @@ class MoE:
     clamp, shared_clamp: of the routed and the shared experts' factors, see ``SwiGLU``.
     exchange: how tokens reach their experts (``models.expert_parallel``); null is ``ragged`` where
       the hardware has it and ``gather`` elsewhere.
-    capacity: None drops nothing; else the rows that an expert shard has room for, in multiples of
-      an even load. What finds no room is dropped and counted.
+    capacity: None drops nothing; else what an expert has room for in training, in multiples of an
+      even load (``models.layers.capacity``). What finds no room is dropped and counted.
     """
 
     kind: ClassVar[str] = "moe"
@@ -158,7 +165,7 @@ class MoE:
         """
         counted_BT = ctx.tokens.counted_BT()
         routing = self.router.apply(p.router_DE, p.bias_E, x_BTD, counted_BT, chosen_BTK)
-        y_BTD, square_E, dropped = self._routed(p, x_BTD, routing, ctx)
+        y_BTD, square_E, dropped_E = self._routed(p, x_BTD, routing, ctx)
         if self.common:
             total_BT1 = jnp.sum(routing.weight_BTK, -1, keepdims=True).astype(x_BTD.dtype)
             y_BTD += total_BT1 * self._common.apply(p.common, x_BTD, ctx)[0]
@@ -172,7 +179,7 @@ class MoE:
             entropy=routing.entropy,
             confidence=routing.confidence,
             square_E=jax.lax.stop_gradient(square_E),
-            dropped=jax.lax.stop_gradient(dropped),
+            dropped_E=jax.lax.stop_gradient(dropped_E),
             chosen_BTK=routing.chosen_BTK if ctx.record_routing else None,
         )
 
@@ -200,8 +207,33 @@ class MoE:
             first, inside = first + c.count, inside + each
         return places
 
+    def buffer_rows(self, tokens: int, parts: int, shards: int, *, limited: bool = True) -> int:
+        """Rows of a shard's buffer for every row of text that one of its devices has a part of.
+
+        Args:
+          tokens: of a whole row, of which a device has one of ``parts`` equal parts.
+          limited: to the room of ``capacity``, if there is one.
+        """
+        K, room = self.router.top_k, None
+        if limited and self.capacity is not None:
+            room = capacity.room(tokens, K, self.total, self.capacity)
+            room *= capacity.pieces_touched(tokens, parts)
+        return rows_needed(tokens // parts, K, shards, self.total // shards, room)
+
+    def passes(self, tokens: int, shards: int) -> int:
+        """In how many passes a device's ``tokens`` go to their experts where nothing is dropped.
+
+        As many as make buffers for whatever comes as large as those of an even load times
+        ``capacity``: what can be trained can be evaluated as well.
+        """
+        if self.capacity is None:
+            return 1
+        even = self.router.top_k * self.capacity
+        worst = rows_needed(1, self.router.top_k, shards, self.total // shards)
+        return max(1, min(math.ceil(worst / even), tokens // SMALLEST_PASS))
+
     def _routed(self, p: MoEParams, x_BTD, routing, ctx: Context):
-        """(y_BTD, square_E, dropped) of the routed experts, on the whole mesh."""
+        """(y_BTD, square_E, dropped_E) of the routed experts, on the whole mesh."""
         sharding = ctx.sharding
         shards = 1 if sharding is None else sharding.size("expert")
         places_E = self.shard_order(shards)
@@ -210,7 +242,7 @@ class MoE:
         place_BTK = jnp.where(counted_BT1, jnp.asarray(places_E)[routing.chosen_BTK], self.total)
         arguments = (p.experts, x_BTD, place_BTK, routing.weight_BTK)
         if sharding is None or sharding.mesh.size == 1:
-            y_BTD, square_e, dropped = self._on_device(*arguments, ctx=ctx, shards=1)
+            y_BTD, square_e, dropped_E = self._on_device(*arguments, ctx=ctx, shards=1)
         else:
             tokens = sharding.spec(("batch", "sequence"), x_BTD.shape[:2])
             specs = self.specs(x_BTD.shape[-1], FanIn()).experts
@@ -219,46 +251,59 @@ class MoE:
             def local(*arguments):
                 return self._on_device(*arguments, ctx=ctx, shards=shards)
 
-            y_BTD, square_e, dropped = sharding.shard_map(
+            y_BTD, square_e, dropped_E = sharding.shard_map(
                 local,
                 in_specs=(weights, tokens, tokens, tokens),
                 out_specs=(tokens, PartitionSpec("expert"), PartitionSpec()),
             )(*arguments)
-        return y_BTD, square_e[places_E], dropped
+        return y_BTD, square_e[places_E], dropped_E[places_E]
 
     def _on_device(self, experts, x_BTD, place_BTK, weight_BTK, *, ctx: Context, shards: int):
-        """The same on one device, with its tokens and its experts' weights."""
+        """The same on one device, with its tokens and its experts' weights, in order of places."""
         mesh = ctx.sharding is not None and ctx.sharding.mesh.size > 1
         if mesh:
             experts = tuple(_whole_width(e) for e in experts)
-        shape, K = x_BTD.shape, place_BTK.shape[-1]
-        ragged, squares = has_ragged_all_to_all(ctx.device), []
+        parts = ctx.sharding.size("context") if mesh else 1
+        (B, T, D), K = x_BTD.shape, place_BTK.shape[-1]
+        limited, passes = ctx.within_capacity and self.capacity is not None, 1
+        if limited:
+            room = capacity.room(T * parts, K, self.total, self.capacity)
+            axis = "context" if parts > 1 else None
+            place_BTK, dropped_E = capacity.fitted(place_BTK, self.total, room, axis)
+            rows = B * self.buffer_rows(T * parts, parts, shards)
+        else:
+            passes, dropped_E = self.passes(B * T, shards), jnp.zeros(self.total)
+            rows = self.buffer_rows(-(-B * T // passes), 1, shards, limited=False)
+        one_pass = functools.partial(self._one_pass, experts, rows=rows, ctx=ctx, shards=shards)
+        tokens = x_BTD.reshape(-1, D), place_BTK.reshape(-1, K), weight_BTK.reshape(-1, K)
+        y_ND, square_e = _in_passes(one_pass, tokens, (0, self.total, 0), passes)
+        if not mesh:
+            return y_ND.reshape(B, T, D), square_e, dropped_E
+        of_tokens = (*ctx.sharding.mesh_axes("batch"), *ctx.sharding.mesh_axes("sequence"))
+        elsewhere = (a for a in of_tokens if a != "expert")
+        square_e = _total(jax.lax.stop_gradient(square_e), *elsewhere, "tensor")
+        dropped_E = _total(dropped_E, *of_tokens)
+        return _total(y_ND, "tensor").reshape(B, T, D), square_e, dropped_E
+
+    def _one_pass(self, experts, x_nD, place_nK, weight_nK, *, rows: int, ctx: Context, shards):
+        """(y_nD, square_e) of some of a device's tokens, all of which find room in ``rows``."""
+        ragged = has_ragged_all_to_all(ctx.device)
 
         def compute(rows_MD, sizes_e):
             # an even load; buffers are larger
-            y_MD, square_e = self._experts(experts, rows_MD, sizes_e, place_BTK.size, ctx)
-            squares.append(square_e)
-            return y_MD
+            return self._experts(experts, rows_MD, sizes_e, place_nK.size, ctx)
 
-        y_ND, dropped = apply_experts(
+        return apply_experts(
             compute,
-            x_BTD.reshape(-1, shape[-1]),
-            place_BTK.reshape(-1, K),
-            weight_BTK.reshape(-1, K),
+            x_nD,
+            place_nK,
+            weight_nK,
             shards=shards,
             shard_experts=self.total // shards,
             exchange=self.exchange or ("ragged" if ragged else "gather"),
-            capacity=self.capacity,
+            rows=rows,
             emulate=not ragged,
         )
-        (square_e,) = squares
-        if not mesh:
-            return y_ND.reshape(shape), square_e, dropped
-        tokens = (*ctx.sharding.mesh_axes("batch"), *ctx.sharding.mesh_axes("sequence"))
-        elsewhere = (a for a in tokens if a != "expert")
-        square_e = _total(jax.lax.stop_gradient(square_e), *elsewhere, "tensor")
-        dropped = _total(dropped, *tokens)
-        return _total(y_ND, "tensor").reshape(shape), square_e, dropped
 
     def _experts(self, experts, rows_MD, sizes_e, load: int, ctx: Context):
         """(rows_MD, square_e) of rows sorted by expert; ``load`` of them are expected."""
@@ -297,6 +342,27 @@ class MoE:
         mine_eM = (index_M >= (stop_e - sizes_e)[:, None]) & (index_M < stop_e[:, None])
         square_e = jnp.sum(jnp.where(mine_eM, square_M, 0.0), axis=1) / hidden
         return product(hidden_MF, p.down_EFD), square_e
+
+
+def _in_passes(one_pass, arrays, fills, passes: int):
+    """``one_pass(*arrays)``, (result of every row, sum), in turn on ``passes`` parts of the rows.
+
+    Args:
+      fills: one number for each array, of the rows that make the last part as long as the others.
+    """
+    if passes == 1:
+        return one_pass(*arrays)
+    N = arrays[0].shape[0]
+    n = -(-N // passes)
+
+    def cut(a, fill):
+        a = jnp.pad(a, ((0, passes * n - N), *((0, 0),) * (a.ndim - 1)), constant_values=fill)
+        return a.reshape(passes, n, *a.shape[1:])
+
+    # checkpointed: a gradient would else keep the buffers of all passes
+    again = jax.checkpoint(one_pass, prevent_cse=False)
+    rows, sums = jax.lax.map(lambda part: again(*part), tuple(map(cut, arrays, fills)))
+    return rows.reshape(passes * n, *rows.shape[2:])[:N], jnp.sum(sums, axis=0)
 
 
 def _total(x, *axes: str):

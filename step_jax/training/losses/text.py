@@ -55,7 +55,7 @@ def packed_text_loss(
 
     Its parts are ``next_token``; ``mtp1``, ... for every head of multi-token prediction, each
     divided by its own number of targets; and ``routing`` of a mixture of experts whose router has a
-    loss. The sums are the experts' stats.
+    loss. The sums are the experts' stats. Mixtures keep to their capacity.
 
     Args:
       z_loss: coefficient of the squared log-partition.
@@ -65,7 +65,9 @@ def packed_text_loss(
     joint = routing_loss(c)
 
     def loss(p: DecoderParams, batch: Mapping[str, Any]) -> LossOutput:
-        ctx = Context(Tokens.packed(batch), sharding=sharding, execution=execution)
+        ctx = Context(
+            Tokens.packed(batch), within_capacity=True, sharding=sharding, execution=execution
+        )
         parts, metrics, stats = token_parts(p, c, batch, ctx, z_loss)
         if joint is None or balance == "batch":
             return LossOutput(parts, metrics, stats, joint)
