@@ -445,7 +445,7 @@ def write_samples(config: Config, sharding: Sharding, tokenizer, params) -> list
     sample = config.sample
     if not sample.tokens:
         return []
-    prompts = [tokenizer.encode(prompt).tolist() for prompt in sample.prompts]
+    prompts = [tokenizer.encode_prompt(prompt) for prompt in sample.prompts]
     written = generate(
         params,
         config.model,
@@ -453,7 +453,6 @@ def write_samples(config: Config, sharding: Sharding, tokenizer, params) -> list
         sample.sampling(config.run.seed),
         max_length=config.data.sequence_length,
         stop_ids=tokenizer.stop_ids,
-        start_id=tokenizer.start_id,
         execution=config.execution,
         sharding=sharding,
     )
