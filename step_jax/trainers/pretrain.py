@@ -290,7 +290,7 @@ def prepare_data(config: Config, begin: Start, sharding: Sharding, report) -> Te
         report=report,
     )
     for prompt in config.sample.prompts if config.sample.tokens else ():
-        if len(dataset.tokenizer.encode(prompt)) >= T:
+        if len(dataset.tokenizer.encode_prompt(prompt)) >= T:
             raise ConfigError(
                 f"the sample prompt {prompt[:40]!r} leaves no room in a context of {T} tokens: "
                 "shorten it, or raise data.sequence_length"

@@ -355,7 +355,7 @@ def commands(folder: Path) -> None:
         start = ["--init-from.artifact", theirs, "--run.directory", run]
         data = ["--data.path", str(folder / "texts"), "--data.sequence_length", str(CONTEXT)]
         steps = ["--training.steps", "3", "--training.batch_size", "2"]
-        rate = ["--optimizer.learning_rate", "1e-3", "--optimizer.schedule.warmup_steps", "1"]
+        rate = ["--optimizer.learning_rate", "1e-4", "--optimizer.schedule.warmup_steps", "1"]
         rest = ["--sample.tokens", "0", "--execution.dtype", "float32"]
         command("pretrain", *start, *data, *steps, *rate, *rest)
         text_out = command("generate", run, *greedy)
