@@ -7,7 +7,7 @@ tokenizer.json, special tokens, generation_config.json) goes through
     step-jax generate RUN              step-jax export RUN FOLDER
 
 and at both ends logits, tokens of texts, greedy text and where it stops are those of `transformers`
-(a few minutes of one core; no network, no accelerator). One command prints the table of
+(three minutes of one core; no network, no accelerator). One command prints the table of
 docs/interop.md; each ORACLE is a Python with torch and transformers, the first of version 5:
 
     python tests/golden/check_hf_commands.py FOLDER ORACLE [ORACLE ...]
@@ -364,6 +364,8 @@ def commands(folder: Path) -> None:
         tokens_BT = np.random.default_rng(0).integers(0, VOCAB, (2, CONTEXT), dtype=np.int32)
         kept = {"tokens": tokens_BT, "text_in": text_in, "text_out": text_out}
         kept |= {f"logits_{end}": logits(ends[end], tokens_BT) for end in ends}
+        moved = np.abs(kept["logits_out"] - kept["logits_in"]).max()
+        assert moved > 1e-3 * np.abs(kept["logits_in"]).max(), "nothing was trained"
         for end, artifact in ends.items():
             special = "".join(artifact.tokenizer.special)
             texts = [*TEXTS, special + TEXTS[0] + special]
