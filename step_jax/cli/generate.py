@@ -88,7 +88,7 @@ def _write(artifact, sharding, sampling: SamplingConfig, prompts, first: int, *,
     from step_jax.tokenizers.base import TextStream
 
     tokenizer = artifact.tokenizer
-    ids = [tokenizer.encode(prompt).tolist() for prompt in prompts]
+    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     screen = _Screen(prompts[0], TextStream(tokenizer.decode, ids[0]))
     generation = generate(
         artifact.params,
@@ -97,7 +97,6 @@ def _write(artifact, sharding, sampling: SamplingConfig, prompts, first: int, *,
         sampling,
         max_length=artifact.context_of_text,
         stop_ids=tokenizer.stop_ids,
-        start_id=tokenizer.start_id,
         execution=artifact.execution,
         sharding=sharding,
         requests=range(first, first + len(prompts)),

@@ -83,6 +83,7 @@ def _about(tokenizer: Tokenizer) -> list[tuple[str, str]]:
         ("tokenizer hash", tokenizer.hash[:16]),
         ("gives back any text", f"no: {tokenizer.lossy}" if tokenizer.lossy else "yes"),
         ("begin of text", shown(tokenizer.bos_id)),
+        ("before a text", ", ".join(map(shown, tokenizer.prefix_ids)) or "nothing"),
         ("end of text", shown(tokenizer.eos_id)),
         ("padding", shown(tokenizer.pad_id)),
         ("stop tokens", ", ".join(map(shown, tokenizer.stop_ids)) or "none"),

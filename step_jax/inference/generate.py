@@ -293,7 +293,6 @@ def generate(
     *,
     max_length: int,
     stop_ids: Sequence[int] = (),
-    start_id: int | None = None,
     execution: Execution,
     sharding: Sharding | None = None,
     cache_dtype=None,
@@ -309,18 +308,18 @@ def generate(
 
     Args:
       params: of ``decoder``, any float dtype, laid out on ``sharding``'s mesh if there is one.
-      prompts: token ids; every process of a run passes the same.
+      prompts: token ids, what a text begins with included (``Tokenizer.encode_prompt``); every
+        process of a run passes the same.
       max_length: the context: what a prompt and its continuation may reach together.
       stop_ids: tokens that end a row.
-      start_id: the token that texts begin with, put before every prompt that lacks it; None for
-        none (an empty prompt is then an error).
       cache_dtype: None for the compute dtype.
       requests: numbers that separate the rows' draws; None for 0, 1, ...
       on_tokens: called as ``on_tokens(row, new tokens)`` while the next ones are computed.
       chunk: tokens between two looks at the host.
 
     Raises:
-      DataError: a prompt longer than the context, or a token outside the vocabulary.
+      DataError: a prompt without a token or longer than the context, or a token outside the
+        vocabulary.
       ConfigError: ``chunk`` below 1, or as many request numbers as there are not prompts.
     """
     if chunk < 1:
@@ -329,7 +328,7 @@ def generate(
     if len(requests) != len(prompts):
         raise ConfigError(f"{len(requests)} request numbers for {len(prompts)} prompts")
     engine = _engine(decoder, sampling, stop_ids, execution, sharding, cache_dtype)
-    texts = [_checked(row, p, decoder.vocab, max_length, start_id) for row, p in enumerate(prompts)]
+    texts = [_checked(row, p, decoder.vocab, max_length) for row, p in enumerate(prompts)]
     limits = [min(len(text) + sampling.max_new_tokens, max_length) for text in texts]
     collected = _Collected(len(texts), on_tokens)
     if texts:
@@ -348,12 +347,12 @@ def generate(
     return collected.generation(texts, limits, max_length)
 
 
-def _checked(row: int, prompt, vocab: int, max_length: int, start_id: int | None) -> list[int]:
+def _checked(row: int, prompt, vocab: int, max_length: int) -> list[int]:
     text = [int(token) for token in prompt]
-    if start_id is not None and text[:1] != [start_id]:
-        text = [start_id, *text]
     if not text:
-        raise DataError(f"prompt {row} is empty and there is no start token: give it a token")
+        raise DataError(
+            f"prompt {row} has no token, and the tokenizer none to begin with: write something"
+        )
     if len(text) > max_length:
         raise DataError(
             f"prompt {row} has {len(text)} tokens, more than the context of {max_length} tokens "

@@ -61,11 +61,13 @@ class Tokenizer(abc.ABC):
       name: where it comes from, for messages.
       files: name -> content of the files that it was read from and that `save` writes.
       vocab_size: 1 + the largest id, the rows that an embedding needs.
-      bos_id, eos_id: the tokens that begin and end a text, None where it has none.
+      bos_id, eos_id: the tokens named for the begin and the end of a text, None where it has none.
+      prefix_ids: the tokens that its files put before a text; often bos, often none.
       pad_id: 0 where it has none (padding never carries loss).
       stop_ids: every token that ends a text when a model writes; ``eos_id`` first.
       special: text of a special token -> its id.
-      hash: SHA-256, hex, of what decides the ids of a text and of bos, eos and pad.
+      hash: SHA-256, hex, of what decides the ids of a text and of bos, eos, pad and the
+        token before a document.
       chat_template: how it renders a conversation, None where it does not say.
     """
 
@@ -74,6 +76,7 @@ class Tokenizer(abc.ABC):
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
+    prefix_ids: tuple[int, ...]
     pad_id: int
     stop_ids: tuple[int, ...]
     special: Mapping[str, int]
@@ -96,8 +99,9 @@ class Tokenizer(abc.ABC):
 
     @property
     def start_id(self) -> int | None:
-        """The token that documents begin with: bos, or eos where there is none."""
-        return self.eos_id if self.bos_id is None else self.bos_id
+        """The token before a document: what the files put before a text, or else eos, which ended
+        the document before it in the stream that such a model was trained on."""
+        return self.prefix_ids[-1] if self.prefix_ids else self.eos_id
 
     def encode(self, text: str, special: bool = False) -> np.ndarray:
         """Token ids of a text, int32 (n,); nothing is put before or after them.
@@ -117,6 +121,12 @@ class Tokenizer(abc.ABC):
         for text in texts:
             _check_text(text)
         return self._encode(texts, special)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a text that a model is to go on from, after `prefix_ids`, as transformers
+        has them. An empty text begins a document: with `start_id`, where there is one."""
+        start = () if self.start_id is None or self.prefix_ids or text else (self.start_id,)
+        return [*self.prefix_ids, *start, *self.encode(text).tolist()]
 
     def encode_spans(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """``encode(text, special=True)``, and the characters of each token: int32 (n, 2).
@@ -187,6 +197,13 @@ class Tokenizer(abc.ABC):
         except DataError:
             return None
 
+    def _borders(self) -> list[int | None]:
+        """What the hash says of special tokens: bos, eos and pad, and the token before a document
+        unless it is the first that there is of them."""
+        ids = [self.bos_id, self.eos_id, self.pad_id]
+        usual = self.eos_id if self.bos_id is None else self.bos_id
+        return ids if self.start_id == usual else [*ids, self.start_id]
+
     def require(self, expected_hash: str, owner: str) -> None:
         """Raises `DataError` unless this is the tokenizer that ``owner`` was made with."""
         if self.hash != expected_hash:
@@ -207,13 +224,13 @@ class Tokenizer(abc.ABC):
     def document_borders(self) -> tuple[int, int]:
         """The tokens before (`start_id`) and after (``eos_id``) a document; raises `DataError`
         where there is none to separate documents with."""
-        if self.eos_id is None:
+        if self.eos_id is None or self.start_id is None:
             raise DataError(
                 f"{self.name} has no end-of-text token (eos), which separates documents. In a "
                 "Hugging Face folder tokenizer_config.json or generation_config.json names it: "
                 "give the folder with these files"
             )
-        return self.eos_id if self.bos_id is None else self.bos_id, self.eos_id
+        return self.start_id, self.eos_id
 
 
 class TextStream:

@@ -12,6 +12,7 @@ from step_jax.core.errors import DataError
 from step_jax.tokenizers.base import FILES, Tokenizer
 
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _REMEDY = "Give a SentencePiece .model file, a tokenizer.json, or a folder with either"
 _CONVERT = (
     "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers writes one"
@@ -24,8 +25,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Args:
       path: a SentencePiece ``.model``, a ``tokenizer.json`` (these two alone, without the files
         beside them), or a folder with either: as `Tokenizer.save` and Hugging Face write them, with
-        ``tokenizer_config.json``, ``special_tokens_map.json``, ``generation_config.json`` and
-        ``chat_template.jinja``. A folder with both is read from its ``tokenizer.json``.
+        ``tokenizer_config.json``, ``special_tokens_map.json``, ``generation_config.json`` (in its
+        place the model's ``config.json``) and ``chat_template.jinja``. A folder with both is read
+        from its ``tokenizer.json``.
 
     Raises:
       DataError: there is none, or a file of it is damaged; says what was found and what is missing.
@@ -38,6 +40,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         name = "tokenizer.json" if path.suffix == ".json" else "tokenizer.model"
         return _make({name: read_file(path)}, str(path))
     files = {name: read_file(path / name) for name in FILES if (path / name).exists()}
+    if "generation_config.json" not in files and (path / "config.json").exists():
+        files |= _generation(read_file(path / "config.json"), f"{path}, config.json")
     if not {"tokenizer.json", "tokenizer.model"} & set(files):
         models = sorted(path.glob("*.model"))
         if len(models) != 1:
@@ -88,6 +92,19 @@ def _nothing_in(folder: Path, models: list[str]) -> str:
     return f"{folder} has neither tokenizer.json nor a .model file (found: {listed}). {_REMEDY}"
 
 
+def _generation(content: bytes, where: str) -> dict[str, bytes]:
+    """The generation configuration that a model's ``config.json`` stands for, if it names tokens.
+
+    Of a model that also sees, the language model's own keys (``text_config``) fill in.
+    """
+    config = parse_object(content, where)
+    inner = config.get("text_config")
+    inner = inner if isinstance(inner, dict) else {}
+    found = {key: inner.get(key) if config.get(key) is None else config[key] for key in _IDS}
+    ids = {k: _ids(v, f"{where}, {k}") for k, v in found.items() if v is not None}
+    return {"generation_config.json": json.dumps(ids).encode()} if ids else {}
+
+
 @dataclass(frozen=True)
 class SpecialTokens:
     """What the configuration files beside a tokenizer say.
@@ -98,12 +115,14 @@ class SpecialTokens:
       ids: ``bos_token_id``, ``eos_token_id``, ``pad_token_id`` of the generation configuration,
         each a list.
       template: the source of the chat template.
+      adds_bos: whether a text begins with bos; None where ``tokenizer_config.json`` does not say.
     """
 
     named: Mapping[str, str]
     added: Mapping[str, tuple[int, dict[str, Any]]]
     ids: Mapping[str, list[int]]
     template: str | None
+    adds_bos: bool | None
 
     @classmethod
     def read(cls, files: Mapping[str, bytes], name: str) -> SpecialTokens:
@@ -131,10 +150,17 @@ class SpecialTokens:
             added[content] = (int(key), value if isinstance(value, dict) else {})
         ids = {
             key: _ids(generation[key], f"{name}, generation_config.json, {key}")
-            for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+            for key in _IDS
             if generation.get(key) is not None
         }
-        return cls(named, added, ids, _template(files, config, load("chat_template.json"), name))
+        adds_bos = config.get("add_bos_token")
+        if adds_bos is not None and not isinstance(adds_bos, bool):
+            raise DataError(
+                f"{name}, tokenizer_config.json: add_bos_token is {adds_bos!r}; it must be true or "
+                "false"
+            )
+        template = _template(files, config, load("chat_template.json"), name)
+        return cls(named, added, ids, template, adds_bos)
 
     def id_of(
         self, role: str, token_to_id: Callable[[str], int | None], name: str, default: int | None
@@ -158,8 +184,8 @@ class SpecialTokens:
         ids = list(dict.fromkeys([*ids, *self.ids.get("eos_token_id", [])]))
         if beyond := [i for i in ids if i >= vocab_size]:
             raise DataError(
-                f"{name}, generation_config.json: eos_token_id {beyond[0]} is beyond the "
-                f"tokenizer's {vocab_size} tokens"
+                f"{name}, generation_config.json (or else config.json): eos_token_id {beyond[0]} "
+                f"is beyond the tokenizer's {vocab_size} tokens"
             )
         return tuple(ids)
 

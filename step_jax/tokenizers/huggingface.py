@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,15 +36,29 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eos_id = tokens.id_of("eos", to_id, name, None)
         pad = tokens.id_of("pad", to_id, name, None)
         self.pad_id = 0 if pad is None else pad
+        self.prefix_ids = self._prefix(tokens)
         self.stop_ids = tokens.stops(self.eos_id, self.vocab_size, name)
         added = self._tokenizer.get_added_tokens_decoder()
         self.special = {token.content: i for i, token in sorted(added.items()) if token.special}
         self.hash = digest(
             files["tokenizer.json"],
             [sorted((i, content) for content, (i, _) in self._added.items())],
-            [self.bos_id, self.eos_id, self.pad_id],
+            self._borders(),
         )
         self.chat_template = ChatTemplate.of(tokens.template, tokens.named, name)
+
+    def _prefix(self, tokens: SpecialTokens) -> tuple[int, ...]:
+        """What stands before a text: bos or not, where ``tokenizer_config.json`` says so, or else
+        what the template of ``tokenizer.json`` has there."""
+        if tokens.adds_bos is not None:
+            return (self.bos_id,) if tokens.adds_bos and self.bos_id is not None else ()
+        ids: list[int] = []
+        for part in _flat(self._json.get("post_processor"), "processors"):
+            if part.get("type") == "TemplateProcessing":
+                before = itertools.takewhile(lambda x: "SpecialToken" in x, part["single"])
+                names = [item["SpecialToken"]["id"] for item in before]
+                ids += [i for name in names for i in part["special_tokens"][name]["ids"]]
+        return tuple(ids)
 
     def _build(self, special: bool):
         """The package's tokenizer; ``special``: reads special tokens written out in a text."""
@@ -122,7 +137,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _flat(part: Any, key: str) -> list[dict[str, Any]]:
-    """The steps of a normaliser, sequences opened."""
+    """The steps of a normaliser or post-processor, sequences opened."""
     if not isinstance(part, dict):
         return []
     if part.get("type") != "Sequence":

@@ -40,8 +40,11 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id = tokens.id_of("bos", self._id_of, name, bos)
         self.eos_id = tokens.id_of("eos", self._id_of, name, eos)
         self.pad_id = tokens.id_of("pad", self._id_of, name, pad) or 0
+        self.prefix_ids = ()
+        if self.bos_id is not None and tokens.adds_bos is not False:
+            self.prefix_ids = (self.bos_id,)
         self.stop_ids = tokens.stops(self.eos_id, self.vocab_size, name)
-        ids = [self.bos_id, self.eos_id, self.pad_id]
+        ids = self._borders()
         self.hash = digest(model) if ids == [bos, eos, pad or 0] else digest(model, ids)
         named = {
             f"{role}_token": self._processor.id_to_piece(i)

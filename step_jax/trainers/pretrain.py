@@ -299,7 +299,7 @@ def prepare_data(config: Config, begin: Start, sharding: Sharding, report) -> Te
         report=report,
     )
     for prompt in config.sample.prompts if config.sample.tokens else ():
-        if len(dataset.tokenizer.encode(prompt)) >= T:
+        if len(dataset.tokenizer.encode_prompt(prompt)) >= T:
             raise ConfigError(
                 f"the sample prompt {prompt[:40]!r} leaves no room in a context of {T} tokens: "
                 "shorten it, or raise data.sequence_length"
@@ -454,7 +454,7 @@ def write_samples(config: Config, sharding: Sharding, tokenizer, params) -> list
     sample = config.sample
     if not sample.tokens:
         return []
-    prompts = [tokenizer.encode(prompt).tolist() for prompt in sample.prompts]
+    prompts = [tokenizer.encode_prompt(prompt) for prompt in sample.prompts]
     written = generate(
         params,
         config.decoder,
@@ -462,7 +462,6 @@ def write_samples(config: Config, sharding: Sharding, tokenizer, params) -> list
         sample.sampling(config.run.seed),
         max_length=config.data.sequence_length,
         stop_ids=tokenizer.stop_ids,
-        start_id=tokenizer.start_id,
         execution=config.execution,
         sharding=sharding,
     )

@@ -59,7 +59,7 @@ def test_generate_keeps_the_space_between_prompt_and_answer(monkeypatch, capsys,
     answer = tokenizer.encode("fox").tolist()
     assert tokenizer.decode(answer) == "fox"
 
-    def write(params, decoder, ids, sampling, *, on_tokens, stop_ids, start_id, **_):
+    def write(params, decoder, ids, sampling, *, on_tokens, stop_ids, **_):
         if on_tokens:
             on_tokens(0, answer)
         return Generation([answer] * len(ids), [], ["stop"] * len(ids))

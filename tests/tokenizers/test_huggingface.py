@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from tokenizers import AddedToken, normalizers
+from tokenizers import AddedToken, normalizers, processors
 
 from step_jax.core.errors import ConfigError, DataError
 from step_jax.tokenizers.base import TextStream
@@ -15,6 +15,7 @@ from tests.tokenizers.made import TEXTS, byte_level, metaspace, ours, unigram
 KINDS = {"byte level": byte_level, "metaspace": metaspace, "unigram": unigram}
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 WORDS = st.text(st.sampled_from(" \t\nfoxthequ\u2581\u4e16\u00e9\U0001f9ec<s>"))
+TOKENS = [("<|im_start|>", 1), ("<|im_end|>", 2)]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -138,6 +139,56 @@ def test_special_tokens_come_from_the_configuration_then_from_the_generation():
         alone.document_borders()
 
 
+TEMPLATE = processors.Sequence(
+    [
+        processors.ByteLevel(),
+        processors.TemplateProcessing("<|im_start|> $A <|im_end|>", special_tokens=TOKENS),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("says", "template", "begins"),
+    [
+        ({}, None, False),  # a token that is named is not one that is put there
+        ({}, TEMPLATE, True),
+        ({"add_bos_token": False}, None, False),  # Qwen
+        ({"add_bos_token": True}, None, True),  # DeepSeek
+        ({"add_bos_token": False}, TEMPLATE, False),
+        ({"add_bos_token": True, "bos_token": None}, None, False),
+    ],
+)
+def test_prompts_begin_with_what_the_files_put_before_a_text(says, template, begins):
+    made = byte_level()
+    if template is not None:
+        made.post_processor = template
+    config = {"bos_token": "<|im_start|>", "eos_token": "<|endoftext|>"} | says
+    tokenizer = ours(made, tokenizer_config=config)
+    before = [1] if begins else []
+    assert tokenizer.encode_prompt("a fox") == [*before, *tokenizer.encode("a fox")]
+    # documents, and the empty text that begins one, follow eos where there is nothing else
+    assert tokenizer.document_borders() == ((before or [0])[0], 0)
+    assert tokenizer.encode_prompt("") == (before or [0])
+
+
+def test_stop_tokens_are_read_of_the_model_where_no_file_says_how_it_writes(tmp_path):
+    ours(byte_level(), tokenizer_config={"eos_token": "<|im_end|>"}).save(tmp_path)
+    model = {"eos_token_id": 1, "text_config": {"eos_token_id": [0, 2], "bos_token_id": 1}}
+    (tmp_path / "config.json").write_text(json.dumps(model))
+    assert load_tokenizer(tmp_path).stop_ids == (2, 1)
+    (tmp_path / "config.json").write_text(json.dumps(model | {"eos_token_id": None}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.stop_ids == (2, 0) and tokenizer.bos_id == 1
+    tokenizer.save(tmp_path / "kept")  # where there is no model beside it
+    assert load_tokenizer(tmp_path / "kept").stop_ids == (2, 0)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 0}')
+    assert load_tokenizer(tmp_path).stop_ids == (2, 0) and load_tokenizer(tmp_path).bos_id is None
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "config.json").write_text('{"eos_token_id": -1}')
+    with pytest.raises(DataError, match="config.json, eos_token_id has -1; it must be token ids"):
+        load_tokenizer(tmp_path)
+
+
 def test_tokens_that_only_the_configuration_adds_are_added_under_their_ids():
     made = byte_level()
     last = made.get_vocab_size()
@@ -163,6 +214,7 @@ def test_tokens_that_only_the_configuration_adds_are_added_under_their_ids():
         ({"tokenizer_config": {"chat_template": [{"name": "rag"}]}}, r"\['rag'\], no `default`"),
         ({"generation_config": {"eos_token_id": 9999}}, "eos_token_id 9999 is beyond"),
         ({"generation_config": {"eos_token_id": "2"}}, "eos_token_id has '2'"),
+        ({"tokenizer_config": {"add_bos_token": "no"}}, "add_bos_token is 'no'; it must be true"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused(configuration, message):

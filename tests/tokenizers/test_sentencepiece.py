@@ -188,9 +188,21 @@ def test_configuration_beside_a_model(dummy_prefix, tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_prompts_begin_with_bos_unless_the_configuration_says_otherwise(dummy_prefix, tmp_path):
+    bos, ids = dummy_prefix.bos_id, dummy_prefix.encode("a fox").tolist()
+    assert dummy_prefix.encode_prompt("a fox") == [bos, *ids]
+    assert dummy_prefix.encode_prompt("") == [bos] and dummy_prefix.start_id == bos
+    dummy_prefix.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    plain = load_tokenizer(tmp_path)
+    assert plain.encode_prompt("a fox") == ids and plain.start_id == plain.eos_id
+    assert plain.hash != dummy_prefix.hash  # documents begin with another token
+
+
 def test_a_model_without_start_or_end():
     tokenizer = trained(**EXACT, bos_id=-1)
     assert tokenizer.bos_id is None and tokenizer.start_id == tokenizer.eos_id
+    assert tokenizer.prefix_ids == () and tokenizer.encode_prompt("") == [tokenizer.eos_id]
     endless = trained(**EXACT, bos_id=-1, eos_id=-1)
     assert endless.eos_id is None and endless.stop_ids == ()
     with pytest.raises(DataError, match="other.model has no end-of-text token"):

@@ -24,10 +24,16 @@ def family_of(config: Decoder) -> str:
     """The only family that could have this decoder's layers.
 
     Raises:
-      ConfigError: no family has such attention.
+      ConfigError: no family has such attention, or layers of unlike kinds.
     """
     layers = layers_of(config)
     attention = layers[0].attention
+    for number, block in enumerate(layers):
+        if type(block.attention) is not type(attention):
+            raise ConfigError(
+                f"layer {number} has {type(block.attention).__name__} attention, the first "
+                f"{type(attention).__name__}: every Hugging Face family we know has one kind"
+            )
     if isinstance(attention, MLA):
         return "deepseek_v3"
     if not isinstance(attention, MHA):
@@ -243,9 +249,10 @@ def _check_same(ours: Decoder, theirs: Decoder, model_type: str) -> None:
         else:
             yield f"{path} is {a!r}, there {b!r}"
 
+    names = [f.name for f in fields(ours) if f.name not in ("layers", "init")]
     found = [
         d
-        for name in ("width", "vocab", "tied", "norm", "mtp")
+        for name in names
         for d in differences(getattr(ours, name), getattr(theirs, name), f"model.{name}")
     ]
     for i, (a, b) in enumerate(zip(layers_of(ours), layers_of(theirs), strict=True)):
