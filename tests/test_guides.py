@@ -26,7 +26,7 @@ model:
       blocks:
         - attention: {kind: mha, heads: 2, head_dim: 8}
           mlp: {kind: swiglu, hidden: 16}
-training: {batch_size: 8}
+training: {steps: 1000, batch_size: 8}
 data: {path: ~/texts, vocab_size: 400, sequence_length: 64}
 optimizer: {kind: adamw, learning_rate: 1e-2, schedule: {kind: constant}}
 execution: {dtype: float32}
@@ -103,18 +103,18 @@ def test_the_attention_kind_of_the_guide_decodes_as_it_trains():
     decoder = Decoder(16, (Group(1, (block,)),), vocab=11, init=Fixed(0.3))
     execution = Execution(dtype="float32")
 
-    @jax.jit
-    def both(tokens_BT):
-        params = decoder.initialise(jax.random.key(0))
-        positions_BT = jnp.broadcast_to(jnp.arange(6), tokens_BT.shape)
-        whole = Context(Tokens(positions_BT), execution=execution)
-        full, *_ = decoder.hidden(params, tokens_BT, whole)
-        cache, steps = decoder.init_cache(2, 6, jnp.float32), []
-        for t in range(6):
-            ctx = Context(Tokens(positions_BT[:, t : t + 1]), execution=execution)
-            x, cache, _ = decoder.hidden(params, tokens_BT[:, t : t + 1], ctx, cache)
-            steps.append(x)
-        return full, jnp.concatenate(steps, 1)
+    params = jax.jit(decoder.initialise)(jax.random.key(0))
+    tokens_BT = jax.random.randint(jax.random.key(1), (2, 6), 0, 11)
+    positions_BT = jnp.broadcast_to(jnp.arange(6), tokens_BT.shape)
 
-    full, decoded = both(jax.random.randint(jax.random.key(1), (2, 6), 0, 11))
-    np.testing.assert_allclose(decoded, full, rtol=1e-4, atol=1e-5)
+    @jax.jit
+    def hidden(tokens_BT, positions_BT, cache=None):
+        ctx = Context(Tokens(positions_BT), execution=execution)
+        return decoder.hidden(params, tokens_BT, ctx, cache)[:2]
+
+    full, _ = hidden(tokens_BT, positions_BT)
+    cache, steps = decoder.init_cache(2, 6, jnp.float32), []
+    for t in range(6):
+        x, cache = hidden(tokens_BT[:, t : t + 1], positions_BT[:, t : t + 1], cache)
+        steps.append(x)
+    np.testing.assert_allclose(jnp.concatenate(steps, 1), full, rtol=1e-4, atol=1e-5)
