@@ -6,6 +6,7 @@ All pages run in one temporary folder, where ``configs/quickstart.yaml`` is a re
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import sys
@@ -97,24 +98,25 @@ def test_the_attention_kind_of_the_guide_decodes_as_it_trains():
     from step_jax.models.layers.mlp import SwiGLU
     from step_jax.models.text.decoder import Block, Decoder, Group
     from step_jax.models.tokens import Tokens
+    from tests.models import small
 
     shared = run("docs/adding_an_attention_kind.md")["Shared"]
     block = Block(shared(heads=3, head_dim=8), SwiGLU(16))
     decoder = Decoder(16, (Group(1, (block,)),), vocab=11, init=Fixed(0.3))
     execution = Execution(dtype="float32")
 
-    params = jax.jit(decoder.initialise)(jax.random.key(0))
+    params = small.params(decoder)
     tokens_BT = jax.random.randint(jax.random.key(1), (2, 6), 0, 11)
     positions_BT = jnp.broadcast_to(jnp.arange(6), tokens_BT.shape)
 
-    @jax.jit
-    def hidden(tokens_BT, positions_BT, cache=None):
+    @functools.partial(jax.jit, compiler_options=small.FAST_COMPILE)
+    def hidden(params, tokens_BT, positions_BT, cache=None):
         ctx = Context(Tokens(positions_BT), execution=execution)
         return decoder.hidden(params, tokens_BT, ctx, cache)[:2]
 
-    full, _ = hidden(tokens_BT, positions_BT)
+    full, _ = hidden(params, tokens_BT, positions_BT)
     cache, steps = decoder.init_cache(2, 6, jnp.float32), []
     for t in range(6):
-        x, cache = hidden(tokens_BT[:, t : t + 1], positions_BT[:, t : t + 1], cache)
+        x, cache = hidden(params, tokens_BT[:, t : t + 1], positions_BT[:, t : t + 1], cache)
         steps.append(x)
     np.testing.assert_allclose(jnp.concatenate(steps, 1), full, rtol=1e-4, atol=1e-5)

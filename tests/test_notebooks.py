@@ -46,7 +46,8 @@ def checkout(tmp_path, monkeypatch):
     for i, source in enumerate(sorted((ROOT / "step_jax/core").glob("c*.py"))):
         (tmp_path / f"text/{i}.py").write_text(source.read_text(encoding="utf-8"))
     places = {"runs": tmp_path / "unused", "text": tmp_path / "text", "cache": tmp_path / "cache"}
-    (recipes / "base.yaml").write_text(TINY.format(**places))
+    tiny = TINY.format(**places).replace("vocab_size: 300", "vocab_size: 400")
+    (recipes / "base.yaml").write_text(tiny)
     (recipes / "mha.yaml").write_text("base: base.yaml\n")
     paper = "base: base.yaml\nmodel: {init: {kind: fixed, std: 0.02}}\n"
     (recipes / "mha_paper_init.yaml").write_text(paper)
@@ -63,7 +64,6 @@ def shown(monkeypatch):
     stand_in.Image = lambda filename: ("image", filename)
     stand_in.Markdown = lambda text: ("markdown", text)
     stand_in.display = found.append
-    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
     monkeypatch.setitem(sys.modules, "IPython.display", stand_in)
     return found
 
