@@ -2,17 +2,22 @@
 #   make quickstart              install, train a small model, sample from it
 #   make quickstart DATA=~/text  the same on your own text
 #   make test                    linter, formatting, types and tests, in the same environment
+#   make test-aot                everything that is compiled for TPUs (no TPU needed; an hour)
+#   make test-hopper             every GPU kernel compiled for Hopper (no GPU needed)
 #   make lint                    formatting and types
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint clean
+.PHONY: help quickstart test test-aot test-hopper lint clean
 
 VENV := .venv
 BIN := $(VENV)/bin
-# --no-compile: what is imported is compiled then, most never is.
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-compile
+HOPPER := $(VENV)-hopper
+# What is imported is compiled once and kept, whatever the environment says: tests and commands start
+# many processes. --no-compile: most of what is installed is never imported.
+export PYTHONDONTWRITEBYTECODE :=
+INSTALL := -m pip install -qq --disable-pip-version-check --no-compile
 CONFIG ?= configs/quickstart.yaml
 DATA ?=
 ARGS ?=
@@ -25,7 +30,14 @@ quickstart: $(VENV)/.installed
 	@$(BIN)/step-jax pretrain $(CONFIG) $(if $(DATA),--data.path '$(DATA)') $(ARGS)
 
 test: lint
-	@$(BIN)/python -m pytest -rs $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-aot: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest -m aot $(PYTEST_ARGS)
+
+# In an environment of its own: with a GPU plugin installed, JAX looks for GPUs in every process.
+test-hopper: $(HOPPER)/.installed
+	@$(HOPPER)/bin/python -m pytest -m hopper $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .
@@ -35,13 +47,19 @@ lint: $(VENV)/.installed-dev
 # The stamps make the second call start at once; a changed pyproject.toml installs again.
 $(VENV)/.installed: pyproject.toml | $(VENV)/.created
 	@echo "Installing step-jax into $(VENV) (once; about a minute)"
-	@$(PIP) --editable .
+	@$(BIN)/python $(INSTALL) --editable .
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.created
 	@echo "Installing step-jax and the test tools into $(VENV) (once; about a minute)"
-	@$(PIP) --editable '.[dev]'
+	@$(BIN)/python $(INSTALL) --editable '.[dev]'
 	@touch $@ $(VENV)/.installed
+
+$(HOPPER)/.installed: pyproject.toml | $(VENV)/.created
+	@echo "Installing step-jax, the test tools and NVIDIA's compilers into $(HOPPER) (once)"
+	@$(BIN)/python -m venv $(HOPPER)
+	@$(HOPPER)/bin/python $(INSTALL) --editable '.[dev,hopper]'
+	@touch $@
 
 # `python3` may be any version, so each candidate is asked; PYTHON=/path/to/python overrides.
 $(VENV)/.created:
@@ -58,4 +76,4 @@ $(VENV)/.created:
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(HOPPER) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,7 @@
 """Kill a run with SIGKILL at random moments, resume it, and compare the loss curve bit for bit.
 
     python benchmarks/chaos.py --kills 20 --processes 1 -- \\
-        step-jax pretrain configs/quickstart.yaml --run-dir {run_dir}
+        step-jax pretrain configs/quickstart.yaml --run.directory {run_dir}
 
 The command is everything after ``--``. ``{run_dir}`` is replaced, and with several processes the
 usual variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID are set, besides the

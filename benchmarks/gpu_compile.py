@@ -3,12 +3,8 @@
     python benchmarks/gpu_compile.py                 # all kernels
     python benchmarks/gpu_compile.py attention       # those whose section or name has this word
 
-The environment (1.5 GB, no driver, no GPU):
-
-    python3.12 -m venv /tmp/venv-gpu
-    /tmp/venv-gpu/bin/pip install jax jax-cuda13-plugin jax-cuda13-pjrt \
-        nvidia-cuda-nvcc nvidia-cuda-nvdisasm
-    PYTHONPATH=. /tmp/venv-gpu/bin/python benchmarks/gpu_compile.py
+The environment needs neither driver nor GPU: ``pip install '.[hopper]'``, or what
+``make test-hopper`` makes in ``.venv-hopper``.
 
 Every kernel must have no spilled bytes, no wgmma that ptxas makes wait for the one before (warnings
 C7510 to C7519) and at most 227 KiB of shared memory; the exit status is 1 otherwise. ``registers``

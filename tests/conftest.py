@@ -1,6 +1,10 @@
 """Runs before any test module: eight simulated CPU devices, no accelerator by accident."""
 
+import collections
+import importlib.util
 import os
+import platform
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _COUNT = "--xla_force_host_platform_device_count"
@@ -18,7 +22,10 @@ settings.load_profile("default")
 @pytest.fixture
 def topology(monkeypatch):
     """Name, as ``v6e:2x2``, to the description of TPUs that can be compiled for without them."""
-    pytest.importorskip("libtpu")
+    if importlib.util.find_spec("libtpu") is None:
+        if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+            pytest.skip("libtpu is made for Linux on x86-64 only")
+        pytest.fail("libtpu is missing: pip install '.[dev]'")
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",  # no cloud metadata server to ask
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # other tests compile at the same time
@@ -29,3 +36,40 @@ def topology(monkeypatch):
     from jax.experimental import topologies
 
     return lambda name: topologies.get_topology_desc(platform="tpu", topology_name=name)
+
+
+_LEFT_OUT: collections.Counter[str] = collections.Counter()
+
+
+def pytest_deselected(items):
+    """Counts what the selection by markers leaves out."""
+    for item in items:
+        _LEFT_OUT.update(
+            [m for m in ("slow", "aot", "hopper", "gpu") if item.get_closest_marker(m)][:1]
+        )
+
+
+def pytest_sessionfinish(session):
+    """A worker of pytest-xdist hands its count to the process that prints."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["left_out"] = dict(_LEFT_OUT)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """Every worker collects everything, so the count of one is that of all."""
+    _LEFT_OUT.clear()
+    _LEFT_OUT.update(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
+def pytest_unconfigure(config):
+    """The last lines: each test that was skipped with its reason, and what was not selected."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or hasattr(config, "workerinput"):
+        return
+    for report in reporter.stats.get("skipped", []):
+        reason = str(report.longrepr[2]).removeprefix("Skipped: ")
+        reporter.write_line(f"skipped: {report.nodeid}: {reason}")
+    counts = ", ".join(f"{count} {marker}" for marker, count in sorted(_LEFT_OUT.items()))
+    if counts:
+        reporter.write_line(f"not selected, by marker (pyproject.toml): {counts}")

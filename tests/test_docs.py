@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import ast
 import re
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -20,49 +19,53 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
-def test_attention_example_decodes_as_it_trains(monkeypatch):
-    """The example of docs/adding_an_attention_kind.md, run as it stands."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
+def rooms_by_floor() -> dict[str, int]:
+    """Each room of the README's map, and the line that it stands in, from above."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    (drawing,) = re.findall(r"^## A map of the house.*?^```\n(.*?)^```", page, re.M | re.S)
+    lines = (re.match(r"(?:\w+/\s+)+", line) for line in drawing.splitlines())
+    return {room: n for n, line in enumerate(lines) for room in re.findall(r"\w+", line[0])}
 
-    from step_jax.models.context import Context, Execution
-    from step_jax.models.layers.initialisation import Fixed
-    from step_jax.models.layers.mlp import SwiGLU
-    from step_jax.models.text.decoder import Block, Decoder, Group
-    from step_jax.models.tokens import Tokens
 
-    page = (ROOT / "docs/adding_an_attention_kind.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    header = """
-from dataclasses import dataclass
-from typing import Any, ClassVar
-from flax import struct
-from step_jax.core.spec import ParamSpec
-from step_jax.models.layers.attention.core import attend
-from step_jax.models.context import through_cache
-from step_jax.models.layers.positions import Position, Rope, rotate
-from step_jax.ops.einsum import einsum
-"""
-    module = types.ModuleType("attention_example")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(header + example, module.__dict__)
-    block = Block(module.Shared(heads=3, head_dim=8), SwiGLU(16))
-    decoder = Decoder(16, (Group(1, (block,)),), vocab=11, init=Fixed(0.3))
-    execution = Execution(dtype="float32")
+def imported(file: Path) -> set[str]:
+    """The rooms that a file imports from, in functions too."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    parts = [name.removeprefix("step_jax.").split(".")[0] for name in names
+             if name.startswith(("step_jax.", "pallas_kernels"))]  # fmt: skip
+    return set(parts) - {"__version__"}
 
-    @jax.jit
-    def both(tokens_BT):
-        params = decoder.initialise(jax.random.key(0))
-        positions_BT = jnp.broadcast_to(jnp.arange(6), tokens_BT.shape)
-        whole = Context(Tokens(positions_BT), execution=execution)
-        full, *_ = decoder.hidden(params, tokens_BT, whole)
-        cache, steps = decoder.init_cache(2, 6, jnp.float32), []
-        for t in range(6):
-            ctx = Context(Tokens(positions_BT[:, t : t + 1]), execution=execution)
-            x, cache, _ = decoder.hidden(params, tokens_BT[:, t : t + 1], ctx, cache)
-            steps.append(x)
-        return full, jnp.concatenate(steps, 1)
 
-    full, decoded = both(jax.random.randint(jax.random.key(1), (2, 6), 0, 11))
-    np.testing.assert_allclose(decoded, full, rtol=1e-4, atol=1e-5)
+def test_the_map_shows_every_room_and_no_room_imports_from_its_floor_or_above():
+    floors = rooms_by_floor()
+    packages = {p.parent.name: p.parent for p in (ROOT / "step_jax").glob("*/__init__.py")}
+    packages["pallas_kernels"] = ROOT / "pallas_kernels"
+    assert set(floors) == set(packages)
+    wrong = [
+        f"{file.relative_to(ROOT)} imports from {other}"
+        for room, folder in packages.items()
+        for file in folder.rglob("*.py")
+        for other in imported(file) - {room}
+        if floors[other] <= floors[room]
+    ]
+    assert wrong == []
+
+
+#: ``core/spec.py: init, count`` in a page: a file, and names that it defines
+NAMED = re.compile(r"`([\w/.]+/[\w.]+\.py)(?:: ([\w., ()]+?))?(?:\(.*?)?`", re.S)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_code_that_a_page_names_is_there(page):
+    for name, defined in NAMED.findall(page.read_text(encoding="utf-8")):
+        places = [root / name for root in (ROOT, ROOT / "step_jax", page.parent)]
+        file = next((place for place in places if place.is_file()), None)
+        assert file is not None, f"{page.name} names {name}"
+        text = file.read_text(encoding="utf-8")
+        for word in filter(None, re.split(r"[, ]+", defined)):
+            here = rf"^\s*(?:def |class )?{word.split('.')[-1]}\b"
+            assert re.search(here, text, re.M), f"{page.name} names {word} of {name}"

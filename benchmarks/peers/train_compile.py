@@ -1,6 +1,6 @@
 """One train step compiled for a pod by step_jax and by MaxText: memory, communication, CPU time.
 
-    python benchmarks/peers/train_compile.py --maxtext-python PYTHON [--model llama2_7b] [options]
+    python benchmarks/peers/train_compile.py --maxtext-python PYTHON [--model llama2_7b] ...
 
 PYTHON is an interpreter of an environment with MaxText. Both compile the same model, batch,
 sequence and remat policy for the same topology with whatever libtpu is set (TPU_LIBRARY_PATH makes

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from dataclasses import dataclass
 
 from step_jax.core.errors import ConfigError
 
 
-def main(argv: list[str]) -> None:
-    paths, args, overrides = _parse(argv)
+@dataclass(frozen=True)
+class Asked:
+    """Files or folders of variants, our own options, and flags for every variant."""
+
+    paths: list[str]
+    options: argparse.Namespace
+    overrides: list[str]
+
+
+def run(asked: Asked) -> None:
     from step_jax.trainers.ablation import run_ablation
 
-    result = run_ablation(paths, range(args.seeds), overrides, args.reference)
+    options = asked.options
+    result = run_ablation(asked.paths, range(options.seeds), asked.overrides, options.reference)
     print(f"\n{result.markdown()}")
 
 
-def _parse(argv: list[str]) -> tuple[list[str], argparse.Namespace, list[str]]:
-    """(paths, our options, flags for every configuration)."""
+def parse(argv: list[str]) -> Asked:
     parser = argparse.ArgumentParser(
         prog="step-jax ablate",
         usage="step-jax ablate DIR_OR_FILE.yaml ... [options] [--group.key VALUE ...]",
@@ -39,4 +48,4 @@ def _parse(argv: list[str]) -> tuple[list[str], argparse.Namespace, list[str]]:
         raise ConfigError("name a directory of configurations, or files, before the options")
     if args.seeds < 1:
         raise ConfigError(f"--seeds is {args.seeds}; it must be at least 1")
-    return paths, args, overrides
+    return Asked(paths, args, overrides)

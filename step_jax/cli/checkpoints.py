@@ -7,14 +7,22 @@ import json
 from pathlib import Path
 
 from step_jax.checkpoint import manifest
-from step_jax.core.errors import CheckpointError, ExitCode
+from step_jax.core.errors import CheckpointError, ConfigError, ExitCode
 
 
-def main(argv: list[str]) -> int:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="step-jax checkpoints", description=__doc__)
     parser.add_argument("action", choices=("list", "verify"), help="verify also reads every byte")
     parser.add_argument("directory", type=Path, help="run directory, or its checkpoints/")
-    options = parser.parse_args(argv)
+    try:
+        return parser.parse_args(argv)
+    except SystemExit as stop:
+        if stop.code:
+            raise ConfigError("see step-jax checkpoints --help") from None
+        raise
+
+
+def run(options: argparse.Namespace) -> int:
     nested = options.directory / "checkpoints"
     root = nested if nested.is_dir() else options.directory
     steps = manifest.committed_steps(root)

@@ -46,11 +46,17 @@ class EvaluateConfig:
             raise ConfigError(f"batch_size is {self.batch_size}; it must be at least 1")
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> tuple[str, EvaluateConfig]:
+    """(the artifact's name, what to do with it)."""
     name, options = artifact_and_options(argv, "step-jax eval")
-    config = load_config(
+    loaded = load_config(
         EvaluateConfig, options, prog="step-jax eval ARTIFACT", description=_DESCRIPTION
-    ).config
+    )
+    return name, loaded.config
+
+
+def run(asked: tuple[str, EvaluateConfig]) -> None:
+    name, config = asked
 
     from step_jax.evaluation.heldout import make_evaluator
     from step_jax.interop.artifacts import load_artifact

@@ -34,16 +34,22 @@ class ExportConfig:
             raise ConfigError(f"max_shard_gb is {self.max_shard_gb}; it must be above 0")
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> tuple[str, str, ExportConfig]:
+    """(the artifact's name, the folder to write, how)."""
     name, rest = artifact_and_options(argv, "step-jax export")
     folder, options = "", rest
     if name:
         if not rest or rest[0].startswith("-"):
             raise ConfigError(f"name the folder to write: step-jax export {name} FOLDER")
         folder, options = rest[0], rest[1:]
-    config = load_config(
+    loaded = load_config(
         ExportConfig, options, prog="step-jax export ARTIFACT FOLDER", description=_DESCRIPTION
-    ).config
+    )
+    return name, folder, loaded.config
+
+
+def run(asked: tuple[str, str, ExportConfig]) -> None:
+    name, folder, config = asked
 
     from step_jax.interop.artifacts import load_artifact
     from step_jax.interop.hf import save_hf

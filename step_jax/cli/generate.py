@@ -63,11 +63,17 @@ class GenerateConfig(SamplingConfig):
         return prompts
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> tuple[str, GenerateConfig]:
+    """(the artifact's name, what to do with it)."""
     name, options = artifact_and_options(argv, "step-jax generate")
-    config = load_config(
+    loaded = load_config(
         GenerateConfig, options, prog="step-jax generate ARTIFACT", description=_DESCRIPTION
-    ).config
+    )
+    return name, loaded.config
+
+
+def run(asked: tuple[str, GenerateConfig]) -> None:
+    name, config = asked
     prompts = config.prompts()
 
     from step_jax.interop.artifacts import load_artifact

@@ -10,11 +10,14 @@ import errno
 import importlib
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from step_jax.core.errors import ConfigError, ExitCode, StepError
 from step_jax.trainers import LOOPS, is_file
 
-#: besides the loops: name -> (module with ``main(argv) -> int | None``, help line)
+#: besides the loops: name -> (module, help line). A module has ``parse(argv)``, which reads every
+#: word and does nothing else, and ``run(asked) -> int | None``, which does what was asked for.
 COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("step_jax.cli.plan", "compile a recipe for a pod: memory, speed, cost"),
     "generate": ("step_jax.cli.generate", "write text with a trained model"),
@@ -51,6 +54,27 @@ def _unknown(name: str) -> ConfigError:
     return ConfigError(f"unknown command '{name}'{hint}")
 
 
+def read(argv: list[str]) -> tuple[Callable[[Any], int | None], Any]:
+    """What carries a command line out, and what it is to be given; nothing is done yet.
+
+    Raises:
+      StepError: a word that is wrong, in the command or in a recipe that it names.
+      SystemExit: after ``--help`` and ``--explain``.
+    """
+    from step_jax.core.command_line import as_word
+
+    name, *rest = argv
+    words = [as_word(word) for word in rest]  # refuses bytes that are no text
+    if name in LOOPS or is_file(name):
+        from step_jax.cli import loop
+
+        return loop.run, loop.parse(name, words)
+    if name not in COMMANDS:
+        raise _unknown(name)
+    command = importlib.import_module(COMMANDS[name][0])
+    return command.run, command.parse(words)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command line (default: ``sys.argv[1:]``) and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -63,18 +87,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"step-jax {__version__}")
         return ExitCode.OK
     try:
-        from step_jax.core.command_line import as_word
-
-        name = argv[0]
-        rest = [as_word(word) for word in argv[1:]]  # refuses bytes that are no text
-        if name in LOOPS or is_file(name):
-            from step_jax.cli import loop
-
-            loop.main(name, rest)
-            return ExitCode.OK
-        if name not in COMMANDS:
-            raise _unknown(name)
-        return importlib.import_module(COMMANDS[name][0]).main(rest) or ExitCode.OK
+        run, asked = read(argv)
+        return run(asked) or ExitCode.OK
     except StepError as error:
         if os.environ.get("STEP_JAX_TRACEBACK"):
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,35 @@ from step_jax.core.errors import ConfigError
 from step_jax.trainers import DEFAULT, Loop, find_loop, is_file
 
 
-def main(argv: list[str]) -> None:
-    files, args, overrides = _parse(argv)
-    _before_jax(args.topology or "")
+@dataclass(frozen=True)
+class Asked:
+    """A loop, its configuration, the recipe's name and our own options."""
+
+    loop: Loop
+    config: Any
+    recipe: str
+    options: argparse.Namespace
+
+
+def parse(argv: list[str]) -> Asked:
+    files, options, overrides = _split(argv)
+    _before_jax(options.topology or "")
+    loop, config = _load(files, overrides)
+    return Asked(loop, config, Path(files[-1]).stem, options)
+
+
+def run(asked: Asked) -> None:
     from step_jax.planning import report, search
     from step_jax.planning import topology as topology_lib
     from step_jax.planning.plan import make_plan
     from step_jax.runs.console import make_console
     from step_jax.runs.device_memory import DoesNotFit
 
-    loop, config = _load(files, overrides)
+    loop, config, recipe, args = asked.loop, asked.config, asked.recipe, asked.options
     if args.topology is None:
         raise ConfigError(f"say where: --topology NAME; there are:\n{topology_lib.describe_all()}")
     topology = topology_lib.parse(args.topology, args.slices)
     console = make_console(every=1)
-    recipe = Path(files[-1]).stem
     if args.search or topology.on_paper:
         found = search.search(loop, config, topology, compiled=args.search)
         search.show(found, topology, console)
@@ -80,7 +95,7 @@ def _before_jax(topology: str) -> None:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={count}".strip()
 
 
-def _parse(argv: list[str]) -> tuple[list[str], argparse.Namespace, list[str]]:
+def _split(argv: list[str]) -> tuple[list[str], argparse.Namespace, list[str]]:
     """(configuration files, our options, flags of the configuration)."""
     parser = argparse.ArgumentParser(
         prog="step-jax plan",

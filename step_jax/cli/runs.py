@@ -19,8 +19,7 @@ _COLUMNS = (
 _MAX_DIFFERENCES = 10  # in the table; unlike loops have little in common, and --json has all
 
 
-def main(argv: list[str]) -> int:
-    args = _parse(argv)
+def run(args: argparse.Namespace) -> int:
     directories = find_runs(args.directories)
     if not directories:
         where = ", ".join(map(str, args.directories))
@@ -55,7 +54,7 @@ def _finite(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="step-jax runs", description="Compare runs as a table and a picture."
     )

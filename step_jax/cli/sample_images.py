@@ -37,12 +37,18 @@ class SampleImagesConfig:
             raise ConfigError(f"count is {self.count} and steps {self.steps}: at least 1 each")
 
 
-def main(argv: list[str]) -> None:
+def parse(argv: list[str]) -> tuple[str, SampleImagesConfig]:
+    """(the artifact's name, what to do with it)."""
     name, options = artifact_and_options(argv, "step-jax sample-images")
-    config = load_config(
+    loaded = load_config(
         SampleImagesConfig, options, prog="step-jax sample-images ARTIFACT",
         description=_DESCRIPTION,
-    ).config  # fmt: skip
+    )  # fmt: skip
+    return name, loaded.config
+
+
+def run(asked: tuple[str, SampleImagesConfig]) -> None:
+    name, config = asked
 
     import numpy as np
 

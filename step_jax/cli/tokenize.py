@@ -25,11 +25,16 @@ class DataOnly:
     data: DataConfig = DataConfig()
 
 
-def main(argv: list[str]) -> int | None:
+def parse(argv: list[str]) -> tuple[DataConfig, str | None]:
+    """(which texts and tokenizer, where to write the tokenizer)."""
     out, argv = _take_out(argv)
     schema: type[Any] = _schema(argv)
     loaded = load_config(schema, argv, prog="step-jax tokenize", description=_DESCRIPTION)
-    config: DataConfig = loaded.config.data
+    return loaded.config.data, out
+
+
+def run(asked: tuple[DataConfig, str | None]) -> None:
+    config, out = asked
     start = time.perf_counter()
     dataset = TextDataset.build(config, batch_size=1, report=print)
     print(table(dataset))
@@ -38,7 +43,6 @@ def main(argv: list[str]) -> int | None:
     if out:
         dataset.tokenizer.save(out)
         print(f"tokenizer written to {out}")
-    return None
 
 
 def _take_out(argv: list[str]) -> tuple[str | None, list[str]]:

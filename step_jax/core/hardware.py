@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import jax
 
-#: Google's number among vendors of PCI devices.
+#: Where Linux describes PCI devices, and Google's number among their vendors.
+PCI_DEVICES = Path("/sys/bus/pci/devices")
 GOOGLE = "0x1ae0"
 Precision = Literal["bf16", "fp8", "int8", "fp32"]
 #: compute dtype of a run -> the precision whose peak its products have.
@@ -213,7 +214,7 @@ def leave_out_absent_tpus() -> None:
     others = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin")
     if any(importlib.util.find_spec(name) for name in others):
         return
-    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    vendors = PCI_DEVICES.glob("*/vendor")
     if not any(vendor.read_text().strip() == GOOGLE for vendor in vendors):
         jax.config.update("jax_platforms", "cpu")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from collections.abc import Sequence
@@ -30,6 +31,8 @@ TPUS: dict[str, tuple[tuple[str, ...], int]] = {
     ),
 }
 GPUS = tuple(name for name in CHIPS if name[0] in "ABH")
+
+INSTALL_LIBTPU = "pip install 'jax[tpu]'"
 
 #: Chips of a host that talk over NVLink.
 NVLINK_ISLAND = 8
@@ -127,6 +130,10 @@ def _tpu(name: str, kind: str, shape: str, slices: int) -> Topology:
 
 
 def _tpu_devices(kind: str, shape: str, torus: tuple[int, ...], slices: int) -> list:
+    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
+        raise ConfigError(
+            f"{kind}:{shape} is compiled for by libtpu, which is not installed: {INSTALL_LIBTPU}"
+        )
     # libtpu looks for a TPU machine's metadata and for other users of the chips: there are none
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -145,8 +152,8 @@ def _tpu_devices(kind: str, shape: str, torus: tuple[int, ...], slices: int) -> 
         found = topologies.get_topology_desc(f"{kind}:{shape}", platform="tpu", **options)
     except Exception as error:  # the plugin raises what it likes
         raise ConfigError(
-            f"libtpu cannot describe {kind}:{shape} ({str(error).splitlines()[0]}); planning for "
-            "TPUs needs it: pip install 'jax[tpu]'"
+            f"libtpu cannot describe {kind}:{shape} ({str(error).splitlines()[0]}); what JAX was "
+            f"tested with comes by {INSTALL_LIBTPU}"
         ) from error
     return list(found.devices)
 

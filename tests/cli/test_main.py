@@ -47,7 +47,7 @@ def test_exit_codes(error, code, monkeypatch, capsys):
         if error is not None:
             raise error
 
-    monkeypatch.setitem(sys.modules, "fake", types.SimpleNamespace(main=run))
+    monkeypatch.setitem(sys.modules, "fake", types.SimpleNamespace(parse=list, run=run))
     monkeypatch.setitem(cli.COMMANDS, "fake", ("fake", ""))
     assert cli.main(["fake", "x.yaml"]) == code
     printed = capsys.readouterr().err
@@ -59,14 +59,16 @@ def test_bugs_keep_their_traceback(monkeypatch):
     def run(argv):
         raise ZeroDivisionError
 
-    monkeypatch.setitem(sys.modules, "fake", types.SimpleNamespace(main=run))
+    monkeypatch.setitem(sys.modules, "fake", types.SimpleNamespace(parse=list, run=run))
     monkeypatch.setitem(cli.COMMANDS, "fake", ("fake", ""))
     with pytest.raises(ZeroDivisionError):
         cli.main(["fake"])
 
 
 def test_code_of_a_command_is_passed_on(monkeypatch):
-    monkeypatch.setitem(sys.modules, "fake", types.SimpleNamespace(main=lambda argv: 42))
+    monkeypatch.setitem(
+        sys.modules, "fake", types.SimpleNamespace(parse=list, run=lambda asked: 42)
+    )
     monkeypatch.setitem(cli.COMMANDS, "fake", ("fake", ""))
     assert cli.main(["fake"]) == 42
 

@@ -1,5 +1,7 @@
 """The hardware table against JAX's own and against itself."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -88,3 +90,31 @@ def test_the_float32_peak_of_a_tpu_is_that_of_the_program():
 def test_cpu_peak_can_be_given(monkeypatch):
     monkeypatch.setenv("STEP_JAX_CPU_PEAK", "5e10")
     assert hardware.measured_cpu_peak.__wrapped__() == 5e10
+
+
+@pytest.mark.parametrize(
+    ("vendors", "installed", "chosen", "platforms"),
+    [
+        (["0x8086"], {"libtpu"}, None, "cpu"),  # a laptop that compiles for TPUs
+        (["0x8086", hardware.GOOGLE], {"libtpu"}, None, None),  # a TPU's host
+        (["0x10de"], {"libtpu", "jax_cuda13_plugin"}, None, None),  # JAX finds the GPU
+        (["0x8086"], set(), None, None),
+        (["0x8086"], {"libtpu"}, "tpu", "tpu"),  # asked for by name
+    ],
+)
+def test_tpus_are_looked_for_only_where_there_can_be_some(
+    vendors, installed, chosen, platforms, tmp_path, monkeypatch
+):
+    """With libtpu and without a TPU, JAX would look for half a minute in every process."""
+    for number, vendor in enumerate(vendors):
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}/vendor").write_text(f"{vendor}\n")
+    config = types.SimpleNamespace(jax_platforms=chosen)
+    config.update = lambda name, value: setattr(config, name, value)
+    monkeypatch.setattr(jax, "config", config)
+    monkeypatch.setattr(hardware, "PCI_DEVICES", tmp_path)
+    monkeypatch.setattr(
+        hardware.importlib.util, "find_spec", lambda name: name if name in installed else None
+    )
+    hardware.leave_out_absent_tpus.__wrapped__()
+    assert config.jax_platforms == platforms

@@ -29,7 +29,8 @@ SHAPES = {
 }
 
 
-def compiled(chip: str, shape: str):
+def compiled(chip: str, shape: str, B: int = B, S: int = S):
+    """One step of decoding, of ``B`` rows with ``S`` slots of the cache each."""
     N, K, H, dtype, reuse, T, page, splits = SHAPES[shape]
     pages = None if page is None else S // page
     cache_shape = (B, S, K, H) if page is None else (B * pages, page, K, H)

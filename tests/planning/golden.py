@@ -65,7 +65,7 @@ def write(recipe: str, topology: str, flags: list[str]) -> Path:
 
 
 def overview() -> str:
-    """One line of Markdown for each table."""
+    """One line of Markdown for each table of a recipe for pods."""
     lines = [
         "| recipe | topology | mesh | HBM of a device | sum of classes by it | compiled by needed "
         "operations | MFU bound, by | compile CPU-s |",
@@ -73,6 +73,8 @@ def overview() -> str:
     ]
     for path in tables():
         t = json.loads(path.read_text(encoding="utf-8"))
+        if not t["recipe"].startswith("configs/"):
+            continue
         mesh = ", ".join(f"{axis} {n}" for axis, n in t["mesh"].items())
         lines.append(
             f"| {Path(t['recipe']).stem} | {t['topology']} | {mesh} "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,6 +22,7 @@ from step_jax.planning.roofline import Bound
 from step_jax.runs.console import make_console
 from step_jax.trainers import pretrain
 
+ROOT = Path(__file__).parents[2]
 RECIPE = """
 run: {directory: unused}
 model:
@@ -257,3 +259,18 @@ def test_expert_bubble_is_what_full_buffers_cost(config):
     model = replace(config.model, layers=(replace(group, blocks=blocks),))
     assert excess(replace(mixture, model=model)) == pytest.approx(3 * 4 * once)
     assert excess(config) == 0.0
+
+
+def test_without_libtpu_the_plan_says_the_command_that_brings_it(recipe, monkeypatch, capsys):
+    """The same that the README and the page give in place."""
+    found = topology.importlib.util.find_spec
+    monkeypatch.setattr(
+        topology.importlib.util, "find_spec", lambda name: None if name == "libtpu" else found(name)
+    )
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    assert main(["plan", str(recipe), "--topology", "v5p:2x2x1"]) == ExitCode.CONFIG
+    said = capsys.readouterr().err
+    assert "libtpu, which is not installed: pip install 'jax[tpu]'" in said
+    for page in ("README.md", "docs/planning.md"):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        assert text.index("pip install 'jax[tpu]'") < text.index("step-jax plan configs/")

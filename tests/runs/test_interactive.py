@@ -7,9 +7,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import types
 
 import pytest
 
+from step_jax.runs import preemption
 from step_jax.runs.history import outcome
 from step_jax.runs.metrics_log import read_metrics
 
@@ -31,7 +34,7 @@ from step_jax.training.step import LossOutput, Part
 @dataclass(frozen=True)
 class Config:
     run: RunConfig
-    parallel: MeshConfig = MeshConfig()
+    parallel: MeshConfig = MeshConfig(tensor=-1)  # all devices, with the batch on each
 
 class Model:
     def initialise(self, key):
@@ -153,3 +156,51 @@ def test_a_hang_shows_its_stacks_and_the_process_stays(prompt):
     prompt.wait_for("Timeout")
     prompt.type("print('still', 'here')")
     prompt.wait_for("still here")
+
+
+# --- the same without a process of its own, in every run of the tests -----------------------------
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """This process as a notebook's kernel: the names of the cell, and a switch of the signals."""
+    monkeypatch.setattr(preemption, "is_interactive", lambda: True)
+    module = types.ModuleType("cell")
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # for its dataclass
+    exec(CELL, module.__dict__)
+    return module
+
+
+def test_an_interrupted_cell_keeps_its_kernel_and_its_steps(kernel, tmp_path, monkeypatch, capsys):
+    run, before = str(tmp_path / "run"), signal.getsignal(signal.SIGINT)
+    sleeps = iter(range(1000))
+
+    def interrupt_the_third(_):
+        if next(sleeps) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.02)
+
+    monkeypatch.setattr(kernel, "time", types.SimpleNamespace(sleep=interrupt_the_third))
+    with pytest.raises(KeyboardInterrupt):
+        kernel.loop(run, steps=1000)
+    assert outcome(read_metrics(run), running=False).status == "interrupted"
+    done = max(r["step"] for r in read_metrics(run) if r["event"] == "step")
+    assert 2 <= done < 1000
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "stop-signal" not in [thread.name for thread in threading.enumerate()]
+    kernel.loop(run, steps=done + 2)
+    assert f"finished at {done + 2}" in capsys.readouterr().out
+
+
+def test_a_second_interrupt_raises_in_the_kernel_at_once(kernel):
+    said: list[str] = []
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), preemption.StopSignal(said.append) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        while not stop.requested(0) and time.monotonic() < begin + 10:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(100):
+            time.sleep(0.1)
+    assert time.monotonic() - begin < 9
+    assert "a second one stops at once without saving" in said[0]
