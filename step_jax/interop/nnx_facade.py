@@ -58,7 +58,9 @@ class Layer(nnx.Module):
         return BlockParams(norms[0], attention, norms[1], mlp)
 
     def __call__(self, x_BTD, ctx: Context):
-        block = Block(attention=self.attention, mlp=self.mlp)
+        attention: Any = self.attention  # called like the kinds that they stand for
+        mlp: Any = self.mlp
+        block = Block(attention=attention, mlp=mlp)
         return block.apply(self.params(), self.norm, x_BTD, ctx)[0]
 
 
@@ -82,7 +84,7 @@ class DecoderModule(nnx.Module):
           execution: how to compute (None: the default); ``scan`` and ``remat`` do not apply.
         """
         self.execution = Execution() if execution is None else execution
-        config, params = replace(config, mtp=None), params.replace(mtp=())
+        config, params = replace(config, mtp=None), replace(params, mtp=())
         params = spec_lib.cast(
             jax.tree.map(jnp.asarray, params), self.execution.dtype, config.specs()
         )

@@ -10,11 +10,16 @@ from step_jax.core.sharding import Sharding
 from step_jax.interop.hf.families import config_from_hf, text_keys
 from step_jax.interop.hf.files import read_config
 from step_jax.interop.hf.load import load_hf
+from step_jax.models.context import ComputeDtype
 from step_jax.tokenizers.base import FILES
 from step_jax.tokenizers.files import load_tokenizer
 
 #: config.json's name of a dtype -> that a model of it is computed in
-_COMPUTED = {"float32": "float32", "bfloat16": "bfloat16", "float16": "bfloat16"}
+_COMPUTED: dict[str, ComputeDtype] = {
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "bfloat16",
+}
 
 
 def load_hf_artifact(path: str, sharding: Sharding, *, arrays: bool = True) -> Artifact:

@@ -62,13 +62,14 @@ def config_to_hf(config: Decoder) -> dict[str, Any]:
         "qwen2": _qwen, "qwen3": _qwen, "qwen3_moe": _qwen3_moe, "deepseek_v3": _deepseek_v3
     }  # fmt: skip
     dense = [b.mlp.hidden for b in layers if not isinstance(b.mlp, MoE)]
+    experts = [b.mlp.experts[0].hidden for b in layers if isinstance(b.mlp, MoE)]
     out = {
         "model_type": model_type,
         "architectures": [FAMILIES[model_type].architecture],
         "vocab_size": config.vocab,
         "hidden_size": config.width,
         # of no layer, if all have experts; but the file must have it
-        "intermediate_size": dense[0] if dense else layers[0].mlp.experts[0].hidden,
+        "intermediate_size": (dense or experts)[0],
         "num_hidden_layers": len(layers),
         "rms_norm_eps": config.norm.eps,
         "hidden_act": "silu",
@@ -77,15 +78,25 @@ def config_to_hf(config: Decoder) -> dict[str, Any]:
     if model_type == "step3p5":
         out |= _step(layers)
     else:
-        position = layers[0].attention.position
-        out |= rope_keys(position if isinstance(position, Rope) else Rope())
+        out |= rope_keys(_rope(layers[0]))
         out |= write.get(model_type, _mha)(layers)
     _check_same(config, config_from_hf(out), model_type)
     return out
 
 
+def _rope(block: Block) -> Rope:
+    position = block.attention.position
+    return position if isinstance(position, Rope) else Rope()
+
+
+def _of[T](kind: type[T], part: Any) -> T:
+    """A part of a layer, of the kind that its family has (``family_of`` has seen to it)."""
+    assert isinstance(part, kind)
+    return part
+
+
 def _mha(layers: list[Block]) -> dict:
-    a = layers[0].attention
+    a = _of(MHA, layers[0].attention)
     return {
         "num_attention_heads": a.heads,
         "num_key_value_heads": a.kv,
@@ -126,7 +137,7 @@ def _first_moe(layers: list[Block]) -> MoE | None:
 
 
 def _qwen3_moe(layers: list[Block]) -> dict:
-    window, moe = _smallest(_windows(layers)), _first_moe(layers)
+    window, moe = _smallest(_windows(layers)), _of(MoE, _first_moe(layers))
     return _mha(layers) | {
         "use_sliding_window": window is not None,
         "sliding_window": window,
@@ -141,7 +152,7 @@ def _qwen3_moe(layers: list[Block]) -> dict:
 
 
 def _deepseek_v3(layers: list[Block]) -> dict:
-    a, moe = layers[0].attention, _first_moe(layers)
+    a, moe = _of(MLA, layers[0].attention), _first_moe(layers)
     out = {
         "num_attention_heads": a.heads,
         "num_key_value_heads": a.heads,
@@ -172,10 +183,9 @@ def _deepseek_v3(layers: list[Block]) -> dict:
 
 def _step(layers: list[Block]) -> dict:
     kinds = _kinds(layers)
-    by_kind = {kind: b.attention for kind, b in zip(kinds, layers, strict=True)}
-    a = by_kind.get("full_attention") or layers[0].attention
-    ropes = [b.attention.position for b in layers]
-    ropes = [rope if isinstance(rope, Rope) else Rope() for rope in ropes]
+    by_kind = {kind: _of(MHA, b.attention) for kind, b in zip(kinds, layers, strict=True)}
+    a = by_kind.get("full_attention") or by_kind["sliding_attention"]
+    ropes = [_rope(b) for b in layers]
     scaled = next((r for r in ropes if r.scaling is not None), None)
     out = {
         "num_attention_heads": a.heads,

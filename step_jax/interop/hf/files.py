@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -215,7 +215,7 @@ def _entry(path: Path, name: str, entry: Any, data: int) -> Stored:
     return Stored(path, DTYPES[dtype], tuple(shape), data + offsets[0])
 
 
-def _indices(x: Any) -> bool:
+def _indices(x: Any) -> TypeGuard[list[int]]:
     return isinstance(x, list) and all(type(i) is int and i >= 0 for i in x)
 
 

@@ -158,6 +158,7 @@ class _Leaf:
         self.shards = [
             _Shard(device, [s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True)], spec)
             for device, index in self.sharding.addressable_devices_indices_map(spec.shape).items()
+            if index is not None  # never of a device of one's own
         ]
 
     def fill(self, tensor: Tensor, order: np.ndarray, view: np.ndarray) -> None:

@@ -7,6 +7,7 @@ refused; both are written.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from step_jax.core.errors import ConfigError
@@ -94,7 +95,11 @@ def _original_length(k: Keys, length: int | None) -> int:
     return k.integer(_LENGTH) if length is None or _LENGTH in k else k.integer(_LENGTH, length)
 
 
-_READ = {"llama3": _llama3, "linear": _linear, "yarn": _yarn}
+_READ: dict[str, Callable[[Keys, int | None], Scaling]] = {
+    "llama3": _llama3,
+    "linear": _linear,
+    "yarn": _yarn,
+}
 
 
 def scaling_keys(scaling: Scaling | None) -> dict[str, Any]:

@@ -208,8 +208,9 @@ def _entries(
     leaves = {path_name(path): a for path, a in jax.tree_util.tree_leaves_with_path(params)}
     _check_leaves(leaves, specs)
     for t in tensors:
-        kept = dtype is None or t.specs[0].role in FLOAT32_ROLES
-        to = np.dtype(leaves[t.leaves[0]].dtype) if kept else dtype
+        to = dtype
+        if to is None or t.specs[0].role in FLOAT32_ROLES:
+            to = np.dtype(leaves[t.leaves[0]].dtype)
         read = functools.partial(_fetch, t, tuple(leaves[leaf] for leaf in t.leaves), to)
         yield _Entry(t.name, t.their_shape, to, read)
 

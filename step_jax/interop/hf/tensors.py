@@ -67,7 +67,7 @@ _STEP_MOE = {
 }
 _GATE = {"self_attn.g_proj.weight": ("attention/gate_DN",)}
 # A tensor whose parameters a configuration does not have (QK-norm, query latent) is left out.
-_ATTENTION = {
+_ATTENTION: dict[type, dict[str, tuple[str, ...]]] = {
     MHA: {
         "self_attn.q_proj.weight": ("attention/query_DNH",),
         "self_attn.k_proj.weight": ("attention/key_DKH",),
@@ -175,8 +175,9 @@ def _layer_tensors(block: Block, family: str, specs, leaf_path: str, rope_interl
         if leaves[0] not in specs:
             continue
         its = tuple(specs[leaf] for leaf in leaves)
-        rotated = isinstance(block.attention, MLA) and rope_interleave and name in _ROTATED
-        reorder = block.attention.rope_dim if rotated else 0
+        reorder = 0
+        if isinstance(block.attention, MLA) and rope_interleave and name in _ROTATED:
+            reorder = block.attention.rope_dim
         yield name, leaves, its, reorder, its[0].shape[1] if "#" in name else None
 
 

@@ -260,13 +260,13 @@ class MoE:
 
     def _on_device(self, experts, x_BTD, place_BTK, weight_BTK, *, ctx: Context, shards: int):
         """The same on one device, with its tokens and its experts' weights, in order of places."""
-        mesh = ctx.sharding is not None and ctx.sharding.mesh.size > 1
+        mesh = None if ctx.sharding is None or ctx.sharding.mesh.size == 1 else ctx.sharding
         if mesh:
             experts = tuple(_whole_width(e) for e in experts)
-        parts = ctx.sharding.size("context") if mesh else 1
+        parts = mesh.size("context") if mesh else 1
         (B, T, D), K = x_BTD.shape, place_BTK.shape[-1]
-        limited, passes = ctx.within_capacity and self.capacity is not None, 1
-        if limited:
+        passes = 1
+        if ctx.within_capacity and self.capacity is not None:
             room = capacity.room(T * parts, K, self.total, self.capacity)
             axis = "context" if parts > 1 else None
             place_BTK, dropped_E = capacity.fitted(place_BTK, self.total, room, axis)
@@ -279,7 +279,7 @@ class MoE:
         y_ND, square_e = _in_passes(one_pass, tokens, (0, self.total, 0), passes)
         if not mesh:
             return y_ND.reshape(B, T, D), square_e, dropped_E
-        of_tokens = (*ctx.sharding.mesh_axes("batch"), *ctx.sharding.mesh_axes("sequence"))
+        of_tokens = (*mesh.mesh_axes("batch"), *mesh.mesh_axes("sequence"))
         elsewhere = (a for a in of_tokens if a != "expert")
         square_e = _total(jax.lax.stop_gradient(square_e), *elsewhere, "tensor")
         dropped_E = _total(dropped_E, *of_tokens)
