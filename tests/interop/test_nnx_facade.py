@@ -168,6 +168,7 @@ def test_qwix_quantised_training_has_gradients():
     assert all_nonzero(gradients)
 
 
+@pytest.mark.slow
 def test_qwix_lora_trains_only_its_factors():
     qwix = pytest.importorskip("qwix")
     config = decoder(MFA_KR)

@@ -225,6 +225,7 @@ class Rows:
         return [small.packed_batch()]
 
 
+@pytest.mark.slow
 def test_held_out_text_is_scored_as_without_a_capacity():
     sharding, batch = small.on_mesh(expert=4, fsdp=2), small.packed_batch()
     c = decoder(TEXT)

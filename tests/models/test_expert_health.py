@@ -131,6 +131,7 @@ def trained(c: Decoder, steps: int, explode_at: int | None):
     return found
 
 
+@pytest.mark.slow
 def test_an_exploding_expert_raises_the_alarm_before_the_loss_shows_it():
     c, explode_at, steps = decoder(), 40, 60
     healthy, sick = trained(c, steps, None), trained(c, steps, explode_at)

@@ -194,9 +194,8 @@ def equal_on_mesh(axes, moe: MoE):
     assert error <= 1e-5, leaf
 
 
-@pytest.mark.parametrize("exchange,capacity", [("gather", 0.75), ("ragged", None)])
-def test_experts_fsdp_tensor_equal_one_device(exchange, capacity):
-    c = replace(UNLIKE, exchange=exchange, capacity=capacity)
+def test_experts_fsdp_tensor_equal_one_device():
+    c = replace(UNLIKE, exchange="gather", capacity=0.75)
     equal_on_mesh(PAIRS["expert2_fsdp2_tensor2"], c)
 
 

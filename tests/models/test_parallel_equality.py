@@ -62,7 +62,9 @@ def check(mesh: str, *kinds, mtp=0):
 ALL = tuple(small.KINDS)
 
 
-@pytest.mark.parametrize("mesh", ["fsdp8", "data2_context2_tensor2"])
+@pytest.mark.parametrize(
+    "mesh", [pytest.param("fsdp8", marks=pytest.mark.slow), "data2_context2_tensor2"]
+)
 def test_every_kind_equals_one_device(mesh):
     check(mesh, *ALL, mtp=1)
 

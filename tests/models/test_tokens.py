@@ -145,7 +145,9 @@ def assert_equal(got, expected):
     "names,repeat,axes,changes",
     [
         (tuple(small.KINDS), 2, {"data": 2, "context": 2, "tensor": 2}, {"remat": "full"}),
-        (("mha", "gqa"), 2, {"context": 4, "tensor": 2, "ring": True}, {}),
+        pytest.param(
+            ("mha", "gqa"), 2, {"context": 4, "tensor": 2, "ring": True}, {}, marks=pytest.mark.slow
+        ),
         (("gqa", "kr"), 4, {"pipeline": 2, "fsdp": 2, "context": 2}, {"remat": "dots"}),
     ],
     ids=["gathered", "ring", "pipeline"],
@@ -156,7 +158,11 @@ def test_blocks_and_places_on_eight_devices_equal_one(names, repeat, axes, chang
     assert_equal(f(*args), one_device(*names, repeat=repeat))
 
 
-@pytest.mark.parametrize("changes", [{"scan": False}, {"attention": "reference"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{"scan": False}, pytest.param({"attention": "reference"}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_blocks_and_places_are_the_same_however_layers_are_run(changes):
     c, p, batch = problem(*small.KINDS)
     got = small.run(small.loss_and_gradient(c, **changes), p, batch)

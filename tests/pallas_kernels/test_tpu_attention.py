@@ -215,7 +215,7 @@ def splash(q, k, v, do):
     return o, *back(do)
 
 
-@pytest.mark.parametrize("width", [128, 256])
+@pytest.mark.parametrize("width", [pytest.param(128, marks=pytest.mark.slow), 256])
 def test_errors_in_bfloat16_beside_splash_attention(width):
     """Root mean square errors at most 1.5 times those of the public kernel."""
     T, G, pattern = 512, 4, Pattern(in_order=True)

@@ -35,6 +35,7 @@ from step_jax.training.step import LossOutput, Part
 class Config:
     run: RunConfig
     parallel: MeshConfig = MeshConfig(tensor=-1)  # all devices, with the batch on each
+    loop: str = "test"
 
 class Model:
     def initialise(self, key):

@@ -46,10 +46,12 @@ def test_special_tokens_are_found_in_all_files(golden):
     assert golden.lossless and golden.as_read("e\u0301") == "\u00e9"
 
 
-def test_the_example_of_the_page_works_as_written():
+def test_the_example_of_the_page_works_as_written(tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs/tokenizers.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    names = {"folder": FOLDER}
+    (tmp_path / "checkpoint").symlink_to(FOLDER)
+    monkeypatch.chdir(tmp_path)
+    names = {}
     exec(example, names)
     assert names["text"] == "the <|im_end|> of a document" and names["answer"] == "4"
     tokenizer = names["tokenizer"]

@@ -187,6 +187,7 @@ def _environment(devices: int) -> dict[str, str]:
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_sigterm_saves_exits_42_and_two_processes_go_on(straight, tmp_path, text):
     """Two processes of 4 devices each; stopped by SIGTERM to one of them, then resumed."""
     command = [sys.executable, str(ROOT / "launch" / "local.py"), "2", "--", sys.executable, "-m",

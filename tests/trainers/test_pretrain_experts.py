@@ -47,6 +47,7 @@ def test_stopped_and_resumed_bit_for_bit(straight, tmp_path, text):
     assert losses(tmp_path / "run") == losses(straight)
 
 
+@pytest.mark.slow
 def test_resumed_with_its_experts_on_other_devices(straight, tmp_path, text):
     path = with_experts(tmp_path, text)
     assert main(["pretrain", path, "--training.steps", "4"]) == 0
