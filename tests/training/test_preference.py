@@ -170,6 +170,19 @@ def test_a_loss_and_its_gradient_are_the_papers(name):
     np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_divergence_in_kto_is_not_below_zero():
+    """Its estimate can be, from a few unrelated answers."""
+    batch = rows()
+    batch["unrelated"] = batch["unrelated_reference"] - 1
+    found = total(out_of(KTO(), batch["logps"], batch))
+    exact = {key: np.asarray(a, np.float64) for key, a in batch.items()}
+    np.testing.assert_allclose(
+        found, oracle(KTO(), exact["logps"], exact, exact["logps"]), rtol=2e-6
+    )
+    kl, weight = out_of(KTO(), batch["logps"], batch).metrics["kl"]
+    np.testing.assert_allclose(kl / weight, -1, rtol=1e-5)
+
+
 TRL = {
     "dpo": DPO(),
     "cdpo": DPO(label_smoothing=0.1),

@@ -153,7 +153,7 @@ def _above_others_B(t: Trajectory):
     size_B = jnp.maximum(group_sum_B(t.real_B, t.group_B), 1.0)
     above_B = t.outcome_B - group_sum_B(t.real_B * t.outcome_B, t.group_B) / size_B
     same_B = uniform_B(t.outcome_B, t.group_B, t.real_B)
-    # else what rounding leaves of 0.1 - mean(0.1, 0.1, 0.1) is divided by a deviation of 0
+    # what rounding leaves of 0.1 - mean(0.1, 0.1, 0.1) would else be divided by almost nothing
     return jnp.where(same_B, 0.0, above_B), size_B
 
 
@@ -196,9 +196,12 @@ class LeaveOneOut:
 
 
 def normalised(advantages_BT, mask_BT):
-    """Mean 0 and deviation 1 over all choices of the batch; all equal ones become 0."""
+    """Mean 0 and deviation 1 over all choices of the batch; all equal ones become exactly 0."""
     count = jnp.maximum(jnp.sum(mask_BT), 1.0)
+    most = jnp.max(advantages_BT, where=mask_BT > 0, initial=-jnp.inf)
+    least = jnp.min(advantages_BT, where=mask_BT > 0, initial=jnp.inf)
     above_BT = mask_BT * (advantages_BT - jnp.sum(mask_BT * advantages_BT) / count)
+    above_BT = jnp.where(most > least, above_BT, 0.0)
     return above_BT / (jnp.sqrt(jnp.sum(jnp.square(above_BT)) / count) + EPSILON)
 
 
