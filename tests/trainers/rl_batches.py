@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from step_jax.trainers.rl.trajectory import STREAMS, Trajectory
+from step_jax.trainers.rl.trajectory import Trajectory
 from tests.trainers.rl_oracles import Answer
 
 B, T, GROUP = 8, 9, 4
@@ -122,6 +122,3 @@ def reordered(t: Trajectory, order) -> Trajectory:
     arrays = {f"{n}_BT" if a.ndim > 1 else f"{n}_B": a[order] for n, a in t.batch().items()}
     arrays["group_B"] = (arrays["group_B"] + 2) % len(order)
     return Trajectory(**arrays)
-
-
-assert set(STREAMS) - {"returns"} == {n for n in batch().batch() if n in STREAMS}
