@@ -93,13 +93,14 @@ class ChatTemplate:
                 f"{' and '.join(lacking)}"
             )
         source = Path(__file__).with_name("templates") / f"{which}.jinja"
+        return cls(source.read_text(encoding="utf-8"), cls.variables_of(tokenizer), which)
+
+    @staticmethod
+    def variables_of(tokenizer: Tokenizer) -> dict[str, str]:
+        """What a template may refer to of a tokenizer whose files may not name it."""
         names = {i: text for text, i in tokenizer.special.items()}
-        variables = {
-            role: names[i]
-            for role, i in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id))
-            if i in names
-        }
-        return cls(source.read_text(encoding="utf-8"), variables, which)
+        ids = (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id))
+        return {role: names[i] for role, i in ids if i in names}
 
     def render(
         self,
@@ -243,7 +244,43 @@ def _encode(tokenizer: Tokenizer, text: str, answers: list[Answer], what: str) -
                 "model would not learn to end. Name the token that ends an answer in the "
                 "tokenizer's generation_config.json (eos_token_id), or use another template"
             )
+    if said[0]:
+        raise DataError(f"{what} begins with an answer, before which there is no token")
     return Taught(ids, said)
+
+
+def encode_request(
+    tokenizer: Tokenizer, messages: Sequence[Message], record: str = "the conversation"
+) -> list[int]:
+    """Token ids of a conversation that the model shall answer, with the tokenizer's own template.
+
+    Raises:
+      DataError: it has none, or as `ChatTemplate.render`.
+    """
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"{tokenizer.name} has no chat template: its model was not trained on conversations "
+            "here. `step-jax sft` makes one that was"
+        )
+    text = tokenizer.chat_template.render(messages, add_generation_prompt=True, record=record)
+    return tokenizer.encode(text, special=True).tolist()
+
+
+def end_of_answer(tokenizer: Tokenizer, template: ChatTemplate) -> int | None:
+    """The special token that ends an answer, None if it is other text.
+
+    Raises:
+      DataError: the template cannot write one question and its answer.
+    """
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ((text, (answer,)),) = template.answers(talk, record="one question and its answer")
+    ids, place = tokenizer.encode_spans(text)
+    last = answer.spans[-1][1]
+    special = np.flatnonzero(np.isin(ids, list(tokenizer.special.values())))
+    inside = [i for i in special if answer.start <= place[i, 0] < last]
+    if not inside or text[place[inside[-1], 1] : last].strip():
+        return None
+    return int(ids[inside[-1]])
 
 
 def _read_apart(
