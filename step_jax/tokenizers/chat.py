@@ -232,6 +232,7 @@ def _encode(tokenizer: Tokenizer, text: str, answers: list[Answer], what: str) -
     start, end = place[:, 0], np.maximum(place[:, 1], place[:, 0] + 1)
     said = np.zeros(len(ids), bool)
     for answer in answers:
+        inside = np.zeros(0, np.int64)
         for first, last in answer.spans:
             inside = np.flatnonzero((start < last) & (end > first))
             stops = inside[np.isin(ids[inside], tokenizer.stop_ids)]
