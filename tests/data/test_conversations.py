@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -162,46 +163,53 @@ CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 ASK, SAY = user("two?"), assistant("2")
 
 
-@pytest.mark.parametrize(
-    ("record", "message"),
-    [
-        ({"messages": []}, "has no messages"),
-        ({"messages": "hello"}, "is a str; it must be a list"),
-        ({"messages": [SAY]}, "message 0: assistant stands at the beginning, where .*user belongs"),
-        ({"messages": [ASK, ASK, SAY]}, "message 1: user stands after user, where assistant bel"),
-        ({"messages": [ASK, SAY, SAY]}, "message 2: assistant stands after assistant"),
-        ({"messages": [ASK, {"role": "system", "content": "x"}, SAY]}, "message 1: system stands"),
-        ({"messages": [ASK, {"role": "tool", "content": "x"}]}, "tool stands after user"),
-        ({"messages": [ASK, assistant("", tool_calls=[CALL]), ASK, SAY]},
-         "message 2: user stands after assistant that calls tools, where tool belongs"),
-        ({"messages": [ASK]}, "ends with a message of user, which nobody answers"),
-        ({"messages": [ASK, assistant(" \n")]}, "message 1: assistant says nothing"),
-        ({"messages": [user(""), SAY]}, "message 0: user says nothing"),
-        ({"messages": [ASK, assistant(None)]}, "message 1: content is missing"),
-        ({"messages": [ASK, assistant("2", weight=0)]}, "'weight' of assistant is not read: every"),
-        ({"messages": [ASK, assistant("2", thinking="x")]}, "write it as reasoning_content"),
-        ({"messages": [user("x") | {"reasoning_content": "y"}, SAY]}, "of user is not read"),
-        ({"messages": [ASK, SAY | {"reasoning_content": ["y"]}]}, "reasoning_content must be text"),
-        ({"messages": [ASK | {"content": [{"type": "text", "text": "x"}]}, SAY]}, "list of parts"),
-        ({"messages": [ASK | {"role": "bot"}, SAY]}, "role is 'bot'"),
-        ({"messages": [ASK, SAY], "images": ["x"]}, "has 'images', which is not read"),
-        ({"messages": [ASK, SAY], "prompt": "x"}, "has messages and prompt or completion"),
-        ({"prompt": [ASK], "completion": [SAY]}, "must be text; give lists as messages"),
-        ({"messages": [ASK, assistant("2</s>")]}, "message 1 has the control token '</s>' in its"),
-        ({"messages": [ASK, assistant("", tool_calls=[
-            {"function": {"name": "add", "arguments": {"a": None}}}])]}, "arguments hold null"),
-        ({"text": "x"}, "no field 'messages', nor"),
-    ],
-)  # fmt: skip
-def test_a_malformed_conversation_is_named_by_its_line(config, tmp_path, record, message):
-    path = write(tmp_path / "d.jsonl", [talk(0), record, talk(1)])
-    within = replace(config, path=str(path), max_bad_records=1, heldout_fraction=0.0)
-    with pytest.raises(DataError, match=rf"more than 0 bad records.*d.jsonl:2: .*{message}"):
-        prepare(replace(within, max_bad_records=0))
-    _, (cache,) = prepare(within)
-    (skip,) = map(json.loads, cache.skipped.read_text().splitlines())
-    assert skip["name"] == "d.jsonl:2" and skip["bad"]
+MALFORMED = [
+    ({"messages": []}, "has no messages"),
+    ({"messages": "hello"}, "is a str; it must be a list"),
+    ({"messages": [SAY]}, "message 0: assistant stands at the beginning, where .*user belongs"),
+    ({"messages": [ASK, ASK, SAY]}, "message 1: user stands after user, where assistant bel"),
+    ({"messages": [ASK, SAY, SAY]}, "message 2: assistant stands after assistant"),
+    ({"messages": [ASK, {"role": "system", "content": "x"}, SAY]}, "message 1: system stands"),
+    ({"messages": [ASK, {"role": "tool", "content": "x"}]}, "tool stands after user"),
+    ({"messages": [ASK, assistant("", tool_calls=[CALL]), ASK, SAY]},
+     "message 2: user stands after assistant that calls tools, where tool belongs"),
+    ({"messages": [ASK]}, "ends with a message of user, which nobody answers"),
+    ({"messages": [ASK, assistant(" \n")]}, "message 1: assistant says nothing"),
+    ({"messages": [user(""), SAY]}, "message 0: user says nothing"),
+    ({"messages": [ASK, assistant(None)]}, "message 1: content is missing"),
+    ({"messages": [ASK, assistant("2", weight=0)]}, "'weight' of assistant is not read: every"),
+    ({"messages": [ASK, assistant("2", thinking="x")]}, "write it as reasoning_content"),
+    ({"messages": [user("x") | {"reasoning_content": "y"}, SAY]}, "of user is not read"),
+    ({"messages": [ASK, SAY | {"reasoning_content": ["y"]}]}, "reasoning_content must be text"),
+    ({"messages": [ASK | {"content": [{"type": "text", "text": "x"}]}, SAY]}, "list of parts"),
+    ({"messages": [ASK | {"role": "bot"}, SAY]}, "role is 'bot'"),
+    ({"messages": [ASK, SAY], "images": ["x"]}, "has 'images', which is not read"),
+    ({"messages": [ASK, SAY], "prompt": "x"}, "has messages and prompt or completion"),
+    ({"prompt": [ASK], "completion": [SAY]}, "must be text; give lists as messages"),
+    ({"messages": [ASK, assistant("2</s>")]}, "message 1 has the control token '</s>' in its"),
+    ({"messages": [ASK, assistant("", tool_calls=[
+        {"function": {"name": "add", "arguments": {"a": None}}}])]}, "arguments hold null"),
+    ({"text": "x"}, "no field 'messages', nor"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def malformed(config, tmp_path_factory):
+    """What was left out of a file with all of them, by its line."""
+    records = [talk(0), *(record for record, _ in MALFORMED), talk(1)]
+    path = write(tmp_path_factory.mktemp("malformed") / "d.jsonl", records)
+    here = replace(config, path=str(path), heldout_fraction=0.0, max_bad_records=2)
+    with pytest.raises(DataError, match=r"more than 2 bad records.*d.jsonl:2: .*has no messages"):
+        prepare(here)
+    _, (cache,) = prepare(replace(here, max_bad_records=len(MALFORMED)))
     assert cache.counters["documents"] == 2
+    return {(skip := json.loads(line))["name"]: skip for line in open(cache.skipped)}
+
+
+@pytest.mark.parametrize("number", range(len(MALFORMED)), ids=[m for _, m in MALFORMED])
+def test_a_malformed_conversation_is_quarantined_by_its_line(malformed, number):
+    skip = malformed[f"d.jsonl:{number + 2}"]
+    assert skip["bad"] and re.search(MALFORMED[number][1], skip["detail"]), skip
 
 
 def test_calls_of_tools_are_learned_and_their_answers_are_not(config, tmp_path):
