@@ -13,9 +13,11 @@ __version__ = "0.1.0"
 
 #: public name -> its module, or ``module:name there``
 _EXPORTS = {
-    # The loop, and its configuration
+    # Loops, and their configurations
     "pretrain": "step_jax.trainers.pretrain:run",
     "PretrainConfig": "step_jax.trainers.pretrain:Config",
+    "sft": "step_jax.trainers.sft:run",
+    "SFTConfig": "step_jax.trainers.sft:Config",
     # Configuration
     "load_config": "step_jax.core.command_line",
     "load_file": "step_jax.core.config",

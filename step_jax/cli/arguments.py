@@ -1,7 +1,11 @@
-"""Command lines that start with an artifact."""
+"""Command lines that start with an artifact, or name recipes of any loop."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from step_jax.core import yaml_strict
+from step_jax.core.command_line import split
 from step_jax.core.errors import ConfigError
 
 
@@ -18,3 +22,11 @@ def artifact_and_options(argv: list[str], prog: str) -> tuple[str, list[str]]:
     raise ConfigError(
         f"{prog} needs an artifact first (RUN, RUN@STEP or hf:PATH): {prog} runs/mine"
     )
+
+
+def loop_of(files: list[str], overrides: list[str]) -> str | None:
+    """What the last of the files or flags that says so names as the loop."""
+    nodes = [yaml_strict.load_yaml(Path(file)).entries.get("loop") for file in files]
+    named = [node.text for node in nodes if isinstance(node, yaml_strict.Scalar)]
+    named += [words[0] for flag, words in split(overrides).flags if flag == "loop" and words]
+    return named[-1] if named else None

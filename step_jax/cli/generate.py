@@ -11,6 +11,7 @@ from step_jax.core.command_line import load_config
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.inference.sampling import SamplingConfig
+from step_jax.tokenizers.base import Tokenizer
 
 _DESCRIPTION = """Write text with a language model: step-jax generate ARTIFACT [--prompt TEXT] ...
 ARTIFACT is RUN, RUN@STEP or hf:PATH."""
@@ -22,12 +23,17 @@ class GenerateConfig(SamplingConfig):
 
     prompt: the texts to go on from; an empty one starts a new document.
     prompts_file: one prompt a line instead; they are written in batches.
+    chat: the prompts are what a user says, and the answers are written: with the chat template that
+      comes with the tokenizer.
+    system: what stands before them, with chat.
     batch_size: rows of a batch.
     part: which of the artifact's models; its first by default.
     """
 
     prompt: tuple[str, ...] = ("",)
     prompts_file: Path | None = None
+    chat: bool = False
+    system: str = ""
     batch_size: int = 16
     part: str | None = None
     parallel: MeshConfig = MeshConfig(fsdp=-1)
@@ -37,10 +43,24 @@ class GenerateConfig(SamplingConfig):
             raise ConfigError("prompt and prompts_file are both given: keep one of them")
         if self.batch_size < 1 or not self.prompt:
             raise ConfigError(f"give a prompt, and a batch_size of at least 1: {self}")
+        if self.chat and not self.prompts_file and not all(self.prompt):
+            raise ConfigError("chat needs what the user says: give --prompt or --prompts-file")
+        if self.system and not self.chat:
+            raise ConfigError("system is part of a conversation: it needs --chat")
 
     @property
     def sampling(self) -> SamplingConfig:
         return SamplingConfig(**{f.name: getattr(self, f.name) for f in fields(SamplingConfig)})
+
+    def encode(self, tokenizer: Tokenizer, prompt: str) -> tuple[str, list[int]]:
+        """(the text that is shown before the one that is written, token ids that it follows)."""
+        if not self.chat:
+            return prompt, tokenizer.encode_prompt(prompt)
+        from step_jax.tokenizers.chat import encode_request
+
+        messages = [{"role": "system", "content": self.system}] if self.system else []
+        messages.append({"role": "user", "content": prompt})
+        return "", encode_request(tokenizer, messages, f"the prompt {prompt[:40]!r}")
 
     def prompts(self) -> tuple[str, ...]:
         """The prompts. Raises ConfigError if the file cannot be read or holds none."""
@@ -85,22 +105,22 @@ def run(asked: tuple[str, GenerateConfig]) -> None:
     print(f"{name}, step {artifact.step}", file=sys.stderr)
     for start in range(0, len(prompts), config.batch_size):
         batch = prompts[start:][: config.batch_size]
-        _write(artifact, sharding, config.sampling, batch, start, alone=len(prompts) == 1)
+        _write(artifact, sharding, config, batch, start, alone=len(prompts) == 1)
 
 
-def _write(artifact, sharding, sampling: SamplingConfig, prompts, first: int, *, alone: bool):
+def _write(artifact, sharding, config: GenerateConfig, prompts, first: int, *, alone: bool):
     """Prints the continuations of a batch; the only one while it is being written."""
     from step_jax.inference.generate import generate
     from step_jax.tokenizers.base import TextStream
 
     tokenizer = artifact.tokenizer
-    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-    screen = _Screen(prompts[0], TextStream(tokenizer.decode, ids[0]))
+    shown, ids = zip(*(config.encode(tokenizer, prompt) for prompt in prompts), strict=True)
+    screen = _Screen(shown[0], TextStream(tokenizer.decode, ids[0]))
     generation = generate(
         artifact.params,
         artifact.model,
         ids,
-        sampling,
+        config.sampling,
         max_length=artifact.context_of_text,
         stop_ids=tokenizer.stop_ids,
         execution=artifact.execution,
@@ -111,8 +131,8 @@ def _write(artifact, sharding, sampling: SamplingConfig, prompts, first: int, *,
     )
     if alone:
         screen.end()
-    for row, prompt in enumerate(prompts if not alone else []):
-        text = prompt + tokenizer.decode_continuation(ids[row], generation.tokens[row])
+    for row in range(len(prompts) if not alone else 0):
+        text = shown[row] + tokenizer.decode_continuation(ids[row], generation.tokens[row])
         print(f"--- {first + row}\n{text}", flush=True)
     for row, reason in enumerate(generation.reasons):
         if reason == "context":

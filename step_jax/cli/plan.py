@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from step_jax.core import yaml_strict
-from step_jax.core.command_line import load_config, split
+from step_jax.cli.arguments import loop_of
+from step_jax.core.command_line import load_config
 from step_jax.core.errors import ConfigError
 from step_jax.trainers import DEFAULT, Loop, find_loop, is_file
 
@@ -66,7 +66,7 @@ def run(asked: Asked) -> None:
 
 def _load(files: list[str], overrides: list[str]) -> tuple[Loop, Any]:
     """(loop, configuration) of a recipe, whose key ``loop`` names the loop or its file."""
-    name = _loop_of(files, overrides)
+    name = loop_of(files, overrides)
     loop = find_loop(name or DEFAULT)
     if name and is_file(name):  # what the file calls itself is what its configuration knows
         overrides = [*overrides, "--loop", getattr(loop.Config, "loop", name)]
@@ -76,14 +76,6 @@ def _load(files: list[str], overrides: list[str]) -> tuple[Loop, Any]:
         if name:
             raise
         raise ConfigError(f"{error}\n(read as of {DEFAULT}: the recipe has no `loop:`)") from None
-
-
-def _loop_of(files: list[str], overrides: list[str]) -> str | None:
-    """What the last of the files or flags that says so names as the loop."""
-    nodes = [yaml_strict.load_yaml(Path(file)).entries.get("loop") for file in files]
-    named = [node.text for node in nodes if isinstance(node, yaml_strict.Scalar)]
-    named += [words[0] for flag, words in split(overrides).flags if flag == "loop" and words]
-    return named[-1] if named else None
 
 
 def _before_jax(topology: str) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from step_jax.core.command_line import load_config
-from step_jax.core.errors import DataError
+from step_jax.cli.arguments import loop_of
+from step_jax.core.command_line import load_config, split
+from step_jax.core.errors import ConfigError, DataError
 from step_jax.data import DataConfig, TextDataset
 from step_jax.tokenizers.base import Tokenizer
+from step_jax.trainers import DEFAULT, find_loop
 
 _DESCRIPTION = (
     "Train or load a tokenizer and tokenise the corpora, so that `step-jax pretrain` with the "
-    "same `data` group starts at once. Takes the pretraining configuration as FILE.yaml, or only "
+    "same `data` group starts at once. Takes the recipe of a loop that reads text or conversations "
+    "as FILE.yaml, or only "
     "--data flags. `--out FOLDER` also writes the tokenizer there."
 )
 
@@ -55,11 +58,13 @@ def _take_out(argv: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _schema(argv: list[str]) -> type:
-    if any(not word.startswith("-") and word.endswith((".yaml", ".yml")) for word in argv):
-        from step_jax.trainers.pretrain import Config
-
-        return Config
-    return DataOnly
+    line = split(argv)
+    if not line.files:
+        return DataOnly
+    loop = find_loop(loop_of(line.files, argv) or DEFAULT)
+    if "data" not in {field.name for field in fields(loop.Config)}:
+        raise ConfigError(f"{line.files[-1]} is a recipe of a loop that reads no text")
+    return loop.Config
 
 
 def table(dataset: TextDataset) -> str:

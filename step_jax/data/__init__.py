@@ -4,7 +4,7 @@ Importing this package loads no heavy library; each is imported where it is used
 """
 
 from step_jax.data.cache import Prepared, TokenCache, prepare, train_tokenizer
-from step_jax.data.config import DataConfig, Source, Stage
+from step_jax.data.config import ConversationConfig, DataConfig, Source, Stage
 from step_jax.data.dataset import BatchIterator, TextDataset
 from step_jax.data.heldout import Heldout
 from step_jax.data.packing import Batch
@@ -13,6 +13,7 @@ from step_jax.tokenizers.base import Tokenizer
 __all__ = [
     "Batch",
     "BatchIterator",
+    "ConversationConfig",
     "DataConfig",
     "Heldout",
     "Prepared",

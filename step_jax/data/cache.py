@@ -2,8 +2,10 @@
 
 A tokenised corpus is a folder ``tokens-<key>`` with, for each split (train, heldout),
 
-  <split>.bin          tokens of all documents, each closed by eos; uint16 or uint32
+  <split>.bin          tokens of all documents, texts closed by eos; uint16 or uint32
   <split>.offsets.npy  int64 (documents + 1,), borders of the documents in <split>.bin
+
+  <split>.said.bin     uint8, of conversations: whether a token is learned
 
 and ``heldout.raw`` (UTF-8 text of the held-out documents), ``heldout.bytes.npy`` (int64, bytes
 of each), ``skipped.jsonl`` (what of the files was left out, with the reason) and ``meta.json``.
@@ -36,7 +38,8 @@ import numpy as np
 from step_jax.core.errors import DataError, DiskFullError
 from step_jax.core.files import write_whole
 from step_jax.core.text import printable
-from step_jax.data.config import TRAIN_TOKENIZER, DataConfig, Source
+from step_jax.data.config import TRAIN_TOKENIZER, ConversationConfig, DataConfig, Source
+from step_jax.data.conversations import Conversations
 from step_jax.data.files import (
     CACHE_TAG,
     CACHE_TAG_TEXT,
@@ -49,23 +52,44 @@ from step_jax.data.files import (
     root_of,
     stamp_of,
 )
-from step_jax.data.sources import Document, read_file
+from step_jax.data.sources import Document, Encoded, Records, read_file
 from step_jax.data.split import Choice, choose, split_documents
+from step_jax.data.texts import Texts
 from step_jax.tokenizers.base import Tokenizer
-from step_jax.tokenizers.files import load_tokenizer
+from step_jax.tokenizers.files import chat_tokenizer, load_tokenizer
 from step_jax.tokenizers.sentencepiece import train_sentencepiece
 
-_VERSION = 2
+_VERSION = 3
 _TRAINING_SAMPLE_BYTES = 24 * 2**20  # more text changes a BPE vocabulary little
 _ENCODE_BATCH_BYTES = 4 * 2**20
 Report = Callable[[str], None]
 
 
 class Documents(NamedTuple):
-    """Tokens of many documents: ``tokens`` (n,), ``offsets`` int64 (documents + 1,)."""
+    """Tokens of many documents: ``tokens`` (n,), ``offsets`` int64 (documents + 1,).
+
+    ``said`` uint8 (n,): which tokens are learned. None: all of them, after a token that stands
+    before each document; else a document's first token is what the others stand after.
+    """
 
     tokens: np.ndarray
     offsets: np.ndarray
+    said: np.ndarray | None = None
+
+    @property
+    def given(self) -> int:
+        """Tokens at the beginning of each document that are inputs only."""
+        return 0 if self.said is None else 1
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of input and target that all documents give."""
+        return len(self.tokens) - self.given * (len(self.offsets) - 1)
+
+    @property
+    def learned(self) -> int:
+        """Targets that carry loss."""
+        return len(self.tokens) if self.said is None else int(self.said.sum(dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -98,13 +122,14 @@ class _Listing:
     """A source as it lies on disk now; ``key`` stands for names and contents of its files."""
 
     source: Source
+    records: Records
     files: list[SourceFile]
     skips: list[Skip]
     key: str = ""
 
     def documents(self, max_document_bytes: int) -> Iterator[Document]:
         for file in self.files:
-            for item in read_file(file, self.source.text_field, max_document_bytes):
+            for item in read_file(file, self.records, max_document_bytes):
                 if isinstance(item, Document):
                     yield item
 
@@ -137,6 +162,8 @@ def prepare(
             tokenizer = _tokenizer(config, listings, choice, report)
         else:
             _usable(tokenizer, config)
+        if isinstance(config, ConversationConfig):
+            tokenizer = chat_tokenizer(tokenizer, config.chat_template)
         caches = tuple(
             _prepare_source(listing, config, tokenizer, own, choice, report)
             for listing, own in zip(listings, choices, strict=True)
@@ -156,9 +183,9 @@ def train_tokenizer(
     paths: Iterable[str], out: str | Path, vocab_size: int = 4096, *, text_field: str = "text"
 ) -> Tokenizer:
     """Trains a SentencePiece model on files or folders and writes it to the folder ``out``."""
-    config = DataConfig()
-    sources = [Source(path=str(path), text_field=text_field) for path in paths]
-    listings = [_Listing(source, *list_files(source)) for source in sources]
+    config, texts = DataConfig(), Texts(text_field)
+    sources = [Source(path=str(path)) for path in paths]
+    listings = [_Listing(source, texts, *list_files(source)) for source in sources]
     choices = [_choose(listing, config) for listing in listings]
     choice = functools.reduce(Choice.__or__, choices, Choice())
     tokenizer = _train(listings, vocab_size, config, choice)
@@ -172,6 +199,12 @@ def _mark_cache(folder: Path) -> None:
         (folder / CACHE_TAG).write_text(CACHE_TAG_TEXT)
 
 
+def _records(config: DataConfig, source: Source) -> Records:
+    if isinstance(config, ConversationConfig):
+        return Conversations(config.sequence_length, config.too_long)
+    return Texts(source.text_field)
+
+
 def _list(source: Source, config: DataConfig, report: Report) -> _Listing:
     files, skips = list_files(source)
     root = os.path.abspath(root_of(source))
@@ -179,12 +212,12 @@ def _list(source: Source, config: DataConfig, report: Report) -> _Listing:
     with _lock(memo, report):
         digests = content_digests(files, memo, report)
     named = [(f.name, f.format, digest) for f, digest in zip(files, digests, strict=True)]
-    return _Listing(source, files, skips, _key(named))
+    return _Listing(source, _records(config, source), files, skips, _key(named))
 
 
 def _choice(listing: _Listing, config: DataConfig, report: Report) -> Choice:
     """See `choose`; kept, so that a prepared corpus is not read to know it."""
-    options = [listing.source.text_field, config.heldout_fraction, config.max_document_bytes]
+    options = [*listing.records.key, config.heldout_fraction, config.max_document_bytes]
     path = config.cache_path / f"split-{_key(listing.key, options)}.json"
     with _lock(path, report):
         try:
@@ -197,7 +230,8 @@ def _choice(listing: _Listing, config: DataConfig, report: Report) -> Choice:
 
 
 def _choose(listing: _Listing, config: DataConfig) -> Choice:
-    return choose(listing.documents(config.max_document_bytes), config.heldout_fraction)
+    documents = listing.documents(config.max_document_bytes)
+    return choose(documents, config.heldout_fraction, listing.records.may_be_cut)
 
 
 def _tokenizer(
@@ -207,7 +241,7 @@ def _tokenizer(
         return _usable(load_tokenizer(config.tokenizer), config)
     keys = [listing.key for listing in listings]
     weights = [listing.source.weight for listing in listings]
-    fields = [listing.source.text_field for listing in listings]
+    fields = [field for listing in listings for field in listing.records.key]
     options = [config.vocab_size, config.heldout_fraction, config.max_document_bytes]
     path = config.cache_path / f"tokenizer-{_key(keys, weights, fields, options)}"
     with _lock(path, report):
@@ -247,7 +281,7 @@ def _train(
             documents = _sample(listing, limit, config.max_document_bytes)
             for document, held in split_documents(documents, config.heldout_fraction, choice):
                 if not held:
-                    yield document.text
+                    yield listing.records.words(document)
 
     return train_sentencepiece(texts(), vocab_size)
 
@@ -263,7 +297,7 @@ def _sample(listing: _Listing, limit: int, max_document_bytes: int) -> Iterator[
     found = taken = 0
     for file in sorted(files, key=lambda f: hashlib.sha256(f.name.encode()).digest()):
         from_file = 0
-        for item in read_file(file, listing.source.text_field, max_document_bytes):
+        for item in read_file(file, listing.records, max_document_bytes):
             if isinstance(item, Skip):
                 skips.append(item)
                 continue
@@ -290,8 +324,9 @@ def _prepare_source(
     """The cache of one source; ``choice`` is that of all sources and ``own`` its part of it,
     which its contents determine."""
     source = listing.source
-    options = [source.text_field, config.heldout_fraction, config.max_document_bytes]
-    key = _key(listing.key, tokenizer.hash, options, (choice - own).to_json())
+    options = [*listing.records.key, config.heldout_fraction, config.max_document_bytes]
+    more = listing.records.tokens_key(tokenizer)
+    key = _key(listing.key, tokenizer.hash, options, (choice - own).to_json(), *more)
     directory = config.cache_path / f"tokens-{key}"
     root = os.path.abspath(root_of(source))
     skipped = config.cache_path / f"skipped-{_key(root, source.format, options)}.jsonl"
@@ -329,6 +364,8 @@ def _left_out(cache: TokenCache) -> str:
             f"{cut:,} documents cut at data.max_document_bytes "
             f"({counters['bytes_truncated']:,} bytes less)"
         )
+    if cut := counters.get("tokens_truncated"):
+        parts.append(f"conversations cut at data.sequence_length ({cut:,} tokens less)")
     return "; ".join(parts)
 
 
@@ -345,11 +382,11 @@ def _write(
     temporary = directory.parent / f"{prefix}{os.getpid()}"
     temporary.mkdir()
     try:
-        writer = _Writer(temporary, listing.source, config, tokenizer)
-        documents = writer.documents(listing.files)
+        writer = _Writer(temporary, listing, config, tokenizer)
+        documents = writer.documents()
         for document, held in split_documents(documents, config.heldout_fraction, choice):
             writer.add(document, held)
-        writer.finish(len(listing.files))
+        writer.finish()
         if _open(directory) is None:  # else another host has finished the same work
             shutil.rmtree(directory, ignore_errors=True)
             os.replace(temporary, directory)
@@ -358,27 +395,35 @@ def _write(
 
 
 class _SplitFile:
-    """Appends documents of one split to its token file."""
+    """Appends documents of one split to its token file, and to that of what is said."""
 
     def __init__(self, path: Path, dtype: type):
         self.path, self.dtype = path, dtype
         self.stream = open(path, "wb")  # noqa: SIM115 (closed in finish)
+        self.said = open(path.with_suffix(".said.bin"), "wb")  # noqa: SIM115
         self.digest = hashlib.sha256()
         self.lengths, self.byte_counts = array("q"), array("q")
+        self.learned = 0
 
-    def add(self, ids: np.ndarray, eos_id: int, byte_count: int) -> None:
-        data = np.append(ids, eos_id).astype(self.dtype).tobytes()
+    def add(self, encoded: Encoded) -> None:
+        data = encoded.ids.astype(self.dtype).tobytes()
         self.stream.write(data)
         self.digest.update(data)
-        self.lengths.append(len(ids) + 1)
-        self.byte_counts.append(byte_count)
+        self.lengths.append(len(encoded.ids))
+        self.byte_counts.append(len(encoded.text))
+        if encoded.said is not None:
+            said = encoded.said.astype(np.uint8).tobytes()
+            self.said.write(said)
+            self.digest.update(said)
+            self.learned += sum(said)
 
     def finish(self) -> str:
         lengths = np.frombuffer(self.lengths, np.int64)
         self.digest.update(lengths.tobytes())
-        self.stream.flush()
-        os.fsync(self.stream.fileno())
-        self.stream.close()
+        for stream in (self.stream, self.said):
+            stream.flush()
+            os.fsync(stream.fileno())
+            stream.close()
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
         np.save(self.path.with_suffix(".offsets.npy"), offsets)
         return self.digest.hexdigest()
@@ -387,8 +432,11 @@ class _SplitFile:
 class _Writer:
     """Tokenises documents in batches and keeps the books."""
 
-    def __init__(self, directory: Path, source: Source, config: DataConfig, tokenizer: Tokenizer):
-        self.directory, self.source = directory, source
+    def __init__(
+        self, directory: Path, listing: _Listing, config: DataConfig, tokenizer: Tokenizer
+    ):
+        self.directory, self.source = directory, listing.source
+        self.records, self.files = listing.records, listing.files
         self.config, self.tokenizer = config, tokenizer
         self.dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
         self.train = _SplitFile(directory / "train.bin", self.dtype)
@@ -397,13 +445,13 @@ class _Writer:
         self.skipped = open(directory / "skipped.jsonl", "wb")  # noqa: SIM115
         self.counters: Counter[str] = Counter()
         self.first_skips: list[Skip] = []
-        self.waiting: list[tuple[bytes, str, bool]] = []
+        self.waiting: list[tuple[Document, bool]] = []
         self.waiting_bytes = 0
 
-    def documents(self, files: list[SourceFile]) -> Iterator[Document]:
+    def documents(self) -> Iterator[Document]:
         """Documents of the files; what is left out goes to the report."""
-        for file in files:
-            for item in read_file(file, self.source.text_field, self.config.max_document_bytes):
+        for file in self.files:
+            for item in read_file(file, self.records, self.config.max_document_bytes):
                 if isinstance(item, Document):
                     yield item
                 else:
@@ -428,26 +476,27 @@ class _Writer:
             )
 
     def add(self, document: Document, held: bool) -> None:
-        text = self.tokenizer.as_read(document.text)
-        data = text.encode()
-        self.waiting.append((data, text, held))
-        self.waiting_bytes += len(data)
+        self.waiting.append((document, held))
+        self.waiting_bytes += len(document.text)
         self.counters["documents_truncated"] += document.truncated_bytes > 0
         self.counters["bytes_truncated"] += document.truncated_bytes
         if self.waiting_bytes >= _ENCODE_BATCH_BYTES:
             self._encode()
 
     def _encode(self) -> None:
-        _, eos_id = self.tokenizer.document_borders()
-        ids = self.tokenizer.encode_batch([text for _, text, _ in self.waiting])
-        for (data, _, held), tokens in zip(self.waiting, ids, strict=True):
-            split = self.heldout if held else self.train
-            split.add(tokens, eos_id, len(data))
-            if held:
-                self.raw.write(data)
+        made = self.records.encode([document for document, _ in self.waiting], self.tokenizer)
+        for (_, held), parts in zip(self.waiting, made, strict=True):
+            if isinstance(parts, Skip):
+                self.skip(parts)
+                continue
+            for part in parts:
+                (self.heldout if held else self.train).add(part)
+                self.counters["tokens_truncated"] += part.cut
+                if held:
+                    self.raw.write(part.text)
         self.waiting, self.waiting_bytes = [], 0
 
-    def finish(self, files: int) -> None:
+    def finish(self) -> None:
         self._encode()
         if not len(self.train.lengths) and not len(self.heldout.lengths):
             raise DataError(_no_text(self.source, self.first_skips))
@@ -461,12 +510,14 @@ class _Writer:
         np.save(self.directory / "heldout.bytes.npy", byte_counts)
         self.raw.close()
         self.skipped.close()
-        self.counters["files"] = files
+        self.counters["files"] = len(self.files)
         self.counters["records_bad"] += 0  # named also where there are none
         for name, split in (("", self.train), ("heldout_", self.heldout)):
             self.counters[f"{name}documents"] = len(split.lengths)
             self.counters[f"{name}bytes"] = sum(split.byte_counts)
             self.counters[f"{name}tokens"] = sum(split.lengths)
+            if split.learned:
+                self.counters[f"{name}tokens_learned"] = split.learned
         meta = {
             "version": _VERSION,
             "source": self.source.path,
@@ -486,9 +537,11 @@ def _open(directory: Path) -> TokenCache | None:
         for split in ("train", "heldout"):
             offsets = np.load(directory / f"{split}.offsets.npy", mmap_mode="r")
             tokens = _map(directory / f"{split}.bin", meta["dtype"])
-            if offsets[-1] != len(tokens):
+            said = _map(directory / f"{split}.said.bin", "uint8")
+            if offsets[-1] != len(tokens) or len(said) not in (0, len(tokens)):
                 return None
-            splits[split] = Documents(tokens, offsets)
+            conversations = any("tokens_learned" in name for name in meta["counters"])
+            splits[split] = Documents(tokens, offsets, said if conversations else None)
         byte_counts = np.load(directory / "heldout.bytes.npy")
         raw = _map(directory / "heldout.raw", "uint8")
         if len(raw) != byte_counts.sum():

@@ -185,3 +185,35 @@ class DataConfig:
             return Path(self.cache_dir).expanduser()
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         return Path(base).expanduser() / "step_jax"
+
+
+@dataclass(frozen=True)
+class ConversationConfig(DataConfig):
+    """Where conversations come from, and how they become rows of tokens.
+
+    As of texts, but for what follows. A conversation stands in a row as a whole, apart from the
+    others, and what the assistant says is learned.
+
+    Attributes:
+      chat_template: ``auto`` (the tokenizer's own, ``plain`` if it has none), ``chatml``,
+        ``plain``, or the path of a Jinja file. The run keeps it with its tokenizer.
+      too_long: what becomes of a conversation that does not fit in a row: ``refuse`` stops and
+        names it, ``skip`` leaves it out, ``truncate`` cuts its end off; both are counted and said.
+    """
+
+    packing: Literal["split", "fit"] = "fit"
+    chat_template: str = "auto"
+    too_long: Literal["refuse", "skip", "truncate"] = "refuse"
+
+    def validate(self) -> None:
+        super().validate()
+        if self.packing != "fit" or not self.isolate:
+            raise ConfigError(
+                "conversations are packed whole and apart from each other: leave packing and "
+                "isolate out"
+            )
+        if any(s.format == "text" or s.text_field != "text" for s in self._all_sources):
+            raise ConfigError(
+                "conversations are records with fields of their own (messages; or prompt and "
+                "completion): leave text_field out, and format: text"
+            )

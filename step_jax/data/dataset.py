@@ -29,29 +29,32 @@ _COUNT_ROWS = 2**18  # rows looked at together, to bound the memory
 class _Corpus:
     """Epoch plans of one source; the last two used are kept (a batch may span the border)."""
 
-    offsets: np.ndarray
-    tokens: np.ndarray
+    documents: Documents
     plan_of: Callable[[int], Plan]
     rows: int
 
     @classmethod
     def build(cls, documents: Documents, config: DataConfig, key: int) -> _Corpus:
         # A copy: every epoch's plan reads all offsets, in random order.
-        offsets = np.array(documents.offsets)
+        documents = documents._replace(offsets=np.array(documents.offsets))
         plans: dict[int, Plan] = {}
         lock = threading.Lock()  # Grain reads from several threads
 
         def plan_of(epoch: int) -> Plan:
             with lock:
                 plan = plans.pop(epoch, None) or make_plan(
-                    config.packing, offsets, config.sequence_length, derive_key(key, epoch)
+                    config.packing,
+                    documents.offsets,
+                    config.sequence_length,
+                    derive_key(key, epoch),
+                    documents.given,
                 )
                 plans[epoch] = plan  # last used comes last
                 while len(plans) > 2:
                     del plans[next(iter(plans))]
                 return plan
 
-        return cls(offsets, documents.tokens, plan_of, plan_of(0).rows)
+        return cls(documents, plan_of, plan_of(0).rows)
 
 
 class TextDataset:
@@ -163,8 +166,13 @@ class TextDataset:
 
     @property
     def tokens_per_epoch(self) -> int:
-        """Training targets in one epoch of every source."""
-        return sum(len(corpus.tokens) for corpus in self._corpora)
+        """Targets in one epoch of every source, those of a conversation's questions included."""
+        return sum(corpus.documents.pairs for corpus in self._corpora)
+
+    @property
+    def tokens_learned(self) -> int:
+        """Targets in one epoch of every source that carry loss."""
+        return sum(corpus.documents.learned for corpus in self._corpora)
 
     @property
     def rows_per_epoch(self) -> int:
@@ -184,8 +192,8 @@ class TextDataset:
     def notes(self, total_steps: int) -> list[str]:
         """What to know before training for ``total_steps``: sources that are read many times."""
         return [
-            f"{source.path} is read {epochs:.3g} times over ({len(corpus.tokens):,} tokens); more "
-            f"than {_EPOCHS_WORTH} epochs teach little (arXiv 2305.16264)"
+            f"{source.path} is read {epochs:.3g} times over ({corpus.documents.pairs:,} tokens); "
+            f"more than {_EPOCHS_WORTH} epochs teach little (arXiv 2305.16264)"
             for source, corpus, epochs in zip(
                 self.config.resolved_sources, self._corpora, self.epochs(total_steps), strict=True
             )
@@ -203,7 +211,7 @@ class TextDataset:
                 total[name] = total.get(name, 0) + value
         placed = cut = 0
         for corpus in self._corpora:
-            cut -= len(corpus.offsets) - 1
+            cut -= len(corpus.documents.offsets) - 1
             for first in range(0, corpus.rows, _COUNT_ROWS):
                 rows = np.arange(first, min(first + _COUNT_ROWS, corpus.rows))
                 lengths = corpus.plan_of(0).pieces(rows).length
@@ -220,8 +228,8 @@ class TextDataset:
 
         Returns:
           tokens, targets, segments, positions int32 (b, T) and weights float32 (b, T), where
-          b = batch_size / process_count. ``weights`` is 1 on every target and 0 on padding,
-          where ``segments`` is 0 too.
+          b = batch_size / process_count. ``weights`` is 1 on every target (of conversations: that
+          the assistant said) and 0 elsewhere. ``segments`` is 0 on padding.
         """
         rows_b = step * self.batch_size + np.arange(self._low, self._high, dtype=np.int64)
         source_b, local_b = self.mixture.locate(rows_b)
@@ -235,7 +243,8 @@ class TextDataset:
                     batch,
                     slots,
                     corpus.plan_of(int(epoch)).pieces(row_b[slots]),
-                    corpus.tokens,
+                    corpus.documents.tokens,
+                    said=corpus.documents.said,
                     bos_id=self.tokenizer.document_borders()[0],
                     pad_id=self.tokenizer.pad_id,
                     isolate=self.config.isolate,

@@ -1,7 +1,8 @@
 """Held-out documents: each token scored once, and what gzip and xz need for the same bytes.
 
 A run keeps its own in a folder: ``<i>.tokens.npy``, ``<i>.offsets.npy``, ``<i>.raw.npy`` (uint8,
-UTF-8 text) and ``<i>.bytes.npy`` (int64, bytes of each document) for source ``i``, and
+UTF-8 text), ``<i>.bytes.npy`` (int64, bytes of each document) and of conversations ``<i>.said.npy``
+(uint8, what is learned) for source ``i``, and
 ``meta.json`` with the tokenizer's hash, the control ids, size and checksum of every file, and a
 checksum of itself.
 """
@@ -39,9 +40,10 @@ class Heldout:
 
     Attributes:
       corpora: tokens of each source's held-out documents.
-      bytes: UTF-8 bytes of the documents. Bits per byte is the summed loss over all batches
-        in nats / ln 2 / bytes.
-      tokens: targets in all batches together, the closing eos of each document included.
+      bytes: UTF-8 bytes of the documents, of conversations those of the answers. Bits per byte
+        is the summed loss over all batches in nats / ln 2 / bytes.
+      tokens: targets in all batches together, the closing token of each document or answer
+        included.
       lossy: what the tokenizer loses of the text; bits per byte then mean nothing.
       tokenizer: hash of the tokenizer that the tokens are of.
     """
@@ -140,7 +142,10 @@ class Heldout:
                 np.load(folder / f"{i}.{kind}.npy", mmap_mode="r")
                 for kind in ("tokens", "offsets", "raw", "bytes")
             )
-            corpora.append(Documents(np.asarray(tokens), np.asarray(offsets)))
+            said = None
+            if f"{i}.said.npy" in meta["files"]:
+                said = np.asarray(np.load(folder / f"{i}.said.npy", mmap_mode="r"))
+            corpora.append(Documents(np.asarray(tokens), np.asarray(offsets), said))
             raws.append(np.asarray(raw))
             bytes_of.append(np.asarray(counts))
         ids = (int(meta["bos_id"]), int(meta["pad_id"]))
@@ -155,6 +160,8 @@ class Heldout:
             arrays[f"{i}.offsets.npy"] = corpus.offsets
             arrays[f"{i}.raw.npy"] = raw
             arrays[f"{i}.bytes.npy"] = counts
+            if corpus.said is not None:
+                arrays[f"{i}.said.npy"] = corpus.said
         return arrays
 
     def kept(self, folder: Path, tokenizer: Tokenizer, *, write: bool) -> Heldout:
@@ -182,7 +189,7 @@ class Heldout:
 
     @property
     def tokens(self) -> int:
-        return sum(len(corpus.tokens) for corpus in self.corpora)
+        return sum(corpus.learned for corpus in self.corpora)
 
     def subset(self, tokens: int) -> Heldout:
         """Whole documents of at least ``tokens`` tokens together, for quick evaluations.
@@ -203,7 +210,11 @@ class Heldout:
         for corpus, raw, counts, chosen in zip(
             self.corpora, self.raws, self.bytes_of, picked, strict=True
         ):
-            corpora.append(Documents(*_select(corpus.tokens, corpus.offsets, sorted(chosen))))
+            said = None
+            if corpus.said is not None:
+                said, _ = _select(corpus.said, corpus.offsets, sorted(chosen))
+            tokens_of = _select(corpus.tokens, corpus.offsets, sorted(chosen))
+            corpora.append(Documents(*tokens_of, said))
             ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
             raws.append(_select(raw, ends, sorted(chosen))[0])
         bytes_of = [b[sorted(chosen)] for b, chosen in zip(self.bytes_of, picked, strict=True)]
@@ -224,7 +235,7 @@ class Heldout:
         (the same keys, shapes and dtypes as in training); missing rows are padding.
         """
         low, high = row_slice(batch_size, process_index, process_count)
-        plans = [FitPlan(c.offsets, sequence_length, key=0) for c in self.corpora]
+        plans = [FitPlan(c.offsets, sequence_length, 0, c.given) for c in self.corpora]
         owner = np.repeat(np.arange(len(plans)), [plan.rows for plan in plans])
         row = np.concatenate([np.arange(plan.rows) for plan in plans])
         for start in range(0, len(owner), batch_size):
@@ -237,6 +248,7 @@ class Heldout:
                     slots,
                     plans[k].pieces(row[mine][slots]),
                     self.corpora[k].tokens,
+                    said=self.corpora[k].said,
                     bos_id=self.bos_id,
                     pad_id=self.pad_id,
                     isolate=True,

@@ -57,10 +57,17 @@ def permutation(n: int, key: int) -> np.ndarray:
     return np.argsort(z ^ (z >> np.uint64(31)), kind="stable")
 
 
-def make_plan(packing: str, offsets: np.ndarray, sequence_length: int, key: int) -> Plan:
-    """The plan of one epoch; ``key`` fixes the order of documents and rows."""
-    kinds: dict[str, type[SplitPlan] | type[FitPlan]] = {"split": SplitPlan, "fit": FitPlan}
-    return kinds[packing](offsets, sequence_length, key)
+def make_plan(
+    packing: str, offsets: np.ndarray, sequence_length: int, key: int, given: int = 0
+) -> Plan:
+    """The plan of one epoch; ``key`` fixes the order of documents and rows.
+
+    ``given``: of a plan that fits, tokens that begin each document and are inputs only.
+    """
+    if packing == "split":
+        assert not given
+        return SplitPlan(offsets, sequence_length, key)
+    return FitPlan(offsets, sequence_length, key, given)
 
 
 class SplitPlan:
@@ -98,10 +105,10 @@ class FitPlan:
     the documents of one length share a row changes with the key; the number of rows does not.
     """
 
-    def __init__(self, offsets: np.ndarray, sequence_length: int, key: int):
-        lengths = np.diff(offsets)
+    def __init__(self, offsets: np.ndarray, sequence_length: int, key: int, given: int = 0):
+        lengths = np.diff(offsets) - given
         order = permutation(len(lengths), derive_key(key, "documents"))
-        file_starts, lengths = np.asarray(offsets[:-1])[order], lengths[order]
+        file_starts, lengths = np.asarray(offsets[:-1])[order] + given, lengths[order]
         full, rest = lengths // sequence_length, lengths % sequence_length
         document, chunk = _ranges(np.zeros_like(full), full)
         rest_of = np.flatnonzero(rest)
@@ -209,8 +216,11 @@ def fill(
     bos_id: int,
     pad_id: int,
     isolate: bool,
+    said: np.ndarray | None = None,
 ) -> None:
     """Writes pieces into the rows ``rows_B`` of a batch made by `empty_batch`.
+
+    ``said``: of conversations, which tokens carry loss; a document's first input is then its own.
 
     ``isolate``: segments number the documents of a row from 1 and positions start at 0 in
     each; a document that goes on from an earlier row starts at 0 too, for its earlier part
@@ -222,8 +232,11 @@ def fill(
     targets_BT = np.full(shape, pad_id, np.int32)
     flat = targets_BT.reshape(-1)
     spans = zip(at_P.tolist(), pieces.start.tolist(), pieces.length.tolist(), strict=True)
+    weights_BT = None if said is None else np.zeros(shape, np.float32)
     for at, start, count in spans:  # copying runs is several times faster than one gather
         flat[at : at + count] = tokens[start : start + count]
+        if weights_BT is not None and said is not None:
+            weights_BT.reshape(-1)[at : at + count] = said[start : start + count]
     used_B = np.bincount(pieces.slot, pieces.length, minlength=len(rows_B))
     column_T = np.arange(length, dtype=np.int32)
     used_BT = column_T < used_B[:, None]  # pieces lie side by side from the row's start
@@ -232,9 +245,10 @@ def fill(
     first_BT = np.maximum.accumulate(begins_BT * column_T, axis=1)
     inputs_BT = np.empty_like(targets_BT)
     inputs_BT[:, 1:] = targets_BT[:, :-1]
-    inputs_BT.reshape(-1)[at_P] = np.where(pieces.first, bos_id, tokens[pieces.start - 1])
+    begins_P = pieces.first & (said is None)
+    inputs_BT.reshape(-1)[at_P] = np.where(begins_P, bos_id, tokens[pieces.start - 1])
     batch_BT["tokens"][rows_B] = np.where(used_BT, inputs_BT, targets_BT)
     batch_BT["targets"][rows_B] = targets_BT
-    batch_BT["weights"][rows_B] = used_BT
+    batch_BT["weights"][rows_B] = used_BT if weights_BT is None else weights_BT
     batch_BT["segments"][rows_B] = np.cumsum(begins_BT, axis=1, dtype=np.int32) * used_BT
     batch_BT["positions"][rows_B] = (column_T - first_BT) * used_BT

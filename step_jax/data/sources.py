@@ -6,13 +6,16 @@ import gzip
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from step_jax.core.errors import DataError
 from step_jax.core.text import printable
 from step_jax.data.files import Skip, SourceFile
+from step_jax.tokenizers.base import Tokenizer
 
 _SNIFF_BYTES = 8192
 
@@ -25,20 +28,73 @@ class Document(NamedTuple):
     truncated_bytes: int = 0
 
 
+class Encoded(NamedTuple):
+    """The tokens of a document, or of a part of it.
+
+    ids: int32 (n,).
+    text: UTF-8 bytes that the targets among them stand for.
+    said: bool (n,): which of them are targets; None for all of them, after a token before them.
+    cut: tokens that were left out at the end.
+    """
+
+    ids: np.ndarray
+    text: bytes
+    said: np.ndarray | None = None
+    cut: int = 0
+
+
+class Records(Protocol):
+    """What the records of a source are, and what becomes of them.
+
+    fields: that are read of a record, as far as it has them.
+    key: JSON of what decides the documents, in the names of caches.
+    may_be_cut: whether part of a document is a document.
+    """
+
+    @property
+    def fields(self) -> tuple[str, ...]: ...
+    @property
+    def key(self) -> Sequence[Any]: ...
+    @property
+    def may_be_cut(self) -> bool: ...
+
+    def lacking(self, fields: Collection[str]) -> str | None:
+        """What records with only these fields lack, and what to do about it; None for nothing."""
+
+    def document(self, record: Mapping[str, Any], name: str) -> Document | Skip:
+        """The document of a record that lacks nothing."""
+
+    def file(self, text: str, name: str) -> Document | Skip:
+        """The document of a whole text file, or of a record that is only text."""
+
+    def words(self, document: Document) -> str:
+        """The text of a document that a tokenizer is trained on."""
+
+    def tokens_key(self, tokenizer: Tokenizer) -> list[Any]:
+        """JSON of what else decides the tokens, beside the tokenizer's hash."""
+
+    def encode(
+        self, documents: Sequence[Document], tokenizer: Tokenizer
+    ) -> Sequence[Sequence[Encoded] | Skip]:
+        """What becomes of each document."""
+
+
 def read_file(
-    file: SourceFile, text_field: str, max_document_bytes: int
+    file: SourceFile, records: Records, max_document_bytes: int
 ) -> Iterator[Document | Skip]:
     """Documents of one file in file order, and what was left out in their place.
 
     Raises:
-      DataError: a record file that is damaged as a whole, or whose first record has no
-        text field (that is a wrong setting, not a bad record).
+      DataError: a record file that is damaged as a whole, or whose first record has not the
+        fields (that is a wrong setting, not a bad record).
     """
-    for item in _READERS[file.format](file, text_field):
-        yield _limit(item, max_document_bytes) if isinstance(item, Document) else item
+    for item in _READERS[file.format](file, records):
+        if isinstance(item, Document):
+            item = _limit(item, max_document_bytes, records.may_be_cut)
+        yield item
 
 
-def _limit(document: Document, max_bytes: int) -> Document | Skip:
+def _limit(document: Document, max_bytes: int, may_be_cut: bool) -> Document | Skip:
     if not document.text:
         return Skip(document.name, "empty")
     try:
@@ -47,11 +103,13 @@ def _limit(document: Document, max_bytes: int) -> Document | Skip:
         return Skip(document.name, "invalid_utf8", "lone surrogate", bad=True)
     if size <= max_bytes:
         return document
+    if not may_be_cut:
+        return Skip(document.name, "too_long", f"{size:,} bytes", bad=True)
     kept = document.text.encode()[:max_bytes].decode(errors="ignore")
     return Document(document.name, kept, size - len(kept.encode()))
 
 
-def _read_text(file: SourceFile, text_field: str) -> Iterator[Document | Skip]:
+def _read_text(file: SourceFile, records: Records) -> Iterator[Document | Skip]:
     try:
         with open(file.path, "rb") as stream:
             head = stream.read(_SNIFF_BYTES)
@@ -66,18 +124,18 @@ def _read_text(file: SourceFile, text_field: str) -> Iterator[Document | Skip]:
         yield Skip(file.name, "binary", "holds NUL bytes")
         return
     try:
-        yield Document(file.name, data.decode())
+        yield records.file(data.decode(), file.name)
     except UnicodeDecodeError as error:
         yield Skip(file.name, "invalid_utf8", f"{error.reason} at byte {error.start}")
 
 
-def _read_jsonl(file: SourceFile, text_field: str) -> Iterator[Document | Skip]:
+def _read_jsonl(file: SourceFile, records: Records) -> Iterator[Document | Skip]:
     number = 0
     try:
         with _open_lines(file.path) as stream:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
-                    yield _json_record(line, f"{file.name}:{number}", text_field, number == 1)
+                    yield _json_record(line, f"{file.name}:{number}", records, number == 1)
     except DataError:
         raise
     except Exception as error:  # the decompressors raise types of their own
@@ -96,7 +154,7 @@ def _open_lines(path: Path):
     return open(path, "rb")
 
 
-def _json_record(line: bytes, name: str, field: str, first: bool) -> Document | Skip:
+def _json_record(line: bytes, name: str, records: Records, first: bool) -> Document | Skip:
     try:
         record = json.loads(line)
     except UnicodeDecodeError as error:
@@ -105,25 +163,11 @@ def _json_record(line: bytes, name: str, field: str, first: bool) -> Document | 
         return Skip(name, "invalid_json", str(error)[:200], bad=True)
     if not isinstance(record, dict):
         return Skip(name, "invalid_json", "not an object", bad=True)
-    if field not in record:
+    if lacks := records.lacking(record):
         if first:
-            raise DataError(_no_field(name, field, list(record)))
-        return Skip(name, "missing_field", f"no field {field!r}", bad=True)
-    return _text_value(record[field], name, field)
-
-
-def _text_value(value: object, name: str, field: str) -> Document | Skip:
-    if not isinstance(value, str):
-        detail = f"field {field!r} is {type(value).__name__}, not text"
-        return Skip(name, "not_text", detail, bad=True)
-    return Document(name, value)
-
-
-def _no_field(name: str, field: str, fields: list[str]) -> str:
-    return (
-        f"{name}: no field {field!r}; the fields are {fields}. Set data.text_field to the one "
-        "that holds the text (or data.format: text, to read the file as plain text)"
-    )
+            raise DataError(f"{name}: {lacks}")
+        return Skip(name, "missing_field", lacks.split(";")[0], bad=True)
+    return records.document(record, name)
 
 
 def _damaged(file: SourceFile, detail: object) -> DataError:
@@ -133,7 +177,7 @@ def _damaged(file: SourceFile, detail: object) -> DataError:
     )
 
 
-def _read_parquet(file: SourceFile, text_field: str) -> Iterator[Document | Skip]:
+def _read_parquet(file: SourceFile, records: Records) -> Iterator[Document | Skip]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -142,23 +186,25 @@ def _read_parquet(file: SourceFile, text_field: str) -> Iterator[Document | Skip
         columns = table.schema_arrow.names
     except (pa.ArrowException, OSError) as error:
         raise _damaged(file, error) from error
-    if text_field not in columns:
-        raise DataError(_no_field(file.name, text_field, columns))
+    if lacks := records.lacking(columns):
+        raise DataError(f"{file.name}: {lacks}")
+    wanted = [field for field in records.fields if field in columns]
     row = 0
     with table:
         for group in range(table.num_row_groups):
             count = table.metadata.row_group(group).num_rows
             try:
-                values = table.read_row_group(group, columns=[text_field])[text_field]
-                items = [_text_value(v.as_py(), "", text_field) for v in values]
+                found = table.read_row_group(group, columns=wanted).to_pylist()
             except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-                items = [Skip("", "corrupt", f"row group {group}: {error}", bad=True)] * count
-            for item in items:
-                yield item._replace(name=f"{file.name}:{row}")
+                found = [Skip("", "corrupt", f"row group {group}: {error}", bad=True)] * count
+            for item in found:
+                name = f"{file.name}:{row}"
+                bad = isinstance(item, Skip)
+                yield item._replace(name=name) if bad else records.document(item, name)
                 row += 1
 
 
-def _read_arrow(file: SourceFile, text_field: str) -> Iterator[Document | Skip]:
+def _read_arrow(file: SourceFile, records: Records) -> Iterator[Document | Skip]:
     """Arrow IPC, stream or file layout: what Hugging Face `Dataset.save_to_disk` writes."""
     import pyarrow as pa
 
@@ -171,18 +217,20 @@ def _read_arrow(file: SourceFile, text_field: str) -> Iterator[Document | Skip]:
             else:
                 stream.seek(0)
                 batches = reader = pa.ipc.open_stream(stream)
-            if text_field not in reader.schema.names:
-                raise DataError(_no_field(file.name, text_field, reader.schema.names))
+            if lacks := records.lacking(reader.schema.names):
+                raise DataError(f"{file.name}: {lacks}")
+            wanted = [field for field in records.fields if field in reader.schema.names]
             for batch in batches:
-                for value in batch.column(text_field):
-                    yield _text_value(value.as_py(), f"{file.name}:{row}", text_field)
+                for i in range(batch.num_rows):  # one at a time: a batch may be the whole file
+                    values = {field: batch.column(field)[i].as_py() for field in wanted}
+                    yield records.document(values, f"{file.name}:{row}")
                     row += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damaged(file, f"after row {row}: {error}") from error
 
 
-def _read_array_record(file: SourceFile, text_field: str) -> Iterator[Document | Skip]:
-    """Records are UTF-8 text, or JSON objects that have ``text_field``."""
+def _read_array_record(file: SourceFile, records: Records) -> Iterator[Document | Skip]:
+    """Records are UTF-8 text, or JSON objects with the fields."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     if printable(str(file.path)) != str(file.path):
@@ -204,7 +252,7 @@ def _read_array_record(file: SourceFile, text_field: str) -> Iterator[Document |
             if isinstance(record, Exception):
                 yield Skip(name, "corrupt", str(record)[:200], bad=True)
             else:
-                yield _array_record_text(record, name, text_field)
+                yield _array_record(record, name, records)
     reader.close()
 
 
@@ -221,21 +269,21 @@ def _array_records(reader, indices: range) -> list[bytes | Exception]:
         return records
 
 
-def _array_record_text(record: bytes, name: str, field: str) -> Document | Skip:
+def _array_record(record: bytes, name: str, records: Records) -> Document | Skip:
     if record[:1] == b"{":
         try:
             fields = json.loads(record)
         except (ValueError, RecursionError):
             fields = {}
-        if isinstance(fields, dict) and field in fields:
-            return _text_value(fields[field], name, field)
+        if isinstance(fields, dict) and not records.lacking(fields):
+            return records.document(fields, name)
     try:
-        return Document(name, record.decode())
+        return records.file(record.decode(), name)
     except UnicodeDecodeError as error:
         return Skip(name, "invalid_utf8", f"{error.reason} at byte {error.start}", bad=True)
 
 
-_READERS: dict[str, Callable[[SourceFile, str], Iterator[Document | Skip]]] = {
+_READERS: dict[str, Callable[[SourceFile, Records], Iterator[Document | Skip]]] = {
     "text": _read_text,
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,

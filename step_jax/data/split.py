@@ -36,12 +36,13 @@ def content_hash(text: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def choose(documents: Iterable[Document], fraction: float) -> Choice:
+def choose(documents: Iterable[Document], fraction: float, may_be_cut: bool = True) -> Choice:
     """What one source must add so that it holds out something.
 
     Nothing if one of its documents hashes below the threshold, as in any but a small source;
     else the content with the smallest hash. A source of one content (however often it occurs)
-    gives the last lines of it. Reads no further than it has to.
+    gives the last lines of it, or holds out nothing if it may not be cut. Reads no further than it
+    has to.
     """
     if fraction == 0:
         return Choice()
@@ -55,7 +56,7 @@ def choose(documents: Iterable[Document], fraction: float) -> Choice:
         if below and len(hashes) > 1:
             return Choice()
     if len(hashes) == 1:
-        return Choice(cut=frozenset(hashes))
+        return Choice(cut=frozenset(hashes)) if may_be_cut else Choice()
     return Choice(held=frozenset([min(hashes)])) if hashes else Choice()
 
 

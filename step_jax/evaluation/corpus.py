@@ -9,6 +9,7 @@ from step_jax.data import DataConfig, Heldout, Tokenizer
 from step_jax.data.cache import Documents
 from step_jax.data.files import Skip, list_files
 from step_jax.data.sources import Document, read_file
+from step_jax.data.texts import Texts
 
 
 def whole_corpus(data: DataConfig, tokenizer: Tokenizer) -> tuple[Heldout, list[Skip]]:
@@ -17,29 +18,28 @@ def whole_corpus(data: DataConfig, tokenizer: Tokenizer) -> tuple[Heldout, list[
     Raises:
       DataError: there is no text.
     """
-    texts: list[str] = []
+    documents: list[Document] = []
     skips: list[Skip] = []
     for source in data.resolved_sources:
+        texts = Texts(source.text_field)
         files, left_out = list_files(source)
         skips += left_out
         for file in files:
-            for item in read_file(file, source.text_field, data.max_document_bytes):
+            for item in read_file(file, texts, data.max_document_bytes):
                 if isinstance(item, Document):
-                    texts.append(tokenizer.as_read(item.text))
+                    documents.append(item)
                 else:
                     skips.append(item)
-    if not texts:
+    if not documents:
         paths = ", ".join(source.path for source in data.resolved_sources)
         raise DataError(f"there is no text to evaluate in {paths} ({len(skips)} files left out)")
-    start_id, end_id = tokenizer.document_borders()
-    encoded = [np.append(ids, end_id) for ids in tokenizer.encode_batch(texts)]
-    raw = [text.encode() for text in texts]
-    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    encoded = [part for parts in Texts().encode(documents, tokenizer) for part in parts]
+    offsets = np.cumsum([0, *(len(part.ids) for part in encoded)], dtype=np.int64)
     heldout = Heldout(
-        corpora=(Documents(np.concatenate(encoded), offsets),),
-        raws=(np.frombuffer(b"".join(raw), np.uint8),),
-        bytes_of=(np.array([len(text) for text in raw], np.int64),),
-        bos_id=start_id,
+        corpora=(Documents(np.concatenate([part.ids for part in encoded]), offsets),),
+        raws=(np.frombuffer(b"".join(part.text for part in encoded), np.uint8),),
+        bytes_of=(np.array([len(part.text) for part in encoded], np.int64),),
+        bos_id=tokenizer.document_borders()[0],
         pad_id=tokenizer.pad_id,
         lossy=tokenizer.lossy,
         tokenizer=tokenizer.hash,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,7 +33,20 @@ MAX_SECONDS = 10.0
 MAX_BYTES = 2**29
 _WORKER = Path(__file__).with_name("template_worker.py")
 
+_THOUGHT = re.compile("</?think>")  # which templates take off a content and write anew
+
 Message = Mapping[str, Any]
+
+
+class Answer(NamedTuple):
+    """Where an answer stands in a text.
+
+    start: of what a model is to write, in characters.
+    spans: what of it is learned, in characters.
+    """
+
+    start: int
+    spans: list[tuple[int, int]]
 
 
 class ChatTemplate:
@@ -79,13 +93,14 @@ class ChatTemplate:
                 f"{' and '.join(lacking)}"
             )
         source = Path(__file__).with_name("templates") / f"{which}.jinja"
+        return cls(source.read_text(encoding="utf-8"), cls.variables_of(tokenizer), which)
+
+    @staticmethod
+    def variables_of(tokenizer: Tokenizer) -> dict[str, str]:
+        """What a template may refer to of a tokenizer whose files may not name it."""
         names = {i: text for text, i in tokenizer.special.items()}
-        variables = {
-            role: names[i]
-            for role, i in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id))
-            if i in names
-        }
-        return cls(source.read_text(encoding="utf-8"), variables, which)
+        ids = (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id))
+        return {role: names[i] for role, i in ids if i in names}
 
     def render(
         self,
@@ -112,41 +127,59 @@ class ChatTemplate:
         options = {"add_generation_prompt": add_generation_prompt, "tools": tools} | variables
         return self._run(messages, options, record)[0]
 
-    def assistant_spans(
+    def answers(
         self,
         messages: Sequence[Message],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         record: str = "the conversation",
         **variables: Any,
-    ) -> tuple[str, list[tuple[int, int]]]:
-        """(text, spans of characters that the assistant said), ends and order as in the text.
+    ) -> list[tuple[str, list[Answer]]]:
+        """Texts that teach every answer once, each with its answers in their order.
 
-        They are the template's ``{% generation %}`` blocks if it has them. Otherwise an answer is
-        what its message adds to the conversation before it with ``add_generation_prompt``.
+        An answer is what its message adds to `render` of the messages before it with
+        ``add_generation_prompt``, which is what a model is given that shall write it; of that, what
+        the template marks with ``{% generation %}`` if it has such blocks. One text holds all
+        answers, unless the template writes an answer in another way once others follow it
+        (thoughts that are dropped): a text then ends with it, and the next one begins anew. What
+        follows the last answer is in none.
 
         Raises:
-          DataError: as `render`; or earlier text changes as messages follow, so that there is no
-            saying which part is an answer.
+          DataError: as `render`; or there is no saying which part is an answer, or the template
+            leaves part of it out.
         """
         messages = check_messages(messages, record)
         options = {"add_generation_prompt": False, "tools": tools} | variables
-        text, spans, marked = self._run(messages, options, record, mark=True)
-        if marked:
-            return text, spans
-        spans = []
-        for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
-            asked = options | {"add_generation_prompt": True}
-            start, *_ = self._run(messages[:i], asked, record)
-            end, *_ = self._run(messages[: i + 1], options, record)
-            if not (text.startswith(end) and end.startswith(start)):
+        asking = options | {"add_generation_prompt": True}
+        made: list[tuple[str, list[Answer]]] = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            asked, *_ = self._run(messages[:i], asking, record)
+            text, marks, marked = self._run(messages[: i + 1], options, record, mark=True)
+            start = len(asked)
+            spans = marks if marked else [(start, len(text))]
+            answer = Answer(start, [(max(a, start), b) for a, b in spans if b > start])
+            self._check(message, asked, text, answer, f"{record}, message {i}")
+            before = made.pop()[1] if made and text.startswith(made[-1][0]) else []
+            made.append((text, [*before, answer]))
+        return made
+
+    def _check(self, message: Message, asked: str, text: str, answer: Answer, where: str) -> None:
+        """Raises `DataError` unless all of the message, and nothing before it, is the answer."""
+        if not text.startswith(asked):
+            raise DataError(
+                f"{where}: {self.name} asks for an answer with {asked[-40:]!r}, but writes this "
+                "one in another way, so what the assistant said cannot be told apart. Use a "
+                "template whose add_generation_prompt is what its answers begin with"
+            )
+        said = "".join(text[a:b] for a, b in answer.spans)
+        for part in _said_in(message):
+            if part not in said:
                 raise DataError(
-                    f"{record}: {self.name} writes message {i} in another way once others follow "
-                    "it, so what the assistant said cannot be told apart. Train on one answer a "
-                    "conversation, or use a template with {% generation %} blocks"
+                    f"{where}: {self.name} leaves out {part[:40]!r}, which would not be learned. "
+                    "Use a template that writes it (and marks it, if it has generation blocks)"
                 )
-            spans.append((len(start), len(end)))
-        return text, spans
 
     def _run(
         self, messages: list[dict], options: dict, record: str, mark: bool = False
@@ -163,25 +196,125 @@ class ChatTemplate:
         return reply["text"], [(a, b) for a, b in reply["spans"]], reply["marked"]
 
 
-def encode_chat(
-    tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message], **options: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    """A conversation for training: (ids int32 (n,), bool (n,): said by the assistant).
+class Taught(NamedTuple):
+    """A conversation for training: ids int32 (n,), and bool (n,): said by the assistant."""
 
-    An answer's last stop token is part of it; the line end that templates write after it is not,
-    since nobody will ask for it. ``options`` are those of `ChatTemplate.assistant_spans`.
+    ids: np.ndarray
+    said: np.ndarray
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    *,
+    record: str = "the conversation",
+    **options: Any,
+) -> list[Taught]:
+    """A conversation for training: mostly one sequence, several where `ChatTemplate.answers`, whose
+    ``options`` these are, gives several texts.
+
+    The ids before an answer are those that whoever asks for it encodes: where a token would reach
+    from the one into the other, the text is cut. An answer ends with its stop token; the line end
+    that templates write after it is not part of it, since nobody will ask for it.
+
+    Raises:
+      DataError: as `ChatTemplate.answers`; or an answer has no stop token at its end, or a text
+        cannot be cut where the tokenizer joins it.
     """
-    text, spans = template.assistant_spans(messages, **options)
-    ids, span_of = tokenizer.encode_spans(text)
-    start, end = span_of[:, 0], np.maximum(span_of[:, 1], span_of[:, 0] + 1)
+    texts = template.answers(messages, record=record, **options)
+    return [_encode(tokenizer, text, answers, f"{record}: {template.name}")
+            for text, answers in texts]  # fmt: skip
+
+
+def _encode(tokenizer: Tokenizer, text: str, answers: list[Answer], what: str) -> Taught:
+    ids, place = _read_apart(tokenizer, text, [answer.start for answer in answers], what)
+    start, end = place[:, 0], np.maximum(place[:, 1], place[:, 0] + 1)
     said = np.zeros(len(ids), bool)
-    for first, last in spans:
-        inside = np.flatnonzero((start < last) & (end > first))
-        stops = inside[np.isin(ids[inside], tokenizer.stop_ids)]
-        if stops.size and not text[end[stops[-1]] : last].strip():
-            inside = inside[inside <= stops[-1]]
-        said[inside] = True
-    return ids, said
+    for answer in answers:
+        inside = np.zeros(0, np.int64)
+        for first, last in answer.spans:
+            inside = np.flatnonzero((start < last) & (end > first))
+            stops = inside[np.isin(ids[inside], tokenizer.stop_ids)]
+            if stops.size and not text[end[stops[-1]] : last].strip():
+                inside = inside[inside <= stops[-1]]
+            said[inside] = True
+        if not inside.size or ids[inside[-1]] not in tokenizer.stop_ids:
+            raise DataError(
+                f"{what} ends an answer with none of the stop tokens {list(tokenizer.stop_ids)}: a "
+                "model would not learn to end. Name the token that ends an answer in the "
+                "tokenizer's generation_config.json (eos_token_id), or use another template"
+            )
+    if said[0]:
+        raise DataError(f"{what} begins with an answer, before which there is no token")
+    return Taught(ids, said)
+
+
+def encode_request(
+    tokenizer: Tokenizer, messages: Sequence[Message], record: str = "the conversation"
+) -> list[int]:
+    """Token ids of a conversation that the model shall answer, with the tokenizer's own template.
+
+    Raises:
+      DataError: it has none, or as `ChatTemplate.render`.
+    """
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"{tokenizer.name} has no chat template: its model was not trained on conversations "
+            "here. `step-jax sft` makes one that was"
+        )
+    text = tokenizer.chat_template.render(messages, add_generation_prompt=True, record=record)
+    return tokenizer.encode(text, special=True).tolist()
+
+
+def end_of_answer(tokenizer: Tokenizer, template: ChatTemplate) -> int | None:
+    """The special token that ends an answer, None if it is other text.
+
+    Raises:
+      DataError: the template cannot write one question and its answer.
+    """
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ((text, (answer,)),) = template.answers(talk, record="one question and its answer")
+    ids, place = tokenizer.encode_spans(text)
+    last = answer.spans[-1][1]
+    special = np.flatnonzero(np.isin(ids, list(tokenizer.special.values())))
+    inside = [i for i in special if answer.start <= place[i, 0] < last]
+    if not inside or text[place[inside[-1], 1] : last].strip():
+        return None
+    return int(ids[inside[-1]])
+
+
+def _read_apart(
+    tokenizer: Tokenizer, text: str, starts: list[int], what: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """`Tokenizer.encode_spans`, where the text up to every start has the ids that it has alone."""
+    pieces, begun = [], 0
+    ids, place = tokenizer.encode_spans(text)
+    for start in starts:
+        before, where = tokenizer.encode_spans(text[begun:start])
+        n = len(before)
+        if np.array_equal(ids[:n], before) and (n == len(ids) or place[n, 0] >= start):
+            continue
+        pieces.append((before, where + begun))
+        begun = start
+        ids, place = tokenizer.encode_spans(text[begun:])
+        place = place + begun
+    pieces.append((ids, place))
+    ids, place = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+    if len(pieces) > 1 and tokenizer.decode(ids) != tokenizer.decode(tokenizer.encode(text, True)):
+        raise DataError(
+            f"{what} begins an answer within a token, where {tokenizer.name} cannot cut the text "
+            "and keep it. Use a template that writes a line end or a control token there"
+        )
+    return ids, place
+
+
+def _said_in(message: Message) -> list[str]:
+    """The parts of an answer that its text must have, without the white space around them."""
+    parts = [message.get("reasoning_content"), message.get("content")]
+    parts += [call.get("function", call).get("name") for call in message.get("tool_calls") or ()]
+    texts = (text for part in parts if isinstance(part, str) for text in _THOUGHT.split(part))
+    return [text.strip() for text in texts if text.strip()]
 
 
 def check_messages(messages: Any, record: str) -> list[dict[str, Any]]:
@@ -199,6 +332,7 @@ def check_messages(messages: Any, record: str) -> list[dict[str, Any]]:
                 f"{where}: role is {message.get('role')!r}; it must be one of {', '.join(ROLES)}"
             )
         _check_content(message, where)
+        _check_calls(message, where)
     return [dict(message) for message in messages]
 
 
@@ -219,6 +353,18 @@ def _check_content(message: Message, where: str) -> None:
             raise DataError(f"{where}, part {j} is {part!r:.60}; it must have a `type`")
         if part["type"] == "text" and not isinstance(part.get("text"), str):
             raise DataError(f"{where}, part {j}: a part of type text must have its `text`")
+
+
+def _check_calls(message: Message, where: str) -> None:
+    calls = message.get("tool_calls")
+    if calls is None:
+        return
+    if not isinstance(calls, list):
+        raise DataError(f"{where}: tool_calls is a {type(calls).__name__}; it must be a list")
+    for j, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise DataError(f"{where}, call {j} is {call!r:.60}; it must have the function's name")
 
 
 class _Worker:

@@ -14,6 +14,7 @@ from step_jax.tokenizers.base import FILES, Tokenizer
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _REMEDY = "Give a SentencePiece .model file, a tokenizer.json, or a folder with either"
+_REMEDY_TEMPLATE = "Give chatml, plain, or a file with a Jinja template (data.chat_template)"
 _CONVERT = (
     "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) of transformers writes one"
 )
@@ -60,15 +61,50 @@ def _make(files: dict[str, bytes], name: str) -> Tokenizer:
     return SentencePieceTokenizer(files, name)
 
 
-def read_file(path: Path) -> bytes:
+def chat_tokenizer(tokenizer: Tokenizer, which: str) -> Tokenizer:
+    """The same tokenizer with a chat template, whose answers end with one of its stop tokens.
+
+    Args:
+      which: ``auto`` (its own, ``plain`` if it has none), ``chatml``, ``plain``, or the path of a
+        Jinja file.
+
+    Raises:
+      DataError: there is no such template, or it does not work with this tokenizer.
+    """
+    from step_jax.tokenizers.chat import BUILT_IN, ChatTemplate, end_of_answer
+
+    own, files = tokenizer.chat_template, dict(tokenizer.files)
+    if which == "auto" and own is not None:
+        template = own
+    elif which in ("auto", *BUILT_IN):
+        template = ChatTemplate.built_in("plain" if which == "auto" else which, tokenizer)
+    else:
+        source = read_file(Path(which).expanduser(), _REMEDY_TEMPLATE)
+        variables = ChatTemplate.variables_of(tokenizer) | (own.variables if own else {})
+        template = ChatTemplate(source.decode(errors="replace"), variables, which)
+    if template is not own:
+        files["chat_template.jinja"] = template.source.encode()
+        config = _object_in(files, "tokenizer_config.json", tokenizer.name)
+        if lacking := {k: v for k, v in template.variables.items() if config.get(k) is None}:
+            files["tokenizer_config.json"] = json.dumps(config | lacking, indent=1).encode()
+    end = end_of_answer(tokenizer, template)
+    if end is not None and end not in tokenizer.stop_ids:
+        generation = _object_in(files, "generation_config.json", tokenizer.name)
+        generation["eos_token_id"] = [*tokenizer.stop_ids, end]
+        files["generation_config.json"] = json.dumps(generation, indent=1).encode()
+    return tokenizer if files == tokenizer.files else _make(files, tokenizer.name)
+
+
+def _object_in(files: Mapping[str, bytes], name: str, owner: str) -> dict[str, Any]:
+    return parse_object(files[name], f"{owner}, {name}") if name in files else {}
+
+
+def read_file(path: Path, remedy: str = f"{_REMEDY}, or `data.tokenizer: train`") -> bytes:
     """A file of a tokenizer; raises `DataError` if it is unreadable, empty, or not the file."""
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"tokenizer {path} cannot be read ({error.strerror}). {_REMEDY}, or "
-            "`data.tokenizer: train`"
-        ) from error
+        raise DataError(f"{path} cannot be read ({error.strerror}). {remedy}") from error
     if not content.strip():
         raise DataError(f"{path} is empty: copy or download it again")
     if content.startswith(b"version https://git-lfs"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 
@@ -33,6 +33,7 @@ from step_jax.runs.console import Shown
 from step_jax.runs.device_memory import available, fitting, needed
 from step_jax.runs.expert_alarm import ExpertAlarm, ExpertHealth
 from step_jax.runs.session import RunConfig, Session
+from step_jax.tokenizers.base import Tokenizer
 from step_jax.training.learner import learn
 from step_jax.training.losses.text import packed_text_loss
 from step_jax.training.optimizers.config import AdamW, OptimizerConfig, check_optimizer
@@ -161,17 +162,9 @@ class Config:
 
     def validate(self):
         """What can be known to fail before text is read and devices are touched."""
-        T, training = self.data.sequence_length, self.training
-        tokens = training.rows(T, 1) * T
-        steps = training.total_steps(tokens)
-        check_optimizer(self.optimizer, steps, steps * tokens)
-        self.run.profile.check(steps)
-        if self.model is None and self.init_from is None:
-            raise ConfigError("give a model, or init_from: what to start from")
+        check_length(self)
         if self.model is not None:
             check_documents(self.model, self.data)
-        if self.model is not None and self.trains_tokenizer:
-            with_vocabulary(self.model, self.data.vocab_size)
 
     @property
     def decoder(self) -> Decoder:
@@ -179,14 +172,48 @@ class Config:
         assert self.model is not None
         return self.model
 
+
+def check_length(config: TextLoop) -> None:
+    """Raises ConfigError for an optimizer or a profile that does not fit the run's steps."""
+    T, training = config.data.sequence_length, config.training
+    tokens = training.rows(T, 1) * T
+    steps = training.total_steps(tokens)
+    check_optimizer(config.optimizer, steps, steps * tokens)
+    config.run.profile.check(steps)
+    if config.model is None and config.init_from is None:
+        raise ConfigError("give a model, or init_from: what to start from")
+    if config.model is not None and trains_tokenizer(config):
+        with_vocabulary(config.model, config.data.vocab_size)
+
+
+def trains_tokenizer(config: TextLoop) -> bool:
+    """Whether the tokenizer is made of the text: none is named, nor comes with a model."""
+    return config.data.tokenizer == TRAIN_TOKENIZER and config.init_from is None
+
+
+class TextLoop(Protocol):
+    """What the loops share that train a decoder on rows of tokens: parts of their configuration."""
+
     @property
-    def trains_tokenizer(self) -> bool:
-        """Whether the tokenizer is made of the text: none is named, nor comes with a model."""
-        return self.data.tokenizer == TRAIN_TOKENIZER and self.init_from is None
+    def loop(self) -> str: ...
+    @property
+    def run(self) -> RunConfig: ...
+    @property
+    def training(self) -> Training: ...
+    @property
+    def model(self) -> Decoder | None: ...
+    @property
+    def init_from(self) -> InitFrom | None: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def execution(self) -> Execution: ...
 
 
 def start_of(
-    config: Config, sharding: Sharding, goes_on_from: str | None = None, *, arrays: bool = True
+    config: TextLoop, sharding: Sharding, goes_on_from: str | None = None, *, arrays: bool = True
 ) -> Start:
     """See ``starting_point``; a model without a vocabulary has the artifact's."""
     return starting_point(
@@ -227,8 +254,9 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             begin.model, config.execution, config.data.sequence_length, sharding
         )  # refuses before the data are prepared
         dataset = prepare_data(config, begin, sharding, report.event)
+        sample_prompts(config, dataset.tokenizer)  # refuses one that is too long
         config = replace(config, model=with_vocabulary(begin.model, dataset.tokenizer.vocab_size))
-        built = make_program(config, sharding)
+        built = make_program(config, config.decoder, sharding)
         train_step = fitting(  # before the state is made, which may be too much already
             built.compile, jax.local_devices()[0], force
         )
@@ -276,20 +304,26 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             score(step + 1)
         batches.close()
         session.flush()
-        return finish(session, config, dataset, evaluate, best(state.learners[LEARNER]))
+        params = best(state.learners[LEARNER])
+        return finish(
+            session,
+            dataset,
+            evaluate,
+            params,
+            write_samples(config, sharding, dataset.tokenizer, params),
+            f"write more:   step-jax generate {session.directory.path} --prompt 'import os'",
+        )
 
 
-def prepare_data(config: Config, begin: Start, sharding: Sharding, report) -> TextDataset:
+def prepare_data(config: TextLoop, begin: Start, sharding: Sharding, report) -> TextDataset:
     """The dataset of this process's rows; processes that share rows read the same ones."""
     T = config.data.sequence_length
     rows = config.training.rows(T, sharding.ways("batch"))
-    if config.trains_tokenizer:  # a mesh that does not divide is known already
-        make_program(
-            replace(config, model=with_vocabulary(begin.model, config.data.vocab_size)), sharding
-        )
+    if trains_tokenizer(config):  # a mesh that does not divide is known already
+        make_program(config, with_vocabulary(begin.model, config.data.vocab_size), sharding)
     index, count = process_rows(sharding, rows)
-    named = config.data.tokenizer != TRAIN_TOKENIZER or config.trains_tokenizer
-    dataset = TextDataset.build(
+    named = config.data.tokenizer != TRAIN_TOKENIZER or trains_tokenizer(config)
+    return TextDataset.build(
         config.data,
         batch_size=rows,
         seed=config.run.seed,
@@ -298,16 +332,9 @@ def prepare_data(config: Config, begin: Start, sharding: Sharding, report) -> Te
         tokenizer=None if named else begin.tokenizer,
         report=report,
     )
-    for prompt in config.sample.prompts if config.sample.tokens else ():
-        if len(dataset.tokenizer.encode_prompt(prompt)) >= T:
-            raise ConfigError(
-                f"the sample prompt {prompt[:40]!r} leaves no room in a context of {T} tokens: "
-                "shorten it, or raise data.sequence_length"
-            )
-    return dataset
 
 
-def program(config: Config, sharding: Sharding) -> Program:
+def program(config: TextLoop, sharding: Sharding) -> Program:
     """What the loop compiles, without opening the text.
 
     Raises:
@@ -316,17 +343,17 @@ def program(config: Config, sharding: Sharding) -> Program:
     begin = start_of(config, sharding, arrays=False)
     model, data = begin.model, config.data
     if not model.vocab:
-        if not config.trains_tokenizer:
+        if not trains_tokenizer(config):
             raise ConfigError(
                 "a plan does not open the tokenizer: set model.vocab to the size of its vocabulary"
             )
         model = with_vocabulary(model, data.vocab_size)
-    return make_program(replace(config, model=model), sharding)
+    return make_program(config, model, sharding)
 
 
-def make_program(config: Config, sharding: Sharding) -> Program:
-    """The program of a configuration whose model has its vocabulary."""
-    model, training, T = config.decoder, config.training, config.data.sequence_length
+def make_program(config: TextLoop, model: Decoder, sharding: Sharding) -> Program:
+    """The program of a configuration and its model, which has its vocabulary."""
+    training, T = config.training, config.data.sequence_length
     rows = training.rows(T, sharding.ways("batch"))
     tokens = rows * T
     total_steps = training.total_steps(tokens)
@@ -363,7 +390,7 @@ def make_program(config: Config, sharding: Sharding) -> Program:
     )
 
 
-def describe(config: Config, begin: Start, dataset: TextDataset) -> Description:
+def describe(config: TextLoop, begin: Start, dataset: TextDataset) -> Description:
     """What every checkpoint of the run is."""
     part = begin.part(config.model, average=config.training.ema_decay is not None)
     return Description(
@@ -377,11 +404,12 @@ def describe(config: Config, begin: Start, dataset: TextDataset) -> Description:
 
 
 def header(
-    config: Config, built: Program, dataset: TextDataset, train_step, chosen: dict[str, str]
+    config: TextLoop, built: Program, dataset: TextDataset, train_step, chosen: dict[str, str]
 ) -> dict[str, Any]:
     """What the run shows before its first step; ``chosen`` as of ``facts.implementations``."""
     T, steps = config.data.sequence_length, built.total_steps
     learning, tokens = built.learnings[LEARNER], built.work.count
+    assert config.model is not None
     need, limit = needed(train_step), available(jax.local_devices()[0])
     trained = spec_lib.count(spec_lib.trained(learning.specs))
     whole = spec_lib.count(learning.specs)
@@ -398,7 +426,7 @@ def header(
             f"{steps * tokens / max(1, dataset.tokens_per_epoch):.2f} epochs)",
         ),
         "peak learning rate": learning.optimizer.peak,
-        "cache bytes per token": cache_bytes_per_token(config.decoder),
+        "cache bytes per token": cache_bytes_per_token(config.model),
     }
     if need is not None and limit is not None:
         state = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(built.state_like))
@@ -411,8 +439,15 @@ def header(
     return values
 
 
-def finish(session: Session, config: Config, dataset: TextDataset, evaluate, params):
-    """Scores every held-out token, writes samples and the plot, and says where everything is."""
+def finish(
+    session: Session, dataset: TextDataset, evaluate, params, texts: list[str], go_on: str
+) -> dict[str, float]:
+    """Scores every held-out token, keeps the samples, draws the plot, and says where everything is.
+
+    Args:
+      texts: that the model wrote.
+      go_on: a line that says how to have more of them.
+    """
     report, directory = session.reporter, session.directory
     result = evaluate(params, dataset.heldout) if dataset.heldout.documents else {}
     if result:
@@ -422,7 +457,6 @@ def finish(session: Session, config: Config, dataset: TextDataset, evaluate, par
         baselines["held-out"] = f"not available: the tokenizer loses text ({dataset.heldout.lossy})"
     elif session.primary:
         baselines = dataset.heldout.compressed_bits_per_byte()
-    texts = write_samples(config, session.sharding, dataset.tokenizer, params)
     if session.primary:
         directory.samples.mkdir(exist_ok=True)
         path = directory.samples / f"step_{session.total_steps}.txt"
@@ -442,22 +476,56 @@ def finish(session: Session, config: Config, dataset: TextDataset, evaluate, par
     )
     report.event(
         f"everything is in {directory.path}: the loss in plots/loss.png, texts in samples/\n"
-        f"write more:   step-jax generate {directory.path} --prompt 'import os'\n"
+        f"{go_on}\n"
         f"score it:     step-jax eval {directory.path}\n"
         f"compare runs: step-jax runs {directory.path.parent}"
     )
     return result
 
 
-def write_samples(config: Config, sharding: Sharding, tokenizer, params) -> list[str]:
+def sample_prompts(config: Config, tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of the prompts of ``config.sample``.
+
+    Raises:
+      ConfigError: one leaves no room in the context.
+    """
+    prompts = config.sample.prompts if config.sample.tokens else ()
+    return [
+        with_room(tokenizer.encode_prompt(prompt), prompt, config.data.sequence_length)
+        for prompt in prompts
+    ]
+
+
+def with_room(ids: list[int], prompt: str, context: int) -> list[int]:
+    """The ids of a prompt. Raises ConfigError where they leave no room in the context."""
+    if len(ids) >= context:
+        raise ConfigError(
+            f"the sample prompt {prompt[:40]!r} leaves no room in a context of {context} tokens: "
+            "shorten it, or raise data.sequence_length"
+        )
+    return ids
+
+
+def write_samples(config: Config, sharding: Sharding, tokenizer: Tokenizer, params) -> list[str]:
     """One text per prompt of ``config.sample``, prompt included."""
-    sample = config.sample
-    if not sample.tokens:
+    prompts = sample_prompts(config, tokenizer)
+    written = continued(config, config.sample, sharding, tokenizer, params, prompts)
+    return [
+        prompt + tokenizer.decode_continuation(ids, tokens)
+        for prompt, ids, tokens in zip(config.sample.prompts, prompts, written, strict=False)
+    ]
+
+
+def continued(
+    config: TextLoop, sample: Sample, sharding: Sharding, tokenizer: Tokenizer, params, prompts
+) -> list[list[int]]:
+    """The tokens that the model writes after each prompt (token ids)."""
+    if not prompts:
         return []
-    prompts = [tokenizer.encode_prompt(prompt) for prompt in sample.prompts]
+    assert config.model is not None
     written = generate(
         params,
-        config.decoder,
+        config.model,
         prompts,
         sample.sampling(config.run.seed),
         max_length=config.data.sequence_length,
@@ -465,7 +533,4 @@ def write_samples(config: Config, sharding: Sharding, tokenizer, params) -> list
         execution=config.execution,
         sharding=sharding,
     )
-    return [
-        prompt + tokenizer.decode_continuation(ids, tokens)
-        for prompt, ids, tokens in zip(sample.prompts, prompts, written.tokens, strict=True)
-    ]
+    return [list(tokens) for tokens in written.tokens]

@@ -73,7 +73,7 @@ def test_half_a_cache_is_built_again(config):
 
 
 def test_a_failure_leaves_nothing_behind(config, monkeypatch):
-    def fail(self, files):
+    def fail(self):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:

@@ -13,14 +13,15 @@ from step_jax.data import Source
 from step_jax.data.files import Skip, list_files
 from step_jax.data.sources import Document, read_file
 from step_jax.data.split import Choice, choose, split_documents
+from step_jax.data.texts import Texts
 
 TEXTS = ["one\n", "two \u4e16", "", "{not json", "five"]
 
 
 def read(path, **options):
     files, skips = list_files(Source(path=str(path), **options))
-    field = options.get("text_field", "text")
-    items = [item for file in files for item in read_file(file, field, 1000)]
+    texts = Texts(options.get("text_field", "text"))
+    items = [item for file in files for item in read_file(file, texts, 1000)]
     documents = [item for item in items if isinstance(item, Document)]
     return documents, skips + [item for item in items if isinstance(item, Skip)]
 

@@ -1,9 +1,11 @@
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from step_jax.cli.main import main
+from step_jax.core.errors import ExitCode
 from step_jax.tokenizers.files import load_tokenizer
 
 
@@ -59,3 +61,20 @@ def test_tokenize_shows_why_a_chat_template_fails(corpus, tmp_path, capsys):
     argv = ["tokenize", "--data.path", str(corpus), "--data.tokenizer", str(tmp_path / "t")]
     assert main([*argv, "--data.cache-dir", str(tmp_path / "cache")]) == 0
     assert "failed: system first" in capsys.readouterr().out
+
+
+def test_tokenize_takes_the_recipe_of_any_loop_that_reads_text(tmp_path, capsys):
+    pairs = [{"prompt": f"the fox {i}?", "completion": f"a dog {i}"} for i in range(60)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"loop: sft\nrun: {{directory: {tmp_path}/run}}\ntraining: {{steps: 1, batch_size: 1}}\n"
+        f"model: {{width: 8, layers: []}}\ndata: {{path: {tmp_path}/d.jsonl, vocab_size: 300, "
+        f"cache_dir: {tmp_path}/cache}}\n"
+    )
+    assert main(["tokenize", str(recipe)]) == 0
+    printed = capsys.readouterr().out
+    assert "tokens learned" in printed and "Assistant: 4" in printed
+    recipe.write_text("loop: reinforce\n")
+    assert main(["tokenize", str(recipe)]) == ExitCode.CONFIG
+    assert "a loop that reads no text" in capsys.readouterr().err

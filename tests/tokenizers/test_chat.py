@@ -9,7 +9,7 @@ import pytest
 from step_jax.core.errors import DataError
 from step_jax.tokenizers import chat
 from step_jax.tokenizers.chat import ChatTemplate, encode_chat
-from tests.tokenizers.made import byte_level, ours
+from tests.tokenizers.made import byte_level, metaspace, ours
 
 ASK = {"role": "user", "content": "the fox?"}
 SAY = {"role": "assistant", "content": "yes"}
@@ -25,9 +25,13 @@ def template(source: str) -> ChatTemplate:
     return ChatTemplate(source, {"eos_token": "</s>"}, "mine.jinja")
 
 
+def spans_of(text, answers) -> list[str]:
+    return [text[a:b] for answer in answers for a, b in answer.spans]
+
+
 def said(tokenizer, made, messages) -> list[str]:
     """What the mask marks, one text for every run of marked tokens."""
-    ids, mask = encode_chat(tokenizer, made, messages)
+    ((ids, mask),) = encode_chat(tokenizer, made, messages)
     names = {i: text for text, i in tokenizer.special.items()}
     runs = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(mask)) + 1)
     written = [
@@ -41,12 +45,12 @@ def said(tokenizer, made, messages) -> list[str]:
 def test_chatml_marks_every_answer_and_its_end(qwen_like):
     made = ChatTemplate.built_in("chatml", qwen_like)
     system = {"role": "system", "content": "be kind"}
-    text, spans = made.assistant_spans([system, ASK, SAY, ASK, SAY])
+    ((text, answers),) = made.answers([system, ASK, SAY, ASK, SAY])
     assert text == (
         "<|im_start|>system\nbe kind<|im_end|>\n"
         + 2 * "<|im_start|>user\nthe fox?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n"
     )
-    assert [text[a:b] for a, b in spans] == ["yes<|im_end|>"] * 2
+    assert spans_of(text, answers) == ["yes<|im_end|>"] * 2
     assert said(qwen_like, made, [system, ASK, SAY, ASK, SAY]) == ["yes<|im_end|>"] * 2
     asked = made.render([system, ASK], add_generation_prompt=True)
     assert text.startswith(asked) and asked.endswith("<|im_start|>assistant\n")
@@ -54,7 +58,7 @@ def test_chatml_marks_every_answer_and_its_end(qwen_like):
 
 def test_plain_needs_an_end_token_only(qwen_like):
     made = ChatTemplate.built_in("plain", qwen_like)
-    text, ((a, b),) = made.assistant_spans([ASK, SAY])
+    ((text, ((_, ((a, b),)),)),) = made.answers([ASK, SAY])
     assert text == "User: the fox?\n\nAssistant: yes<|im_end|>\n\n"
     assert text[a:b] == " yes<|im_end|>" and text[:a] == made.render(
         [ASK], add_generation_prompt=True
@@ -65,7 +69,7 @@ def test_plain_needs_an_end_token_only(qwen_like):
 
 def test_plain_works_with_a_trained_sentencepiece(tokenizer):
     made = ChatTemplate.built_in("plain", tokenizer)
-    ids, mask = encode_chat(tokenizer, made, [ASK, SAY])
+    ((ids, mask),) = encode_chat(tokenizer, made, [ASK, SAY])
     assert tokenizer.decode(ids) == "User: the fox?\n\nAssistant: yes\n\n"
     assert tokenizer.decode(ids[mask]) == " yes" and ids[mask][-1] == tokenizer.eos_id
     with pytest.raises(DataError, match="chatml writes: <|im_start|> and"):
@@ -90,26 +94,104 @@ PREFIXES = """\
 
 def test_answers_are_found_by_prefixes_where_a_template_marks_none(qwen_like):
     made = template(PREFIXES)
-    text, spans = made.assistant_spans([ASK, SAY, ASK, SAY])
-    assert [text[a:b] for a, b in spans] == ["yes<|im_end|>\n"] * 2
+    ((text, answers),) = made.answers([ASK, SAY, ASK, SAY])
+    assert spans_of(text, answers) == ["yes<|im_end|>\n"] * 2
     assert said(qwen_like, made, [ASK, SAY, ASK, SAY]) == ["yes<|im_end|>"] * 2
 
 
-def test_a_template_that_rewrites_earlier_answers_is_refused(qwen_like):
-    forgetful = template(PREFIXES.replace("m.content", "(m.content if loop.last else '')"))
-    assert len(forgetful.assistant_spans([ASK | {"content": ""}, SAY])[1]) == 1
-    with pytest.raises(DataError, match="chats:7: mine.jinja writes message 1 in another way"):
-        forgetful.assistant_spans([ASK | {"content": ""}, SAY, ASK, SAY], record="chats:7")
+CONTENT = "(m.content if loop.last else m.content.split('</think>')[-1])"
+FORGETFUL = PREFIXES.replace("m.content", CONTENT)
+MARKED = FORGETFUL.replace(
+    f"+ {CONTENT} + '<|im_end|>\\n' }}}}",
+    f"}}}}{{%- generation %}}{{{{- {CONTENT} + '<|im_end|>' }}}}{{%- endgeneration %}}"
+    "{{- '\\n' }}",
+)
+
+
+@pytest.mark.parametrize(("source", "end"), [(FORGETFUL, "\n"), (MARKED, "")])
+def test_an_answer_that_is_rewritten_later_is_learned_as_it_was_given(qwen_like, source, end):
+    """Thoughts that a template drops once others follow: one text for each answer, as generation
+    is given it."""
+    made = template(source)
+    thinks = [SAY | {"content": f"<think>{i}</think>{i}"} for i in range(2)]
+    messages = [ASK, thinks[0], ASK, thinks[1]]
+    first, second = made.answers(messages)
+    assert first[0] == made.render(messages[:2]) and second[0] == made.render(messages)
+    assert "<think>0</think>" in first[0] and "<think>0</think>" not in second[0]
+    assert spans_of(*first) == ["<think>0</think>0<|im_end|>" + end]
+    assert spans_of(*second) == ["<think>1</think>1<|im_end|>" + end]
+    taught = encode_chat(qwen_like, made, messages)
+    asked = made.render(messages[:3], add_generation_prompt=True)
+    before = qwen_like.encode(asked, special=True)
+    ids, mask = taught[1]
+    np.testing.assert_array_equal(ids[: len(before)], before)
+    assert not mask[: len(before)].any() and mask[len(before)]
+
+
+def test_what_a_template_leaves_out_or_writes_otherwise_is_refused(qwen_like):
+    deaf = template(PREFIXES)  # knows no reasoning_content
+    with pytest.raises(DataError, match="chats:7, message 1: mine.jinja leaves out 'because'"):
+        deaf.answers([ASK, SAY | {"reasoning_content": "because "}], record="chats:7")
+    forced = template(PREFIXES.replace("assistant\\n' }}", "assistant\\n<think>' }}"))
+    with pytest.raises(DataError, match="message 1: mine.jinja asks for an answer with .*think>"):
+        forced.answers([ASK, SAY])
+    assert len(forced.answers([ASK, SAY | {"content": "<think>no</think>yes"}])) == 1
+    endless = template(PREFIXES.replace("<|im_end|>", ""))
+    with pytest.raises(DataError, match="chats:7: mine.jinja ends an answer with none of the stop"):
+        encode_chat(qwen_like, endless, [ASK, SAY], record="chats:7")
+
+
+def test_a_token_that_reaches_from_the_question_into_the_answer_is_cut(qwen_like):
+    """As generation is given it: the ids of the question alone, then those of the answer."""
+    source = PREFIXES.replace("assistant\\n' }}", "assistant\\nth' }}")
+    made = template(
+        source.replace("m.content", "('th' if m.role == 'assistant' else '') + m.content")
+    )
+    messages = [ASK | {"content": ""}, SAY | {"content": "e fox"}] * 2
+    whole = qwen_like.encode(made.render(messages), special=True)
+    ((ids, mask),) = encode_chat(qwen_like, made, messages)
+    assert len(ids) > len(whole) and qwen_like.decode(ids) == qwen_like.decode(whole)
+    starts = np.flatnonzero(np.diff(mask.astype(int)) == 1) + 1
+    assert [qwen_like.decode(ids[i:])[:5] for i in starts] == ["e fox"] * 2
+    first = qwen_like.encode(made.render(messages[:1], add_generation_prompt=True), special=True)
+    np.testing.assert_array_equal(ids[: len(first)], first)
+
+
+def test_a_text_that_cannot_be_cut_is_refused():
+    """A tokenizer that puts a space before every text that it reads."""
+    spaced = ours(metaspace(), tokenizer_config={"eos_token": "</s>"})
+    made = template(
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}"
+        "{% endfor %}"
+    )
+    with pytest.raises(DataError, match="begins an answer within a token"):
+        encode_chat(spaced, made, [ASK | {"content": "th"}, SAY | {"content": "e"}])
+
+
+@pytest.mark.parametrize("name", chat.BUILT_IN)
+def test_built_in_templates_write_thoughts_calls_and_tools(qwen_like, name):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    messages = [ASK, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    messages += [{"role": "tool", "content": "4"}, SAY | {"reasoning_content": "it says 4"}]
+    made = ChatTemplate.built_in(name, qwen_like)
+    texts = said(qwen_like, made, messages)
+    function = '{"name": "add", "arguments": {"a": 2}}'
+    assert [function in texts[0], "it says 4" in texts[1], len(texts)] == [True, True, 2]
+    assert all(text.endswith("<|im_end|>") for text in texts)
+    assert '[{"name": "add"}]' in made.render(messages[:1], tools=[{"name": "add"}])
 
 
 def test_marks_leave_no_trace_whatever_a_message_holds():
-    made = template("{% generation %}{{ messages[0].content }}{% endgeneration %}!")
-    text, spans = made.assistant_spans([{"role": "assistant", "content": "\0a<\0>b\ue000"}])
-    assert (text, spans) == ("\0a<\0>b\ue000!", [(0, 7)])
-    nosy = "{% set x %}{% generation %}a{% endgeneration %}{% endset %}{{ x | length }}"
+    made = template(
+        "{{ messages[0].content }}{% if messages[1] is defined %}{% generation %}"
+        "{{ messages[1].content }}{% endgeneration %}!{% endif %}"
+    )
+    (made_of,) = made.answers([ASK, {"role": "assistant", "content": "\0a<\0>b\ue000"}])
+    assert made_of == ("the fox?\0a<\0>b\ue000!", [(8, [(8, 15)])])
+    nosy = "{% set x %}{% generation %}yes{% endgeneration %}{% endset %}{{ x | length }}"
     with pytest.raises(DataError, match="looks at the text of a generation block"):
-        template(nosy).assistant_spans([SAY])
-    assert template(nosy).render([SAY]) == "1"
+        template(nosy).answers([ASK, SAY])
+    assert template(nosy).render([SAY]) == "3"
 
 
 def test_variables_and_tools_reach_the_template():
@@ -154,7 +236,7 @@ def test_variables_and_tools_reach_the_template():
 )
 def test_what_a_template_may_not_do_is_named(source, message):
     with pytest.raises(DataError, match=f"chats:3: .*({message})"):
-        template(source).assistant_spans([ASK], record="chats:3")
+        template(source).answers([ASK, SAY], record="chats:3")
 
 
 @pytest.mark.parametrize(
@@ -227,6 +309,8 @@ def test_a_template_s_process_gets_no_secrets_and_ends_with_its_owner(monkeypatc
         ([{"role": "user", "content": ["x"]}], "message 0, part 0 is 'x'"),
         ([{"role": "user", "content": [{"type": "text"}]}], "part 0: a part of type text"),
         ([{"role": "user", "content": "x", "extra": {1, 2}}], "no JSON value"),
+        ([SAY | {"tool_calls": "f"}], "message 0: tool_calls is a str"),
+        ([SAY | {"tool_calls": [{"function": {}}]}], "message 0, call 0 is .*function's name"),
     ],
 )
 def test_messages_that_are_none_are_refused_by_place(messages, message):

@@ -40,17 +40,22 @@ def run_loop(
             self.flush()
             raise PowerCut
 
-    # half the compile time; what is compared here does not depend on it
+    with pytest.MonkeyPatch.context() as patch, fast_compile():
+        patch.setattr(Sharding, "build", staticmethod(on_some))
+        patch.setattr(Session, "finished", watched)
+        with pytest.raises(PowerCut) if cut_after else contextlib.nullcontext():
+            assert main([command, recipe, *flags]) == 0
+    return last.get("state")
+
+
+@contextlib.contextmanager
+def fast_compile():
+    """Half the compile time, for comparisons that do not depend on it."""
     jax.config.update("jax_disable_most_optimizations", True)
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Sharding, "build", staticmethod(on_some))
-            patch.setattr(Session, "finished", watched)
-            with pytest.raises(PowerCut) if cut_after else contextlib.nullcontext():
-                assert main([command, recipe, *flags]) == 0
+        yield
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
-    return last.get("state")
 
 
 def steps(run: Path) -> list[dict]:

@@ -17,7 +17,7 @@ from tests.trainers.loops import run_loop, steps
 from tests.trainers.test_loop_contract import CASES, places  # noqa: F401 - a fixture
 
 ONE = Sharding.build(MeshConfig(), jax.devices()[:1])
-PRETRAIN, REINFORCE, FLOW, _ = CASES
+PRETRAIN, SFT, REINFORCE, FLOW, _ = CASES
 
 
 @pytest.fixture(scope="module")

@@ -38,12 +38,13 @@ DECODER = """
         - attention: {{kind: mfa, heads: 2, head_dim: 8}}
           mlp: {{kind: swiglu, hidden: 32}}
 """
-TEXT = """
-data: {{path: {text}, vocab_size: 300, sequence_length: 16, cache_dir: {cache}}}
+READS = """
 evaluation: {{every_steps: 0, tokens: 100}}
 sample: {{tokens: 0}}
 execution: {{dtype: float32}}
 """
+DATA = "data: {{{{path: {{{0}}}, vocab_size: 300, sequence_length: {1}, cache_dir: {{cache}}}}}}\n"
+TEXT, CHATS = DATA.format("text", 16), DATA.format("chats", 64)
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class Case:
 
 
 CASES = [
-    Case("pretrain", DECODER, "training: {{steps: 6, batch_size: 8}}" + TEXT, Decoder),
+    Case("pretrain", DECODER, "training: {{steps: 6, batch_size: 8}}\n" + TEXT + READS, Decoder),
+    Case("sft", DECODER, "training: {{steps: 6, batch_size: 8}}\n" + CHATS + READS, Decoder),
     Case(
         "reinforce",
         DECODER + "  vocab: 12\n",
@@ -102,7 +104,13 @@ def places(tmp_path_factory) -> dict[str, Path]:
     for i in range(40):
         text = " ".join(f"{w} {n % 10}=" for n, w in enumerate(rng.choice(WORDS, 60)))
         (folder / "text" / f"{i}.txt").write_text(text)
-    return {"text": folder / "text", "cache": folder / "cache"}
+    (folder / "chats").mkdir()
+    with open(folder / "chats" / "a.jsonl", "w") as file:
+        for i in range(80):
+            asked, *answers = rng.choice(WORDS, 3)
+            pair = {"prompt": f"{asked} {i}?", "completion": " ".join(answers)}
+            file.write(json.dumps(pair) + "\n")
+    return {name: folder / name for name in ("text", "chats", "cache")}
 
 
 @pytest.fixture(scope="session")
@@ -226,7 +234,7 @@ def test_every_result_can_be_given_to_every_loop_of_its_kind(
         assert main([case.loop, recipe]) == ExitCode.FAILURE
         assert "has no tokenizer" in capsys.readouterr().err
         return
-    if source.loop == "reinforce" and case.loop == "pretrain":
+    if source.loop == "reinforce" and case.loop in ("pretrain", "sft"):
         assert main([case.loop, recipe]) == ExitCode.FAILURE  # eleven symbols are no text
         assert "no end-of-text token" in capsys.readouterr().err
         return
