@@ -21,7 +21,8 @@ INSTALL := -m pip install -qq --disable-pip-version-check --no-compile
 CONFIG ?= configs/quickstart.yaml
 DATA ?=
 ARGS ?=
-PYTEST_ARGS ?= -n auto
+# A file stays with one process, which makes its fixtures and compiles its programs once.
+PYTEST_ARGS ?= -n auto --dist loadfile
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
