@@ -64,13 +64,14 @@ def test_tokenize_shows_why_a_chat_template_fails(corpus, tmp_path, capsys):
 
 
 def test_tokenize_takes_the_recipe_of_any_loop_that_reads_text(tmp_path, capsys):
-    pairs = [{"prompt": f"the fox {i}?", "completion": f"a dog {i}"} for i in range(60)]
+    pairs = [{"prompt": f"the fox {i}?", "completion": f"seven wizards box {i}"} for i in range(60)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"loop: sft\nrun: {{directory: {tmp_path}/run}}\ntraining: {{steps: 1, batch_size: 1}}\n"
-        f"model: {{width: 8, layers: []}}\ndata: {{path: {tmp_path}/d.jsonl, vocab_size: 300, "
-        f"cache_dir: {tmp_path}/cache}}\n"
+        "init_from: {artifact: nowhere}\noptimizer: {kind: adamw, learning_rate: 1e-3, schedule: "
+        f"{{kind: constant, warmup_steps: 0}}}}\ndata: {{path: {tmp_path}/d.jsonl, "
+        f"vocab_size: 300, cache_dir: {tmp_path}/cache}}\n"
     )
     assert main(["tokenize", str(recipe)]) == 0
     printed = capsys.readouterr().out
