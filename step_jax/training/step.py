@@ -58,7 +58,7 @@ class LossOutput:
       metrics: name to (sum, weight), each reported as its weighted mean over the batch.
       sums: a tree of arrays that add up, for ``joint`` and for ``make_train_step``'s ``report``.
       joint: more parts of the loss, as a function of the whole batch's ``sums``: what is no sum
-        over rows (the balance of experts). None for none.
+        over rows (the balance of experts); the same function object in every call. None for none.
     """
 
     parts: dict[str, Part]
@@ -75,9 +75,11 @@ class LossOutput:
 
     @property
     def single(self) -> Part | None:
-        """The only part, if there is but one: its gradient may be divided after it is summed."""
+        """The part that is the loss, if there is but one: its gradient may be divided after it is
+        summed."""
         parts = list(self.parts.values())
-        return parts[0] if len(parts) == 1 and self.joint is None else None
+        alone = len(parts) == 1 and self.joint is None and parts[0].coefficient == 1.0
+        return parts[0] if alone else None
 
 
 #: (params by learner, microbatch, key) -> LossOutput

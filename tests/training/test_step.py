@@ -125,6 +125,25 @@ def test_accumulation_equals_the_large_batch(accumulation):
     equal(expected, mean, atol=1e-6)
 
 
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_part_alone_counts_with_its_coefficient(accumulation):
+    params, batch = arrays()
+
+    def half(params, batch, key):
+        out = loss_fn(params, batch, key)
+        part = dataclasses.replace(out.parts["error"], coefficient=0.5)
+        return dataclasses.replace(out, parts={"error": part})
+
+    whole, told = train_step(loss_fn, sgd(1.0), accumulation=accumulation)(
+        start(params, sgd(1.0)), batch
+    )
+    halved, half_told = train_step(half, sgd(2.0), accumulation=accumulation)(
+        start(params, sgd(2.0)), batch
+    )
+    assert float(half_told["loss"]) == pytest.approx(0.5 * float(told["loss"]), rel=1e-6)
+    equal(params_of(halved), params_of(whole), rtol=1e-5, atol=1e-6)
+
+
 def test_accumulation_takes_rows_modulo():
     seen = []
     batch = {"row": np.arange(6, dtype=np.float32)}
