@@ -5,12 +5,11 @@ from types import SimpleNamespace
 import pytest
 from tokenizers import normalizers
 
-from step_jax.cli.generate import _write
+from step_jax.cli.generate import GenerateConfig, _write
 from step_jax.cli.main import main
 from step_jax.data import DataConfig
 from step_jax.evaluation.heldout import figures
 from step_jax.inference.generate import Generation
-from step_jax.inference.sampling import SamplingConfig
 from tests.artifacts import save_run
 from tests.models import small
 from tests.tokenizers.made import byte_level, metaspace, ours
@@ -68,6 +67,6 @@ def test_generate_keeps_the_space_between_prompt_and_answer(monkeypatch, capsys,
     artifact = SimpleNamespace(
         tokenizer=tokenizer, context_of_text=LENGTH, params=0, model=0, execution=0
     )
-    _write(artifact, None, SamplingConfig(), prompts, first=4, alone=len(prompts) == 1)
+    _write(artifact, None, GenerateConfig(), prompts, first=4, alone=len(prompts) == 1)
     printed = capsys.readouterr().out
     assert printed == ("the fox\n" if len(prompts) == 1 else "--- 4\nthe fox\n--- 5\na fox\n")
