@@ -52,6 +52,7 @@ from step_jax.data.files import (
     root_of,
     stamp_of,
 )
+from step_jax.data.left_out import in_words, no_text, too_many_bad
 from step_jax.data.sources import Document, Encoded, Records, read_file
 from step_jax.data.split import Choice, choose, split_documents
 from step_jax.data.texts import Texts
@@ -310,7 +311,7 @@ def _sample(listing: _Listing, limit: int, max_document_bytes: int) -> Iterator[
         if not whole and taken >= limit:
             break
     if not found:
-        raise DataError(_no_text(listing.source, skips))
+        raise DataError(no_text(listing.source, skips))
 
 
 def _prepare_source(
@@ -339,34 +340,15 @@ def _prepare_source(
         if cache is None:
             raise DataError(f"{directory} was written but cannot be read back; check the disk")
         write_whole(skipped, _json_lines(listing.skips) + cache.skipped.read_bytes())
+    if cache.counters["records_bad"] > config.max_bad_records:  # written under a larger budget
+        raise too_many_bad(source, config, f"They are named in {skipped}")
     counters = dict(cache.counters)
     for name, count in count_skips(listing.skips).items():
         counters[name] = counters.get(name, 0) + count
     cache = replace(cache, counters=counters, skipped=skipped)
-    if left_out := _left_out(cache):
+    if left_out := in_words(cache.counters, cache.skipped):
         report(f"{source.path}: {left_out}")
     return cache
-
-
-def _left_out(cache: TokenCache) -> str:
-    """What was left out of a source, in words; empty if nothing was."""
-    counters = cache.counters
-    reasons = [
-        f"{count:,} {name.removeprefix('skipped_').replace('_', ' ')}"
-        for name, count in counters.items()
-        if name.startswith("skipped_") and count
-    ]
-    parts = []
-    if reasons:
-        parts.append(f"left out {', '.join(reasons)}, named in {cache.skipped}")
-    if cut := counters.get("documents_truncated"):
-        parts.append(
-            f"{cut:,} documents cut at data.max_document_bytes "
-            f"({counters['bytes_truncated']:,} bytes less)"
-        )
-    if cut := counters.get("tokens_truncated"):
-        parts.append(f"conversations cut at data.sequence_length ({cut:,} tokens less)")
-    return "; ".join(parts)
 
 
 def _write(
@@ -469,11 +451,8 @@ class _Writer:
         if len(self.first_skips) < 5:
             self.first_skips.append(skip)
         if self.counters["records_bad"] > self.config.max_bad_records:
-            raise DataError(
-                f"{self.source.path}: more than {self.config.max_bad_records} bad records "
-                f"(data.max_bad_records). The first: {list_skips(self.first_skips)}. Repair the "
-                "file, or raise the limit to go on without them"
-            )
+            first = f"The first: {list_skips(self.first_skips)}"
+            raise too_many_bad(self.source, self.config, first)
 
     def add(self, document: Document, held: bool) -> None:
         self.waiting.append((document, held))
@@ -499,7 +478,7 @@ class _Writer:
     def finish(self) -> None:
         self._encode()
         if not len(self.train.lengths) and not len(self.heldout.lengths):
-            raise DataError(_no_text(self.source, self.first_skips))
+            raise DataError(no_text(self.source, self.first_skips))
         if not len(self.train.lengths):
             raise DataError(
                 f"{self.source.path}: every document was held out; lower data.heldout_fraction "
@@ -596,11 +575,3 @@ def _json_lines(skips: Iterable[Skip]) -> bytes:
 
 def _key(*parts: object) -> str:
     return hashlib.sha256(json.dumps([_VERSION, *parts]).encode()).hexdigest()[:16]
-
-
-def _no_text(source: Source, skips: list[Skip]) -> str:
-    reasons = list_skips(skips) or "no documents in its files"
-    return (
-        f"data path {source.path!r} holds no text ({reasons}). Point data.path at text files, "
-        "JSONL, Parquet, Arrow or ArrayRecord files with a text field"
-    )

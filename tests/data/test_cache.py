@@ -144,6 +144,8 @@ def test_bad_records_within_and_beyond_the_budget(config, tmp_path):
     assert tokens.counters["records_bad"] == 2
     with pytest.raises(DataError, match=r"more than 1 bad records.*d\.jsonl:21: invalid_json"):
         prepare(replace(config, path=str(path), max_bad_records=1, heldout_fraction=0.1))
+    with pytest.raises(DataError, match=r"more than 1 bad records.*named in .*skipped-.*jsonl"):
+        prepare(replace(config, path=str(path), max_bad_records=1))  # written under the larger one
 
 
 @pytest.mark.parametrize("trained", [True, False])
