@@ -13,7 +13,7 @@ import numpy as np
 from step_jax.core.errors import ConfigError, DataError
 from step_jax.tokenizers.base import SPACE_MARK, Tokenizer, digest
 from step_jax.tokenizers.chat import ChatTemplate
-from step_jax.tokenizers.files import SpecialTokens, parse_object
+from step_jax.tokenizers.special_tokens import SpecialTokens, parse_object
 
 
 class HuggingFaceTokenizer(Tokenizer):

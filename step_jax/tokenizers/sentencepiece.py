@@ -14,7 +14,7 @@ import numpy as np
 from step_jax.core.errors import ConfigError, DataError
 from step_jax.tokenizers.base import SPACE_MARK, Tokenizer, digest
 from step_jax.tokenizers.chat import ChatTemplate
-from step_jax.tokenizers.files import SpecialTokens
+from step_jax.tokenizers.special_tokens import SpecialTokens
 
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 # The model would write a literal space mark as a space, so it is written as these bytes.
