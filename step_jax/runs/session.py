@@ -75,6 +75,7 @@ class Session:
       sharding: mesh and rules of the run.
       directory: the run directory.
       reporter: says and records things.
+      program: what it runs, once it is started.
     """
 
     def __init__(self, config: Any):
@@ -150,7 +151,7 @@ class Session:
         Returns:
           (state, number of finished steps)
         """
-        self._program, self.total_steps = program, program.total_steps
+        self.program, self.total_steps = program, program.total_steps
         self.reporter.total_steps = program.total_steps
         checkpoints, step = self._checkpointer, self._checkpointer.latest()
         if step is None and (steps := checkpoints.steps()):
@@ -210,7 +211,7 @@ class Session:
             **(meta or {}),
         }
         changed = continue_configuration(
-            self.directory, config, self._finished, self._program.total_steps, self._branch
+            self.directory, config, self._finished, self.program.total_steps, self._branch
         )
         if self._again:
             self.reporter.resumed(self._finished)
@@ -290,7 +291,7 @@ class Session:
         self._watchdog.beat()
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        work, peak = self._program.work, self._program.work.peak_flops(self.sharding)
+        work, peak = self.program.work, self.program.work.peak_flops(self.sharding)
         rates = {work.unit: step * work.count, "step_s": seconds}
         rates[f"{work.unit}_per_s"] = work.count / seconds
         rates["data_wait_s"] = data_wait

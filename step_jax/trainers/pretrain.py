@@ -210,6 +210,10 @@ class TextLoop(Protocol):
     def optimizer(self) -> OptimizerConfig: ...
     @property
     def execution(self) -> Execution: ...
+    @property
+    def evaluation(self) -> Evaluation: ...
+    @property
+    def expert_health(self) -> ExpertHealth: ...
 
 
 def start_of(
@@ -273,38 +277,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             units={"loss": "nats per token", "nll": "nats per token"},
             meta={"data": dataset.fingerprint},
         )
-        session.watch = ExpertAlarm(config.expert_health).check
-        best = built.learnings[LEARNER].best
-        dataset.heldout = dataset.heldout.kept(
-            session.directory.heldout, dataset.tokenizer, write=session.primary
-        )
-        evaluate = make_evaluator(
-            config.decoder,
-            config.execution,
-            sharding,
-            dataset.batch_size,
-            config.data.sequence_length,
-        )
-        quick = dataset.heldout.subset(config.evaluation.tokens)
-
-        def score(step: int):
-            if config.evaluation.due(step, built.total_steps) and quick.documents:
-                with session.aside():
-                    figures = evaluate(best(state.learners[LEARNER]), quick)
-                    report.evaluation(step, figures | {"loss": figures["nll"]}, "heldout")
-
-        if not session.recorded(start, "heldout"):  # the run was killed while it was made
-            score(start)
-        batches = dataset.iterate(start)
-        for step in range(start, built.total_steps):
-            batch = to_mesh(sharding, built.schema, next(batches))
-            session.before(step)
-            state, metrics = train_step(state, batch)
-            session.finished(step + 1, state, metrics, batches.wait_seconds)
-            score(step + 1)
-        batches.close()
-        session.flush()
-        params = best(state.learners[LEARNER])
+        params, evaluate = train(session, config, dataset, train_step, state, start)
         return finish(
             session,
             dataset,
@@ -313,6 +286,52 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             write_samples(config, sharding, dataset.tokenizer, params),
             f"write more:   step-jax generate {session.directory.path} --prompt 'import os'",
         )
+
+
+def train(session: Session, config: TextLoop, dataset: TextDataset, train_step, state, start: int):
+    """The steps that are left, scored on held-out text when that is due.
+
+    Args:
+      train_step: the compiled step of the session's program.
+      state, start: as ``session.start`` gives them.
+
+    Returns:
+      (the model's parameters to use, what scores them).
+    """
+    built = session.program
+    model = built.models[LEARNER]
+    session.watch = ExpertAlarm(config.expert_health).check
+    best = built.learnings[LEARNER].best
+    dataset.heldout = dataset.heldout.kept(
+        session.directory.heldout, dataset.tokenizer, write=session.primary
+    )
+    evaluate = make_evaluator(
+        model,
+        config.execution,
+        session.sharding,
+        dataset.batch_size,
+        config.data.sequence_length,
+    )
+    quick = dataset.heldout.subset(config.evaluation.tokens)
+
+    def score(step: int):
+        if config.evaluation.due(step, built.total_steps) and quick.documents:
+            with session.aside():
+                figures = evaluate(best(state.learners[LEARNER]), quick)
+                session.reporter.evaluation(step, figures | {"loss": figures["nll"]}, "heldout")
+
+    if not session.recorded(start, "heldout"):  # the run was killed while it was made
+        score(start)
+    batches = dataset.iterate(start)
+    for step in range(start, built.total_steps):
+        batch = to_mesh(session.sharding, built.schema, next(batches))
+        session.before(step)
+        state, metrics = train_step(state, batch)
+        session.finished(step + 1, state, metrics, batches.wait_seconds)
+        score(step + 1)
+    batches.close()
+    session.flush()
+    return best(state.learners[LEARNER]), evaluate
 
 
 def prepare_data(config: TextLoop, begin: Start, sharding: Sharding, report) -> TextDataset:

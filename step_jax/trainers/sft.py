@@ -15,14 +15,12 @@ import jax
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.data import ConversationConfig
-from step_jax.data.batches import to_mesh
-from step_jax.evaluation.heldout import make_evaluator
 from step_jax.interop.artifacts import InitFrom
 from step_jax.models.context import Execution
 from step_jax.models.text.decoder import Decoder
 from step_jax.models.text.facts import implementations, with_vocabulary
 from step_jax.runs.device_memory import fitting
-from step_jax.runs.expert_alarm import ExpertAlarm, ExpertHealth
+from step_jax.runs.expert_alarm import ExpertHealth
 from step_jax.runs.session import RunConfig, Session
 from step_jax.tokenizers.base import Tokenizer
 from step_jax.tokenizers.chat import encode_request
@@ -116,38 +114,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             units={"loss": "nats per answer token", "nll": "nats per answer token"},
             meta={"data": dataset.fingerprint},
         )
-        session.watch = ExpertAlarm(config.expert_health).check
-        best = built.learnings[LEARNER].best
-        dataset.heldout = dataset.heldout.kept(
-            session.directory.heldout, dataset.tokenizer, write=session.primary
-        )
-        evaluate = make_evaluator(
-            config.decoder,
-            config.execution,
-            sharding,
-            dataset.batch_size,
-            config.data.sequence_length,
-        )
-        quick = dataset.heldout.subset(config.evaluation.tokens)
-
-        def score(step: int):
-            if config.evaluation.due(step, built.total_steps) and quick.documents:
-                with session.aside():
-                    figures = evaluate(best(state.learners[LEARNER]), quick)
-                    report.evaluation(step, figures | {"loss": figures["nll"]}, "heldout")
-
-        if not session.recorded(start, "heldout"):  # the run was killed while it was made
-            score(start)
-        batches = dataset.iterate(start)
-        for step in range(start, built.total_steps):
-            batch = to_mesh(sharding, built.schema, next(batches))
-            session.before(step)
-            state, metrics = train_step(state, batch)
-            session.finished(step + 1, state, metrics, batches.wait_seconds)
-            score(step + 1)
-        batches.close()
-        session.flush()
-        params = best(state.learners[LEARNER])
+        params, evaluate = pretrain.train(session, config, dataset, train_step, state, start)
         return pretrain.finish(
             session,
             dataset,
