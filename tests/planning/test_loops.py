@@ -24,6 +24,7 @@ from step_jax.runs import device_memory
 from step_jax.trainers import pretrain
 from step_jax.trainers.diffusion import flow_matching
 from step_jax.trainers.rl import reinforce
+from step_jax.trainers.text import Training
 from step_jax.training.optimizers.config import Muon
 from step_jax.training.schedules import Constant
 from tests.trainers.loops import run_loop
@@ -152,7 +153,7 @@ def test_search_on_paper_knows_the_devices_that_an_optimizer_asks_for():
 
 def test_batch_of_step_law_fits_every_mesh_that_is_tried():
     config = load_file(pretrain.Config, TOYS / "pretrain.yaml")
-    config = replace(config, training=pretrain.Training(tokens=1e7))
+    config = replace(config, training=Training(tokens=1e7))
     at = topology.parse("gpu:h200x8")
     for proposal in search.search(pretrain, config, at):
         again = program_for(pretrain, resolved(proposal.config, 8), at)
