@@ -93,6 +93,21 @@ CASES = [
     Case(EXAMPLE, DECODER + "  vocab: 14\n", "steps: 6\nrows: 8\nlength: 8\n", Decoder, "steps"),
 ]
 LOOP = pytest.mark.parametrize("case", CASES, ids=lambda c: Path(c.loop).stem)
+
+
+def mostly_slow(*quick: str):
+    """Every loop, of which only these are tried in every run of the tests: what is proven is a part
+    that loops share, and the others could break it only by not using it."""
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(case, marks=() if case.loop in quick else pytest.mark.slow)
+            for case in CASES
+        ],
+        ids=[Path(case.loop).stem for case in CASES],
+    )
+
+
 ONE = Sharding.build(MeshConfig(), jax.devices()[:1])
 
 
@@ -142,7 +157,7 @@ def test_a_resumed_run_ends_in_the_same_bits(case, straight, places, tmp_path):
     assert [r["step"] for r in steps(run)] == [1, 2, 3, 4, 5, 6]
 
 
-@LOOP
+@mostly_slow("pretrain", "reinforce")
 def test_a_branch_goes_on_from_the_whole_state_of_another_run(case, straight, places, tmp_path):
     run, state = straight(case)
     branch = case.write(tmp_path, **places)
@@ -218,8 +233,19 @@ def test_it_is_planned(case, places, tmp_path, capsys):
     assert plan["memory_compiler"] > 0 and plan["flops"] > 0 and plan["parameters"] > 0
 
 
-@LOOP
-@pytest.mark.parametrize("source", CASES, ids=lambda c: f"from_{Path(c.loop).stem}")
+@pytest.mark.parametrize(
+    ("case", "source"),
+    [
+        pytest.param(
+            case,
+            source,
+            id=f"{Path(case.loop).stem}-from_{Path(source.loop).stem}",
+            marks=() if source.loop == "pretrain" or source is case else pytest.mark.slow,
+        )
+        for case in CASES
+        for source in CASES
+    ],
+)
 def test_every_result_can_be_given_to_every_loop_of_its_kind(
     case, source, straight, places, tmp_path, capsys
 ):
@@ -247,7 +273,7 @@ def test_every_result_can_be_given_to_every_loop_of_its_kind(
     assert mine.model == trained.model
 
 
-@LOOP
+@mostly_slow("sft", "flow-matching")
 def test_what_is_frozen_stays_and_needs_no_moments(case, straight, places, tmp_path):
     run, _ = straight(case)
     pattern = "groups" if case.kind is Decoder else "blocks"
