@@ -179,6 +179,7 @@ def _bubblewrap(files: Mapping[str, int], calls: int, limits: Limits) -> list[st
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         command += ["--unshare-user", "--disable-userns", "--uid", "1000", "--gid", "1000"]
+    command += ["--perms", "0755", "--dir", "/usr"]  # made on the way, it would be root's alone
     for folder in ("/usr/lib", "/usr/lib64", "/usr/lib32"):
         command += ["--ro-bind-try", folder, folder]
     for link in ("/lib", "/lib64", "/lib32"):
