@@ -56,9 +56,8 @@ _LEFT_OUT: collections.Counter[str] = collections.Counter()
 def pytest_deselected(items):
     """Counts what the selection by markers leaves out."""
     for item in items:
-        _LEFT_OUT.update(
-            [m for m in ("slow", "aot", "hopper", "gpu") if item.get_closest_marker(m)][:1]
-        )
+        markers = ("slow", "aot", "hopper", "system", "gpu")
+        _LEFT_OUT.update([m for m in markers if item.get_closest_marker(m)][:1])
 
 
 def pytest_sessionfinish(session):
