@@ -98,7 +98,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         )
         session.describe(
             config,
-            text.describe(config, begin, dataset),
+            text.describe(config, begin, dataset, config.decoder),
             {"tokenizer": dataset.tokenizer},
             text.header(config, built, dataset, train_step, chosen),
             units={"loss": "nats per token", "nll": "nats per token"},

@@ -12,8 +12,7 @@ from typing import Literal
 
 import jax
 
-from step_jax.core.errors import ConfigError
-from step_jax.core.sharding import MeshConfig, Sharding
+from step_jax.core.sharding import MeshConfig
 from step_jax.data import ConversationConfig
 from step_jax.interop.artifacts import InitFrom
 from step_jax.models.context import Execution
@@ -22,30 +21,11 @@ from step_jax.models.text.facts import implementations, with_vocabulary
 from step_jax.runs.device_memory import fitting
 from step_jax.runs.expert_alarm import ExpertHealth
 from step_jax.runs.session import RunConfig, Session
-from step_jax.tokenizers.base import Tokenizer
-from step_jax.tokenizers.chat import encode_request
 from step_jax.trainers import text
-from step_jax.trainers.text import LEARNER, Evaluation, Training, program
+from step_jax.trainers.text import LEARNER, Evaluation, Questions, Training, program
 from step_jax.training.optimizers.config import AdamW, OptimizerConfig
 
-__all__ = ["Config", "Sample", "program", "run"]
-
-
-@dataclass(frozen=True)
-class Sample(text.Sample):
-    """Answers written at the end of the run, each to one of ``prompts``: what a user says.
-
-    ``tokens: 0`` writes none. Temperature 0 takes the most probable token.
-    """
-
-    prompts: tuple[str, ...] = ()
-    temperature: float = 0.0
-    top_p: float = 1.0
-
-    def validate(self):
-        super().validate()
-        if not all(prompt.strip() for prompt in self.prompts):
-            raise ConfigError("sample.prompts has an empty one: a user says something")
+__all__ = ["Config", "program", "run"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +42,7 @@ class Config:
     parallel: MeshConfig = MeshConfig(fsdp=-1)
     evaluation: Evaluation = Evaluation()
     expert_health: ExpertHealth = ExpertHealth()
-    sample: Sample = Sample()
+    sample: Questions = Questions()
     loop: Literal["sft"] = "sft"
 
     def validate(self):
@@ -93,7 +73,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             begin.model, config.execution, config.data.sequence_length, sharding
         )  # refuses before the data are prepared
         dataset = text.prepare_data(config, begin, sharding, report.event)
-        sample_prompts(config, dataset.tokenizer)  # refuses one that is too long
+        text.question_ids(config, config.sample, dataset.tokenizer)  # refuses one that is too long
         config = replace(config, model=with_vocabulary(begin.model, dataset.tokenizer.vocab_size))
         built = text.make_program(config, config.decoder, sharding)
         train_step = fitting(  # before the state is made, which may be too much already
@@ -107,7 +87,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         learned = dataset.tokens_learned / max(1, dataset.tokens_per_epoch)
         session.describe(
             config,
-            text.describe(config, begin, dataset),
+            text.describe(config, begin, dataset, config.decoder),
             {"tokenizer": dataset.tokenizer},
             text.header(config, built, dataset, train_step, chosen)
             | {"tokens of answers": f"{dataset.tokens_learned:,} an epoch ({learned:.0%})"},
@@ -120,30 +100,6 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             dataset,
             evaluate,
             params,
-            write_samples(config, sharding, dataset.tokenizer, params),
+            text.write_answers(config, config.sample, sharding, dataset.tokenizer, params),
             f"talk to it:   step-jax generate {session.directory.path} --chat --prompt 'Hello!'",
         )
-
-
-def sample_prompts(config: Config, tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of what the model is given for each prompt of ``config.sample``.
-
-    Raises:
-      ConfigError: one leaves no room in the context.
-    """
-    prompts = config.sample.prompts if config.sample.tokens else ()
-    asked = ([{"role": "user", "content": prompt}] for prompt in prompts)
-    return [
-        text.with_room(encode_request(tokenizer, messages), prompt, config.data.sequence_length)
-        for messages, prompt in zip(asked, prompts, strict=True)
-    ]
-
-
-def write_samples(config: Config, sharding: Sharding, tokenizer: Tokenizer, params) -> list[str]:
-    """A question and its answer for every prompt of ``config.sample``."""
-    prompts = sample_prompts(config, tokenizer)
-    written = text.continued(config, config.sample, sharding, tokenizer, params, prompts)
-    return [
-        f"user: {prompt}\nassistant: {tokenizer.decode_continuation(ids, tokens).strip()}"
-        for prompt, ids, tokens in zip(config.sample.prompts, prompts, written, strict=False)
-    ]

@@ -1,11 +1,14 @@
 """What the loops share that train a decoder on rows of tokens: their settings, and parts of a run.
 
-Each loop (pretrain, sft) is a function of its own that reads top to bottom and calls these.
+Each loop (pretrain, sft, preference, reward) is a function of its own that reads top to bottom and
+calls these.
 """
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -19,6 +22,7 @@ from step_jax.data import DataConfig, TextDataset
 from step_jax.data.batches import process_rows, to_mesh
 from step_jax.data.config import TRAIN_TOKENIZER
 from step_jax.data.packing import text_schema
+from step_jax.data.schema import Schema
 from step_jax.evaluation.heldout import make_evaluator
 from step_jax.inference.generate import generate
 from step_jax.inference.sampling import SamplingConfig
@@ -28,17 +32,20 @@ from step_jax.models.context import Execution
 from step_jax.models.flops import train_flops_per_token
 from step_jax.models.text.decoder import Decoder
 from step_jax.models.text.facts import cache_bytes_per_token, with_vocabulary
+from step_jax.models.text.reward import RewardModel
 from step_jax.runs import plots
 from step_jax.runs.console import Shown
 from step_jax.runs.device_memory import available, needed
 from step_jax.runs.expert_alarm import ExpertAlarm, ExpertHealth
 from step_jax.runs.session import RunConfig, Session
 from step_jax.tokenizers.base import Tokenizer
+from step_jax.tokenizers.chat import encode_request
 from step_jax.training.learner import learn
 from step_jax.training.losses.text import packed_text_loss
 from step_jax.training.optimizers.config import OptimizerConfig, check_optimizer
 from step_jax.training.program import Program, Work
 from step_jax.training.scaling_laws import step_law_batch_rows
+from step_jax.training.step import LossFn
 
 LEARNER = "model"
 
@@ -168,6 +175,23 @@ class Sample:
         )
 
 
+@dataclass(frozen=True)
+class Questions(Sample):
+    """Answers written at the end of the run, each to one of ``prompts``: what a user says.
+
+    ``tokens: 0`` writes none. Temperature 0 takes the most probable token.
+    """
+
+    prompts: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+    def validate(self):
+        super().validate()
+        if not all(prompt.strip() for prompt in self.prompts):
+            raise ConfigError("sample.prompts has an empty one: a user says something")
+
+
 def check_length(config: TextLoop) -> None:
     """Raises ConfigError for an optimizer or a profile that does not fit the run's steps."""
     T, training = config.data.sequence_length, config.training
@@ -203,21 +227,23 @@ def start_of(
 
 def prepare_data(config: TextLoop, begin: Start, sharding: Sharding, report) -> TextDataset:
     """The dataset of this process's rows; processes that share rows read the same ones."""
-    T = config.data.sequence_length
-    rows = config.training.rows(T, sharding.ways("batch"))
     if trains_tokenizer(config):  # a mesh that does not divide is known already
         make_program(config, with_vocabulary(begin.model, config.data.vocab_size), sharding)
+    return TextDataset.build(config.data, report=report, **rows_read(config, begin, sharding))
+
+
+def rows_read(config: TextLoop, begin: Start, sharding: Sharding) -> dict[str, Any]:
+    """Which rows this process reads, and by what tokenizer: arguments of ``TextDataset.build``."""
+    rows = config.training.rows(config.data.sequence_length, sharding.ways("batch"))
     index, count = process_rows(sharding, rows)
     named = config.data.tokenizer != TRAIN_TOKENIZER or trains_tokenizer(config)
-    return TextDataset.build(
-        config.data,
-        batch_size=rows,
-        seed=config.run.seed,
-        process_index=index,
-        process_count=count,
-        tokenizer=None if named else begin.tokenizer,
-        report=report,
-    )
+    return {
+        "batch_size": rows,
+        "seed": config.run.seed,
+        "process_index": index,
+        "process_count": count,
+        "tokenizer": None if named else begin.tokenizer,
+    }
 
 
 def program(config: TextLoop, sharding: Sharding) -> Program:
@@ -227,21 +253,50 @@ def program(config: TextLoop, sharding: Sharding) -> Program:
       ConfigError: no vocabulary without the tokenizer, or sizes that the mesh does not divide.
     """
     begin = start_of(config, sharding, arrays=False)
-    model, data = begin.model, config.data
-    if not model.vocab:
-        if not trains_tokenizer(config):
-            raise ConfigError(
-                "a plan does not open the tokenizer: set model.vocab to the size of its vocabulary"
-            )
-        model = with_vocabulary(model, data.vocab_size)
-    return make_program(config, model, sharding)
+    return make_program(config, planned(config, begin.model), sharding)
+
+
+def planned(config: TextLoop, model: Decoder) -> Decoder:
+    """The model with its vocabulary, without opening the text; errors as :func:`program`."""
+    if model.vocab:
+        return model
+    if not trains_tokenizer(config):
+        raise ConfigError(
+            "a plan does not open the tokenizer: set model.vocab to the size of its vocabulary"
+        )
+    return with_vocabulary(model, config.data.vocab_size)
 
 
 def make_program(config: TextLoop, model: Decoder, sharding: Sharding) -> Program:
     """The program of a configuration and its model, which has its vocabulary."""
     training, T = config.training, config.data.sequence_length
     rows = training.rows(T, sharding.ways("batch"))
-    tokens = rows * T
+    text_loss = packed_text_loss(
+        model, config.execution, sharding, training.z_loss, training.balance
+    )
+    return program_of(
+        config,
+        model,
+        sharding,
+        lambda params, batch, key: text_loss(params[LEARNER], batch),
+        text_schema(rows, T),
+        lambda params, stats: expert_health.report(model, params[LEARNER], stats),
+    )
+
+
+def program_of(
+    config: TextLoop,
+    model: Decoder | RewardModel,
+    sharding: Sharding,
+    loss: LossFn,
+    schema: Schema,
+    report: Callable[[dict[str, Any], Any], dict[str, jax.Array]],
+) -> Program:
+    """The program of a loss of one model; ``loss``, ``schema`` and ``report`` as ``Program.build``
+    takes them. Its work is the tokens of the schema."""
+    training, T = config.training, config.data.sequence_length
+    tokens = math.prod(schema["tokens"].shape)
+    decoder = model if isinstance(model, Decoder) else model.decoder
     total_steps = training.total_steps(tokens)
     init = config.init_from
     learning = learn(
@@ -254,31 +309,30 @@ def make_program(config: TextLoop, model: Decoder, sharding: Sharding) -> Progra
         freeze=init.freeze if init else (),
         lora=init.lora if init else None,
     )
-    text_loss = packed_text_loss(
-        model, config.execution, sharding, training.z_loss, training.balance
-    )
     return Program.build(
-        lambda params, batch, key: text_loss(params[LEARNER], batch),
+        loss,
         {LEARNER: model},
         {LEARNER: learning},
-        text_schema(rows, T),
+        schema,
         sharding,
         total_steps=total_steps,
         work=Work(
             tokens,
             "tokens",
-            tokens * train_flops_per_token(model, T),
+            tokens * train_flops_per_token(decoder, T),
             config.execution.dtype,
         ),
         seed=config.run.seed,
         accumulation=training.accumulation,
-        report=lambda params, stats: expert_health.report(model, params[LEARNER], stats),
+        report=report,
     )
 
 
-def describe(config: TextLoop, begin: Start, dataset: TextDataset) -> Description:
-    """What every checkpoint of the run is."""
-    part = begin.part(config.model, average=config.training.ema_decay is not None)
+def describe(
+    config: TextLoop, begin: Start, dataset: TextDataset, model: Decoder | RewardModel
+) -> Description:
+    """What every checkpoint of the run is; ``model`` with its vocabulary."""
+    part = begin.part(model, average=config.training.ema_decay is not None)
     return Description(
         loop=config.loop,
         parts={LEARNER: part},
@@ -443,3 +497,29 @@ def continued(
         sharding=sharding,
     )
     return [list(tokens) for tokens in written.tokens]
+
+
+def question_ids(config: TextLoop, sample: Questions, tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of what the model is given for each prompt.
+
+    Raises:
+      ConfigError: one leaves no room in the context.
+    """
+    prompts = sample.prompts if sample.tokens else ()
+    asked = ([{"role": "user", "content": prompt}] for prompt in prompts)
+    return [
+        with_room(encode_request(tokenizer, messages), prompt, config.data.sequence_length)
+        for messages, prompt in zip(asked, prompts, strict=True)
+    ]
+
+
+def write_answers(
+    config: TextLoop, sample: Questions, sharding: Sharding, tokenizer: Tokenizer, params
+) -> list[str]:
+    """A question and its answer for every prompt."""
+    prompts = question_ids(config, sample, tokenizer)
+    written = continued(config, sample, sharding, tokenizer, params, prompts)
+    return [
+        f"user: {prompt}\nassistant: {tokenizer.decode_continuation(ids, tokens).strip()}"
+        for prompt, ids, tokens in zip(sample.prompts, prompts, written, strict=False)
+    ]

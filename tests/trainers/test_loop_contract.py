@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import jax
@@ -19,9 +20,11 @@ from step_jax.core.errors import CheckpointError, ExitCode
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.interop.artifacts import load_artifact
 from step_jax.models.text.decoder import Decoder
+from step_jax.models.text.reward import RewardModel
 from step_jax.models.vision.image_transformer import ImageTransformer
 from step_jax.tokenizers.huggingface import character_tokenizer
 from step_jax.trainers import LOOPS
+from step_jax.trainers.reward import as_reward_model
 from tests.trainers.loops import run_loop, steps
 from tests.trainers.test_pretrain import WORDS
 
@@ -39,13 +42,14 @@ DECODER = """
         - attention: {{kind: mfa, heads: 2, head_dim: 8}}
           mlp: {{kind: swiglu, hidden: 32}}
 """
-READS = """
-evaluation: {{every_steps: 0, tokens: 100}}
-sample: {{tokens: 0}}
-execution: {{dtype: float32}}
+UNSAMPLED = "sample: {{tokens: 0}}\n"
+READS = f"""
+evaluation: {{{{every_steps: 0, tokens: 100}}}}
+{UNSAMPLED}execution: {{{{dtype: float32}}}}
 """
 DATA = "data: {{{{path: {{{0}}}, vocab_size: 300, sequence_length: {1}, cache_dir: {{cache}}}}}}\n"
 TEXT, CHATS = DATA.format("text", 16), DATA.format("chats", 64)
+PAIRS, VERDICTS = DATA.format("pairs", 64), DATA.format("verdicts", 64)
 
 
 @dataclass(frozen=True)
@@ -78,13 +82,27 @@ CASES = [
     Case(
         "rl",
         DECODER + "tokenizer: {tokenizer}\n",
-        "training: {{steps: 6, prompts: 4, samples: 4, updates: 2}}\n"
+        "training: {{steps: 6, prompts: 4, samples: 4}}\n"
         "rollout: {{max_new_tokens: 6, max_prompt_tokens: 6, slots: 8, lag: 1, token_budget: 40}}\n"
         "problems: {{task: {{kind: addition, digits: [1, 1]}}, "
         "verifier: {{kind: format, thinking: {{open: '', close: '#'}}}}}}\n"
         "evaluation: {{problems: 4, samples: 1}}\n"
         "execution: {{dtype: float32, loss_chunks: 1}}\n",
         Decoder,
+    ),
+    Case(
+        "preference",
+        DECODER + "  vocab: 300\n",
+        "training: {{steps: 6, batch_size: 8}}\nreference: {base}\nloss: {{kind: kto}}\n"
+        + VERDICTS.replace("vocab_size: 300", "tokenizer: {base}/tokenizer")
+        + READS,
+        Decoder,
+    ),
+    Case(
+        "reward",
+        DECODER,
+        "training: {{steps: 6, batch_size: 8}}\n" + PAIRS + READS.replace(UNSAMPLED, ""),
+        RewardModel,
     ),
     Case(
         "reinforce",
@@ -139,7 +157,18 @@ def places(tmp_path_factory) -> dict[str, Path]:
             file.write(json.dumps(pair) + "\n")
     (folder / "tokenizer").mkdir()
     character_tokenizer("0123456789+=#;,", "<end>").save(folder / "tokenizer")
-    return {name: folder / name for name in ("text", "chats", "tokenizer", "cache")}
+    for kind in ("pairs", "verdicts"):
+        (folder / kind).mkdir()
+        with open(folder / kind / "a.jsonl", "w") as file:
+            for i in range(80):
+                asked, *words, short = rng.choice(WORDS, 5)
+                answers = {"chosen": " ".join(words), "rejected": short}
+                if kind == "verdicts":
+                    answers = {"completion": answers["chosen"], "label": i % 3 > 0}
+                file.write(json.dumps({"prompt": f"{asked} {i}?"} | answers) + "\n")
+    base = tmp_path_factory.mktemp("straight") / "run"  # the first of the loops, see `straight`
+    names = ("text", "chats", "pairs", "verdicts", "tokenizer", "cache")
+    return {name: folder / name for name in names} | {"base": base}
 
 
 @pytest.fixture(scope="session")
@@ -149,7 +178,10 @@ def straight(tmp_path_factory, places):
 
     def of(case: Case):
         if case.loop not in made:
-            folder = tmp_path_factory.mktemp("straight")
+            first = case is CASES[0]
+            folder = places["base"].parent if first else tmp_path_factory.mktemp("straight")
+            if case.loop == "preference":
+                of(CASES[0])  # what it is compared with
             state = run_loop(case.loop, case.write(folder, **places))
             made[case.loop] = (folder / "run", state)
         return made[case.loop]
@@ -181,7 +213,7 @@ def test_a_branch_goes_on_from_the_whole_state_of_another_run(case, straight, pl
     assert load_artifact(str(tmp_path / "run"), ONE).meta["artifact"]["origin"] == f"all of {run}@4"
 
 
-@LOOP
+@mostly_slow("pretrain", "preference", "rl", "flow-matching")
 def test_a_mesh_changes_nothing(case, straight, places, tmp_path):
     run, _ = straight(case)
     mesh = ["--parallel.data", "2", "--parallel.fsdp", "2", "--parallel.tensor", "2"]
@@ -266,23 +298,29 @@ def test_every_result_can_be_given_to_every_loop_of_its_kind(
     run, _ = straight(source)
     start = f"init_from: {{{{artifact: {run}}}}}\n"
     recipe = case.write(tmp_path, start, **places)
-    if source.kind is not case.kind:
+    converted = case.kind is RewardModel and source.kind is Decoder
+    if source.kind is not case.kind and not converted:
         assert main([case.loop, recipe]) == ExitCode.FAILURE
         assert f"a model of kind {source.kind.kind}" in capsys.readouterr().err
+        return
+    if source.loop in ("reinforce", "rl", EXAMPLE) and case.loop == "preference":
+        assert main([case.loop, recipe]) == ExitCode.CONFIG  # the recipe names a tokenizer
+        assert "the tokenizer has 300 pieces" in capsys.readouterr().err
         return
     if source.loop == EXAMPLE and case.loop != EXAMPLE:  # its model reads no text
         assert main([case.loop, recipe]) == ExitCode.FAILURE
         assert "has no tokenizer" in capsys.readouterr().err
         return
-    if source.loop == "rl" and case.loop in ("pretrain", "sft"):
+    if source.loop == "rl" and case.loop in ("pretrain", "sft", "reward"):
         assert main([case.loop, recipe]) == ExitCode.FAILURE  # a few characters are no text
         assert "has no" in capsys.readouterr().err
         return
-    if source.loop == "reinforce" and case.loop in ("pretrain", "sft"):
+    if source.loop == "reinforce" and case.loop in ("pretrain", "sft", "reward"):
         assert main([case.loop, recipe]) == ExitCode.FAILURE  # eleven symbols are no text
         assert "no end-of-text token" in capsys.readouterr().err
         return
     trained = load_artifact(str(run), ONE)
+    trained = as_reward_model(trained) if converted else trained
     run_loop(case.loop, recipe, f"--{case.steps}", "1")
     norm = np.sqrt(sum(np.sum(np.square(a)) for a in jax.tree.leaves(trained.params)))
     assert steps(tmp_path / "run")[0]["param_norm"] == pytest.approx(norm, rel=1e-6)
@@ -294,12 +332,14 @@ def test_every_result_can_be_given_to_every_loop_of_its_kind(
 @mostly_slow("sft", "flow-matching")
 def test_what_is_frozen_stays_and_needs_no_moments(case, straight, places, tmp_path):
     run, _ = straight(case)
-    pattern = "groups" if case.kind is Decoder else "blocks"
+    pattern = {Decoder: "groups", RewardModel: "decoder/groups"}.get(case.kind, "blocks")
     start = f"init_from: {{{{artifact: {run}, freeze: [{pattern}]}}}}\n"
     run_loop(case.loop, case.write(tmp_path, start, **places), f"--{case.steps}", "2")
     before, after = (load_artifact(str(p), ONE).params for p in (run, tmp_path / "run"))
-    jax.tree.map(np.testing.assert_array_equal, getattr(before, pattern), getattr(after, pattern))
+    frozen = attrgetter(pattern.replace("/", "."))
+    jax.tree.map(np.testing.assert_array_equal, frozen(before), frozen(after))
     changed = [np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True)]
     assert any(changed)
     saved = Checkpointer(tmp_path / "run" / "checkpoints")._info(2)["leaves"]
+    pattern = pattern.replace("/", ".")
     assert not [name for name in saved if "opt_state" in name and f".{pattern}." in name]

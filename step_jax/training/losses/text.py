@@ -39,6 +39,39 @@ def token_losses(p: DecoderParams, c: Decoder, x_BTD, targets_BT, weights_BT, ct
     )
 
 
+def token_logprobs(p: DecoderParams, c: Decoder, x_BTD, targets_BT, ctx: Context):
+    """float32 ``log p(target)`` (B, T) from hidden states, differentiable.
+
+    Neither way are there logits: the gradient sweeps the head once more, the targets weighted by
+    what their log-probabilities are worth.
+    """
+
+    def swept(x_BTD, head_DV, weights_BT):
+        return cross_entropy(
+            x_BTD,
+            head_DV,
+            targets_BT,
+            weights_BT,
+            chunks=ctx.execution.loss_chunks,
+            sharding=ctx.sharding,
+            implementation=ctx.execution.loss,
+        )
+
+    @jax.custom_vjp
+    def logprobs(x_BTD, head_DV):
+        return -swept(x_BTD, head_DV, jnp.zeros(targets_BT.shape, jnp.float32))[1]
+
+    def forward(x_BTD, head_DV):
+        return logprobs(x_BTD, head_DV), (x_BTD, head_DV)
+
+    def backward(held, slope_BT):
+        _, pull = jax.vjp(lambda x, w: swept(x, w, -slope_BT)[0], *held)
+        return pull(jnp.float32(1.0))
+
+    logprobs.defvjp(forward, backward)
+    return logprobs(c.normed(p, x_BTD), c.head(p))
+
+
 def _ahead(a_BT, k: int):
     """``a`` of the token k places ahead, zero beyond the row's end."""
     return jnp.pad(a_BT[:, k:], ((0, 0), (0, k)))
@@ -71,11 +104,17 @@ def packed_text_loss(
         parts, metrics, stats = token_parts(p, c, batch, ctx, z_loss)
         if joint is None or balance == "batch":
             return LossOutput(parts, metrics, stats, joint)
-        tokens = jnp.sum(ctx.tokens.counted_BT(), dtype=jnp.float32)
-        own = {name: Part(value * tokens, tokens) for name, value in joint(stats).items()}
-        return LossOutput(parts | own, metrics, stats)
+        return LossOutput(parts | own_routing(c, stats, ctx), metrics, stats)
 
     return loss
+
+
+def own_routing(c: Decoder, stats, ctx: Context) -> dict[str, Part]:
+    """What the mixtures add of one call's loads, weighted by its tokens."""
+    joint = routing_loss(c)
+    tokens = jnp.sum(ctx.tokens.counted_BT(), dtype=jnp.float32)
+    values = {} if joint is None else joint(stats)
+    return {name: Part(value * tokens, tokens) for name, value in values.items()}
 
 
 def routing_loss(c: Decoder):
