@@ -160,12 +160,14 @@ class Evaluation:
 
     every_steps: 0 for the beginning and the end alone.
     problems: 0 for no evaluation.
+    right: the score from which an answer counts as right.
     """
 
     every_steps: int = 0
     problems: int = 64
     samples: int = 4
     temperature: float = 1.0
+    right: float = 1.0
 
     def validate(self):
         checks.at_least(self, every_steps=0, problems=0, samples=1, temperature=0)
