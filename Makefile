@@ -4,12 +4,13 @@
 #   make test                    linter, formatting, types and tests, in the same environment
 #   make test-aot                everything that is compiled for TPUs (no TPU needed; an hour)
 #   make test-hopper             every GPU kernel compiled for Hopper (no GPU needed)
+#   make test-system             what needs packages of the system: the sandbox of programs
 #   make lint                    formatting and types
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-aot test-hopper lint clean
+.PHONY: help quickstart test test-aot test-hopper test-system lint clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -39,6 +40,15 @@ test-aot: $(VENV)/.installed-dev
 # In an environment of its own: with a GPU plugin installed, JAX looks for GPUs in every process.
 test-hopper: $(HOPPER)/.installed
 	@$(HOPPER)/bin/python -m pytest -m hopper $(PYTEST_ARGS)
+
+test-system: $(VENV)/.installed-dev
+	@if ! command -v bwrap >/dev/null; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && apt-get install -qq -y bubblewrap; \
+	  else \
+	    echo "make test-system needs bubblewrap. On Debian and Ubuntu: apt install bubblewrap" >&2; \
+	    exit 1; fi; fi
+	@$(BIN)/python -m pytest -m system $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from step_jax.checkpoint import CheckpointConfig, Checkpointer
 from step_jax.checkpoint.artifact import Description, has_steps, open_run
@@ -76,6 +77,7 @@ class Session:
       directory: the run directory.
       reporter: says and records things.
       program: what it runs, once it is started.
+      carried: what the host carried (see ``finished``) at the step that it goes on from.
     """
 
     def __init__(self, config: Any):
@@ -93,6 +95,7 @@ class Session:
         self._finished = 0
         self._branch: Branch | None = None
         self._meta: dict[str, Any] = {}
+        self.carried: Mapping[str, np.ndarray] = {}
         self._values: dict[str, float] = {}  # of the step reported last
         #: (step, metrics) -> what to say about a finished step besides its numbers
         self.watch: Callable[[int, Mapping[str, float]], Iterable[str]] = lambda step, metrics: ()
@@ -176,6 +179,7 @@ class Session:
         if self._branch is None:
             check_rates(program.learnings, meta["rates"], step, self.directory.path)
         state, _ = checkpoints.restore(step, program.state_like)
+        self.carried = checkpoints.carried(step)
         self._finished = step
         return state, step
 
@@ -257,7 +261,14 @@ class Session:
             raise RestartRequested(f"stopped after step {step}: start the same command to go on")
         self._profiler.before_step(step)
 
-    def finished(self, step: int, state: Any, metrics: Mapping[str, Any], data_wait: float = 0.0):
+    def finished(
+        self,
+        step: int,
+        state: Any,
+        metrics: Mapping[str, Any],
+        data_wait: float = 0.0,
+        carried: Callable[[], Mapping[str, np.ndarray]] = dict,
+    ):
         """Call with every step's results, computed or still being computed.
 
         Reports the step before this one, so that the device never waits for the host; saves when a
@@ -266,6 +277,8 @@ class Session:
         Args:
           step: steps finished, this one included.
           data_wait: seconds the host waited for this step's data.
+          carried: what the host must have to go on after this step and no function of the step
+            gives (rollouts), as arrays of any shapes; asked for when a checkpoint is saved.
 
         Raises:
           DivergedError: too many non-finite steps in a row.
@@ -278,7 +291,8 @@ class Session:
         if stop or self._checkpointer.due(step) or step == self.total_steps:
             with self.aside():
                 rates = {k: v for k, v in self._values.items() if k.partition("/")[0] == "lr"}
-                self._checkpointer.save(step, state, self._meta | {"rates": rates})
+                meta = self._meta | {"rates": rates}
+                self._checkpointer.save(step, state, meta, carried())
         self._leave = stop and step < self.total_steps
 
     def flush(self):

@@ -29,6 +29,7 @@ LOOPS: dict[str, tuple[str, str]] = {
         "tune a language model on pairs of answers, or on good and bad ones",
     ),
     "reward": ("step_jax.trainers.reward", "train a reward model on pairs of answers"),
+    "rl": ("step_jax.trainers.rl.loop", "reinforcement learning on verifiable problems"),
     "reinforce": (
         "step_jax.trainers.rl.reinforce",
         "toy: a decoder learns to sort by policy gradients",

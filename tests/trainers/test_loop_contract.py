@@ -110,15 +110,23 @@ CASES = [
     ),
     Case(EXAMPLE, DECODER + "  vocab: 14\n", "steps: 6\nrows: 8\nlength: 8\n", Decoder, "steps"),
 ]
+JUDGED = ("preference", "reward")
+LOOP = pytest.mark.parametrize("case", CASES, ids=lambda c: Path(c.loop).stem)
 
 
-def loops(*slow: str, argument: str = "case"):
-    """All loops; those of ``slow`` say again what another loop of the same parts says."""
-    of = [pytest.param(c, marks=[pytest.mark.slow] if c.loop in slow else []) for c in CASES]
-    return pytest.mark.parametrize(argument, of, ids=lambda c: Path(c.loop).stem)
+def mostly_slow(*quick: str):
+    """Every loop, of which only these are tried in every run of the tests: what is proven is a part
+    that loops share, and the others could break it only by not using it."""
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(case, marks=() if case.loop in quick else pytest.mark.slow)
+            for case in CASES
+        ],
+        ids=[Path(case.loop).stem for case in CASES],
+    )
 
 
-LOOP = loops()
 ONE = Sharding.build(MeshConfig(), jax.devices()[:1])
 
 
@@ -183,7 +191,7 @@ def test_a_resumed_run_ends_in_the_same_bits(case, straight, places, tmp_path):
     assert [r["step"] for r in steps(run)] == [1, 2, 3, 4, 5, 6]
 
 
-@loops("preference", "reward")
+@mostly_slow("pretrain", "reinforce")
 def test_a_branch_goes_on_from_the_whole_state_of_another_run(case, straight, places, tmp_path):
     run, state = straight(case)
     branch = case.write(tmp_path, **places)
@@ -193,7 +201,7 @@ def test_a_branch_goes_on_from_the_whole_state_of_another_run(case, straight, pl
     assert load_artifact(str(tmp_path / "run"), ONE).meta["artifact"]["origin"] == f"all of {run}@4"
 
 
-@loops("reward")
+@mostly_slow(*(case.loop for case in CASES if case.loop != "reward"))
 def test_a_mesh_changes_nothing(case, straight, places, tmp_path):
     run, _ = straight(case)
     mesh = ["--parallel.data", "2", "--parallel.fsdp", "2", "--parallel.tensor", "2"]
@@ -248,7 +256,7 @@ def test_its_artifact_holds_the_model_as_it_was(case, straight):
         load_artifact(str(run), ONE, "critic")
 
 
-@loops("preference")
+@mostly_slow(*(case.loop for case in CASES if case.loop != "preference"))
 def test_it_is_planned(case, places, tmp_path, capsys):
     path = case.write(tmp_path, **places)
     topology = ["--topology", "cpu:1", "--output", str(tmp_path / "plans")]
@@ -259,23 +267,21 @@ def test_it_is_planned(case, places, tmp_path, capsys):
     assert plan["memory_compiler"] > 0 and plan["flops"] > 0 and plan["parameters"] > 0
 
 
-def chains() -> list:
-    """Every loop after every other; those on judged answers mostly say what others said."""
-    return [
+@pytest.mark.parametrize(
+    ("case", "source"),
+    [
         pytest.param(
             case,
             source,
-            marks=[pytest.mark.slow]
-            if {case.loop, source.loop} & {"preference", "reward"} and source.loop != "sft"
-            else [],
-            id=f"from_{Path(source.loop).stem}-{Path(case.loop).stem}",
+            id=f"{Path(case.loop).stem}-from_{Path(source.loop).stem}",
+            marks=()
+            if source.loop == "pretrain" or (source is case and case.loop not in JUDGED)
+            else pytest.mark.slow,
         )
-        for source in CASES
         for case in CASES
-    ]
-
-
-@pytest.mark.parametrize(("case", "source"), chains())
+        for source in CASES
+    ],
+)
 def test_every_result_can_be_given_to_every_loop_of_its_kind(
     case, source, straight, places, tmp_path, capsys
 ):
@@ -309,7 +315,7 @@ def test_every_result_can_be_given_to_every_loop_of_its_kind(
     assert mine.model == trained.model
 
 
-@loops("preference", "reward")
+@mostly_slow("sft", "flow-matching")
 def test_what_is_frozen_stays_and_needs_no_moments(case, straight, places, tmp_path):
     run, _ = straight(case)
     pattern = {Decoder: "groups", RewardModel: "decoder/groups"}.get(case.kind, "blocks")
