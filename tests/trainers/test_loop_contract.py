@@ -22,6 +22,7 @@ from step_jax.interop.artifacts import load_artifact
 from step_jax.models.text.decoder import Decoder
 from step_jax.models.text.reward import RewardModel
 from step_jax.models.vision.image_transformer import ImageTransformer
+from step_jax.tokenizers.huggingface import character_tokenizer
 from step_jax.trainers import LOOPS
 from step_jax.trainers.reward import as_reward_model
 from tests.trainers.loops import run_loop, steps
@@ -79,6 +80,17 @@ CASES = [
     Case("pretrain", DECODER, "training: {{steps: 6, batch_size: 8}}\n" + TEXT + READS, Decoder),
     Case("sft", DECODER, "training: {{steps: 6, batch_size: 8}}\n" + CHATS + READS, Decoder),
     Case(
+        "rl",
+        DECODER + "tokenizer: {tokenizer}\n",
+        "training: {{steps: 6, prompts: 4, samples: 4}}\n"
+        "rollout: {{max_new_tokens: 6, max_prompt_tokens: 6, slots: 8, lag: 1, token_budget: 40}}\n"
+        "problems: {{task: {{kind: addition, digits: [1, 1]}}, "
+        "verifier: {{kind: format, thinking: {{open: '', close: '#'}}}}}}\n"
+        "evaluation: {{problems: 4, samples: 1}}\n"
+        "execution: {{dtype: float32, loss_chunks: 1}}\n",
+        Decoder,
+    ),
+    Case(
         "preference",
         DECODER + "  vocab: 300\n",
         "training: {{steps: 6, batch_size: 8}}\nreference: {base}\nloss: {{kind: kto}}\n"
@@ -110,7 +122,6 @@ CASES = [
     ),
     Case(EXAMPLE, DECODER + "  vocab: 14\n", "steps: 6\nrows: 8\nlength: 8\n", Decoder, "steps"),
 ]
-JUDGED = ("preference", "reward")
 LOOP = pytest.mark.parametrize("case", CASES, ids=lambda c: Path(c.loop).stem)
 
 
@@ -144,6 +155,8 @@ def places(tmp_path_factory) -> dict[str, Path]:
             asked, *answers = rng.choice(WORDS, 3)
             pair = {"prompt": f"{asked} {i}?", "completion": " ".join(answers)}
             file.write(json.dumps(pair) + "\n")
+    (folder / "tokenizer").mkdir()
+    character_tokenizer("0123456789+=#;,", "<end>").save(folder / "tokenizer")
     for kind in ("pairs", "verdicts"):
         (folder / kind).mkdir()
         with open(folder / kind / "a.jsonl", "w") as file:
@@ -154,9 +167,8 @@ def places(tmp_path_factory) -> dict[str, Path]:
                     answers = {"completion": answers["chosen"], "label": i % 3 > 0}
                 file.write(json.dumps({"prompt": f"{asked} {i}?"} | answers) + "\n")
     base = tmp_path_factory.mktemp("straight") / "run"  # the first of the loops, see `straight`
-    return {name: folder / name for name in ("text", "chats", "pairs", "verdicts", "cache")} | {
-        "base": base
-    }
+    names = ("text", "chats", "pairs", "verdicts", "tokenizer", "cache")
+    return {name: folder / name for name in names} | {"base": base}
 
 
 @pytest.fixture(scope="session")
@@ -191,7 +203,7 @@ def test_a_resumed_run_ends_in_the_same_bits(case, straight, places, tmp_path):
     assert [r["step"] for r in steps(run)] == [1, 2, 3, 4, 5, 6]
 
 
-@mostly_slow("pretrain", "reinforce")
+@mostly_slow("pretrain", "rl")
 def test_a_branch_goes_on_from_the_whole_state_of_another_run(case, straight, places, tmp_path):
     run, state = straight(case)
     branch = case.write(tmp_path, **places)
@@ -201,7 +213,7 @@ def test_a_branch_goes_on_from_the_whole_state_of_another_run(case, straight, pl
     assert load_artifact(str(tmp_path / "run"), ONE).meta["artifact"]["origin"] == f"all of {run}@4"
 
 
-@mostly_slow(*(case.loop for case in CASES if case.loop != "reward"))
+@mostly_slow("pretrain", "preference", "rl", "flow-matching")
 def test_a_mesh_changes_nothing(case, straight, places, tmp_path):
     run, _ = straight(case)
     mesh = ["--parallel.data", "2", "--parallel.fsdp", "2", "--parallel.tensor", "2"]
@@ -256,7 +268,7 @@ def test_its_artifact_holds_the_model_as_it_was(case, straight):
         load_artifact(str(run), ONE, "critic")
 
 
-@mostly_slow(*(case.loop for case in CASES if case.loop != "preference"))
+@LOOP
 def test_it_is_planned(case, places, tmp_path, capsys):
     path = case.write(tmp_path, **places)
     topology = ["--topology", "cpu:1", "--output", str(tmp_path / "plans")]
@@ -274,9 +286,7 @@ def test_it_is_planned(case, places, tmp_path, capsys):
             case,
             source,
             id=f"{Path(case.loop).stem}-from_{Path(source.loop).stem}",
-            marks=()
-            if source.loop == "pretrain" or (source is case and case.loop not in JUDGED)
-            else pytest.mark.slow,
+            marks=() if source.loop == "pretrain" or source is case else pytest.mark.slow,
         )
         for case in CASES
         for source in CASES
@@ -293,13 +303,17 @@ def test_every_result_can_be_given_to_every_loop_of_its_kind(
         assert main([case.loop, recipe]) == ExitCode.FAILURE
         assert f"a model of kind {source.kind.kind}" in capsys.readouterr().err
         return
-    if source.loop in ("reinforce", EXAMPLE) and case.loop == "preference":
+    if source.loop in ("reinforce", "rl", EXAMPLE) and case.loop == "preference":
         assert main([case.loop, recipe]) == ExitCode.CONFIG  # the recipe names a tokenizer
         assert "the tokenizer has 300 pieces" in capsys.readouterr().err
         return
     if source.loop == EXAMPLE and case.loop != EXAMPLE:  # its model reads no text
         assert main([case.loop, recipe]) == ExitCode.FAILURE
         assert "has no tokenizer" in capsys.readouterr().err
+        return
+    if source.loop == "rl" and case.loop in ("pretrain", "sft", "reward"):
+        assert main([case.loop, recipe]) == ExitCode.FAILURE  # a few characters are no text
+        assert "has no" in capsys.readouterr().err
         return
     if source.loop == "reinforce" and case.loop in ("pretrain", "sft", "reward"):
         assert main([case.loop, recipe]) == ExitCode.FAILURE  # eleven symbols are no text

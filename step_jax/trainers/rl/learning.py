@@ -34,7 +34,7 @@ POLICY, CRITIC = "policy", "critic"
 def places(longest: int, most: int, pieces: int) -> int:
     """How many places the rows of a batch get: few lengths, each compiled once, at most a quarter
     too long; a multiple of the ``pieces`` that a sequence is cut into."""
-    step = max(1, 1 << max(0, longest - 1).bit_length() - 3)
+    step = 1 << max(0, (longest - 1).bit_length() - 3)
     return -(-min(-(-longest // step) * step, most) // pieces) * pieces
 
 
