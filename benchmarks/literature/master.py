@@ -43,10 +43,11 @@ import style  # noqa: E402
 import texts  # noqa: E402
 
 OPENING, ANSWER = 8, 45  # words of a prompt, of an answer that is learned
-WRITTEN, ROWS = 48, 60  # tokens that are written, texts written together
-HELDOUT, TUNING, DRAWN = 60, 60, 4  # openings of each kind; answers to each when tuning
+WRITTEN, ROWS = 48, 50  # tokens that are written, texts written together
+HELDOUT, TUNING, DRAWN = 50, 40, 3  # openings of each kind; answers to each when tuning
 MODELS = ("base", "continued", "sft", "preference")
 CHATS = ("sft", "preference")
+CHATS_READ = 800  # conversations for fine-tuning: more than its steps read
 ONE = Sharding.build(MeshConfig(), jax.devices()[:1])
 
 
@@ -112,7 +113,7 @@ def passages(path: Path) -> list[str]:
 
 def make_chats(work: Path) -> None:
     """Openings of the Old Testament, and how they go on."""
-    openings = map(opening, passages(work / "style" / "old_testament.jsonl"))
+    openings = map(opening, passages(work / "style" / "old_testament.jsonl")[:CHATS_READ])
     records = [{"prompt": first, "completion": rest} for first, rest in openings if rest]
     texts.write(work / "chats" / "chats.jsonl", records)
 

@@ -136,6 +136,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         chosen = implementations(
             begin.model, config.execution, config.data.sequence_length, sharding
         )  # refuses before the data are prepared
+        chosen.pop("loss")  # likelihoods are of no such kernel
         if text.trains_tokenizer(config):  # a mesh that does not divide is known already
             program(config, sharding)
         dataset = judged.prepare_data(

@@ -138,6 +138,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         chosen = implementations(
             begin.model.decoder, config.execution, config.data.sequence_length, sharding
         )  # refuses before the data are prepared
+        chosen.pop("loss")  # there is no vocabulary
         if text.trains_tokenizer(config):  # a mesh that does not divide is known already
             program(config, sharding)
         dataset = judged.prepare_data(config, begin, sharding, report.event)

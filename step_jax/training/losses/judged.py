@@ -19,6 +19,7 @@ from step_jax.models.context import Context, Execution
 from step_jax.models.text.decoder import Decoder, DecoderParams
 from step_jax.models.text.reward import RewardModel, RewardParams
 from step_jax.models.tokens import Tokens
+from step_jax.ops.token_logprobs import token_logprobs
 from step_jax.training.losses.preference import (
     KTO,
     Answers,
@@ -30,7 +31,7 @@ from step_jax.training.losses.preference import (
     pair_loss,
     reward_loss,
 )
-from step_jax.training.losses.text import own_routing, routing_loss, token_logprobs
+from step_jax.training.losses.text import own_routing, routing_loss
 from step_jax.training.step import LossOutput
 
 Batch = Mapping[str, Any]
@@ -68,7 +69,13 @@ def answer_logprobs(p: DecoderParams, c: Decoder, batch: Batch, ctx: Context, te
     The first two are float32 (B, S, K), the first differentiable.
     """
     x_RTD, _, stats = c.hidden(p, text_RT["tokens"], ctx)
-    logprobs_RT = token_logprobs(p, c, x_RTD, text_RT["targets"], ctx)
+    logprobs_RT, _ = token_logprobs(
+        c.normed(p, x_RTD),
+        c.head(p),
+        text_RT["targets"],
+        chunks=ctx.execution.loss_chunks,
+        sharding=ctx.sharding,
+    )
     said_RT = text_RT["weights"]
     inside_RTK = _inside_RTK(text_RT, batch)
     shape = (len(batch["judged"]), 2, -1)

@@ -39,39 +39,6 @@ def token_losses(p: DecoderParams, c: Decoder, x_BTD, targets_BT, weights_BT, ct
     )
 
 
-def token_logprobs(p: DecoderParams, c: Decoder, x_BTD, targets_BT, ctx: Context):
-    """float32 ``log p(target)`` (B, T) from hidden states, differentiable.
-
-    Neither way are there logits: the gradient sweeps the head once more, the targets weighted by
-    what their log-probabilities are worth.
-    """
-
-    def swept(x_BTD, head_DV, weights_BT):
-        return cross_entropy(
-            x_BTD,
-            head_DV,
-            targets_BT,
-            weights_BT,
-            chunks=ctx.execution.loss_chunks,
-            sharding=ctx.sharding,
-            implementation=ctx.execution.loss,
-        )
-
-    @jax.custom_vjp
-    def logprobs(x_BTD, head_DV):
-        return -swept(x_BTD, head_DV, jnp.zeros(targets_BT.shape, jnp.float32))[1]
-
-    def forward(x_BTD, head_DV):
-        return logprobs(x_BTD, head_DV), (x_BTD, head_DV)
-
-    def backward(held, slope_BT):
-        _, pull = jax.vjp(lambda x, w: swept(x, w, -slope_BT)[0], *held)
-        return pull(jnp.float32(1.0))
-
-    logprobs.defvjp(forward, backward)
-    return logprobs(c.normed(p, x_BTD), c.head(p))
-
-
 def _ahead(a_BT, k: int):
     """``a`` of the token k places ahead, zero beyond the row's end."""
     return jnp.pad(a_BT[:, k:], ((0, 0), (0, k)))
