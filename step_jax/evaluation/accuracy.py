@@ -198,6 +198,11 @@ class Spent:
     tokens: float
     accuracy: Interval
 
+    @property
+    def drawn(self) -> tuple[float, float, float, float]:
+        """As `runs/plots.py: plot_spending` draws it."""
+        return (self.tokens, self.accuracy.mean, self.accuracy.low, self.accuracy.high)
+
 
 def vote_curve(samples: Samples, ks: Sequence[int]) -> list[Spent]:
     """Majority votes of k samples, each at the tokens of k samples."""
