@@ -13,6 +13,7 @@ from step_jax.core.command_line import load_config
 from step_jax.core.errors import ConfigError
 from step_jax.core.files import write_whole
 from step_jax.environments.problems import Problem
+from step_jax.environments.replies import Thinking
 from step_jax.environments.tasks import TaskConfig
 
 _DESCRIPTION = """Write problems of a task with their worked solutions. OUT/train.jsonl is for
@@ -66,9 +67,10 @@ def run(config: ProblemsConfig) -> None:
 
 
 def _record(problem: Problem, config: ProblemsConfig) -> dict[str, Any]:
+    thinking = getattr(config.task, "thinking", Thinking())
     if config.form == "chat":
-        return problem.solved()
-    return {"text": problem.question + problem.reply(getattr(config.task, "thinking", None))}
+        return problem.solved(thinking)
+    return {"text": problem.question + problem.reply(thinking)}
 
 
 def _write(path: Path, records: Iterable[dict[str, Any]]) -> None:
