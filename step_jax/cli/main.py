@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("step_jax.cli.export", "write a decoder as Hugging Face's libraries read it"),
     "sample-images": ("step_jax.cli.sample_images", "draw with a flow-matching model"),
     "eval": ("step_jax.cli.evaluate", "held-out loss, perplexity and bits per byte of a model"),
+    "problems": ("step_jax.cli.problems", "write problems of a task with their worked solutions"),
     "tokenize": ("step_jax.cli.tokenize", "train a tokenizer, or look at what one does"),
     "checkpoints": ("step_jax.cli.checkpoints", "list saved steps, or verify every byte of them"),
     "runs": ("step_jax.cli.runs", "compare runs as a table and a picture"),

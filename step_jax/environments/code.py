@@ -41,6 +41,10 @@ class Code(Verifier):
     partial: bool = False
     kind: ClassVar[str] = "code"
 
+    @property
+    def confined(self) -> bool:
+        return False  # it starts sandboxes
+
     def load(self) -> None:
         sandbox.require()
 

@@ -9,6 +9,7 @@ Shape suffixes: P problems, N samples of each.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -198,6 +199,11 @@ class Spent:
     tokens: float
     accuracy: Interval
 
+    @property
+    def drawn(self) -> tuple[float, float, float, float]:
+        """As `runs/plots.py: plot_spending` draws it."""
+        return (self.tokens, self.accuracy.mean, self.accuracy.low, self.accuracy.high)
+
 
 def vote_curve(samples: Samples, ks: Sequence[int]) -> list[Spent]:
     """Majority votes of k samples, each at the tokens of k samples."""
@@ -206,6 +212,49 @@ def vote_curve(samples: Samples, ks: Sequence[int]) -> list[Spent]:
         Spent(k * tokens, bootstrap(majority_at_k(samples.answers_PN, samples.correct_PN, k)))
         for k in ks
     ]
+
+
+@dataclass(frozen=True)
+class Control:
+    """How well a thinking budget governs (arXiv 2501.19393, section 3.2).
+
+    control: share of replies whose tokens are within their budget.
+    scaling: how much accuracy a doubling of tokens adds, the mean slope between all pairs of
+      budgets.
+    performance: the best accuracy of any budget.
+    """
+
+    control: float
+    scaling: float
+    performance: float
+
+
+def budget_control(
+    points: Sequence[Spent],
+    tokens_by_budget: Sequence[np.ndarray],
+    bounds: Sequence[tuple[int, int]],
+) -> Control:
+    """The figures of several budgets.
+
+    Args:
+      points: of each budget, accuracy against tokens.
+      tokens_by_budget: of each, tokens of every thought.
+      bounds: of each, the least and the most that were asked for.
+    """
+    within = [
+        (low <= tokens) & (tokens <= high)
+        for tokens, (low, high) in zip(tokens_by_budget, bounds, strict=True)
+    ]
+    slopes = [
+        (b.accuracy.mean - a.accuracy.mean) / math.log2(b.tokens / a.tokens)
+        for a, b in itertools.combinations(sorted(points, key=lambda p: p.tokens), 2)
+        if b.tokens > a.tokens
+    ]
+    return Control(
+        control=float(np.mean(np.concatenate([np.ravel(w) for w in within]))),
+        scaling=float(np.mean(slopes)) if slopes else math.nan,
+        performance=max(point.accuracy.mean for point in points),
+    )
 
 
 def same_cost(curves: Mapping[str, Sequence[Spent]], tokens: float) -> dict[str, float]:
