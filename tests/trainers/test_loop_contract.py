@@ -19,7 +19,7 @@ from step_jax.core.errors import CheckpointError, ExitCode
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.interop.artifacts import load_artifact
 from step_jax.models.text.decoder import Decoder
-from step_jax.models.vision.image_transformer import ImageTransformer
+from step_jax.models.video.dit import VideoDiT
 from step_jax.trainers import LOOPS
 from tests.trainers.loops import run_loop, steps
 from tests.trainers.test_pretrain import WORDS
@@ -82,13 +82,17 @@ CASES = [
         Decoder,
     ),
     Case(
-        "flow-matching",
-        "\n  width: 16\n  depth: 2\n"
-        "  attention: {{kind: mha, heads: 2, head_dim: 8, position: null}}\n"
-        "  mlp: {{kind: swiglu, hidden: 32}}\n",
-        "training: {{steps: 6, batch_size: 16, samples: 2, euler_steps: 2}}\n"
+        "diffusion",
+        "\n  width: 16\n  depth: 2\n  channels: 1\n  patch: [1, 4, 4]\n"
+        "  attention: {{kind: mha, heads: 2, head_dim: 8,\n"
+        "    position: {{kind: rope, axes: [4, 2, 2]}}}}\n"
+        "  mlp: {{kind: gelu, hidden: 32}}\n"
+        "  text: [{{kind: tower, name: clip, tokens: 4, vocab: 320, width: 16, depth: 1,\n"
+        "    attention: {{kind: mha, heads: 2, head_dim: 8}}, mlp: {{kind: gelu, hidden: 16}}}}]\n",
+        "training: {{steps: 6, batch_size: 16}}\n"
+        "sample: {{count: 0}}\n"
         "execution: {{dtype: float32}}\n",
-        ImageTransformer,
+        VideoDiT,
     ),
     Case(EXAMPLE, DECODER + "  vocab: 14\n", "steps: 6\nrows: 8\nlength: 8\n", Decoder, "steps"),
 ]
