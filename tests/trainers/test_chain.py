@@ -18,7 +18,10 @@ from tests.trainers.loops import fast_compile, run_loop, steps
 from tests.trainers.test_loop_contract import CASES, places  # noqa: F401 - a fixture
 
 ONE = Sharding.build(MeshConfig(), jax.devices()[:1])
-PRETRAIN, SFT, REINFORCE, DIFFUSION, _ = CASES
+PRETRAIN, SFT, REINFORCE, DIFFUSION = (
+    next(case for case in CASES if case.loop == loop)
+    for loop in ("pretrain", "sft", "reinforce", "diffusion")
+)
 
 
 @pytest.fixture(scope="module")

@@ -205,9 +205,6 @@ class Config:
             raise ConfigError(
                 "tokenizer is for a fresh model, which needs one; what is in init_from has its own"
             )
-        check_optimizer(self.optimizer, c.steps)
-        if self.critic.optimizer is not None:
-            check_optimizer(self.critic.optimizer, c.steps)
         self.run.profile.check(c.steps)
         if c.samples < how.signal.smallest_group:
             raise ConfigError(
@@ -216,6 +213,9 @@ class Config:
             )
         if how.critic is None and self.critic != CriticConfig():
             raise ConfigError(f"critic is given, and {self.algorithm.name} has none")
+        check_optimizer(self.optimizer, c.steps)
+        if self.critic.optimizer is not None:
+            check_optimizer(self.critic.optimizer, c.steps)
         if how.kl is None and self.reference is not None:
             raise ConfigError("reference is given, and algorithm.kl is 0: nothing would read it")
         if self.evaluation.every_steps % c.updates:
