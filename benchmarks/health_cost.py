@@ -36,6 +36,7 @@ from step_jax.models.text.decoder import Block, Decoder, Group
 from step_jax.runs.expert_alarm import ExpertAlarm, ExpertHealth
 from step_jax.runs.session import RunConfig
 from step_jax.trainers import pretrain
+from step_jax.trainers.text import LEARNER, Training
 from step_jax.training.losses.text import packed_text_loss
 from step_jax.training.program import Program
 
@@ -44,7 +45,7 @@ def without_report(config: pretrain.Config, program: Program) -> Program:
     """The same program, which says nothing of its experts."""
     loss = packed_text_loss(config.model, config.execution, program.sharding)
     return Program.build(
-        lambda params, batch, key: loss(params[pretrain.LEARNER], batch),
+        lambda params, batch, key: loss(params[LEARNER], batch),
         program.models,
         program.learnings,
         program.schema,
@@ -106,7 +107,7 @@ def main() -> int:
     config = pretrain.Config(
         run=RunConfig("unused"),
         model=Decoder(args.width, (Group(args.layers, (block,)),), args.vocab, init=Fixed(0.02)),
-        training=pretrain.Training(steps=10_000, batch_size=args.rows),
+        training=Training(steps=10_000, batch_size=args.rows),
         data=DataConfig(sequence_length=args.length),
         execution=Execution(dtype=args.dtype),
         parallel=MeshConfig(),

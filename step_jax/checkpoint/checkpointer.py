@@ -12,11 +12,12 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from step_jax.checkpoint import arrays, manifest
 from step_jax.checkpoint.config import CheckpointConfig
@@ -37,6 +38,7 @@ from step_jax.core.errors import (
 from step_jax.core.files import sync_directory, write_synced
 
 _INFO = "step.json"
+_CARRIED = "carried"  # where the host's arrays hang beside the state's
 _UNFINISHED = ".tmp-"
 _DELETED = ".old-"
 _instances = itertools.count()
@@ -142,7 +144,13 @@ class Checkpointer:
         """Whether the interval asks for a save after this many finished steps."""
         return step % self.config.every_steps == 0
 
-    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        meta: dict[str, Any],
+        carried: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
         """Start saving; returns when ``state`` may be donated to the next step.
 
         A save that fails (now or later, in the background) is reported as an event and the run
@@ -153,6 +161,8 @@ class Checkpointer:
           step: finished optimizer steps; a step that is already on disk is not written again.
           state: tree of `jax.Array` (or NumPy) leaves, sharded in any way.
           meta: JSON-able; committed together with the arrays.
+          carried: arrays of any shapes that the host carries from step to step (`carried`); every
+            process gives the same ones.
 
         Raises:
           DiskFullError, NonFiniteState, CheckpointError: after max_failures failures in a row.
@@ -165,6 +175,7 @@ class Checkpointer:
         if self._newest == step:
             return
         flat = arrays.flatten(state)
+        flat |= {f"{_CARRIED}.{name}": a for name, a in (carried or {}).items()}
         info = {"step": step, "leaves": arrays.describe(flat), "meta": meta}
         try:
             json.dumps(info)
@@ -335,6 +346,17 @@ class Checkpointer:
         """The metadata that was saved with a step. Raises like `restore`."""
         return self._info(step)["meta"]
 
+    def carried(self, step: int) -> dict[str, np.ndarray]:
+        """The arrays that the host carried when a step was saved. Raises like `restore`."""
+        leaves = self._info(step)["leaves"]
+        wanted = {
+            name: np.broadcast_to(np.zeros((), dtype), shape)
+            for name, (shape, dtype) in leaves.items()
+            if name.startswith(f"{_CARRIED}.")
+        }
+        loaded = arrays.read(self._step_dir(step), wanted)
+        return {name.removeprefix(f"{_CARRIED}."): np.asarray(a) for name, a in loaded.items()}
+
     def restore(
         self, step: int | None, abstract_state: Any, *, subtree: str = ""
     ) -> tuple[Any, dict[str, Any]]:
@@ -361,7 +383,9 @@ class Checkpointer:
         stored = {
             name: leaf
             for name, leaf in info["leaves"].items()
-            if not subtree or name == subtree or name.startswith(f"{subtree}.")
+            if (not subtree and not name.startswith(f"{_CARRIED}."))
+            or name == subtree
+            or name.startswith(f"{subtree}.")
         }
         where = f"checkpoint {self._step_dir(step)}"
         arrays.check_match(stored, arrays.describe(wanted), where)

@@ -22,7 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("step_jax.cli.plan", "compile a recipe for a pod: memory, speed, cost"),
     "generate": ("step_jax.cli.generate", "write text with a trained model"),
     "export": ("step_jax.cli.export", "write a decoder as Hugging Face's libraries read it"),
-    "sample-images": ("step_jax.cli.sample_images", "draw with a flow-matching model"),
+    "sample-video": ("step_jax.cli.sample_video", "draw pictures and clips from prompts"),
     "eval": ("step_jax.cli.evaluate", "held-out loss, perplexity and bits per byte of a model"),
     "problems": ("step_jax.cli.problems", "write problems of a task with their worked solutions"),
     "tokenize": ("step_jax.cli.tokenize", "train a tokenizer, or look at what one does"),

@@ -4,7 +4,13 @@ Importing this package loads no heavy library; each is imported where it is used
 """
 
 from step_jax.data.cache import Prepared, TokenCache, prepare, train_tokenizer
-from step_jax.data.config import ConversationConfig, DataConfig, Source, Stage
+from step_jax.data.config import (
+    ConversationConfig,
+    DataConfig,
+    PreferenceConfig,
+    Source,
+    Stage,
+)
 from step_jax.data.dataset import BatchIterator, TextDataset
 from step_jax.data.heldout import Heldout
 from step_jax.data.packing import Batch
@@ -16,6 +22,7 @@ __all__ = [
     "ConversationConfig",
     "DataConfig",
     "Heldout",
+    "PreferenceConfig",
     "Prepared",
     "Source",
     "Stage",

@@ -139,6 +139,7 @@ def prepare(
     config: DataConfig,
     report: Report = lambda message: None,
     tokenizer: Tokenizer | None = None,
+    records: Records | None = None,
 ) -> Prepared:
     """Trains or loads the tokenizer and tokenises every source; both are reused when current.
 
@@ -147,6 +148,7 @@ def prepare(
 
     Args:
       tokenizer: to use instead of the configuration's.
+      records: what the records are, where the configuration's kind does not say.
 
     Raises:
       ConfigError: the configuration cannot work (see `DataConfig.validate`).
@@ -156,7 +158,10 @@ def prepare(
     config.validate()
     try:
         _mark_cache(config.cache_path)
-        listings = [_list(source, config, report) for source in config.resolved_sources]
+        listings = [
+            _list(source, config, report, records or _records(config, source))
+            for source in config.resolved_sources
+        ]
         choices = [_choice(listing, config, report) for listing in listings]
         choice = functools.reduce(Choice.__or__, choices)
         if tokenizer is None:
@@ -206,14 +211,14 @@ def _records(config: DataConfig, source: Source) -> Records:
     return Texts(source.text_field)
 
 
-def _list(source: Source, config: DataConfig, report: Report) -> _Listing:
+def _list(source: Source, config: DataConfig, report: Report, records: Records) -> _Listing:
     files, skips = list_files(source)
     root = os.path.abspath(root_of(source))
     memo = config.cache_path / f"files-{_key(root)}.json"
     with _lock(memo, report):
         digests = content_digests(files, memo, report)
     named = [(f.name, f.format, digest) for f, digest in zip(files, digests, strict=True)]
-    return _Listing(source, _records(config, source), files, skips, _key(named))
+    return _Listing(source, records, files, skips, _key(named))
 
 
 def _choice(listing: _Listing, config: DataConfig, report: Report) -> Choice:

@@ -217,3 +217,26 @@ class ConversationConfig(DataConfig):
                 "conversations are records with fields of their own (messages; or prompt and "
                 "completion): leave text_field out, and format: text"
             )
+
+
+@dataclass(frozen=True)
+class PreferenceConfig(ConversationConfig):
+    """Where judged answers come from, and how they become rows of tokens.
+
+    As of conversations, but that only the last answer of each is looked at. A row holds examples:
+    two texts each, which lie side by side at the same place of the row's two halves of
+    ``sequence_length`` tokens.
+
+    Attributes:
+      examples_per_row: at most so many share a row. 1: a step has exactly ``batch_size`` of them.
+    """
+
+    examples_per_row: int = 1
+
+    def validate(self) -> None:
+        super().validate()
+        if not 1 <= self.examples_per_row <= self.sequence_length:
+            raise ConfigError(
+                f"examples_per_row is {self.examples_per_row}; it must be at least 1, and no more "
+                f"than the {self.sequence_length} tokens of a row"
+            )

@@ -18,7 +18,7 @@ from step_jax.tokenizers.base import Tokenizer
 from step_jax.tokenizers.chat import Taught, check_messages, encode_chat
 
 #: what else a record may have would change what is said or learned, and nothing here reads it
-_UNREAD = (
+UNREAD = (
     "system",
     "functions",
     "function_call",
@@ -53,7 +53,7 @@ class Conversations:
     sequence_length: int
     too_long: Literal["refuse", "skip", "truncate"]
     may_be_cut = False
-    fields = ("messages", "tools", "prompt", "completion", *_UNREAD)
+    fields = ("messages", "tools", "prompt", "completion", *UNREAD)
     key = ("conversations",)
 
     def lacking(self, fields: Collection[str]) -> str | None:
@@ -68,7 +68,7 @@ class Conversations:
     def document(self, record: Mapping[str, Any], name: str) -> Document | Skip:
         record = {key: value for key, value in record.items() if value is not None}
         try:
-            if unread := [key for key in _UNREAD if key in record]:
+            if unread := [key for key in UNREAD if key in record]:
                 raise DataError(f"{name} has {unread[0]!r}, which is not read: leave it out")
             messages = check_conversation(_messages(record, name), name)
         except DataError as error:
@@ -105,7 +105,7 @@ class Conversations:
         template, content = tokenizer.chat_template, json.loads(document.text)
         assert template is not None
         try:
-            _check_controls(content["messages"], tokenizer, document.name)
+            check_controls(content["messages"], tokenizer, document.name)
             taught = encode_chat(
                 tokenizer, template, content["messages"], tools=content["tools"],
                 record=document.name,
@@ -125,9 +125,14 @@ class Conversations:
             )
         return Skip(document.name, "too_long", detail)
 
+    @property
+    def _most(self) -> int:
+        """Tokens of what fits in a row. The first one is no target: n have n - 1 places."""
+        return self.sequence_length + 1
+
     def _fitted(self, taught: Taught, tokenizer: Tokenizer) -> Encoded | None:
-        """None for what is too long. The first token is no target: n have n - 1 places."""
-        length = self.sequence_length + 1
+        """None for what is too long."""
+        length = self._most
         ids, said = taught.ids[:length], taught.said[:length]
         cut = len(taught.ids) - len(ids)
         if (cut and self.too_long != "truncate") or not said.any():
@@ -212,7 +217,7 @@ def _check_message(message: Mapping[str, Any], where: str) -> None:
             )
 
 
-def _check_controls(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, name: str) -> None:
+def check_controls(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, name: str) -> None:
     """A control token that is written out would be read as one, and end what it stands in."""
     for i, message in enumerate(messages):
         text = f"{message.get('content', '')}\n{message.get('reasoning_content', '')}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from step_jax.core.errors import DataError
-from step_jax.data.cache import Documents, Prepared, prepare
+from step_jax.data.cache import Prepared, TokenCache, prepare
 from step_jax.data.config import DataConfig
 from step_jax.data.heldout import Heldout, row_slice
 from step_jax.data.mixture import Mixture, MixtureStage, integer_weights
-from step_jax.data.packing import Batch, Plan, derive_key, empty_batch, fill, make_plan
+from step_jax.data.packing import Batch, Pieces, Plan, derive_key, empty_batch, fill, make_plan
 from step_jax.tokenizers.base import Tokenizer
 
 _ORDER_VERSION = 1  # raise when the same configuration would give another order
@@ -29,12 +29,12 @@ _COUNT_ROWS = 2**18  # rows looked at together, to bound the memory
 class _Corpus:
     """Epoch plans of one source; the last two used are kept (a batch may span the border)."""
 
-    documents: Documents
+    documents: Any  # ``Documents``, or what else the rows of a data set are made of
     plan_of: Callable[[int], Plan]
     rows: int
 
     @classmethod
-    def build(cls, documents: Documents, config: DataConfig, key: int) -> _Corpus:
+    def build(cls, documents: Any, config: DataConfig, key: int) -> _Corpus:
         # A copy: every epoch's plan reads all offsets, in random order.
         documents = documents._replace(offsets=np.array(documents.offsets))
         plans: dict[int, Plan] = {}
@@ -87,7 +87,7 @@ class TextDataset:
         self._low, self._high = row_slice(batch_size, process_index, process_count)
         self._corpora = [
             # By content and not by place in the list, so that adding a source changes no order.
-            _Corpus.build(cache.train, config, derive_key(seed, cache.digest))
+            _Corpus.build(self._units(cache), config, derive_key(seed, cache.digest))
             for cache in prepared.caches
         ]
         self.mixture = Mixture(_mixture_stages(config, batch_size))
@@ -103,6 +103,10 @@ class TextDataset:
             "seed": seed,
             "stages": self._stages(),
         }
+
+    def _units(self, cache: TokenCache) -> Any:
+        """What rows are made of: see ``_Corpus``."""
+        return cache.train
 
     @classmethod
     def build(
@@ -231,25 +235,32 @@ class TextDataset:
           b = batch_size / process_count. ``weights`` is 1 on every target (of conversations: that
           the assistant said) and 0 elsewhere. ``segments`` is 0 on padding.
         """
+        batch = empty_batch(
+            self._high - self._low, self.config.sequence_length, self.tokenizer.pad_id
+        )
+        for k, slots, pieces in self._pieces(step):
+            fill(
+                batch,
+                slots,
+                pieces,
+                self._corpora[k].documents.tokens,
+                said=self._corpora[k].documents.said,
+                bos_id=self.tokenizer.document_borders()[0],
+                pad_id=self.tokenizer.pad_id,
+                isolate=self.config.isolate,
+            )
+        return batch
+
+    def _pieces(self, step: int) -> Iterator[tuple[int, np.ndarray, Pieces]]:
+        """(source, the rows of this process's batch that it fills, their pieces)."""
         rows_b = step * self.batch_size + np.arange(self._low, self._high, dtype=np.int64)
         source_b, local_b = self.mixture.locate(rows_b)
-        batch = empty_batch(len(rows_b), self.config.sequence_length, self.tokenizer.pad_id)
         for k in np.unique(source_b):
             corpus = self._corpora[k]
             epoch_b, row_b = np.divmod(local_b, corpus.rows)
             for epoch in np.unique(epoch_b[source_b == k]):
                 slots = np.flatnonzero((source_b == k) & (epoch_b == epoch))
-                fill(
-                    batch,
-                    slots,
-                    corpus.plan_of(int(epoch)).pieces(row_b[slots]),
-                    corpus.documents.tokens,
-                    said=corpus.documents.said,
-                    bos_id=self.tokenizer.document_borders()[0],
-                    pad_id=self.tokenizer.pad_id,
-                    isolate=self.config.isolate,
-                )
-        return batch
+                yield int(k), slots, corpus.plan_of(int(epoch)).pieces(row_b[slots])
 
     def iterate(self, start_step: int = 0, *, prefetch: int = 4) -> BatchIterator:
         """Batches from ``start_step`` on, without end, read ahead in the background."""

@@ -6,12 +6,13 @@ Shape suffixes: B rows, V vocabulary, K candidates in descending order.
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from step_jax.core import checks, rng
+from step_jax.core import checks
 from step_jax.core.errors import ConfigError
 
 
@@ -51,16 +52,32 @@ class SamplingConfig:
         checks.seed(self.seed)
 
 
-def row_keys(key, positions_B, requests_B):
-    """A key per row from the position that it draws for and its own request number.
+def row_keys(key, names_BM, counts_B=None):
+    """A key per row from its name alone: neither other rows of a batch nor padding enter.
 
-    Neither the other rows of a batch nor padding enter, so a request writes the same in any batch.
+    Args:
+      names_BM: uint32, the numbers of each row's name.
+      counts_B: how many of the M each name has; None for all.
     """
-    fold = jax.vmap(lambda position, request: rng.fold(key, position, "sample", request))
-    return fold(positions_B, requests_B)
+    M = names_BM.shape[1]
+    counts_B = jnp.full(names_BM.shape[:1], M) if counts_B is None else counts_B
+    purpose = jax.random.fold_in(key, zlib.crc32(b"sample"))
+
+    def fold(name_M, count):
+        folded = purpose
+        for i in range(M):
+            folded = jnp.where(i < count, jax.random.fold_in(folded, name_M[i]), folded)
+        return folded
+
+    return jax.vmap(fold)(names_BM.astype(jnp.uint32), counts_B)
 
 
-def sample(logits_BV, keys_B, config: SamplingConfig):
+def draw_keys(keys_B, places_B):
+    """The keys of one draw a row, for the token at ``places_B`` of its text."""
+    return jax.vmap(jax.random.fold_in)(keys_B, places_B)
+
+
+def sample(logits_BV, keys_B, config: SamplingConfig, banned_BX=None):
     """Draws a token per row.
 
     The draw is ``argmax(logits / temperature + Gumbel noise)`` over the tokens that top-k, top-p
@@ -69,22 +86,27 @@ def sample(logits_BV, keys_B, config: SamplingConfig):
 
     Args:
       logits_BV: float32.
-      keys_B: one key per row (``row_keys``).
+      keys_B: one key per row (``draw_keys``).
+      banned_BX: int32 tokens that are not drawn, V for none; None bans nothing. One filter more.
 
     Returns:
       (tokens_B int32, logprobs_B float32). ``logprobs_B`` is the token's log-probability under
       ``softmax(logits / temperature)`` over the whole vocabulary, before top-k, top-p and min-p:
       what a policy gradient calls the policy (at temperature 0: under ``softmax(logits)``).
     """
+    B, V = logits_BV.shape
+    if config.temperature:
+        logits_BV = logits_BV / config.temperature
+    shown_BV = logits_BV
+    if banned_BX is not None:
+        rows_B1 = jnp.arange(B)[:, None]
+        shown_BV = logits_BV.at[rows_B1, banned_BX].set(-jnp.inf, mode="drop")
     if config.temperature == 0:
-        tokens_B = jnp.argmax(logits_BV, axis=-1)
-        return _with_logprobs(logits_BV, tokens_B)
-    logits_BV = logits_BV / config.temperature
-    V = logits_BV.shape[-1]
+        return _with_logprobs(logits_BV, jnp.argmax(shown_BV, axis=-1))
     noise_BV = jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(keys_B)
     if not (config.top_k or config.top_p < 1 or config.min_p):
-        return _with_logprobs(logits_BV, jnp.argmax(logits_BV + noise_BV, axis=-1))
-    sorted_BK, token_BK = jax.lax.top_k(logits_BV, min(config.top_k or V, V))
+        return _with_logprobs(logits_BV, jnp.argmax(shown_BV + noise_BV, axis=-1))
+    sorted_BK, token_BK = jax.lax.top_k(shown_BV, min(config.top_k or V, V))
     keep_BK = _keep(sorted_BK, config)
     drawn_BK = sorted_BK + jnp.take_along_axis(noise_BV, token_BK, axis=-1)
     rank_B1 = jnp.argmax(jnp.where(keep_BK, drawn_BK, -jnp.inf), axis=-1, keepdims=True)

@@ -110,6 +110,7 @@ def starting_point(
     goes_on_from: str | None = None,
     *,
     complete: Callable[[Any, Any], Any] = lambda model, found: model,
+    convert: Callable[[Artifact], Artifact] = lambda artifact: artifact,
     arrays: bool = True,
 ) -> Start:
     """The start of a loop that is configured with a ``model``, an ``init_from``, or both.
@@ -121,6 +122,7 @@ def starting_point(
       goes_on_from: ``Session.goes_on_from``. A run that goes on is what it is by now: what it once
         started from need not be there any more.
       complete: (model, the artifact's model) -> the model with what it leaves to the artifact.
+      convert: makes an artifact of another kind one of ``kind``, if it can.
       arrays: False leaves the parameters out (of a plan).
 
     Raises:
@@ -133,7 +135,7 @@ def starting_point(
         return Start(model)
     goes_on = goes_on_from is not None
     name, part = (goes_on_from, None) if goes_on_from else (init.artifact, init.part)
-    artifact = load_artifact(name, sharding, part, arrays=arrays and not goes_on)
+    artifact = convert(load_artifact(name, sharding, part, arrays=arrays and not goes_on))
     artifact.require(kind, "init_from here")
     model = artifact.model if model is None else complete(model, artifact.model)
     origin = artifact.meta["artifact"]["origin"] if goes_on else f"{name}, step {artifact.step}"

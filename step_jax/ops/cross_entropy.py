@@ -66,23 +66,31 @@ def chunked(x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunks, sharding: Shard
     backward pass. Chunks are cut inside a device's piece, and the devices add up their dw once,
     after the last chunk.
     """
-    B, T, _ = x_BTD.shape
+    split, joined = pieces(targets_BT.shape, chunks, sharding)
+    total, nll_nRbCt = _cross_entropy(
+        split(x_BTD), w_DV, split(targets_BT), split(weights_BT), z_loss, sharding
+    )
+    return total, joined(nll_nRbCt)
+
+
+def pieces(shape: tuple[int, int], chunks: int, sharding: Sharding | None):
+    """How (B, T) tokens are cut into chunks, and joined again; no element leaves its device.
+
+    Two functions: (B, T, ...) -> (n, R, b, C, t, ...), and (n, R, b, C, t) -> (B, T).
+    """
+    B, T = shape
     R, C = (1, 1) if sharding is None else (sharding.ways("batch"), sharding.ways("sequence"))
     if B % R or T % C:
         raise ValueError(f"a mesh with {R} x {C} pieces of a batch does not divide {B} x {T}")
     local = T // C
     chunks = max(n for n in range(1, min(chunks, local) + 1) if local % n == 0)
 
-    def split(a):  # no element leaves its device
+    def split(a):
         a = a.reshape(R, B // R, C, chunks, local // chunks, *a.shape[2:])
         a = _constrain(sharding, a, "batch", None, "sequence", *(None,) * (a.ndim - 3))
         return jnp.moveaxis(a, 3, 0)
 
-    weights_nRbCt = split(weights_BT)
-    total, nll_nRbCt = _cross_entropy(
-        split(x_BTD), w_DV, split(targets_BT), weights_nRbCt, z_loss, sharding
-    )
-    return total, jnp.moveaxis(nll_nRbCt, 0, 3).reshape(B, T)
+    return split, lambda a_nRbCt: jnp.moveaxis(a_nRbCt, 0, 3).reshape(B, T)
 
 
 def _constrain(sharding: Sharding | None, x, *axes):
@@ -112,35 +120,51 @@ def _cross_entropy(x_nRbCtD, w_DV, targets_nRbCt, weights_nRbCt, z_loss, shardin
 
 
 def _forward(x_nRbCtD, w_stored_DV, targets_nRbCt, weights_nRbCt, z_loss, sharding):
-    dtype = x_nRbCtD.dtype
-    w_DV = whole(w_stored_DV.astype(dtype), ("embed", "vocab"), sharding)
+    w_DV = whole(w_stored_DV.astype(x_nRbCtD.dtype), ("embed", "vocab"), sharding)
 
-    def body(dw_RCDV, inputs):
-        x_RbCtD, targets_RbCt, weights_RbCt = inputs
+    def chunk(x_RbCtD, targets_RbCt, weights_RbCt):
         nll_RbCt, cost_RbCt, logits_RbCtV, lse_RbCt, hot_RbCtV = _chunk(
             x_RbCtD, w_DV, targets_RbCt, z_loss
         )
         p_RbCtV = jnp.exp(logits_RbCtV - lse_RbCt[..., None])
         d_RbCtV = p_RbCtV * (1.0 + 2.0 * z_loss * lse_RbCt)[..., None] - hot_RbCtV
-        d_RbCtV = (d_RbCtV * weights_RbCt[..., None]).astype(dtype)
+        return d_RbCtV * weights_RbCt[..., None], (nll_RbCt, cost_RbCt)
+
+    dx, dw_DV, (nll, cost) = gradients(
+        chunk, (x_nRbCtD, targets_nRbCt, weights_nRbCt), w_DV, sharding
+    )
+    residuals = (dx, dw_DV, cost, targets_nRbCt, jnp.zeros((), w_stored_DV.dtype))
+    return (jnp.sum(weights_nRbCt * cost), nll), residuals
+
+
+def gradients(chunk, inputs, w_DV, sharding: Sharding | None):
+    """(dx_nRbCtD, float32 dw_DV, more) of a function of logits, chunk by chunk.
+
+    Args:
+      chunk: (one chunk of every input) -> (gradient of the logits (R, b, C, t, V), more).
+      inputs: x_nRbCtD first.
+      w_DV: the whole head, in the dtype of x.
+    """
+
+    def body(dw_RCDV, inputs):
+        x_RbCtD = inputs[0]
+        d_RbCtV, more = chunk(*inputs)
+        d_RbCtV = d_RbCtV.astype(x_RbCtD.dtype)
         dx_RbCtD = jnp.einsum("RbCtV,DV->RbCtD", d_RbCtV, w_DV)
         dw_RCDV += jnp.einsum(
             "RbCtD,RbCtV->RCDV", x_RbCtD, d_RbCtV, preferred_element_type=jnp.float32
         )
-        return layout(dw_RCDV), (nll_RbCt, cost_RbCt, dx_RbCtD)
+        return layout(dw_RCDV), (dx_RbCtD, more)
 
     def layout(dw_RCDV):  # every device its own sum: nothing crosses the mesh inside the loop
         return _constrain(sharding, dw_RCDV, "batch", "sequence", None, "vocab")
 
-    R, C = x_nRbCtD.shape[1], x_nRbCtD.shape[3]
+    R, C = inputs[0].shape[1], inputs[0].shape[3]
     start = layout(jnp.zeros((R, C, *w_DV.shape), jnp.float32))
-    dw_RCDV, (nll, cost, dx) = jax.lax.scan(body, start, (x_nRbCtD, targets_nRbCt, weights_nRbCt))
+    dw_RCDV, (dx, more) = jax.lax.scan(body, start, inputs)
     if sharding is None:
-        dw_DV = jnp.sum(dw_RCDV, (0, 1))
-    else:
-        dw_DV = add_up(dw_RCDV, ("embed", "vocab"), sharding)
-    residuals = (dx, dw_DV, cost, targets_nRbCt, jnp.zeros((), w_stored_DV.dtype))
-    return (jnp.sum(weights_nRbCt * cost), nll), residuals
+        return dx, jnp.sum(dw_RCDV, (0, 1)), more
+    return dx, add_up(dw_RCDV, ("embed", "vocab"), sharding), more
 
 
 def _backward(z_loss, sharding, residuals, cotangents):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from step_jax.core import spec as spec_lib
 from step_jax.core.hardware import has_ragged_all_to_all
 from step_jax.core.sharding import GATHERED_AXES, Sharding, axes_of_entry
+from step_jax.data.schema import Schema
 from step_jax.models import pipeline
 from step_jax.models.context import Execution
 from step_jax.models.flops import attention_core_flops, forward_flops_per_token
@@ -94,9 +95,19 @@ def case_of(
         return None
     if execution is None or rows is None or sequence is None:
         return None
+    rows *= _texts(program.schema)
     sharding = program.sharding if sharding is None else sharding
     held = held_bytes(program, sharding) if held is None else held
     return Case(models[0], execution, rows, sequence, program.accumulation, sharding, held)
+
+
+def _texts(schema: Schema) -> int:
+    """Texts side by side in a row of the batch: the two answers of a pair."""
+    field = schema.get("tokens")
+    if field is None:
+        return 1
+    named = zip(field.axes, field.shape, strict=True)
+    return math.prod(size for axis, size in named if axis is None)
 
 
 def held_bytes(program: Program, sharding: Sharding) -> Held:

@@ -440,28 +440,6 @@ def plot_spending(
     return _save(figure, out)
 
 
-def draw_images(images: Any, columns: int, out: Path | str, zoom: int = 4) -> Path:
-    """Write a PNG of images side by side, ``columns`` in a row.
-
-    Args:
-      images: NumPy array (B, H, W, C) of values in [-1, 1]; C is 1 (grey, -1 is black) or 3.
-      columns: divides B.
-      out: its directory is made.
-      zoom: side of a pixel in the picture.
-    """
-    import numpy as np
-    from matplotlib.image import imsave
-
-    images = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))  # a grey frame
-    B, H, W, C = images.shape
-    grid = images.reshape(B // columns, columns, H, W, C).swapaxes(1, 2)
-    grid = grid.reshape(B // columns * H, columns * W, C).repeat(zoom, 0).repeat(zoom, 1)
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    imsave(out, ((grid.clip(-1, 1) + 1) / 2).repeat(3 // C, -1))
-    return out
-
-
 def _save(figure: Any, out: Path | str) -> Path:
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from step_jax.checkpoint import CheckpointConfig, Checkpointer
 from step_jax.checkpoint.artifact import Description, has_steps, open_run
@@ -28,7 +29,7 @@ from step_jax.runs.profiling import ProfileConfig, ProfilerWindow
 from step_jax.runs.reporter import LoggingConfig, Reporter, environment
 from step_jax.runs.run_directory import RunDirectory
 from step_jax.runs.watchdog import HangWatchdog
-from step_jax.training.program import Program
+from step_jax.training.program import Program, Work
 from step_jax.training.state import TrainState
 from step_jax.training.step import check_skipped
 
@@ -76,6 +77,7 @@ class Session:
       directory: the run directory.
       reporter: says and records things.
       program: what it runs, once it is started.
+      carried: what the host carried (see ``finished``) at the step that it goes on from.
     """
 
     def __init__(self, config: Any):
@@ -88,11 +90,12 @@ class Session:
         self.primary = jax.process_index() == 0
         self._config, self._run = config, run
         self._stack = ExitStack()
-        self._pending: tuple[int, Any, float] | None = None
+        self._pending: tuple[int, Any, float, Work] | None = None
         self._leave = False
         self._finished = 0
         self._branch: Branch | None = None
         self._meta: dict[str, Any] = {}
+        self.carried: Mapping[str, np.ndarray] = {}
         self._values: dict[str, float] = {}  # of the step reported last
         #: (step, metrics) -> what to say about a finished step besides its numbers
         self.watch: Callable[[int, Mapping[str, float]], Iterable[str]] = lambda step, metrics: ()
@@ -176,6 +179,7 @@ class Session:
         if self._branch is None:
             check_rates(program.learnings, meta["rates"], step, self.directory.path)
         state, _ = checkpoints.restore(step, program.state_like)
+        self.carried = checkpoints.carried(step)
         self._finished = step
         return state, step
 
@@ -257,7 +261,15 @@ class Session:
             raise RestartRequested(f"stopped after step {step}: start the same command to go on")
         self._profiler.before_step(step)
 
-    def finished(self, step: int, state: Any, metrics: Mapping[str, Any], data_wait: float = 0.0):
+    def finished(
+        self,
+        step: int,
+        state: Any,
+        metrics: Mapping[str, Any],
+        data_wait: float = 0.0,
+        carried: Callable[[], Mapping[str, np.ndarray]] = dict,
+        work: Work | None = None,
+    ):
         """Call with every step's results, computed or still being computed.
 
         Reports the step before this one, so that the device never waits for the host; saves when a
@@ -266,33 +278,38 @@ class Session:
         Args:
           step: steps finished, this one included.
           data_wait: seconds the host waited for this step's data.
+          carried: what the host must have to go on after this step and no function of the step
+            gives (rollouts), as arrays of any shapes; asked for when a checkpoint is saved.
+          work: of this step, where steps are not alike; None for the program's.
 
         Raises:
           DivergedError: too many non-finite steps in a row.
         """
         self.flush()
-        self._pending = (step, metrics, data_wait)
+        self._pending = (step, metrics, data_wait, work or self.program.work)
         if self._profiler.after_step(step - 1, metrics):
             self.reporter.event(f"profile of {self._run.profile.steps} steps written")
         stop = self._stop.requested(step)
         if stop or self._checkpointer.due(step) or step == self.total_steps:
             with self.aside():
                 rates = {k: v for k, v in self._values.items() if k.partition("/")[0] == "lr"}
-                self._checkpointer.save(step, state, self._meta | {"rates": rates})
+                meta = self._meta | {"rates": rates}
+                self._checkpointer.save(step, state, meta, carried())
         self._leave = stop and step < self.total_steps
 
     def flush(self):
         """Waits for the step last given to ``finished`` and reports it."""
         if self._pending is None:
             return
-        step, metrics, data_wait = self._pending
+        step, metrics, data_wait, work = self._pending
         self._pending = None
         self._values = values = {k: v.item() for k, v in jax.device_get(dict(metrics)).items()}
         self._watchdog.beat()
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        work, peak = self.program.work, self.program.work.peak_flops(self.sharding)
-        rates = {work.unit: step * work.count, "step_s": seconds}
+        peak = work.peak_flops(self.sharding)
+        done = step * work.count if work.done is None else work.done
+        rates = {work.unit: done, "step_s": seconds}
         rates[f"{work.unit}_per_s"] = work.count / seconds
         rates["data_wait_s"] = data_wait
         if work.flops and peak:

@@ -227,6 +227,25 @@ def encode_chat(
             for text, answers in texts]  # fmt: skip
 
 
+def encode_answer(
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    *,
+    record: str = "the conversation",
+    **options: Any,
+) -> Taught:
+    """A conversation up to its last answer and the stop token of that, of which alone ``said`` is.
+
+    The ids and what is refused are those of `encode_chat`: two answers to the same messages begin
+    with the same ids, those of whoever asks.
+    """
+    text, answers = template.answers(messages, record=record, **options)[-1]
+    ids, said = _encode(tokenizer, text, answers[-1:], f"{record}: {template.name}")
+    end = np.flatnonzero(said)[-1] + 1
+    return Taught(ids[:end], said[:end])
+
+
 def _encode(tokenizer: Tokenizer, text: str, answers: list[Answer], what: str) -> Taught:
     ids, place = _read_apart(tokenizer, text, [answer.start for answer in answers], what)
     start, end = place[:, 0], np.maximum(place[:, 1], place[:, 0] + 1)

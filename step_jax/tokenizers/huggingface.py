@@ -145,10 +145,11 @@ def _flat(part: Any, key: str) -> list[dict[str, Any]]:
     return [step for inner in part.get(key, []) for step in _flat(inner, key)]
 
 
-def character_tokenizer(symbols: Sequence[str]) -> HuggingFaceTokenizer:
+def character_tokenizer(symbols: Sequence[str], end: str | None = None) -> HuggingFaceTokenizer:
     """A closed vocabulary: the i-th symbol is token i, and nothing else can be written.
 
-    It has no bos, eos or pad. Texts with another character are refused.
+    Texts with another character are refused. ``end`` names a token after the symbols that ends a
+    text (eos); there is no bos or pad.
 
     Raises:
       ConfigError: a symbol that is not one character, or stands twice.
@@ -166,5 +167,9 @@ def character_tokenizer(symbols: Sequence[str]) -> HuggingFaceTokenizer:
     any_character = tokenizers.Regex(r"[\s\S]")
     made.pre_tokenizer = tokenizers.pre_tokenizers.Split(any_character, "isolated")
     made.decoder = tokenizers.decoders.Fuse()
+    files = {}
+    if end is not None:
+        made.add_special_tokens([tokenizers.AddedToken(end, special=True)])
+        files["tokenizer_config.json"] = json.dumps({"eos_token": end}).encode()
     content = json.dumps(json.loads(made.to_str()), ensure_ascii=False, indent=1)
-    return HuggingFaceTokenizer({"tokenizer.json": content.encode()}, "symbols")
+    return HuggingFaceTokenizer({"tokenizer.json": content.encode(), **files}, "symbols")

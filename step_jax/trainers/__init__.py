@@ -24,11 +24,20 @@ from step_jax.core.errors import ConfigError
 LOOPS: dict[str, tuple[str, str]] = {
     "pretrain": ("step_jax.trainers.pretrain", "train a language model from a configuration file"),
     "sft": ("step_jax.trainers.sft", "fine-tune a language model on conversations"),
+    "rl": ("step_jax.trainers.rl.loop", "reinforcement learning on verifiable problems"),
+    "preference": (
+        "step_jax.trainers.preference",
+        "tune a language model on pairs of answers, or on good and bad ones",
+    ),
+    "reward": ("step_jax.trainers.reward", "train a reward model on pairs of answers"),
     "reinforce": (
         "step_jax.trainers.rl.reinforce",
         "toy: a decoder learns to sort by policy gradients",
     ),
-    "flow-matching": ("step_jax.trainers.diffusion.flow_matching", "toy: draw digits by class"),
+    "diffusion": (
+        "step_jax.trainers.diffusion.flow_matching",
+        "train a diffusion transformer on captioned pictures and clips",
+    ),
 }
 DEFAULT = "pretrain"
 

@@ -1,146 +1,31 @@
 """Pretraining: from a folder of text to a decoder that writes.
 
-The loop is :func:`run`, read top to bottom.
+The loop is :func:`run`, read top to bottom; its parts are in ``trainers/text.py``.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import jax
 
-from step_jax.checkpoint.artifact import Description
-from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
-from step_jax.data import DataConfig, TextDataset
-from step_jax.data.batches import process_rows, to_mesh
-from step_jax.data.config import TRAIN_TOKENIZER
-from step_jax.data.packing import text_schema
-from step_jax.evaluation.heldout import make_evaluator
-from step_jax.inference.generate import generate
-from step_jax.inference.sampling import SamplingConfig
-from step_jax.interop.artifacts import InitFrom, Start, starting_point
-from step_jax.models import expert_health
+from step_jax.data import DataConfig
+from step_jax.interop.artifacts import InitFrom
 from step_jax.models.context import Execution
-from step_jax.models.flops import train_flops_per_token
 from step_jax.models.text.decoder import Decoder
-from step_jax.models.text.facts import cache_bytes_per_token, implementations, with_vocabulary
-from step_jax.runs import plots
-from step_jax.runs.console import Shown
-from step_jax.runs.device_memory import available, fitting, needed
-from step_jax.runs.expert_alarm import ExpertAlarm, ExpertHealth
+from step_jax.models.text.facts import implementations, with_vocabulary
+from step_jax.runs.device_memory import fitting
+from step_jax.runs.expert_alarm import ExpertHealth
 from step_jax.runs.session import RunConfig, Session
 from step_jax.tokenizers.base import Tokenizer
-from step_jax.training.learner import learn
-from step_jax.training.losses.text import packed_text_loss
-from step_jax.training.optimizers.config import AdamW, OptimizerConfig, check_optimizer
-from step_jax.training.program import Program, Work
-from step_jax.training.scaling_laws import step_law_batch_rows
+from step_jax.trainers import text
+from step_jax.trainers.text import LEARNER, Evaluation, Sample, Training, program
+from step_jax.training.optimizers.config import AdamW, OptimizerConfig
 
-LEARNER = "model"
-
-
-@dataclass(frozen=True)
-class Training:
-    """How long, and on how much at once. Give ``steps`` or ``tokens``.
-
-    steps: optimizer steps of the whole run.
-    tokens: tokens of the whole run instead.
-    batch_size: rows of a step over all devices, or ``step_law`` (arXiv 2503.04715; needs tokens).
-    accumulation: microbatches that a step is computed in; changes memory, not results.
-    balance: of which tokens the routers' losses take the loads of experts: all of a step, so that
-      accumulation changes nothing (with several microbatches their layers are run once more to know
-      the loads), or those of each microbatch.
-    z_loss: coefficient of the squared log-partition function.
-    ema_decay: of a moving average of the parameters, which evaluation and sampling then use.
-    """
-
-    steps: int | None = None
-    tokens: float | None = None
-    batch_size: int | Literal["step_law"] = "step_law"
-    accumulation: int = 1
-    balance: Literal["batch", "microbatch"] = "batch"
-    z_loss: float = 0.0
-    ema_decay: float | None = None
-
-    def validate(self):
-        if (self.steps is None) == (self.tokens is None):
-            raise ConfigError("give either training.steps or training.tokens")
-        if self.batch_size == "step_law" and self.tokens is None:
-            raise ConfigError("training.batch_size: step_law needs training.tokens")
-        for name in ("steps", "tokens", "batch_size", "accumulation"):
-            value = getattr(self, name)
-            if isinstance(value, int | float) and not 1 <= value < float("inf"):
-                raise ConfigError(f"training.{name} is {value}; it must be at least 1, and finite")
-        if isinstance(self.batch_size, int) and self.batch_size % self.accumulation:
-            raise ConfigError(
-                f"training.accumulation {self.accumulation} does not divide batch_size "
-                f"{self.batch_size}"
-            )
-        if self.z_loss < 0:
-            raise ConfigError(f"training.z_loss is {self.z_loss}; it must be 0 or more")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"training.ema_decay is {self.ema_decay}; use a number in [0, 1)")
-
-    def rows(self, sequence_length: int, multiple: int) -> int:
-        """Rows of a batch; Step Law's are rounded to a multiple of ``multiple``."""
-        if self.batch_size == "step_law":
-            assert self.tokens is not None  # see validate
-            return step_law_batch_rows(self.tokens, sequence_length, multiple * self.accumulation)
-        return self.batch_size
-
-    def total_steps(self, tokens_per_step: int) -> int:
-        if self.steps is not None:
-            return self.steps
-        assert self.tokens is not None  # see validate
-        return max(1, round(self.tokens / tokens_per_step))
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Held-out evaluation during the run; the end of the run always scores every held-out token.
-
-    every_steps: 0 for the end only.
-    tokens: of the quick evaluations, whole documents.
-    """
-
-    every_steps: int = 200
-    tokens: int = 50_000
-
-    def validate(self):
-        if self.every_steps < 0 or self.tokens < 1:
-            raise ConfigError(
-                f"evaluation needs every_steps of 0 or more and tokens of at least 1: {self}"
-            )
-
-    def due(self, step: int, total_steps: int) -> bool:
-        return bool(self.every_steps) and step % self.every_steps == 0 and 0 < step < total_steps
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Text written at the end of the run. ``tokens: 0`` writes none."""
-
-    prompts: tuple[str, ...] = ("",)
-    tokens: int = 128
-    temperature: float = 0.8
-    top_p: float = 0.95
-
-    def validate(self):
-        if self.tokens < 0:
-            raise ConfigError(f"sample.tokens is {self.tokens}; it must be 0 or more")
-        self.sampling(0)
-
-    def sampling(self, seed: int) -> SamplingConfig:
-        return SamplingConfig(
-            max_new_tokens=max(1, self.tokens),
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seed=seed,
-        )
+__all__ = ["Config", "program", "run"]
 
 
 @dataclass(frozen=True)
@@ -162,7 +47,7 @@ class Config:
 
     def validate(self):
         """What can be known to fail before text is read and devices are touched."""
-        check_length(self)
+        text.check_length(self)
         if self.model is not None:
             check_documents(self.model, self.data)
 
@@ -171,64 +56,6 @@ class Config:
         """``model``, once it is known: a run fills in what it takes from ``init_from``."""
         assert self.model is not None
         return self.model
-
-
-def check_length(config: TextLoop) -> None:
-    """Raises ConfigError for an optimizer or a profile that does not fit the run's steps."""
-    T, training = config.data.sequence_length, config.training
-    tokens = training.rows(T, 1) * T
-    steps = training.total_steps(tokens)
-    check_optimizer(config.optimizer, steps, steps * tokens)
-    config.run.profile.check(steps)
-    if config.model is None and config.init_from is None:
-        raise ConfigError("give a model, or init_from: what to start from")
-    if config.model is not None and trains_tokenizer(config):
-        with_vocabulary(config.model, config.data.vocab_size)
-
-
-def trains_tokenizer(config: TextLoop) -> bool:
-    """Whether the tokenizer is made of the text: none is named, nor comes with a model."""
-    return config.data.tokenizer == TRAIN_TOKENIZER and config.init_from is None
-
-
-class TextLoop(Protocol):
-    """What the loops share that train a decoder on rows of tokens: parts of their configuration."""
-
-    @property
-    def loop(self) -> str: ...
-    @property
-    def run(self) -> RunConfig: ...
-    @property
-    def training(self) -> Training: ...
-    @property
-    def model(self) -> Decoder | None: ...
-    @property
-    def init_from(self) -> InitFrom | None: ...
-    @property
-    def data(self) -> DataConfig: ...
-    @property
-    def optimizer(self) -> OptimizerConfig: ...
-    @property
-    def execution(self) -> Execution: ...
-    @property
-    def evaluation(self) -> Evaluation: ...
-    @property
-    def expert_health(self) -> ExpertHealth: ...
-
-
-def start_of(
-    config: TextLoop, sharding: Sharding, goes_on_from: str | None = None, *, arrays: bool = True
-) -> Start:
-    """See ``starting_point``; a model without a vocabulary has the artifact's."""
-    return starting_point(
-        config.model,
-        config.init_from,
-        sharding,
-        Decoder,
-        goes_on_from,
-        complete=lambda model, found: model if model.vocab else replace(model, vocab=found.vocab),
-        arrays=arrays,
-    )
 
 
 def check_documents(model: Decoder, data: DataConfig) -> None:
@@ -252,15 +79,15 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
     """
     with Session(config) as session:
         sharding, report = session.sharding, session.reporter
-        begin = start_of(config, sharding, session.goes_on_from)
+        begin = text.start_of(config, sharding, session.goes_on_from)
         check_documents(begin.model, config.data)
         chosen = implementations(
             begin.model, config.execution, config.data.sequence_length, sharding
         )  # refuses before the data are prepared
-        dataset = prepare_data(config, begin, sharding, report.event)
+        dataset = text.prepare_data(config, begin, sharding, report.event)
         sample_prompts(config, dataset.tokenizer)  # refuses one that is too long
         config = replace(config, model=with_vocabulary(begin.model, dataset.tokenizer.vocab_size))
-        built = make_program(config, config.decoder, sharding)
+        built = text.make_program(config, config.decoder, sharding)
         train_step = fitting(  # before the state is made, which may be too much already
             built.compile, jax.local_devices()[0], force
         )
@@ -271,14 +98,14 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         )
         session.describe(
             config,
-            describe(config, begin, dataset),
+            text.describe(config, begin, dataset, config.decoder),
             {"tokenizer": dataset.tokenizer},
-            header(config, built, dataset, train_step, chosen),
+            text.header(config, built, dataset, train_step, chosen),
             units={"loss": "nats per token", "nll": "nats per token"},
             meta={"data": dataset.fingerprint},
         )
-        params, evaluate = train(session, config, dataset, train_step, state, start)
-        return finish(
+        params, evaluate = text.train(session, config, dataset, train_step, state, start)
+        return text.finish(
             session,
             dataset,
             evaluate,
@@ -286,220 +113,6 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             write_samples(config, sharding, dataset.tokenizer, params),
             f"write more:   step-jax generate {session.directory.path} --prompt 'import os'",
         )
-
-
-def train(session: Session, config: TextLoop, dataset: TextDataset, train_step, state, start: int):
-    """The steps that are left, scored on held-out text when that is due.
-
-    Args:
-      train_step: the compiled step of the session's program.
-      state, start: as ``session.start`` gives them.
-
-    Returns:
-      (the model's parameters to use, what scores them).
-    """
-    built = session.program
-    model = built.models[LEARNER]
-    session.watch = ExpertAlarm(config.expert_health).check
-    best = built.learnings[LEARNER].best
-    dataset.heldout = dataset.heldout.kept(
-        session.directory.heldout, dataset.tokenizer, write=session.primary
-    )
-    evaluate = make_evaluator(
-        model,
-        config.execution,
-        session.sharding,
-        dataset.batch_size,
-        config.data.sequence_length,
-    )
-    quick = dataset.heldout.subset(config.evaluation.tokens)
-
-    def score(step: int):
-        if config.evaluation.due(step, built.total_steps) and quick.documents:
-            with session.aside():
-                figures = evaluate(best(state.learners[LEARNER]), quick)
-                session.reporter.evaluation(step, figures | {"loss": figures["nll"]}, "heldout")
-
-    if not session.recorded(start, "heldout"):  # the run was killed while it was made
-        score(start)
-    batches = dataset.iterate(start)
-    for step in range(start, built.total_steps):
-        batch = to_mesh(session.sharding, built.schema, next(batches))
-        session.before(step)
-        state, metrics = train_step(state, batch)
-        session.finished(step + 1, state, metrics, batches.wait_seconds)
-        score(step + 1)
-    batches.close()
-    session.flush()
-    return best(state.learners[LEARNER]), evaluate
-
-
-def prepare_data(config: TextLoop, begin: Start, sharding: Sharding, report) -> TextDataset:
-    """The dataset of this process's rows; processes that share rows read the same ones."""
-    T = config.data.sequence_length
-    rows = config.training.rows(T, sharding.ways("batch"))
-    if trains_tokenizer(config):  # a mesh that does not divide is known already
-        make_program(config, with_vocabulary(begin.model, config.data.vocab_size), sharding)
-    index, count = process_rows(sharding, rows)
-    named = config.data.tokenizer != TRAIN_TOKENIZER or trains_tokenizer(config)
-    return TextDataset.build(
-        config.data,
-        batch_size=rows,
-        seed=config.run.seed,
-        process_index=index,
-        process_count=count,
-        tokenizer=None if named else begin.tokenizer,
-        report=report,
-    )
-
-
-def program(config: TextLoop, sharding: Sharding) -> Program:
-    """What the loop compiles, without opening the text.
-
-    Raises:
-      ConfigError: no vocabulary without the tokenizer, or sizes that the mesh does not divide.
-    """
-    begin = start_of(config, sharding, arrays=False)
-    model, data = begin.model, config.data
-    if not model.vocab:
-        if not trains_tokenizer(config):
-            raise ConfigError(
-                "a plan does not open the tokenizer: set model.vocab to the size of its vocabulary"
-            )
-        model = with_vocabulary(model, data.vocab_size)
-    return make_program(config, model, sharding)
-
-
-def make_program(config: TextLoop, model: Decoder, sharding: Sharding) -> Program:
-    """The program of a configuration and its model, which has its vocabulary."""
-    training, T = config.training, config.data.sequence_length
-    rows = training.rows(T, sharding.ways("batch"))
-    tokens = rows * T
-    total_steps = training.total_steps(tokens)
-    init = config.init_from
-    learning = learn(
-        model,
-        config.optimizer,
-        total_steps=total_steps,
-        sharding=sharding,
-        tokens=float(total_steps * tokens),
-        average=training.ema_decay,
-        freeze=init.freeze if init else (),
-        lora=init.lora if init else None,
-    )
-    text_loss = packed_text_loss(
-        model, config.execution, sharding, training.z_loss, training.balance
-    )
-    return Program.build(
-        lambda params, batch, key: text_loss(params[LEARNER], batch),
-        {LEARNER: model},
-        {LEARNER: learning},
-        text_schema(rows, T),
-        sharding,
-        total_steps=total_steps,
-        work=Work(
-            tokens,
-            "tokens",
-            tokens * train_flops_per_token(model, T),
-            config.execution.dtype,
-        ),
-        seed=config.run.seed,
-        accumulation=training.accumulation,
-        report=lambda params, stats: expert_health.report(model, params[LEARNER], stats),
-    )
-
-
-def describe(config: TextLoop, begin: Start, dataset: TextDataset) -> Description:
-    """What every checkpoint of the run is."""
-    part = begin.part(config.model, average=config.training.ema_decay is not None)
-    return Description(
-        loop=config.loop,
-        parts={LEARNER: part},
-        processor={"tokenizer": dataset.tokenizer.hash},
-        context=config.data.sequence_length,
-        dtype=config.execution.dtype,
-        origin=begin.origin,
-    )
-
-
-def header(
-    config: TextLoop, built: Program, dataset: TextDataset, train_step, chosen: dict[str, str]
-) -> dict[str, Any]:
-    """What the run shows before its first step; ``chosen`` as of ``facts.implementations``."""
-    T, steps = config.data.sequence_length, built.total_steps
-    learning, tokens = built.learnings[LEARNER], built.work.count
-    assert config.model is not None
-    need, limit = needed(train_step), available(jax.local_devices()[0])
-    trained = spec_lib.count(spec_lib.trained(learning.specs))
-    whole = spec_lib.count(learning.specs)
-    values: dict[str, Any] = {
-        "parameters": spec_lib.count(learning.model_specs),
-        "active for a token": spec_lib.count(learning.model_specs, active=True),
-        "of which in matrices": spec_lib.count(learning.model_specs, roles=("matrix",)),
-        **({"trained": trained} if trained < whole else {}),
-        **chosen,
-        "tokens per step": Shown(tokens, f"{tokens:,} ({dataset.batch_size} rows of {T})"),
-        "steps": Shown(
-            steps,
-            f"{steps:,} ({steps * tokens:,} tokens, "
-            f"{steps * tokens / max(1, dataset.tokens_per_epoch):.2f} epochs)",
-        ),
-        "peak learning rate": learning.optimizer.peak,
-        "cache bytes per token": cache_bytes_per_token(config.model),
-    }
-    if need is not None and limit is not None:
-        state = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(built.state_like))
-        values["memory per device"] = (
-            f"{need / 1e9:.3g} GB predicted of {limit / 1e9:.3g} GB "
-            f"(whole state {state / 1e9:.3g} GB)"
-        )
-    for i, note in enumerate([*learning.optimizer.notes, *dataset.notes(steps)], 1):
-        values[f"note {i}"] = note
-    return values
-
-
-def finish(
-    session: Session, dataset: TextDataset, evaluate, params, texts: list[str], go_on: str
-) -> dict[str, float]:
-    """Scores every held-out token, keeps the samples, draws the plot, and says where everything is.
-
-    Args:
-      texts: that the model wrote.
-      go_on: a line that says how to have more of them.
-    """
-    report, directory = session.reporter, session.directory
-    result = evaluate(params, dataset.heldout) if dataset.heldout.documents else {}
-    if result:
-        report.evaluation(session.total_steps, result | {"loss": result["nll"]}, "final")
-    baselines: dict[str, Any] = {}
-    if dataset.heldout.lossy:
-        baselines["held-out"] = f"not available: the tokenizer loses text ({dataset.heldout.lossy})"
-    elif session.primary:
-        baselines = dataset.heldout.compressed_bits_per_byte()
-    if session.primary:
-        directory.samples.mkdir(exist_ok=True)
-        path = directory.samples / f"step_{session.total_steps}.txt"
-        path.write_text("\n\n".join(texts), encoding="utf-8")
-        for text in texts[:1]:
-            report.event(f"sample:\n{text}")
-        plots.plot_run(directory.path, directory.plots / "loss.png")
-    counters = {f"data {name}": value for name, value in dataset.counters().items() if value}
-    report.summary(
-        {
-            "status": "done",
-            **{f"held-out {name}": value for name, value in result.items()},
-            **{f"{name} bits per byte": value for name, value in baselines.items()},
-            **counters,
-            "seconds": time.perf_counter() - session.opened,
-        }
-    )
-    report.event(
-        f"everything is in {directory.path}: the loss in plots/loss.png, texts in samples/\n"
-        f"{go_on}\n"
-        f"score it:     step-jax eval {directory.path}\n"
-        f"compare runs: step-jax runs {directory.path.parent}"
-    )
-    return result
 
 
 def sample_prompts(config: Config, tokenizer: Tokenizer) -> list[list[int]]:
@@ -510,46 +123,16 @@ def sample_prompts(config: Config, tokenizer: Tokenizer) -> list[list[int]]:
     """
     prompts = config.sample.prompts if config.sample.tokens else ()
     return [
-        with_room(tokenizer.encode_prompt(prompt), prompt, config.data.sequence_length)
+        text.with_room(tokenizer.encode_prompt(prompt), prompt, config.data.sequence_length)
         for prompt in prompts
     ]
-
-
-def with_room(ids: list[int], prompt: str, context: int) -> list[int]:
-    """The ids of a prompt. Raises ConfigError where they leave no room in the context."""
-    if len(ids) >= context:
-        raise ConfigError(
-            f"the sample prompt {prompt[:40]!r} leaves no room in a context of {context} tokens: "
-            "shorten it, or raise data.sequence_length"
-        )
-    return ids
 
 
 def write_samples(config: Config, sharding: Sharding, tokenizer: Tokenizer, params) -> list[str]:
     """One text per prompt of ``config.sample``, prompt included."""
     prompts = sample_prompts(config, tokenizer)
-    written = continued(config, config.sample, sharding, tokenizer, params, prompts)
+    written = text.continued(config, config.sample, sharding, tokenizer, params, prompts)
     return [
         prompt + tokenizer.decode_continuation(ids, tokens)
         for prompt, ids, tokens in zip(config.sample.prompts, prompts, written, strict=False)
     ]
-
-
-def continued(
-    config: TextLoop, sample: Sample, sharding: Sharding, tokenizer: Tokenizer, params, prompts
-) -> list[list[int]]:
-    """The tokens that the model writes after each prompt (token ids)."""
-    if not prompts:
-        return []
-    assert config.model is not None
-    written = generate(
-        params,
-        config.model,
-        prompts,
-        sample.sampling(config.run.seed),
-        max_length=config.data.sequence_length,
-        stop_ids=tokenizer.stop_ids,
-        execution=config.execution,
-        sharding=sharding,
-    )
-    return [list(tokens) for tokens in written.tokens]

@@ -2,7 +2,7 @@
 
 Conversations are rendered with the tokenizer's chat template and packed whole, apart from each
 other; the loss is the mean over the tokens of the whole batch that the assistant said. The loop is
-:func:`run`, read top to bottom; what it has in common with pretraining it takes from there.
+:func:`run`, read top to bottom; its parts are in ``trainers/text.py``.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from typing import Literal
 
 import jax
 
-from step_jax.core.errors import ConfigError
-from step_jax.core.sharding import MeshConfig, Sharding
+from step_jax.core.sharding import MeshConfig
 from step_jax.data import ConversationConfig
 from step_jax.interop.artifacts import InitFrom
 from step_jax.models.context import Execution
@@ -22,30 +21,11 @@ from step_jax.models.text.facts import implementations, with_vocabulary
 from step_jax.runs.device_memory import fitting
 from step_jax.runs.expert_alarm import ExpertHealth
 from step_jax.runs.session import RunConfig, Session
-from step_jax.tokenizers.base import Tokenizer
-from step_jax.tokenizers.chat import encode_request
-from step_jax.trainers import pretrain
-from step_jax.trainers.pretrain import LEARNER, Evaluation, Training, program
+from step_jax.trainers import text
+from step_jax.trainers.text import LEARNER, Evaluation, Questions, Training, program
 from step_jax.training.optimizers.config import AdamW, OptimizerConfig
 
-__all__ = ["Config", "Sample", "program", "run"]
-
-
-@dataclass(frozen=True)
-class Sample(pretrain.Sample):
-    """Answers written at the end of the run, each to one of ``prompts``: what a user says.
-
-    ``tokens: 0`` writes none. Temperature 0 takes the most probable token.
-    """
-
-    prompts: tuple[str, ...] = ()
-    temperature: float = 0.0
-    top_p: float = 1.0
-
-    def validate(self):
-        super().validate()
-        if not all(prompt.strip() for prompt in self.prompts):
-            raise ConfigError("sample.prompts has an empty one: a user says something")
+__all__ = ["Config", "program", "run"]
 
 
 @dataclass(frozen=True)
@@ -62,12 +42,12 @@ class Config:
     parallel: MeshConfig = MeshConfig(fsdp=-1)
     evaluation: Evaluation = Evaluation()
     expert_health: ExpertHealth = ExpertHealth()
-    sample: Sample = Sample()
+    sample: Questions = Questions()
     loop: Literal["sft"] = "sft"
 
     def validate(self):
         """What can be known to fail before conversations are read and devices are touched."""
-        pretrain.check_length(self)
+        text.check_length(self)
 
     @property
     def decoder(self) -> Decoder:
@@ -88,14 +68,14 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
     """
     with Session(config) as session:
         sharding, report = session.sharding, session.reporter
-        begin = pretrain.start_of(config, sharding, session.goes_on_from)
+        begin = text.start_of(config, sharding, session.goes_on_from)
         chosen = implementations(
             begin.model, config.execution, config.data.sequence_length, sharding
         )  # refuses before the data are prepared
-        dataset = pretrain.prepare_data(config, begin, sharding, report.event)
-        sample_prompts(config, dataset.tokenizer)  # refuses one that is too long
+        dataset = text.prepare_data(config, begin, sharding, report.event)
+        text.question_ids(config, config.sample, dataset.tokenizer)  # refuses one that is too long
         config = replace(config, model=with_vocabulary(begin.model, dataset.tokenizer.vocab_size))
-        built = pretrain.make_program(config, config.decoder, sharding)
+        built = text.make_program(config, config.decoder, sharding)
         train_step = fitting(  # before the state is made, which may be too much already
             built.compile, jax.local_devices()[0], force
         )
@@ -107,43 +87,19 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         learned = dataset.tokens_learned / max(1, dataset.tokens_per_epoch)
         session.describe(
             config,
-            pretrain.describe(config, begin, dataset),
+            text.describe(config, begin, dataset, config.decoder),
             {"tokenizer": dataset.tokenizer},
-            pretrain.header(config, built, dataset, train_step, chosen)
+            text.header(config, built, dataset, train_step, chosen)
             | {"tokens of answers": f"{dataset.tokens_learned:,} an epoch ({learned:.0%})"},
             units={"loss": "nats per answer token", "nll": "nats per answer token"},
             meta={"data": dataset.fingerprint},
         )
-        params, evaluate = pretrain.train(session, config, dataset, train_step, state, start)
-        return pretrain.finish(
+        params, evaluate = text.train(session, config, dataset, train_step, state, start)
+        return text.finish(
             session,
             dataset,
             evaluate,
             params,
-            write_samples(config, sharding, dataset.tokenizer, params),
+            text.write_answers(config, config.sample, sharding, dataset.tokenizer, params),
             f"talk to it:   step-jax generate {session.directory.path} --chat --prompt 'Hello!'",
         )
-
-
-def sample_prompts(config: Config, tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of what the model is given for each prompt of ``config.sample``.
-
-    Raises:
-      ConfigError: one leaves no room in the context.
-    """
-    prompts = config.sample.prompts if config.sample.tokens else ()
-    asked = ([{"role": "user", "content": prompt}] for prompt in prompts)
-    return [
-        pretrain.with_room(encode_request(tokenizer, messages), prompt, config.data.sequence_length)
-        for messages, prompt in zip(asked, prompts, strict=True)
-    ]
-
-
-def write_samples(config: Config, sharding: Sharding, tokenizer: Tokenizer, params) -> list[str]:
-    """A question and its answer for every prompt of ``config.sample``."""
-    prompts = sample_prompts(config, tokenizer)
-    written = pretrain.continued(config, config.sample, sharding, tokenizer, params, prompts)
-    return [
-        f"user: {prompt}\nassistant: {tokenizer.decode_continuation(ids, tokens).strip()}"
-        for prompt, ids, tokens in zip(config.sample.prompts, prompts, written, strict=False)
-    ]

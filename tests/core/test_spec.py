@@ -170,7 +170,7 @@ def test_the_decoder_tells_each_parameter_its_layer():
         "mtp/0/block/mlp/down_FD": (8, 1),
         "head_DV": (0, 1),
     }
-    assert {name: c._layers_of(name) for name in at} == at
+    assert {name: c.layers_of(name) for name in at} == at
     names = [
         lib.path_name(path) for path, _ in jax.tree.leaves_with_path(c.specs(), is_leaf=lib.is_spec)
     ]

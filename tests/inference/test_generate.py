@@ -15,6 +15,7 @@ import pytest
 
 from step_jax.core.errors import ConfigError, DataError
 from step_jax.inference import generate as engine
+from step_jax.inference import slots
 from step_jax.inference.sampling import SamplingConfig
 from step_jax.models.context import Context
 from step_jax.models.layers.attention import MFA, MHA, MLA
@@ -33,16 +34,8 @@ KINDS = {
 
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation():
-    static = {"_start": ("engine", "slots"), "_advance": ("engine", "steps")}
     with pytest.MonkeyPatch.context() as patch:
-        for name, arguments in static.items():
-            quick = jax.jit(
-                getattr(engine, name).__wrapped__,
-                static_argnames=arguments,
-                donate_argnames="rows" if name == "_advance" else None,
-                compiler_options=small.FAST_COMPILE,
-            )
-            patch.setattr(engine, name, quick)
+        patch.setattr(slots, "programs", small.quick_programs)
         yield
 
 
@@ -150,11 +143,17 @@ def test_rollout_under_jit_is_generate():
 
 
 def test_similar_shapes_compile_once():
+    def compiled():
+        how = 32, small.execution(), None, None
+        programs = small.quick_programs(slots.Decoding.of(model()[0], *how))
+        return [program._cache_size() for program in programs]
+
     write()
-    before = engine._start._cache_size(), engine._advance._cache_size()
+    before = compiled()
     write([[1, 2], [3, 4, 5, 6, 7, 8, 9], [4] * 13], max_length=32)
-    write([[6]] * 4, sampling=SamplingConfig(0.9, top_p=0.95, seed=1, max_new_tokens=17))
-    assert (engine._start._cache_size(), engine._advance._cache_size()) == before
+    other = SamplingConfig(0.9, top_p=0.95, seed=1, max_new_tokens=17)
+    write([[6, 1], [7], [8, 2], [9, 3]], sampling=other)
+    assert compiled() == before
 
 
 @pytest.mark.parametrize(
@@ -228,7 +227,7 @@ def test_no_prompts_give_no_texts():
         (DataError, "prompt 1 has 11 tokens, more than the context of 10", {"max_length": 10}),
         (DataError, "prompt 0 has the token 64, outside .* of 64", {"prompts": [[64]]}),
         (DataError, "prompt 0 has no token", {"prompts": [[]]}),
-        (DataError, r"stop ids \[99\] are outside", {"stop_ids": [99]}),
+        (DataError, "the stop id 99 is outside", {"stop_ids": [99]}),
         (ConfigError, "chunk is 0", {"chunk": 0}),
         (ConfigError, "1 request numbers for 4 prompts", {"requests": [1]}),
     ],

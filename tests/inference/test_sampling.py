@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from step_jax.core.errors import ConfigError
-from step_jax.inference.sampling import SamplingConfig, row_keys, sample
+from step_jax.inference.sampling import SamplingConfig, draw_keys, row_keys, sample
 
 V, ROWS = 12, 4096
 
@@ -22,7 +22,8 @@ V, ROWS = 12, 4096
     compiler_options={"xla_backend_optimization_level": 0},
 )
 def _draw(logits_BV, positions_B, requests_B, config: SamplingConfig):
-    return sample(logits_BV, row_keys(jax.random.key(0), positions_B, requests_B), config)
+    keys_B = row_keys(jax.random.key(0), requests_B[:, None])
+    return sample(logits_BV, draw_keys(keys_B, positions_B), config)
 
 
 def draw(logits_BV, positions_B, requests_B, config: SamplingConfig):

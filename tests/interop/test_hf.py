@@ -52,6 +52,11 @@ def decoder_tensors(g: golden.Golden) -> set[str]:
     return {k for k in g.state if not hf.left_out(g.config).match(k)}
 
 
+def slow(*values):
+    """A case beyond those that every run of the tests tries."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("name", golden.NAMES)
 def test_logits_equal_transformers_and_export_inverts_import(name):
     g, config, params = load(name)
@@ -129,9 +134,9 @@ def mixture(config, **changes):
 @pytest.mark.parametrize(
     "name, changes",
     [
-        ("qwen3_moe", {"normalise": False}),
-        ("deepseek_v3_moe", {"groups": 1, "top_groups": 1}),
-        ("step3p7", {"clamp": None}),
+        slow("qwen3_moe", {"normalise": False}),
+        slow("deepseek_v3_moe", {"groups": 1, "top_groups": 1}),
+        slow("step3p7", {"clamp": None}),
         ("step3p7", {"shared_clamp": None}),
     ],
 )
@@ -141,7 +146,7 @@ def test_goldens_can_tell_another_mixture(name, changes):
     assert np.abs(wrong - g.logits_BTV).max() > 0.01
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3_moe", "step3p7"])
+@pytest.mark.parametrize("name", [slow("deepseek_v3_moe"), "step3p7"])
 def test_goldens_can_tell_a_forgotten_selection_bias(name):
     g, config, params = load(name)
     state = hf.params_to_hf(params, config)
@@ -167,13 +172,13 @@ def with_rope(config, **changes):
     "name, changes",
     [
         ("llama_linear", None),
-        ("llama_yarn", None),
-        ("llama_yarn", {"attention_factor": 1.0}),
-        ("llama_yarn_attention_factor", {"attention_factor": None}),
+        slow("llama_yarn", None),
+        slow("llama_yarn", {"attention_factor": 1.0}),
+        slow("llama_yarn_attention_factor", {"attention_factor": None}),
         ("llama_yarn_attention_factor", {"truncate": True}),
-        ("llama_yarn_attention_factor", {"fast": 32.0}),
-        ("deepseek_v3_yarn", None),
-        ("deepseek_v3_yarn", {"mscale": 0.5}),
+        slow("llama_yarn_attention_factor", {"fast": 32.0}),
+        slow("deepseek_v3_yarn", None),
+        slow("deepseek_v3_yarn", {"mscale": 0.5}),
         ("deepseek_v3_yarn", {"mscale_all_dim": 0.0}),
     ],
 )
@@ -195,7 +200,7 @@ def test_goldens_can_tell_a_forgotten_bias():
         assert np.abs(wrong - g.logits_BTV).max() > 0.01, kind
 
 
-@pytest.mark.parametrize("name", ["qwen2", "llama_yarn", "deepseek_v3_yarn"])
+@pytest.mark.parametrize("name", ["qwen2", slow("llama_yarn"), "deepseek_v3_yarn"])
 def test_a_cached_decode_gives_the_logits_of_transformers(name):
     """The factors of YaRN and the biases, through caches and absorbed projections."""
     g, config, params = load(name)

@@ -129,6 +129,7 @@ def test_split_merge_and_gradients():
     assert all_nonzero(gradients)
 
 
+@pytest.mark.slow
 def test_qwix_int8_weights():
     """In bfloat16, where a weight that had to be cast would no longer be known as one."""
     qwix = pytest.importorskip("qwix")

@@ -6,11 +6,14 @@ gradient is alive), which costs no compilation. Shape suffixes: B rows, T tokens
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import numpy as np
 
-from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
+from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.core.spec import map_specs
+from step_jax.inference.slots import Decoding
 from step_jax.models.context import Context, Execution
 from step_jax.models.layers.attention import MFA, MHA, MLA
 from step_jax.models.layers.initialisation import Fixed
@@ -34,6 +37,12 @@ KINDS = {
 
 #: Half the compile time; what is compared here does not depend on how well LLVM optimises.
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@functools.cache
+def quick_programs(decoding: Decoding):
+    """What ``inference.slots.programs`` gives, compiled quickly: to be put in its place."""
+    return decoding.programs(FAST_COMPILE)
 
 
 def decoder(*kinds, repeat: int = 2, mtp: int = 0, **changes) -> Decoder:
@@ -143,8 +152,8 @@ def abstract(c: Decoder, sharding: Sharding, tokens: int):
     return map_specs(parameter, c.specs()), shapes
 
 
-def on_mesh(ring: bool = False, **axes) -> Sharding:
-    return Sharding(make_mesh(MeshConfig(**axes)), ring=ring)
+def on_mesh(**config) -> Sharding:
+    return Sharding.build(MeshConfig(**config))
 
 
 def compile_on(sharding: Sharding, c: Decoder, p, batch, **changes):

@@ -241,6 +241,7 @@ def test_held_out_text_is_scored_as_without_a_capacity():
     assert abs(scored / trained(TEXT) - 1) > 0.01
 
 
+@pytest.mark.slow
 def test_greedy_text_is_that_without_a_capacity_and_without_other_rows():
     prompts_BT = np.random.default_rng(2).integers(0, small.VOCAB, (4, 6)).astype(np.int32)
 

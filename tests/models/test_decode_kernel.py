@@ -60,7 +60,13 @@ def steps(kind, implementation, sharding=None, cache_dtype=jnp.float32):
     return small.run(decode, p, tokens_BT)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        k if k in ("mfa", "mfa_gated_key_window") else pytest.param(k, marks=pytest.mark.slow)
+        for k in KINDS
+    ],
+)
 def test_equals_plain_attention(kind):
     expected = steps(KINDS[kind], "xla")
     got = steps(KINDS[kind], "pallas_tpu_interpret")
@@ -72,7 +78,7 @@ def test_equals_plain_attention(kind):
     "kind, axes",
     [
         # two key heads on four devices: each holds both and one query head
-        ("gqa_window", {"data": 2, "tensor": 4}),
+        pytest.param("gqa_window", {"data": 2, "tensor": 4}, marks=pytest.mark.slow),
         ("mfa_gated_key", {"fsdp": 2, "expert": 2, "tensor": 2}),
     ],
 )

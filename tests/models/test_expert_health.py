@@ -187,6 +187,7 @@ def test_loads_move_the_selection_bias():
     assert error <= 1e-5, leaf
 
 
+@pytest.mark.slow
 def test_a_frozen_router_does_not_move():
     frozen = replace(MIXTURE, router=replace(MIXTURE.router, frozen=True))
     c = decoder(frozen)

@@ -148,7 +148,13 @@ def assert_equal(got, expected):
         pytest.param(
             ("mha", "gqa"), 2, {"context": 4, "tensor": 2, "ring": True}, {}, marks=pytest.mark.slow
         ),
-        (("gqa", "kr"), 4, {"pipeline": 2, "fsdp": 2, "context": 2}, {"remat": "dots"}),
+        pytest.param(
+            ("gqa", "kr"),
+            4,
+            {"pipeline": 2, "fsdp": 2, "context": 2},
+            {"remat": "dots"},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["gathered", "ring", "pipeline"],
 )

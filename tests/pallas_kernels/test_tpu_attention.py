@@ -153,6 +153,7 @@ def test_one_document(causal, window):
     check(arrays(1, 1, 1, 2, T, T, 128, 128), (in_a_row(1, T),) * 2, NONE, pattern)
 
 
+@pytest.mark.slow
 def test_a_part_of_the_queries_sees_what_it_would_see_in_the_whole_row():
     """Context parallelism: the same numbers for a slice of the queries, with all the keys."""
     T, part = 512, slice(256, 384)
@@ -257,6 +258,7 @@ def test_the_log_sum_exp_has_a_gradient():
     assert_close(got, expected, 2e-6, names=("dq", "dk"))
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_bits_with_heads_in_one_block_and_every_time():
     """Rows of a block do not mix: dQ does not depend on how heads are grouped, bit for bit."""
     T, pattern = 256, Pattern(in_order=True)

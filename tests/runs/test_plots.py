@@ -95,7 +95,7 @@ def test_unlike_losses_do_not_share_an_axis(monkeypatch):
     titles = [axes.get_title(loc="left") for axes in figures[0].axes]
     assert titles == [
         "loss (nats per token); points: evaluations",
-        "loss",
+        "loss (squared error of a number)",
         "loss (policy objective)",
     ]
     assert [len(curves(axes)) for axes in figures[0].axes] == [1, 1, 1]

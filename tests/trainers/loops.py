@@ -13,7 +13,8 @@ from step_jax.cli.main import main
 from step_jax.core.sharding import Sharding
 from step_jax.runs.session import Session
 
-LEFT_OUT = {"event", "time", "step_s", "tokens_per_s", "images_per_s", "data_wait_s", "mfu"}
+LEFT_OUT = {"event", "time", "step_s", "tokens_per_s", "clips_per_s", "data_wait_s", "mfu"}
+LEFT_OUT |= {"rollout_s", "verifying_s", "rollout_tokens_per_s"}
 
 
 class PowerCut(RuntimeError):
@@ -33,9 +34,9 @@ def run_loop(
     def on_some(parallel, chosen=None):
         return build(parallel, jax.devices()[:devices])
 
-    def watched(self, step, state, metrics, *rest):
+    def watched(self, step, state, metrics, *rest, **named):
         last["state"] = jax.device_get(state)
-        finished(self, step, state, metrics, *rest)
+        finished(self, step, state, metrics, *rest, **named)
         if step == cut_after:
             self.flush()
             raise PowerCut

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 import jax
@@ -19,8 +20,11 @@ from step_jax.core.errors import CheckpointError, ExitCode
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.interop.artifacts import load_artifact
 from step_jax.models.text.decoder import Decoder
-from step_jax.models.vision.image_transformer import ImageTransformer
+from step_jax.models.text.reward import RewardModel
+from step_jax.models.video.dit import VideoDiT
+from step_jax.tokenizers.huggingface import character_tokenizer
 from step_jax.trainers import LOOPS
+from step_jax.trainers.reward import as_reward_model
 from tests.trainers.loops import run_loop, steps
 from tests.trainers.test_pretrain import WORDS
 
@@ -38,13 +42,14 @@ DECODER = """
         - attention: {{kind: mfa, heads: 2, head_dim: 8}}
           mlp: {{kind: swiglu, hidden: 32}}
 """
-READS = """
-evaluation: {{every_steps: 0, tokens: 100}}
-sample: {{tokens: 0}}
-execution: {{dtype: float32}}
+UNSAMPLED = "sample: {{tokens: 0}}\n"
+READS = f"""
+evaluation: {{{{every_steps: 0, tokens: 100}}}}
+{UNSAMPLED}execution: {{{{dtype: float32}}}}
 """
 DATA = "data: {{{{path: {{{0}}}, vocab_size: 300, sequence_length: {1}, cache_dir: {{cache}}}}}}\n"
 TEXT, CHATS = DATA.format("text", 16), DATA.format("chats", 64)
+PAIRS, VERDICTS = DATA.format("pairs", 64), DATA.format("verdicts", 64)
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,31 @@ CASES = [
     Case("pretrain", DECODER, "training: {{steps: 6, batch_size: 8}}\n" + TEXT + READS, Decoder),
     Case("sft", DECODER, "training: {{steps: 6, batch_size: 8}}\n" + CHATS + READS, Decoder),
     Case(
+        "rl",
+        DECODER + "tokenizer: {tokenizer}\n",
+        "training: {{steps: 6, prompts: 4, samples: 4}}\n"
+        "rollout: {{max_new_tokens: 6, max_prompt_tokens: 6, slots: 8, lag: 1, token_budget: 40}}\n"
+        "problems: {{task: {{kind: addition, digits: [1, 1]}}, "
+        "verifier: {{kind: format, thinking: {{open: '', close: '#'}}}}}}\n"
+        "evaluation: {{problems: 4, samples: 1}}\n"
+        "execution: {{dtype: float32, loss_chunks: 1}}\n",
+        Decoder,
+    ),
+    Case(
+        "preference",
+        DECODER + "  vocab: 300\n",
+        "training: {{steps: 6, batch_size: 8}}\nreference: {base}\nloss: {{kind: kto}}\n"
+        + VERDICTS.replace("vocab_size: 300", "tokenizer: {base}/tokenizer")
+        + READS,
+        Decoder,
+    ),
+    Case(
+        "reward",
+        DECODER,
+        "training: {{steps: 6, batch_size: 8}}\n" + PAIRS + READS.replace(UNSAMPLED, ""),
+        RewardModel,
+    ),
+    Case(
         "reinforce",
         DECODER + "  vocab: 12\n",
         "training: {{steps: 6, prompts: 4, samples: 4, digits: 2}}\n"
@@ -82,17 +112,36 @@ CASES = [
         Decoder,
     ),
     Case(
-        "flow-matching",
-        "\n  width: 16\n  depth: 2\n"
-        "  attention: {{kind: mha, heads: 2, head_dim: 8, position: null}}\n"
-        "  mlp: {{kind: swiglu, hidden: 32}}\n",
-        "training: {{steps: 6, batch_size: 16, samples: 2, euler_steps: 2}}\n"
+        "diffusion",
+        "\n  width: 16\n  depth: 2\n  channels: 1\n  patch: [1, 4, 4]\n"
+        "  attention: {{kind: mha, heads: 2, head_dim: 8,\n"
+        "    position: {{kind: rope, axes: [4, 2, 2]}}}}\n"
+        "  mlp: {{kind: gelu, hidden: 32}}\n"
+        "  text: [{{kind: tower, name: clip, tokens: 4, vocab: 320, width: 16, depth: 1,\n"
+        "    attention: {{kind: mha, heads: 2, head_dim: 8}}, mlp: {{kind: gelu, hidden: 16}}}}]\n",
+        "training: {{steps: 6, batch_size: 16}}\n"
+        "sample: {{count: 0}}\n"
         "execution: {{dtype: float32}}\n",
-        ImageTransformer,
+        VideoDiT,
     ),
     Case(EXAMPLE, DECODER + "  vocab: 14\n", "steps: 6\nrows: 8\nlength: 8\n", Decoder, "steps"),
 ]
 LOOP = pytest.mark.parametrize("case", CASES, ids=lambda c: Path(c.loop).stem)
+
+
+def mostly_slow(*quick: str):
+    """Every loop, of which only these are tried in every run of the tests: what is proven is a part
+    that loops share, and the others could break it only by not using it."""
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(case, marks=() if case.loop in quick else pytest.mark.slow)
+            for case in CASES
+        ],
+        ids=[Path(case.loop).stem for case in CASES],
+    )
+
+
 ONE = Sharding.build(MeshConfig(), jax.devices()[:1])
 
 
@@ -110,7 +159,20 @@ def places(tmp_path_factory) -> dict[str, Path]:
             asked, *answers = rng.choice(WORDS, 3)
             pair = {"prompt": f"{asked} {i}?", "completion": " ".join(answers)}
             file.write(json.dumps(pair) + "\n")
-    return {name: folder / name for name in ("text", "chats", "cache")}
+    (folder / "tokenizer").mkdir()
+    character_tokenizer("0123456789+=#;,", "<end>").save(folder / "tokenizer")
+    for kind in ("pairs", "verdicts"):
+        (folder / kind).mkdir()
+        with open(folder / kind / "a.jsonl", "w") as file:
+            for i in range(80):
+                asked, *words, short = rng.choice(WORDS, 5)
+                answers = {"chosen": " ".join(words), "rejected": short}
+                if kind == "verdicts":
+                    answers = {"completion": answers["chosen"], "label": i % 3 > 0}
+                file.write(json.dumps({"prompt": f"{asked} {i}?"} | answers) + "\n")
+    base = tmp_path_factory.mktemp("straight") / "run"  # the first of the loops, see `straight`
+    names = ("text", "chats", "pairs", "verdicts", "tokenizer", "cache")
+    return {name: folder / name for name in names} | {"base": base}
 
 
 @pytest.fixture(scope="session")
@@ -120,7 +182,10 @@ def straight(tmp_path_factory, places):
 
     def of(case: Case):
         if case.loop not in made:
-            folder = tmp_path_factory.mktemp("straight")
+            first = case is CASES[0]
+            folder = places["base"].parent if first else tmp_path_factory.mktemp("straight")
+            if case.loop == "preference":
+                of(CASES[0])  # what it is compared with
             state = run_loop(case.loop, case.write(folder, **places))
             made[case.loop] = (folder / "run", state)
         return made[case.loop]
@@ -142,7 +207,7 @@ def test_a_resumed_run_ends_in_the_same_bits(case, straight, places, tmp_path):
     assert [r["step"] for r in steps(run)] == [1, 2, 3, 4, 5, 6]
 
 
-@LOOP
+@mostly_slow("pretrain", "rl")
 def test_a_branch_goes_on_from_the_whole_state_of_another_run(case, straight, places, tmp_path):
     run, state = straight(case)
     branch = case.write(tmp_path, **places)
@@ -152,7 +217,7 @@ def test_a_branch_goes_on_from_the_whole_state_of_another_run(case, straight, pl
     assert load_artifact(str(tmp_path / "run"), ONE).meta["artifact"]["origin"] == f"all of {run}@4"
 
 
-@LOOP
+@mostly_slow("pretrain", "preference", "rl", "diffusion")
 def test_a_mesh_changes_nothing(case, straight, places, tmp_path):
     run, _ = straight(case)
     mesh = ["--parallel.data", "2", "--parallel.fsdp", "2", "--parallel.tensor", "2"]
@@ -218,27 +283,48 @@ def test_it_is_planned(case, places, tmp_path, capsys):
     assert plan["memory_compiler"] > 0 and plan["flops"] > 0 and plan["parameters"] > 0
 
 
-@LOOP
-@pytest.mark.parametrize("source", CASES, ids=lambda c: f"from_{Path(c.loop).stem}")
+@pytest.mark.parametrize(
+    ("case", "source"),
+    [
+        pytest.param(
+            case,
+            source,
+            id=f"{Path(case.loop).stem}-from_{Path(source.loop).stem}",
+            marks=() if source.loop == "pretrain" or source is case else pytest.mark.slow,
+        )
+        for case in CASES
+        for source in CASES
+    ],
+)
 def test_every_result_can_be_given_to_every_loop_of_its_kind(
     case, source, straight, places, tmp_path, capsys
 ):
     run, _ = straight(source)
     start = f"init_from: {{{{artifact: {run}}}}}\n"
     recipe = case.write(tmp_path, start, **places)
-    if source.kind is not case.kind:
+    converted = case.kind is RewardModel and source.kind is Decoder
+    if source.kind is not case.kind and not converted:
         assert main([case.loop, recipe]) == ExitCode.FAILURE
         assert f"a model of kind {source.kind.kind}" in capsys.readouterr().err
+        return
+    if source.loop in ("reinforce", "rl", EXAMPLE) and case.loop == "preference":
+        assert main([case.loop, recipe]) == ExitCode.CONFIG  # the recipe names a tokenizer
+        assert "the tokenizer has 300 pieces" in capsys.readouterr().err
         return
     if source.loop == EXAMPLE and case.loop != EXAMPLE:  # its model reads no text
         assert main([case.loop, recipe]) == ExitCode.FAILURE
         assert "has no tokenizer" in capsys.readouterr().err
         return
-    if source.loop == "reinforce" and case.loop in ("pretrain", "sft"):
+    if source.loop == "rl" and case.loop in ("pretrain", "sft", "reward"):
+        assert main([case.loop, recipe]) == ExitCode.FAILURE  # a few characters are no text
+        assert "has no" in capsys.readouterr().err
+        return
+    if source.loop == "reinforce" and case.loop in ("pretrain", "sft", "reward"):
         assert main([case.loop, recipe]) == ExitCode.FAILURE  # eleven symbols are no text
         assert "no end-of-text token" in capsys.readouterr().err
         return
     trained = load_artifact(str(run), ONE)
+    trained = as_reward_model(trained) if converted else trained
     run_loop(case.loop, recipe, f"--{case.steps}", "1")
     norm = np.sqrt(sum(np.sum(np.square(a)) for a in jax.tree.leaves(trained.params)))
     assert steps(tmp_path / "run")[0]["param_norm"] == pytest.approx(norm, rel=1e-6)
@@ -247,15 +333,17 @@ def test_every_result_can_be_given_to_every_loop_of_its_kind(
     assert mine.model == trained.model
 
 
-@LOOP
+@mostly_slow("sft", "diffusion")
 def test_what_is_frozen_stays_and_needs_no_moments(case, straight, places, tmp_path):
     run, _ = straight(case)
-    pattern = "groups" if case.kind is Decoder else "blocks"
+    pattern = {Decoder: "groups", RewardModel: "decoder/groups"}.get(case.kind, "blocks")
     start = f"init_from: {{{{artifact: {run}, freeze: [{pattern}]}}}}\n"
     run_loop(case.loop, case.write(tmp_path, start, **places), f"--{case.steps}", "2")
     before, after = (load_artifact(str(p), ONE).params for p in (run, tmp_path / "run"))
-    jax.tree.map(np.testing.assert_array_equal, getattr(before, pattern), getattr(after, pattern))
+    frozen = attrgetter(pattern.replace("/", "."))
+    jax.tree.map(np.testing.assert_array_equal, frozen(before), frozen(after))
     changed = [np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True)]
     assert any(changed)
     saved = Checkpointer(tmp_path / "run" / "checkpoints")._info(2)["leaves"]
+    pattern = pattern.replace("/", ".")
     assert not [name for name in saved if "opt_state" in name and f".{pattern}." in name]

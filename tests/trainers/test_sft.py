@@ -67,7 +67,10 @@ def first_step(model, rows, accumulation=1) -> dict[str, float]:
     return {name: float(metrics[name]) for name in names}
 
 
-@pytest.mark.parametrize(("mlp", "accumulation"), [("dense", 1), ("experts", 2)])
+@pytest.mark.parametrize(
+    ("mlp", "accumulation"),
+    [pytest.param("dense", 1, marks=pytest.mark.slow), ("experts", 2)],
+)
 def test_packed_conversations_give_the_loss_and_gradient_of_one_in_each_row(
     tokenizer_path, tmp_path, mlp, accumulation
 ):

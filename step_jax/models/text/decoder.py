@@ -130,9 +130,9 @@ class Decoder:
 
     def initialise(self, key) -> DecoderParams:
         """Fresh float32 parameters; each one's values depend on its own name and ``key`` alone."""
-        return specs_lib.init(self.specs(), key, self._layers_of)
+        return specs_lib.init(self.specs(), key, self.layers_of)
 
-    def _layers_of(self, name: str) -> tuple[int, int]:
+    def layers_of(self, name: str) -> tuple[int, int]:
         """(index of the first layer, stride) of the parameter at a path such as groups/0/1/mlp."""
         if name.startswith("mtp/"):
             return self.trunk.depth, 1

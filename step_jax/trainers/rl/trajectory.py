@@ -26,7 +26,7 @@ from step_jax.inference.generate import StopReason, Written
 FINISH: tuple[str, ...] = get_args(StopReason)
 #: what is added to a rollout before it is learned from
 STREAMS = ("old", "reference", "values", "advantages", "returns")
-ROUTING = "routing/"
+ROUTING = "routing_"
 
 
 @struct.dataclass

@@ -2,7 +2,8 @@
 
 They are functions of how likely whole answers are, of sums of log-probabilities and of lengths, and
 know nothing of models. Each is a mean over the rows of the whole batch, so microbatches, padding
-and devices change nothing. ``PREFERENCES`` is the table; docs/rl.md has the equations.
+and devices change nothing. A loss that ``compares`` needs a reference policy. ``PREFERENCES`` is
+the table; docs/rl.md has the equations.
 
 Shape suffixes: B rows of a microbatch, R rows of the whole batch, T tokens.
 """
@@ -101,6 +102,7 @@ class DPO:
     """
 
     kind: ClassVar[str] = "dpo"
+    compares: ClassVar[bool] = True
     beta: float = 0.1
     label_smoothing: float = 0.0
 
@@ -131,6 +133,7 @@ class IPO:
     """
 
     kind: ClassVar[str] = "ipo"
+    compares: ClassVar[bool] = True
     beta: float = 0.1
     per_token: bool = True
 
@@ -158,6 +161,7 @@ class ORPO:
     """
 
     kind: ClassVar[str] = "orpo"
+    compares: ClassVar[bool] = False
     coefficient: float = 0.1
 
     def validate(self):
@@ -181,6 +185,7 @@ class SimPO:
     """
 
     kind: ClassVar[str] = "simpo"
+    compares: ClassVar[bool] = False
     beta: float = 2.0
     gamma: float = 1.0
 
@@ -209,6 +214,7 @@ class KTO:
     """
 
     kind: ClassVar[str] = "kto"
+    compares: ClassVar[bool] = True
     beta: float = 0.1
     desirable: float = 1.0
     undesirable: float = 1.0

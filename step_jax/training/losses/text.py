@@ -71,11 +71,17 @@ def packed_text_loss(
         parts, metrics, stats = token_parts(p, c, batch, ctx, z_loss)
         if joint is None or balance == "batch":
             return LossOutput(parts, metrics, stats, joint)
-        tokens = jnp.sum(ctx.tokens.counted_BT(), dtype=jnp.float32)
-        own = {name: Part(value * tokens, tokens) for name, value in joint(stats).items()}
-        return LossOutput(parts | own, metrics, stats)
+        return LossOutput(parts | own_routing(c, stats, ctx), metrics, stats)
 
     return loss
+
+
+def own_routing(c: Decoder, stats, ctx: Context) -> dict[str, Part]:
+    """What the mixtures add of one call's loads, weighted by its tokens."""
+    joint = routing_loss(c)
+    tokens = jnp.sum(ctx.tokens.counted_BT(), dtype=jnp.float32)
+    values = {} if joint is None else joint(stats)
+    return {name: Part(value * tokens, tokens) for name, value in values.items()}
 
 
 def routing_loss(c: Decoder):
