@@ -45,14 +45,14 @@ def main() -> None:
         ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    with contextlib.suppress(ValueError, OSError):  # not every system limits memory
+        resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
     try:
         verifier = _read(requests)
         verifier.load()
     except Exception as error:
         _write(replies, _failure("load", error))
         return
-    with contextlib.suppress(ValueError, OSError):  # not every system limits memory
-        resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
     confined = verifier.confined and system_calls.confine()
     _write(replies, {"ready": True, "confined": confined})
     while True:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -98,7 +99,8 @@ def majority_at_k(
     """Chance that the answer that most of k samples give is right, float64 (P,).
 
     Of equally many votes each is as likely to be taken. Samples without an answer are drawn like
-    others and do not vote; if none votes, the answer is wrong.
+    others and do not vote; if none votes, the answer is wrong. An answer that was judged both ways,
+    as when a verifier failed once, counts by the share of its samples that are right.
     """
     _check_k(k, np.shape(correct_PN)[1])
     return np.array(
@@ -107,20 +109,22 @@ def majority_at_k(
 
 
 def _majority(answers: Sequence[str | None], correct_N: np.ndarray, k: int) -> float:
-    right: dict[str, bool] = {}
-    votes: dict[str, int] = {}
+    votes: Counter[str] = Counter()
+    right: Counter[str] = Counter()  # an answer that a verifier once failed on is right in part
     for answer, is_right in zip(answers, correct_N, strict=True):
         if answer is not None:
-            votes[answer] = votes.get(answer, 0) + 1
-            if right.setdefault(answer, bool(is_right)) != bool(is_right):
-                raise DataError(f"the answer {answer!r:.60} is said to be right and wrong")
-    silent, total = len(answers) - sum(votes.values()), math.comb(len(answers), k)
+            votes[answer] += 1
+            right[answer] += bool(is_right)
+    silent, total = len(answers) - votes.total(), math.comb(len(answers), k)
     chance = 0.0
-    for answer in votes:
+    for answer, count in votes.items():
         if right[answer]:
-            others = [count for other, count in votes.items() if other != answer]
-            for v in range(1, min(votes[answer], k) + 1):
-                chance += math.comb(votes[answer], v) / total * _below(others, silent, v, k - v)
+            others = [c for other, c in votes.items() if other != answer]
+            wins = sum(
+                math.comb(count, v) / total * _below(others, silent, v, k - v)
+                for v in range(1, min(count, k) + 1)
+            )
+            chance += wins * right[answer] / count
     return chance
 
 

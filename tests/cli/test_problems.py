@@ -1,7 +1,5 @@
 import json
 
-import pytest
-
 from step_jax.cli.main import main
 from step_jax.core.errors import ExitCode
 from step_jax.data.conversations import check_conversation
@@ -30,7 +28,9 @@ def test_texts_have_the_question_and_the_reply(tmp_path):
 
 
 def test_a_task_without_worked_answers_is_refused(tmp_path, capsys):
-    pytest.importorskip("reasoning_gym")
-    asked = ["problems", "--task.kind", "reasoning_gym", "--task.name", "rush_hour"]
-    assert main([*asked, "--out", str(tmp_path)]) == ExitCode.CONFIG
+    path = tmp_path / "asked.jsonl"
+    path.write_text("".join(json.dumps({"question": str(i)}) + "\n" for i in range(9)))
+    asked = ["problems", "--task.kind", "file", "--task.path", str(path), "--task.answer", "null"]
+    asked += ["--task.checked-by.kind", "format", "--out", str(tmp_path)]
+    assert main(asked) == ExitCode.CONFIG
     assert "no worked answers" in capsys.readouterr().err

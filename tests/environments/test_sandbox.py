@@ -253,6 +253,12 @@ print(any(leaks), len(leaks) > 20, len(found) > 3)
 
 
 @system
+def test_a_program_cannot_be_promised_more_memory_than_its_process_has():
+    with pytest.raises(ConfigError, match="4096 MiB .* only 1024: raise workers.memory_mib"):
+        Pool(Code(limits=Limits(memory_mib=4096)), PoolConfig(processes=1, memory_mib=1024))
+
+
+@system
 def test_part_of_the_tests_can_count():
     record = {"tests": [*SUMS["tests"], {"stdin": "x", "stdout": "0"}]}
     score = Code(limits=QUICK, partial=True).score("print(sum(map(int, input().split())))", record)

@@ -84,9 +84,10 @@ def test_best_of_k_is_the_mean_over_all_choices(pairs, data):
     np.testing.assert_allclose(found, [expected], atol=1e-12)
 
 
-def test_an_answer_cannot_be_right_and_wrong():
-    with pytest.raises(DataError, match="'7' is said to be right and wrong"):
-        majority_at_k([["7", "7"]], np.array([[True, False]]), 1)
+def test_an_answer_that_was_judged_both_ways_counts_by_its_share():
+    """A verifier that fails on one of two equal replies must not end an evaluation."""
+    correct_PN = np.array([[True, False, True, False]])
+    assert majority_at_k([["7", "7", "7", "8"]], correct_PN, 4) == pytest.approx([2 / 3])
 
 
 @pytest.mark.parametrize("k", [0, 4])
