@@ -189,6 +189,7 @@ class ClipDataset:
         """
         self.source, self.bank, self.reads, self._packs = source, bank, reads, packs
         self._seed, self._dropout = seed, dropout
+        self._captions = list(source.captions)
         self.fingerprint = source.fingerprint | {"texts": bank.fingerprint}
         known = {"frames", "height", "width", *source.scalars}
         if missing := [name for name in reads.scalars if name not in known]:
@@ -262,7 +263,7 @@ class ClipDataset:
         """Which text of the bank each sample is shown: 0, no text, where its caption is dropped."""
         choice = uniforms(self._seed, "caption", drawn.number)
         dropped = uniforms(self._seed, "dropout", drawn.number) < self._dropout
-        texts = [self.source.captions[i] for i in drawn.clip]
+        texts = [self._captions[i] for i in drawn.clip]
         chosen = [t[int(u * len(t))] for t, u in zip(texts, choice, strict=True)]
         return np.where(dropped, 0, [self.bank.index[text] for text in chosen])
 

@@ -13,6 +13,8 @@ from step_jax.data.captions import Encoded, TextBank, distinct, token_rows
 from step_jax.data.clips import ClipDataset, Drawn, Packs, Reads, bucket_rows
 from step_jax.data.digits import Digits
 from step_jax.data.latents import Clip, LatentFolder, write_latents
+from step_jax.data.rendered import RenderedClips
+from step_jax.data.scenes import Scenes
 from step_jax.data.schema import check
 from step_jax.tokenizers.sentencepiece import train_sentencepiece
 
@@ -243,3 +245,19 @@ def test_digits_are_pictures_of_one_frame_with_captions_in_two_languages():
     assert len(digits.prompts) == 20 and set(digits.prompts) == {
         text for texts in digits.captions for text in texts
     }
+
+
+def test_rendered_scenes_are_clips_with_captions_and_prompts_of_their_own():
+    families = (
+        Scenes(frames=8, height=16, width=12, count=1, camera=False),
+        Scenes(frames=1, height=12, width=12, count=1),
+    )
+    source = RenderedClips(families, 9, seed=3)
+    assert [tuple(size) for size in source.sizes_N3[:3]] == [(8, 16, 12), (1, 12, 12), (8, 16, 12)]
+    assert source.latents(2).shape == (8, 16, 12, 3)
+    np.testing.assert_array_equal(source.latents(2), RenderedClips(families, 99, 3).latents(2))
+    scene = families[0].draw(3, 2)
+    assert source.captions[2] == (scene.caption("en"), scene.caption("zh"))
+    assert all(source.asked_for[p].caption("en") for p in source.prompts)
+    english = [p for p in source.prompts if p.isascii()]
+    assert 0 < len(english) < len(source.prompts)

@@ -21,14 +21,13 @@ from step_jax.models.layers.attention import MHA
 from step_jax.models.layers.mlp import GELU
 from step_jax.models.layers.norm import RMSNorm
 from step_jax.models.layers.positions import Rope
-from step_jax.models.video.dit import EmbedderParams, Rows, VideoDiT, _embed
+from step_jax.models.video.dit import Rows, VideoDiT
 from step_jax.models.video.flops import forward_flops, tokens_of, train_flops
 from step_jax.models.video.patches import clip_of, patches_of, places_of
-from step_jax.models.video.text_inputs import States, Tower, TwoLayerParams
+from step_jax.models.video.text_inputs import States, Tower
 from step_jax.trainers.diffusion import flow_matching
 from tests.models import dit_oracle, small
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "diffusers_flow.npz"
 RECIPE = Path(__file__).parents[2] / "configs" / "video" / "step_video_30b.yaml"
 ATTENTION = MHA(2, 16, qk_norm=RMSNorm(1e-6), position=Rope(axes=(8, 4, 4)))
 TEXT = (States("clip", 6, 3, padding=True), States("llm", 8, 4, "mlp"))
@@ -121,22 +120,6 @@ def test_every_sample_of_a_pack_is_what_the_equations_say_of_it_alone(packed, pa
         stop = start + len(expected)
         assert np.abs(packed[start:stop] - expected).max() < 1e-5 * np.abs(expected).max()
         start = stop
-
-
-def test_a_time_and_a_text_are_embedded_as_diffusers_does_it():
-    """adaLN-single and the projection of two layers, whose norm is undone by what it is given."""
-    with np.load(GOLDEN) as golden:
-        g = {name: golden[name] for name in golden}
-    names = ("linear_1.weight", "linear_1.bias", "linear_2.weight", "linear_2.bias")
-    time = [g[f"adaln/emb.timestep_embedder.{name}"].T for name in names]
-    got = _embed(EmbedderParams(*time), 1000 * g["time"][None], "float32")[0, 0]
-    np.testing.assert_allclose(got, g["embedded"], rtol=1e-5, atol=1e-6)
-    table = jax.nn.silu(got) @ g["adaln/linear.weight"].T + g["adaln/linear.bias"]
-    np.testing.assert_allclose(table, g["table"], rtol=1e-5, atol=1e-6)
-    text = TwoLayerParams(*(g[f"text/{name}"].T for name in names))
-    np.testing.assert_allclose(
-        text.project(g["text"][None])[0], g["projected"], rtol=1e-5, atol=1e-6
-    )
 
 
 def test_patches_are_put_back_where_they_came_from():

@@ -16,7 +16,10 @@ from step_jax.core.errors import ConfigError
 from step_jax.data.captions import NO_TEXT, TextBank
 from step_jax.data.clips import ClipSource
 from step_jax.data.digits import Digits
+from step_jax.data.rendered import RenderedClips
+from step_jax.data.scenes import LANGUAGES, Scene
 from step_jax.evaluation.images import judge_digits
+from step_jax.evaluation.video_scenes import judge_scenes
 from step_jax.inference.flow import Sampler, draw
 from step_jax.interop.artifacts import load_artifact
 from step_jax.models.video.dit import VideoDiT
@@ -125,13 +128,28 @@ class Preview:
         return np.stack([self._source.latents(int(i))[0] for i in np.resize(fits, count)])
 
     def _judged(self, clips_NFHWC) -> dict[str, float]:
-        if not isinstance(self._source, Digits):
-            return {}
-        names = {text: i for i, t in enumerate(self._source.names) for text in t}
-        known = [p in names for p in self._prompts]
-        digits = [names.get(p, 0) for p in self._prompts]
         count = self._config.sample.count
-        mine = np.repeat(known, count)
-        if not mine.any():
+        if isinstance(self._source, Digits):
+            names = {text: i for i, t in enumerate(self._source.names) for text in t}
+            mine = np.repeat([p in names for p in self._prompts], count)
+            digits = np.repeat([names.get(p, 0) for p in self._prompts], count)
+            if not mine.any():
+                return {}
+            return judge_digits(self._source, clips_NFHWC[mine, 0], digits[mine])
+        if isinstance(self._source, RenderedClips):
+            return self._of_scenes(self._source.asked_for, count, clips_NFHWC)
+        return {}
+
+    def _of_scenes(self, scenes: dict[str, Scene], count: int, clips_NFHWC) -> dict[str, float]:
+        """What a program sees in the clips, and the same of each language's prompts alone."""
+        prompts = [p for p in self._prompts for _ in range(count)]
+        known = [(p, clip) for p, clip in zip(prompts, clips_NFHWC, strict=True) if p in scenes]
+        if not known:
             return {}
-        return judge_digits(self._source, clips_NFHWC[mine, 0], np.repeat(digits, count)[mine])
+        figures = judge_scenes([scenes[p] for p, _ in known], [clip for _, clip in known])
+        for language in LANGUAGES:
+            own = [(p, c) for p, c in known if scenes[p].caption(language) == p]
+            if own:
+                judged = judge_scenes([scenes[p] for p, _ in own], [clip for _, clip in own])
+                figures[f"all_{language}"] = judged["all"]
+        return figures

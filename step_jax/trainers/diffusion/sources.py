@@ -24,6 +24,8 @@ from step_jax.data.captions import NO_TEXT
 from step_jax.data.clips import ClipSource, uniforms
 from step_jax.data.digits import SIZE, Digits
 from step_jax.data.latents import MANIFEST, Clip, LatentFolder, write_latents
+from step_jax.data.rendered import RenderedClips
+from step_jax.data.scenes import Scenes
 from step_jax.inference import text_states
 from step_jax.inference.flow import Sampler, check_guidance, draw
 from step_jax.interop.artifacts import load_artifact
@@ -48,6 +50,35 @@ class DigitsData:
 
 
 @dataclass(frozen=True)
+class SceneData:
+    """Moving scenes with captions in English and Chinese, rendered when they are read.
+
+    families: each of a size of its own; with ``frames: 1``, pictures.
+    clips: how many scenes, of each family in turn.
+    """
+
+    kind: ClassVar[str] = "scenes"
+    vae: ClassVar[str | None] = None
+    noise_seed: ClassVar[int | None] = None
+    families: tuple[Scenes, ...]
+    clips: int = 4096
+    seed: int = 0
+
+    def validate(self):
+        checks.at_least(self, clips=1)
+        checks.seed(self.seed)
+        if not self.families or len(set(self.buckets)) < len(self.families):
+            raise ConfigError(f"data.families must be of one size each: {self.buckets}")
+
+    @property
+    def buckets(self) -> tuple[Sizes, ...]:
+        return tuple((s.frames, s.height, s.width) for s in self.families)
+
+    def open(self, sharding: Sharding, report: Report) -> ClipSource:
+        return RenderedClips(self.families, self.clips, self.seed)
+
+
+@dataclass(frozen=True)
 class LatentData:
     """A folder of latents, as ``data.latents.write_latents`` makes them.
 
@@ -61,7 +92,7 @@ class LatentData:
     path: str
     buckets: tuple[Sizes, ...]
     vae: str | None = None
-    clips: DigitsData | None = None
+    clips: DigitsData | SceneData | None = None
 
     def validate(self):
         if not self.buckets or len(set(self.buckets)) < len(self.buckets):
@@ -176,7 +207,7 @@ class ReflowData:
                 yield Clip(clip_FHWC, (prompt,), noise=low + i)
 
 
-ClipData = DigitsData | LatentData | ReflowData
+ClipData = DigitsData | SceneData | LatentData | ReflowData
 
 
 @dataclass(frozen=True)
