@@ -3,7 +3,7 @@
     python benchmarks/rl_from_scratch.py [--seeds 0 1 2] [--only base]
 
 Writes ``runs/rl_texts`` (worked problems of the training side, a tokenizer of characters), trains
-``runs/rl_base`` on them by configs/rl/base.yaml, then runs configs/rl/chain_sum.yaml once for each
+``runs/rl_base`` on them by configs/rl/base.yaml, then runs configs/rl/addition.yaml once for each
 seed, and prints what held-out problems came to before and after. Everything is resumed where it was
 stopped. What it printed is in benchmarks/rl_from_scratch.md.
 """
@@ -21,7 +21,7 @@ from step_jax.tokenizers.huggingface import character_tokenizer
 from step_jax.trainers.rl.config import Config
 
 TEXTS = Path("runs/rl_texts")
-RECIPE = Path("configs/rl/chain_sum.yaml")
+RECIPE = Path("configs/rl/addition.yaml")
 SYMBOLS = "0123456789+-*/()=;#,:"
 
 
@@ -59,7 +59,7 @@ def main() -> None:
         return
     rows = []
     for seed in args.seeds:
-        run, clock = Path(f"runs/rl_chain_sum_{seed}"), time.process_time()
+        run, clock = Path(f"runs/rl_addition_{seed}"), time.process_time()
         flags = ["--run.directory", str(run), "--run.seed", str(seed), *args.flags]
         if step_jax(["rl", str(RECIPE), *flags]):
             raise SystemExit(f"the run of seed {seed} failed")
