@@ -42,6 +42,8 @@ class MeshConfig:
     context: pieces of every sequence.
     tensor: heads, hidden units and vocabulary.
     ring: with several key/value heads, pass them around the context axis instead of gathering them.
+    ulysses: with several key/value heads, give every device of the context axis whole sequences of
+      some heads while attention is computed (arXiv 2309.14509).
     multihost: join the other processes of a cluster job (see ``core.distributed``).
     """
 
@@ -54,6 +56,7 @@ class MeshConfig:
     context: int = 1
     tensor: int = 1
     ring: bool = False
+    ulysses: bool = False
     multihost: bool = False
 
     def validate(self):
@@ -65,6 +68,8 @@ class MeshConfig:
             )
         if sum(v == -1 for v in sizes.values()) > 1:
             raise ConfigError("only one mesh axis can be -1 (the rest of the devices)")
+        if self.ring and self.ulysses:
+            raise ConfigError("parallel has ring and ulysses: attention crosses the axis one way")
         if self.pipeline_rounds < 1 or self.pipeline_microbatches < 0:
             raise ConfigError(
                 f"pipeline_rounds is {self.pipeline_rounds} (at least 1) and pipeline_microbatches "
@@ -182,9 +187,10 @@ GATHERED_AXES = ("embed", "rank")
 class Sharding:
     """A mesh with its rule table: turns logical axes into shardings.
 
-    ``ring`` chooses how attention with several key/value heads crosses the context axis: keys and
-    values travel around it (True) or are gathered (False; the better choice for the single shared
-    head of MFA and MQA, and the only one there). ``rounds`` and ``microbatches`` are the
+    ``ring`` and ``ulysses`` choose how attention with several key/value heads crosses the context
+    axis: keys and values travel around it, or heads are exchanged for the sequence, or (neither)
+    keys and values are gathered, the better choice for the single shared head of MFA and MQA, and
+    the only one there. ``rounds`` and ``microbatches`` are the
     ``pipeline_`` settings of :class:`MeshConfig`;
     ``one_stage`` says that this is the layout inside a stage.
     """
@@ -192,6 +198,7 @@ class Sharding:
     mesh: Mesh
     rules: tuple[tuple[str, MeshAxes], ...] = DEFAULT_RULES
     ring: bool = False
+    ulysses: bool = False
     rounds: int = 1
     microbatches: int = 0
     one_stage: bool = False
@@ -201,6 +208,7 @@ class Sharding:
         return cls(
             make_mesh(config, devices),
             ring=config.ring,
+            ulysses=config.ulysses,
             rounds=config.pipeline_rounds,
             microbatches=config.pipeline_microbatches,
         )
@@ -220,6 +228,19 @@ class Sharding:
         """The layout inside one stage of the pipeline: that of a mesh without the axis."""
         rules = tuple((n, tuple(a for a in axes if a != "pipeline")) for n, axes in self.rules)
         return replace(self, rules=rules, one_stage=True)
+
+    def of_whole_sequences(self) -> Sharding:
+        """The same but that sequences are whole on every device: for the short texts beside long
+        rows, whose lengths no context axis divides."""
+        rules = tuple((n, () if n == "sequence" else axes) for n, axes in self.rules)
+        return replace(self, rules=rules, ring=False, ulysses=False)
+
+    def of_whole_heads(self) -> Sharding:
+        """That in which ``ulysses`` computes attention: the context axis cuts heads."""
+        whole = self.of_whole_sequences()
+        heads = ("heads", "kv_heads")
+        kept = tuple((n, axes) for n, axes in whole.rules if n not in heads)
+        return replace(whole, rules=(*kept, *((n, ("tensor", "context")) for n in heads)))
 
     def spec(self, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
         """The PartitionSpec of an array with these logical axes.

@@ -1,29 +1,41 @@
-"""scikit-learn's 1,797 handwritten digits of 8 x 8 pixels.
+"""scikit-learn's 1,797 handwritten digits of 8 x 8 pixels, as pictures with captions.
 
-Shape suffixes: B images, H height, W width, C channels.
+Shape suffixes: N pictures, F frames (one), H height, W width, C channels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from step_jax.core.errors import DataError
-from step_jax.data.schema import Field, Schema
+
+ENGLISH = "zero one two three four five six seven eight nine".split()
+CHINESE = "零一二三四五六七八九"
+SIZE = (1, 8, 8)
+
+
+def captions_of(digit: int) -> tuple[str, str]:
+    """What a picture of a digit is called, in English and in Chinese."""
+    return f"the digit {ENGLISH[digit]}", f"数字{CHINESE[digit]}"
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Images in [-1, 1], float32 (B, 8, 8, 1), and their classes, int32 (B,).
+    """Pictures in [-1, 1], float32 (N, 1, 8, 8, 1), and their digits, int32 (N,).
 
-    The last fifth is held out: it is by other writers.
+    The last fifth is held out: it is by other writers. A source of clips (``data.clips``).
     """
 
-    images_BHWC: np.ndarray
-    classes_B: np.ndarray
-    heldout_BHWC: np.ndarray
-    heldout_classes_B: np.ndarray
+    images_NFHWC: np.ndarray
+    digits_N: np.ndarray
+    heldout_NFHWC: np.ndarray
+    heldout_digits_N: np.ndarray
+    channels: int = 1
+    scalars: dict[str, np.ndarray] = field(default_factory=dict)
+    noises_N: None = None
 
     @classmethod
     def load(cls) -> Digits:
@@ -36,25 +48,31 @@ class Digits:
                 "pip install scikit-learn"
             ) from None
         data = load_digits()
-        images_BHWC = (data.images / 8.0 - 1.0).astype(np.float32)[..., None]
-        classes_B, cut = data.target.astype(np.int32), len(data.images) * 4 // 5
-        return cls(images_BHWC[:cut], classes_B[:cut], images_BHWC[cut:], classes_B[cut:])
+        images_NFHWC = (data.images / 8.0 - 1.0).astype(np.float32)[:, None, :, :, None]
+        digits_N, cut = data.target.astype(np.int32), len(data.images) * 4 // 5
+        return cls(images_NFHWC[:cut], digits_N[:cut], images_NFHWC[cut:], digits_N[cut:])
 
-    def batch(self, seed: int, step: int, batch_size: int, index: int = 0, count: int = 1):
-        """Part ``index`` of ``count`` of the training batch of a step: images and classes.
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        return {"kind": "digits", "clips": len(self.digits_N)}
 
-        A pure function of its arguments; the parts of a batch do not depend on ``count``.
-        """
-        chosen_B = np.random.default_rng((seed, step)).integers(
-            len(self.classes_B), size=batch_size
-        )
-        chosen_B = np.split(chosen_B, count)[index]
-        return {"images": self.images_BHWC[chosen_B], "classes": self.classes_B[chosen_B]}
+    @property
+    def sizes_N3(self) -> np.ndarray:
+        return np.tile(np.array(SIZE), (len(self.digits_N), 1))
 
+    @property
+    def names(self) -> list[tuple[str, ...]]:
+        """What each of the ten digits is called."""
+        return [captions_of(digit) for digit in range(10)]
 
-def digits_schema(rows: int) -> Schema:
-    """What `Digits.batch` gives."""
-    return {
-        "images": Field(("batch", None, None, None), (rows, 8, 8, 1)),
-        "classes": Field(("batch",), (rows,), "int32"),
-    }
+    @property
+    def captions(self) -> list[tuple[str, ...]]:
+        return [captions_of(int(digit)) for digit in self.digits_N]
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """One of each kind of caption, in both languages."""
+        return tuple(captions_of(d)[language] for language in (0, 1) for d in range(10))
+
+    def latents(self, i: int) -> np.ndarray:
+        return self.images_NFHWC[i]

@@ -60,10 +60,11 @@ def frames_per_second(path: Path) -> float | None:
     """Of a video that can be opened, if it says so; else None."""
     if path.is_dir() or path.suffix.lower() not in VIDEOS:
         return None
+    av = _av()
     try:
-        with _av().open(str(path)) as container:
+        with av.open(str(path)) as container:
             rate = container.streams.video[0].average_rate
-    except (OSError, ValueError, IndexError):
+    except (av.error.FFmpegError, OSError, IndexError):
         return None
     return None if rate is None else float(rate)
 
@@ -84,15 +85,19 @@ def _av() -> Any:
 
 
 def _video(path: Path) -> Iterator[np.ndarray]:
-    with _av().open(str(path)) as container:
-        if not container.streams.video:
-            raise DataError("has no pictures")
-        stream = container.streams.video[0]
-        stream.codec_context.thread_count = 1  # more would read ahead in an order of their own
-        for frame in container.decode(stream):
-            if frame.is_corrupt:
-                raise DataError(f"is damaged at {frame.time:.2f} s")
-            yield frame.to_ndarray(format="rgb24")
+    av = _av()
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise DataError("has no pictures")
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1  # more would read ahead in their own order
+            for frame in container.decode(stream):
+                if frame.is_corrupt:
+                    raise DataError(f"is damaged at {frame.time:.2f} s")
+                yield frame.to_ndarray(format="rgb24")
+    except av.error.FFmpegError as error:
+        raise DataError(f"cannot be decoded: {error}") from error
 
 
 def _pictures(path: Path) -> Iterator[np.ndarray]:

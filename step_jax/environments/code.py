@@ -32,7 +32,7 @@ class Code(Verifier):
 
     The program is the last block of code between fences, or the whole conclusion.
 
-    limits: of each test.
+    limits: of each test; the time that the pool gives a reply is for all of them together.
     partial: give the share of the tests that it passes instead.
     """
 
@@ -41,8 +41,12 @@ class Code(Verifier):
     partial: bool = False
     kind: ClassVar[str] = "code"
 
+    @property
+    def confined(self) -> bool:
+        return False  # it starts sandboxes
+
     def load(self) -> None:
-        sandbox.require()
+        sandbox.require(self.limits.memory_mib)
 
     def check(self, record: Record, name: str) -> None:
         tests = record.get("tests")

@@ -23,6 +23,7 @@ from step_jax.environments.verifiers import Record, Verifier
 Setting = bool | int | float | str | tuple[int, ...] | tuple[float, ...] | tuple[str, ...]
 
 REFUSED = {
+    "composite": "it mixes other tasks: name one of them",
     "codeio": "the answers to some of its problems are drawn anew each time",
     "puzzle24": "its scores take 24 made of any four numbers, not of those that are given",
 }
@@ -42,7 +43,8 @@ SLOW = {
     "quantum_lock": 60, "rearc": 22, "rubiks_cube": 85, "simple_integration": 43, "sokoban": 93,
     "sudoku": 51, "word_ladder": 58, "zebra_puzzles": 500,
 }  # fmt: skip
-#: tasks that hand a reply to eval(): only a literal is let through
+#: tasks that hand a reply to eval(): only a literal is let through, since what a reply changes in
+#: the process would change the scores of others
 _EVALUATED = {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"}
 #: tasks that hand a reply to sympy.parse_expr, which is eval(): only mathematics is let through
 _PARSED = {

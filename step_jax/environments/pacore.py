@@ -11,9 +11,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from step_jax.core.errors import ConfigError
+from step_jax.core.errors import ConfigError, DataError
 from step_jax.data.packing import derive_key
-from step_jax.environments.problems import Problem
+from step_jax.environments.problems import Problem, Problems
+
+_MOST_DRAWN = 1000
 
 _PROMPT = """{question}
 
@@ -108,3 +110,44 @@ class CoordinatedRound:
         conclusions = [cached.conclusions[i] for i in chosen]
         question = self.round.ask(cached.problem.question, conclusions, seed, index)
         return replace(cached.problem, question=question, answer=None, thought=None)
+
+
+class CoordinatedProblems(Problems):
+    """Rounds over cached conclusions, as problems: with `SingleTurn` an environment."""
+
+    def __init__(
+        self, train: Sequence[Cached], heldout: Sequence[Cached], rounds: CoordinatedRound
+    ):
+        """
+        Raises:
+          DataError: a problem stands on both sides.
+        """
+        self._train, self._heldout, self._rounds = train, heldout, rounds
+        if both := {c.problem.content for c in train} & {c.problem.content for c in heldout}:
+            raise DataError(f"{len(both)} problems are trained on and held out: {min(both)!r:.60}")
+
+    def train(self, seed: int, index: int) -> Problem:
+        rng = random.Random(derive_key(seed, "cached", index))
+        for attempt in range(_MOST_DRAWN):
+            cached = self._train[rng.randrange(len(self._train))]
+            problem = self._rounds.problem(cached, seed, index * _MOST_DRAWN + attempt)
+            if problem is not None:
+                return problem
+        low, high = self._rounds.accuracy
+        raise DataError(
+            f"of {_MOST_DRAWN:,} drawn sets of conclusions none has a share of right ones from "
+            f"{low:g} to {high:g}: sample more conclusions, or ask for less"
+        )
+
+    def heldout(self, count: int) -> list[Problem]:
+        """Of the first problems, with the conclusions that are drawn, however many are right."""
+        if count > len(self._heldout):
+            raise DataError(f"{count} held-out problems are asked for, of {len(self._heldout)}")
+        every = replace(self._rounds, accuracy=(0.0, 1.0))
+        made = [every.problem(cached, 0, i) for i, cached in enumerate(self._heldout[:count])]
+        if None in made:
+            raise DataError(
+                f"{self._heldout[made.index(None)].problem.name} has fewer conclusions than the "
+                f"{self._rounds.messages[1]} that may be drawn"
+            )
+        return [problem for problem in made if problem is not None]

@@ -31,7 +31,7 @@ from step_jax.environments.verifiers import Record, Verifier
 Failure = Literal["timeout", "crash", "memory", "error", "not_finite"]
 FAILURES: tuple[str, ...] = get_args(Failure)
 
-_START_SECONDS = 120.0  # importing is slow on a busy machine
+_START_SECONDS = 300.0  # importing is slow on a busy machine
 _GRACE_SECONDS = 5.0  # after which a process ends itself, should this one be gone
 _LONGEST_ANSWER = 2**20
 _LARGEST_CHUNK = 32  # samples that a process is given at once
@@ -84,6 +84,7 @@ class Pool:
     Attributes:
       failures: reason -> how many replies so far.
       restarts: processes that were started in the place of others.
+      confined: whether the processes can only read and compute.
     """
 
     def __init__(self, verifier: Verifier, config: PoolConfig = PoolConfig()):
@@ -107,6 +108,7 @@ class Pool:
                 process.end()
             self._threads.shutdown(wait=False)
             raise
+        self.confined = all(process.confined for process in started)
         for process in started:
             self._idle.put(process)
 
@@ -212,6 +214,7 @@ class _Process:
                 f"the verifier {self._verifier.kind} cannot be loaded in a process of its own: "
                 f"{answer['detail']}"
             )
+        self.confined = answer["confined"]
 
     def verify(self, samples: Sequence[tuple[str, Record]], seconds: float) -> Iterator[Score]:
         """A score of each sample, up to the first after which the process is of no use."""

@@ -49,15 +49,18 @@ class Problem:
         """The question as a conversation that is to be answered."""
         return [{"role": "user", "content": self.question}]
 
-    def solved(self) -> dict[str, list[dict[str, str]]]:
+    def solved(self, thinking: Thinking | None) -> dict[str, list[dict[str, str]]]:
         """The conversation with its worked solution, as ``step-jax sft`` reads it.
+
+        Between the usual marks the thought is one to the chat template, which writes them; with
+        others it is part of what is said, so that what is learned is what the verifier reads.
 
         Raises:
           DataError: the problem has no answer.
         """
-        said = {"role": "assistant", "content": self._solution()}
-        if self.thought is not None:
-            said["reasoning_content"] = self.thought
+        said = {"role": "assistant", "content": self.reply(thinking)}
+        if thinking == Thinking() and self.thought is not None:
+            said |= {"content": self._solution(), "reasoning_content": self.thought}
         return {"messages": [*self.messages, said]}
 
     def reply(self, thinking: Thinking | None) -> str:

@@ -41,6 +41,10 @@ class WeightedSum(Verifier):
         if not self.terms:
             raise ConfigError("terms is empty: a reward of nothing teaches nothing")
 
+    @property
+    def confined(self) -> bool:
+        return all(term.verifier.confined for term in self.terms.values())
+
     def load(self) -> None:
         for term in self.terms.values():
             term.verifier.load()

@@ -13,6 +13,7 @@ import functools
 import itertools
 import math
 import os
+import resource
 import select
 import shutil
 import subprocess
@@ -96,7 +97,7 @@ def run(program: str, stdin: str = "", limits: Limits = Limits(), function: str 
       ConfigError: there is no sandbox to be had here; the message says what would do.
       RuntimeError: the sandbox could not be made this time.
     """
-    require()
+    require(limits.memory_mib)
     ran = _run(program, stdin, limits, function)
     if ran.end == "exit" and ran.code == 1 and ran.err.startswith("bwrap: "):
         raise RuntimeError(ran.err)
@@ -104,8 +105,8 @@ def run(program: str, stdin: str = "", limits: Limits = Limits(), function: str 
 
 
 @functools.cache
-def require() -> None:
-    """Raises `ConfigError` unless programs can be run in a sandbox on this machine."""
+def require(memory_mib: int = 0) -> None:
+    """Raises `ConfigError` unless programs can be run in a sandbox of so much memory here."""
     if sys.platform != "linux":
         raise ConfigError(f"the sandbox is bubblewrap's, which {sys.platform} does not have")
     if shutil.which("bwrap") is None:
@@ -113,6 +114,12 @@ def require() -> None:
     options = subprocess.run(["bwrap", "--help"], capture_output=True, text=True).stdout
     if lacking := [option for option in ("--disable-userns", "--size") if option not in options]:
         raise ConfigError(f"this bubblewrap is older than 0.8 and lacks {lacking[0]}: {_INSTALL}")
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard != resource.RLIM_INFINITY and memory_mib * 2**20 > hard:
+        raise ConfigError(
+            f"a program may use {memory_mib} MiB (memory_mib of its limits), and this process only "
+            f"{hard // 2**20}: raise workers.memory_mib, or ask for less"
+        )
     ran = _run("print('ready')", "", Limits(seconds=30), "")
     if not ran.good or ran.out != "ready\n":
         raise ConfigError(

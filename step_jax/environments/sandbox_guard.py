@@ -25,6 +25,8 @@ def limit(user, cpu, memory, processes, file):
         (resource.RLIMIT_NOFILE, 64),
         (resource.RLIMIT_CORE, 0),
     ):
+        allowed = resource.getrlimit(which)[1]  # of whoever started us; it may be less
+        most = most if allowed == resource.RLIM_INFINITY else min(most, allowed)
         resource.setrlimit(which, (most, most))
 
 

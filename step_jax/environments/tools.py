@@ -55,7 +55,7 @@ class Python:
     about: ClassVar[str] = "Runs a Python program, and gives what it prints."
 
     def load(self) -> None:
-        sandbox.require()
+        sandbox.require(self.limits.memory_mib)
 
     def call(self, text: str) -> str:
         ran = sandbox.run(text, limits=self.limits)

@@ -39,6 +39,12 @@ class Verifier(abc.ABC):
 
     kind: ClassVar[str]
 
+    @property
+    def confined(self) -> bool:
+        """Whether its process may only read and compute (`system_calls.confine`): True unless it
+        must start processes or talk to others."""
+        return True
+
     def load(self) -> None:  # noqa: B027
         """Imports what is slow to import, once in each process and before any deadline."""
 

@@ -6,7 +6,7 @@ case nobody is there to do it.
 It reads a verifier and then lists of (reply, record) pairs, each a pickle of the parent's after its
 length in eight bytes. It writes JSON, an object a line, a line for the verifier and for each pair:
 
-  {"ready": true}            the verifier is loaded
+  {"ready": true, "confined": bool}      the verifier is loaded
   {"scores": {name: score}, "seconds": time that it took}
   {"failure": reason, "detail": text}
 
@@ -28,6 +28,7 @@ import sys
 import time
 from typing import Any
 
+from step_jax.environments import system_calls
 from step_jax.environments.processes import end_children
 
 _SUBREAPER = 36  # prctl(PR_SET_CHILD_SUBREAPER): orphans below become this process's children
@@ -44,15 +45,16 @@ def main() -> None:
         ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    with contextlib.suppress(ValueError, OSError):  # not every system limits memory
+        resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
     try:
         verifier = _read(requests)
         verifier.load()
     except Exception as error:
         _write(replies, _failure("load", error))
         return
-    with contextlib.suppress(ValueError, OSError):  # not every system limits memory
-        resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
-    _write(replies, {"ready": True})
+    confined = verifier.confined and system_calls.confine()
+    _write(replies, {"ready": True, "confined": confined})
     while True:
         try:
             samples = _read(requests)

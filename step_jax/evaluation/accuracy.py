@@ -9,7 +9,9 @@ Shape suffixes: P problems, N samples of each.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -97,7 +99,8 @@ def majority_at_k(
     """Chance that the answer that most of k samples give is right, float64 (P,).
 
     Of equally many votes each is as likely to be taken. Samples without an answer are drawn like
-    others and do not vote; if none votes, the answer is wrong.
+    others and do not vote; if none votes, the answer is wrong. An answer that was judged both ways,
+    as when a verifier failed once, counts by the share of its samples that are right.
     """
     _check_k(k, np.shape(correct_PN)[1])
     return np.array(
@@ -106,20 +109,22 @@ def majority_at_k(
 
 
 def _majority(answers: Sequence[str | None], correct_N: np.ndarray, k: int) -> float:
-    right: dict[str, bool] = {}
-    votes: dict[str, int] = {}
+    votes: Counter[str] = Counter()
+    right: Counter[str] = Counter()  # an answer that a verifier once failed on is right in part
     for answer, is_right in zip(answers, correct_N, strict=True):
         if answer is not None:
-            votes[answer] = votes.get(answer, 0) + 1
-            if right.setdefault(answer, bool(is_right)) != bool(is_right):
-                raise DataError(f"the answer {answer!r:.60} is said to be right and wrong")
-    silent, total = len(answers) - sum(votes.values()), math.comb(len(answers), k)
+            votes[answer] += 1
+            right[answer] += bool(is_right)
+    silent, total = len(answers) - votes.total(), math.comb(len(answers), k)
     chance = 0.0
-    for answer in votes:
+    for answer, count in votes.items():
         if right[answer]:
-            others = [count for other, count in votes.items() if other != answer]
-            for v in range(1, min(votes[answer], k) + 1):
-                chance += math.comb(votes[answer], v) / total * _below(others, silent, v, k - v)
+            others = [c for other, c in votes.items() if other != answer]
+            wins = sum(
+                math.comb(count, v) / total * _below(others, silent, v, k - v)
+                for v in range(1, min(count, k) + 1)
+            )
+            chance += wins * right[answer] / count
     return chance
 
 
@@ -198,6 +203,11 @@ class Spent:
     tokens: float
     accuracy: Interval
 
+    @property
+    def drawn(self) -> tuple[float, float, float, float]:
+        """As `runs/plots.py: plot_spending` draws it."""
+        return (self.tokens, self.accuracy.mean, self.accuracy.low, self.accuracy.high)
+
 
 def vote_curve(samples: Samples, ks: Sequence[int]) -> list[Spent]:
     """Majority votes of k samples, each at the tokens of k samples."""
@@ -206,6 +216,49 @@ def vote_curve(samples: Samples, ks: Sequence[int]) -> list[Spent]:
         Spent(k * tokens, bootstrap(majority_at_k(samples.answers_PN, samples.correct_PN, k)))
         for k in ks
     ]
+
+
+@dataclass(frozen=True)
+class Control:
+    """How well a thinking budget governs (arXiv 2501.19393, section 3.2).
+
+    control: share of replies whose tokens are within their budget.
+    scaling: how much accuracy a doubling of tokens adds, the mean slope between all pairs of
+      budgets.
+    performance: the best accuracy of any budget.
+    """
+
+    control: float
+    scaling: float
+    performance: float
+
+
+def budget_control(
+    points: Sequence[Spent],
+    tokens_by_budget: Sequence[np.ndarray],
+    bounds: Sequence[tuple[int, int]],
+) -> Control:
+    """The figures of several budgets.
+
+    Args:
+      points: of each budget, accuracy against tokens.
+      tokens_by_budget: of each, tokens of every thought.
+      bounds: of each, the least and the most that were asked for.
+    """
+    within = [
+        (low <= tokens) & (tokens <= high)
+        for tokens, (low, high) in zip(tokens_by_budget, bounds, strict=True)
+    ]
+    slopes = [
+        (b.accuracy.mean - a.accuracy.mean) / math.log2(b.tokens / a.tokens)
+        for a, b in itertools.combinations(sorted(points, key=lambda p: p.tokens), 2)
+        if b.tokens > a.tokens
+    ]
+    return Control(
+        control=float(np.mean(np.concatenate([np.ravel(w) for w in within]))),
+        scaling=float(np.mean(slopes)) if slopes else math.nan,
+        performance=max(point.accuracy.mean for point in points),
+    )
 
 
 def same_cost(curves: Mapping[str, Sequence[Spent]], tokens: float) -> dict[str, float]:

@@ -25,12 +25,12 @@ def judge_digits(digits: Digits, images_BHWC: np.ndarray, classes_B: np.ndarray)
     """
     from sklearn.svm import SVC
 
-    classifier = SVC(gamma=0.02).fit(_flat(digits.images_BHWC), digits.classes_B)
-    real = _spread(digits.images_BHWC, digits.classes_B)
+    classifier = SVC(gamma=0.02).fit(_flat(digits.images_NFHWC), digits.digits_N)
+    real = _spread(digits.images_NFHWC, digits.digits_N)
     return {
         "accuracy": float(classifier.score(_flat(images_BHWC), classes_B)),
         "heldout_accuracy": float(
-            classifier.score(_flat(digits.heldout_BHWC), digits.heldout_classes_B)
+            classifier.score(_flat(digits.heldout_NFHWC), digits.heldout_digits_N)
         ),
         "spread": float(_spread(images_BHWC, classes_B) / real),
     }

@@ -8,44 +8,60 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from step_jax.core import checks
 from step_jax.core.errors import ConfigError
 from step_jax.environments.pacore import Round
 from step_jax.environments.replies import Thinking, conclusion
-from step_jax.inference.generate import StopReason
+from step_jax.inference.engine import Engine
+from step_jax.inference.requests import Request, StopReason, Thought
+from step_jax.tokenizers.base import Tokenizer
+
+#: what may stand before the close of a thought, to see that it is always the same tokens
+_BEFORE = ("7", "a", ")", ".", " ", "\n", "\u00e9")
 
 
 @dataclass(frozen=True)
 class ThinkingBudget:
-    """How long a policy may, and must, think (arXiv 2501.19393), as an engine carries it out.
+    """How long a policy may, and must, think (arXiv 2501.19393); the engine's `Thought` in words.
 
-    Tokens are counted from the first of a reply, or from the mark that opens a thought if it writes
-    one. What the engine puts in is not the policy's choice: it has no log-probability and is
-    masked in a trajectory, and it counts as a token.
-
-    least: as long as fewer were thought, a ``close`` that the policy writes is taken back and
-      ``extension`` stands in its place. Of a stop token the same.
-    most: the token after so many is ``close``, whatever the policy would have written; null for no
-      end. Then it answers.
-    extension: what makes a policy go on.
-    answer: tokens after the close before the reply is cut; null for no end.
+    most: tokens of a thought after which its close is written, whatever the policy would write.
+    least: tokens before which the policy can neither close its thought nor end its text.
+    last_words: what is written before a close that was not the policy's.
     thinking: the marks.
     """
 
+    most: int
     least: int = 0
-    most: int | None = None
-    extension: str = "Wait"
-    answer: int | None = None
+    last_words: str = ""
     thinking: Thinking = Thinking()
 
     def validate(self):
-        checks.at_least(self, least=0, most=1, answer=1)
-        if self.most is not None and self.least > self.most:
+        checks.at_least(self, least=0, most=1)
+        if self.least > self.most:
             raise ConfigError(f"least is {self.least}, most is {self.most}: nothing is in between")
-        if self.least and not self.extension:
-            raise ConfigError("least asks for longer thoughts, and extension is empty")
+
+    def thought(self, tokenizer: Tokenizer) -> Thought:
+        """What the engine is asked for.
+
+        Raises:
+          ConfigError: the close is other tokens after other texts, so that an engine that looks for
+            tokens would miss it.
+        """
+        close, found = self.thinking.close, set[tuple[int, ...]]()
+        for before in _BEFORE:
+            ids, begun = (tokenizer.encode(text, special=True).tolist()
+                          for text in (before + close, before))  # fmt: skip
+            found.add(tuple(ids[len(begun) :]) if ids[: len(begun)] == begun else ())
+        (ids,) = found if len(found) == 1 else ((),)
+        if not ids:
+            raise ConfigError(
+                f"{tokenizer.name} joins {close!r} with what stands before it, so the end of a "
+                "thought cannot be told by its tokens: use a close that is a token of its own"
+            )
+        words = tokenizer.encode(self.last_words, special=True).tolist() if self.last_words else ()
+        return Thought(ids, self.most, self.least, (*words, *ids))
 
 
 @dataclass(frozen=True)
@@ -66,6 +82,37 @@ class Sampler(Protocol):
         """n replies to each prompt. A prompt is what a user asks (a policy that chats is asked it
         in its template), or the text to go on from."""
         ...
+
+
+@dataclass(frozen=True)
+class EngineSampler:
+    """A `Sampler` of an engine and parameters for it.
+
+    encode: the ids of a prompt.
+    max_new_tokens: of a reply, after its thought if there is a budget.
+    """
+
+    engine: Engine
+    params: Any
+    tokenizer: Tokenizer
+    encode: Callable[[str], Sequence[int]]
+    max_new_tokens: int
+
+    def __call__(
+        self, prompts: Sequence[str], n: int, *, seed: int, budget: ThinkingBudget | None = None
+    ) -> list[list[Reply]]:
+        thought = None if budget is None else budget.thought(self.tokenizer)
+        requests = [
+            Request(self.encode(prompt), self.max_new_tokens, (seed, p, i), thought=thought)
+            for p, prompt in enumerate(prompts)
+            for i in range(n)
+        ]
+        replies: list[list[Reply | None]] = [[None] * n for _ in prompts]
+        for done in self.engine.run(self.params, requests):
+            _, p, i = done.request.name
+            text = self.tokenizer.decode_continuation(done.request.prompt, done.tokens)
+            replies[p][i] = Reply(text, len(done.tokens), done.reason)
+        return [[reply for reply in row if reply is not None] for row in replies]
 
 
 @dataclass(frozen=True)

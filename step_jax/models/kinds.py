@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from step_jax.models.text.decoder import Decoder
 from step_jax.models.text.reward import RewardModel
-from step_jax.models.vision.image_transformer import ImageTransformer
+from step_jax.models.video.dit import VideoDiT
 
-Model = Decoder | ImageTransformer | RewardModel
+Model = Decoder | RewardModel | VideoDiT

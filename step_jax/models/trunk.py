@@ -27,7 +27,7 @@ from step_jax.models.context import Context
 from step_jax.models.layers.block import Block
 from step_jax.models.layers.initialisation import Initialisation
 from step_jax.models.layers.moe import ExpertStats
-from step_jax.models.layers.norm import RMSNorm
+from step_jax.models.layers.norm import Norm
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -97,7 +97,7 @@ class Trunk:
 
     width: int
     groups: tuple[Group, ...]
-    norm: RMSNorm
+    norm: Norm
     init: Initialisation
 
     def walk(self) -> Iterator[Stack]:

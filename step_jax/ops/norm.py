@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation (arXiv 1910.07467)."""
+"""Normalisation: root mean square (arXiv 1910.07467), and of layers (arXiv 1607.06450)."""
 
 from __future__ import annotations
 
@@ -20,4 +20,23 @@ def rms_norm(x, scale, eps: float, zero_centred: bool = False):
     if scale is not None:
         scale = scale.astype(jnp.float32)
         y = y * (1.0 + scale if zero_centred else scale)
+    return y.astype(x.dtype)
+
+
+def layer_norm(x, scale, bias, eps: float):
+    """``(x - mean(x)) / deviation(x) * scale + bias`` over the last axis, in float32.
+
+    Args:
+      x: (..., D).
+      scale, bias: (D,), or both None for neither.
+      eps: added to the variance.
+
+    Returns:
+      An array of ``x.dtype``.
+    """
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    if scale is not None:
+        y = y * scale.astype(jnp.float32) + bias.astype(jnp.float32)
     return y.astype(x.dtype)

@@ -394,26 +394,50 @@ def plot_groups(
     return _save(figure, out)
 
 
-def draw_images(images: Any, columns: int, out: Path | str, zoom: int = 4) -> Path:
-    """Write a PNG of images side by side, ``columns`` in a row.
+#: tokens a problem took, accuracy, and the ends of its interval
+Spending = tuple[float, float, float, float]
+
+
+def plot_spending(
+    curves: Mapping[str, Sequence[Spending]], out: Path | str, *, title: str = ""
+) -> Path:
+    """Draw accuracy against all tokens that were written for a problem, which double and double.
 
     Args:
-      images: NumPy array (B, H, W, C) of values in [-1, 1]; C is 1 (grey, -1 is black) or 3.
-      columns: divides B.
-      out: its directory is made.
-      zoom: side of a pixel in the picture.
-    """
-    import numpy as np
-    from matplotlib.image import imsave
+      curves: label -> points; a bar at each is its interval.
+      out: the PNG to write.
+      title: above the picture.
 
-    images = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))  # a grey frame
-    B, H, W, C = images.shape
-    grid = images.reshape(B // columns, columns, H, W, C).swapaxes(1, 2)
-    grid = grid.reshape(B // columns * H, columns * W, C).repeat(zoom, 0).repeat(zoom, 1)
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    imsave(out, ((grid.clip(-1, 1) + 1) / 2).repeat(3 // C, -1))
-    return out
+    Raises:
+      ValueError: there is no point, or there are more curves than can be told apart.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    _check_count(len(curves), "curves")
+    if not any(curves.values()):
+        raise ValueError("there is no point of accuracy to draw")
+    figure, grid = _figure(4.2, (1,), 1)
+    axes = figure.add_subplot(grid[0, 0])
+    ends = []
+    for number, (label, points) in enumerate(curves.items()):
+        xs, ys, lows, highs = zip(*sorted(points), strict=True)
+        colour, line, shape = _looks(number)
+        bars = [[y - a for y, a in zip(ys, lows, strict=True)]]
+        bars += [[b - y for y, b in zip(ys, highs, strict=True)]]
+        style = dict(color=colour, linestyle=line, marker=shape, markersize=5, linewidth=1.5)
+        bars_style = dict(elinewidth=0.9, capsize=2.5)
+        axes.errorbar(xs, ys, yerr=bars, label=label, **style, **bars_style)
+        ends.append(ys[-1])
+    _style(axes, x="tokens for a problem (log scale)", label="accuracy, with 95 % intervals")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(LogLocator(2, numticks=10))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: si(value)))
+    axes.margins(x=0.05)
+    _legend(axes, 8, sorted(range(len(ends)), key=lambda i: -ends[i]))
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)
+    return _save(figure, out)
 
 
 def _save(figure: Any, out: Path | str) -> Path:

@@ -29,7 +29,7 @@ from step_jax.runs.profiling import ProfileConfig, ProfilerWindow
 from step_jax.runs.reporter import LoggingConfig, Reporter, environment
 from step_jax.runs.run_directory import RunDirectory
 from step_jax.runs.watchdog import HangWatchdog
-from step_jax.training.program import Program
+from step_jax.training.program import Program, Work
 from step_jax.training.state import TrainState
 from step_jax.training.step import check_skipped
 
@@ -90,7 +90,7 @@ class Session:
         self.primary = jax.process_index() == 0
         self._config, self._run = config, run
         self._stack = ExitStack()
-        self._pending: tuple[int, Any, float] | None = None
+        self._pending: tuple[int, Any, float, Work] | None = None
         self._leave = False
         self._finished = 0
         self._branch: Branch | None = None
@@ -268,6 +268,7 @@ class Session:
         metrics: Mapping[str, Any],
         data_wait: float = 0.0,
         carried: Callable[[], Mapping[str, np.ndarray]] = dict,
+        work: Work | None = None,
     ):
         """Call with every step's results, computed or still being computed.
 
@@ -279,12 +280,13 @@ class Session:
           data_wait: seconds the host waited for this step's data.
           carried: what the host must have to go on after this step and no function of the step
             gives (rollouts), as arrays of any shapes; asked for when a checkpoint is saved.
+          work: of this step, where steps are not alike; None for the program's.
 
         Raises:
           DivergedError: too many non-finite steps in a row.
         """
         self.flush()
-        self._pending = (step, metrics, data_wait)
+        self._pending = (step, metrics, data_wait, work or self.program.work)
         if self._profiler.after_step(step - 1, metrics):
             self.reporter.event(f"profile of {self._run.profile.steps} steps written")
         stop = self._stop.requested(step)
@@ -299,14 +301,15 @@ class Session:
         """Waits for the step last given to ``finished`` and reports it."""
         if self._pending is None:
             return
-        step, metrics, data_wait = self._pending
+        step, metrics, data_wait, work = self._pending
         self._pending = None
         self._values = values = {k: v.item() for k, v in jax.device_get(dict(metrics)).items()}
         self._watchdog.beat()
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        work, peak = self.program.work, self.program.work.peak_flops(self.sharding)
-        rates = {work.unit: step * work.count, "step_s": seconds}
+        peak = work.peak_flops(self.sharding)
+        done = step * work.count if work.done is None else work.done
+        rates = {work.unit: done, "step_s": seconds}
         rates[f"{work.unit}_per_s"] = work.count / seconds
         rates["data_wait_s"] = data_wait
         if work.flops and peak:

@@ -34,7 +34,10 @@ LOOPS: dict[str, tuple[str, str]] = {
         "step_jax.trainers.rl.reinforce",
         "toy: a decoder learns to sort by policy gradients",
     ),
-    "flow-matching": ("step_jax.trainers.diffusion.flow_matching", "toy: draw digits by class"),
+    "diffusion": (
+        "step_jax.trainers.diffusion.flow_matching",
+        "train a diffusion transformer on captioned pictures and clips",
+    ),
 }
 DEFAULT = "pretrain"
 

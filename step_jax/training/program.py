@@ -26,12 +26,14 @@ class Work:
       count: how many of ``unit`` (tokens, images, ...).
       flops: operations that the model needs for them; 0 if they are not counted.
       dtype: of the products.
+      done: of ``unit`` up to the end of the step; None if all steps do as many.
     """
 
     count: int
     unit: str = "tokens"
     flops: float = 0.0
     dtype: str = "float32"
+    done: int | None = None
 
     def peak_flops(self, sharding: Sharding) -> float | None:
         """Operations per second of all devices at the compute precision; None if unknown."""

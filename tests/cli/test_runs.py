@@ -46,7 +46,7 @@ def test_the_table_of_real_runs_of_unlike_loops(tmp_path, capsys):
         *("quick", "done", "1,000", "1.02M", "tokens", "1.84M"),
         *("4.3676", "-", "4.3379", "1.7425", "2.9k/s"),
     ]
-    assert lines["toy_flow"].split()[:6] == ["toy_flow", "done", "1,200", "76.8k", "tokens", "215k"]
+    assert lines["toy_flow"].split()[:6] == ["toy_flow", "done", "1,200", "76.8k", "clips", "303k"]
     assert lines["toy_rl"].split()[6:8] == ["-0.0297", "0.9303"]
     assert "run.directory" not in "".join(lines.values())  # they differ in it always
     assert " more" in "".join(lines.values())  # what all differ in would fill pages

@@ -14,7 +14,7 @@ from step_jax.inference.sampling import SamplingConfig
 from step_jax.models.context import Execution
 from step_jax.models.layers.norm import RMSNorm
 from step_jax.models.text.decoder import Decoder
-from step_jax.models.vision.image_transformer import ImageTransformer
+from step_jax.models.video.dit import VideoDiT
 from step_jax.runs.profiling import ProfileConfig
 from step_jax.runs.session import RunConfig
 from step_jax.training.optimizers.config import AdamW
@@ -79,10 +79,10 @@ def test_a_model_number_that_cannot_work_is_refused(attention, mlp, rest, messag
         (AdamW, "{learning_rate: 1, weight_decay: inf}", "weight_decay is inf"),
         (RMSNorm, "eps: -1e-5", "eps is -1e-05"),
         (
-            ImageTransformer,
-            f"{{width: 8, depth: 1, attention: {MHA % ''}, mlp: {{kind: swiglu, hidden: 8}}, "
-            "classes: 0}",
-            "classes is 0",
+            VideoDiT,
+            f"{{width: 8, depth: 1, attention: {MHA % ', position: null'}, "
+            "mlp: {kind: gelu, hidden: 8}, channels: 0}",
+            "channels is 0",
         ),
     ],
 )

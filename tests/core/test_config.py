@@ -466,7 +466,7 @@ def test_text_that_is_not_unicode_is_refused(write):
     [
         ("pretrain", ["--model.width", "--data.path", "--training.steps"]),
         ("reinforce", ["--training.digits", "--init-from"]),
-        ("flow-matching", ["--model.attention.heads"]),
+        ("diffusion", ["--model.attention.heads", "--flow.shift"]),
     ],
 )
 def test_every_loop_shows_its_help_without_a_recipe(loop, flags, capsys):

@@ -108,3 +108,15 @@ def test_constrain_lays_out_and_does_nothing_on_one_device():
     np.testing.assert_array_equal(x, y)
     alone = Sharding(make_mesh(MeshConfig(), jax.devices()[:1]))
     assert alone.constrain(x, "batch", None) is x
+
+
+def test_whole_heads_are_cut_by_what_cuts_the_sequence_elsewhere():
+    sharding = on(data=2, context=2, tensor=2)
+    whole = sharding.of_whole_heads()
+    axes, shape = ("batch", "sequence", "heads", None), (2, 4, 8, 4)
+    assert sharding.spec(axes, shape) == P("data", "context", "tensor", None)
+    assert whole.spec(axes, shape) == P("data", None, ("tensor", "context"), None)
+    with pytest.raises(ConfigError, match="'kv_heads' has size 6"):
+        whole.spec(("kv_heads",), (6,))
+    with pytest.raises(ConfigError, match="ring and ulysses"):
+        MeshConfig(ring=True, ulysses=True).validate()

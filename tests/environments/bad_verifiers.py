@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +20,12 @@ class Moody(Verifier):
     """Does what a reply says, and gives 1; ``folder`` has the names of processes it started."""
 
     folder: str
+    held: bool = False
     kind: ClassVar[str] = "moody"
+
+    @property
+    def confined(self) -> bool:
+        return self.held
 
     def score(self, reply: str, record: Record) -> float:
         match reply:
@@ -48,6 +56,22 @@ class Moody(Verifier):
                 self._start_orphan()
                 while reply == "hanging orphan":
                     time.sleep(1)
+            case "write":
+                Path(self.folder, "written").touch()
+            case "delete":
+                Path(self.folder, "precious").unlink()
+            case "call":
+                socket.create_connection(("127.0.0.1", 9), 1)
+            case "start":
+                subprocess.run(["true"])
+            case "end":
+                os.kill(os.getppid(), signal.SIGKILL)
+            case "read":
+                return float(Path(self.folder, "precious").read_text())
+            case "thread":
+                thread = threading.Thread(target=time.sleep, args=(0,))
+                thread.start()
+                thread.join()
             case "alone":
                 return float(record["number"])
         return 1.0

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from step_jax.core.config import parse_config
-from step_jax.core.errors import ConfigError
+from step_jax.core.errors import ConfigError, DataError
 from step_jax.environments.arithmetic import ChainSum
 from step_jax.environments.episodes import SingleTurn, step_all
-from step_jax.environments.pacore import Cached, CoordinatedRound, Round
+from step_jax.environments.pacore import Cached, CoordinatedProblems, CoordinatedRound, Round
 from step_jax.environments.pool import Pool, PoolConfig
 from step_jax.environments.replies import Thinking
 from step_jax.environments.sandbox import Limits
@@ -158,3 +158,29 @@ def test_a_coordinated_round_is_a_problem_unless_its_messages_are_too_good(probl
     assert seen == {4, 5, 6}
     assert rounds.problem(Cached(problem, ("r",) * 9, (True,) * 9), 0, 0) is None
     assert rounds.problem(Cached(problem, ("r",) * 3, (True,) * 3), 0, 0) is None
+
+
+def test_coordinated_rounds_are_an_environment_of_one_turn(pool, problems):
+    def cached(problem, right):
+        said = [problem.answer] * right + ["wrong"] * (10 - right)
+        return Cached(problem, tuple(said), tuple(text != "wrong" for text in said))
+
+    hard = [cached(problems.train(0, index), 3) for index in range(5)]
+    easy = [cached(problems.train(0, index), 10) for index in range(5, 8)]
+    held = [cached(problem, 10) for problem in problems.heldout(2)]
+    rounds = CoordinatedRound(SHORT, messages=(4, 6))
+    environment = SingleTurn(CoordinatedProblems(hard + easy, held, rounds), pool)
+    episodes = [environment.reset(0, index) for index in range(12)]
+    assert episodes == [environment.reset(0, index) for index in range(12)]
+    contents = {episode.problem.content for episode in episodes}
+    assert len(contents) > 1 and contents <= {cached.problem.content for cached in hard}
+    assert "wrong," in episodes[0].messages[0]["content"]
+    answers = {cached.problem.content: cached.problem.answer for cached in hard}
+    assert environment.step(episodes[0], answers[episodes[0].problem.content]).reward == 1.0
+    assert [p.content for p in environment.problems.heldout(2)] == [c.problem.content for c in held]
+    with pytest.raises(DataError, match="none has a share of right ones from 0 to 0.75"):
+        CoordinatedProblems(easy, held, rounds).train(0, 0)
+    with pytest.raises(DataError, match="2 problems are trained on and held out"):
+        CoordinatedProblems(held, held, rounds)
+    with pytest.raises(DataError, match="fewer conclusions than the 11"):
+        CoordinatedProblems(easy, held, CoordinatedRound(messages=(11, 11))).heldout(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 
 import pytest
@@ -86,6 +87,22 @@ def test_a_process_that_a_verifier_leaves_behind_is_ended(pool, folder, reply):
         time.sleep(0.02)
     assert not running(int(path.name))
     assert one(pool, "good").total == 1.0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="confinement is Linux's")
+def test_a_confined_verifier_reads_and_computes_and_does_nothing_else(tmp_path):
+    (tmp_path / "precious").write_text("5")
+    config = PoolConfig(processes=1, seconds=SECONDS, failure_score=-2.0)
+    refused = ["write", "delete", "call", "start", "fork", "end", "orphan"]
+    with Pool(Moody(str(tmp_path), held=True), config) as pool:
+        assert pool.confined
+        scores = pool.score([(reply, {}) for reply in refused])
+        assert [score.failure for score in scores] == ["error"] * len(refused)
+        assert all(score.detail.startswith("PermissionError: [Errno 1]") for score in scores)
+        assert [one(pool, reply).total for reply in ("read", "thread", "good")] == [5, 1, 1]
+        assert one(pool, "crash").failure == "crash"
+        assert one(pool, "hang").failure == "timeout"
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
 def test_scores_come_in_order_and_a_process_that_dies_idle_costs_nothing(pool):

@@ -8,7 +8,10 @@ from step_jax.core.config import validate
 from step_jax.core.errors import ConfigError, DataError
 from step_jax.environments.arithmetic import Addition, ChainSum, Countdown
 from step_jax.environments.files import FileTask
+from step_jax.environments.replies import Thinking
 from step_jax.environments.verifiers import Exact, Numeric
+from step_jax.tokenizers.chat import ChatTemplate
+from tests.tokenizers.made import byte_level, ours
 
 NATIVE = [Addition(), Addition(digits=(3, 9)), ChainSum(), Countdown(),
           Countdown(numbers=4, operators="+-*/")]  # fmt: skip
@@ -75,13 +78,25 @@ def test_settings_that_make_no_problem_are_refused(task, message):
 
 def test_a_solution_is_a_conversation_that_sft_reads():
     problem = ChainSum().open(0.1).train(0, 0)
-    said = problem.solved()["messages"]
-    assert [message["role"] for message in said] == ["user", "assistant"]
-    assert said[1] == {
-        "role": "assistant",
-        "content": problem.answer,
-        "reasoning_content": problem.thought,
-    }
+    question, said = problem.solved(Thinking())["messages"]
+    assert question == {"role": "user", "content": problem.question}
+    apart = {"content": problem.answer, "reasoning_content": problem.thought}
+    assert said == {"role": "assistant", **apart}
+    _, said = problem.solved(ChainSum().thinking)["messages"]
+    assert said == {"role": "assistant", "content": "75-61=14#14"}
+
+
+def test_what_a_chat_template_makes_of_a_solution_is_scored_as_right():
+    """Whatever the marks: what is fine-tuned on is what the verifier reads."""
+    tokenizer = ours(byte_level(), tokenizer_config={"eos_token": "<|im_end|>"})
+    for thinking in (Thinking(), Thinking("", "#"), Thinking("[", "]")):
+        task = ChainSum(thinking=thinking)
+        problem = task.open(0.1).train(0, 0)
+        for name in ("chatml", "plain"):
+            template = ChatTemplate.built_in(name, tokenizer)
+            ((text, (answer,)),) = template.answers(problem.solved(thinking)["messages"])
+            reply = text[answer.start :].strip().removesuffix("<|im_end|>")
+            assert task.verifier.score(reply, problem.record) == 1.0, reply
 
 
 # --- files --------------------------------------------------------------------------------------

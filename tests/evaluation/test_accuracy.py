@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 
 from step_jax.core.errors import DataError
 from step_jax.evaluation.accuracy import (
+    Control,
     Interval,
     Samples,
     Spent,
     best_of_k,
     binomial,
     bootstrap,
+    budget_control,
     majority_at_k,
     measure,
     pass_at_k,
@@ -82,9 +84,10 @@ def test_best_of_k_is_the_mean_over_all_choices(pairs, data):
     np.testing.assert_allclose(found, [expected], atol=1e-12)
 
 
-def test_an_answer_cannot_be_right_and_wrong():
-    with pytest.raises(DataError, match="'7' is said to be right and wrong"):
-        majority_at_k([["7", "7"]], np.array([[True, False]]), 1)
+def test_an_answer_that_was_judged_both_ways_counts_by_its_share():
+    """A verifier that fails on one of two equal replies must not end an evaluation."""
+    correct_PN = np.array([[True, False, True, False]])
+    assert majority_at_k([["7", "7", "7", "8"]], correct_PN, 4) == pytest.approx([2 / 3])
 
 
 @pytest.mark.parametrize("k", [0, 4])
@@ -156,3 +159,14 @@ def test_curves_are_compared_where_all_were_measured():
 def test_samples_of_unlike_shapes_are_refused():
     with pytest.raises(DataError, match="must be .problems, samples."):
         Samples(np.zeros((2, 3)), [["1"] * 3] * 2, np.zeros((2, 2)), np.zeros((2, 3)))
+
+
+def test_a_budget_is_judged_by_control_slope_and_best_accuracy():
+    def point(tokens, mean):
+        return Spent(tokens, Interval(mean, 0, 1))
+
+    tokens = [np.array([[8, 9], [10, 11]]), np.array([[40], [41]])]
+    found = budget_control([point(10, 0.2), point(40, 0.6)], tokens, [(0, 10), (30, 40)])
+    assert found == Control(control=4 / 6, scaling=pytest.approx(0.2), performance=0.6)
+    alone = budget_control([point(10, 0.2)], tokens[:1], [(0, 11)])
+    assert alone.control == 1.0 and math.isnan(alone.scaling)

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from step_jax.core.config import validate
 from step_jax.core.errors import ConfigError
 from step_jax.environments.pacore import Round
-from step_jax.inference.test_time import Chosen, Reply, ThinkingBudget, Ways, vote
+from step_jax.environments.replies import Thinking
+from step_jax.inference import test_time
+from step_jax.inference.requests import Completion
+from step_jax.inference.test_time import (
+    Chosen,
+    EngineSampler,
+    Reply,
+    ThinkingBudget,
+    Ways,
+    vote,
+)  # fmt: skip
+from tests.tokenizers.made import byte_level, ours
 
 SHORT = Round(prompt="{references}|{question}", reference="{text},")
 
@@ -75,9 +87,58 @@ def test_a_round_of_nothing_is_refused():
     [
         (ThinkingBudget(least=9, most=5), "nothing is in between"),
         (ThinkingBudget(most=0), "most is 0"),
-        (ThinkingBudget(least=3, extension=""), "extension is empty"),
     ],
 )
 def test_budgets_that_ask_for_nothing_are_refused(budget, message):
     with pytest.raises(ConfigError, match=message):
         validate(budget)
+
+
+# --- the engine ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return ours(byte_level(), tokenizer_config={"eos_token": "<|im_end|>"})
+
+
+def test_a_budget_is_a_thought_in_tokens(tokenizer):
+    budget = ThinkingBudget(most=9, least=2, last_words="the end.", thinking=Thinking("", "#"))
+    thought = budget.thought(tokenizer)
+    assert tokenizer.decode(thought.close) == "#"
+    assert tokenizer.decode(thought.ending) == "the end.#"
+    assert (thought.most, thought.least) == (9, 2)
+
+
+def test_a_close_that_is_joined_with_what_stands_before_it_is_refused(tokenizer):
+    with pytest.raises(ConfigError, match="joins 'he' with what stands before"):
+        merges = ThinkingBudget(most=9, thinking=Thinking("", "he"))
+        text = "t" + "he"
+        assert len(tokenizer.encode(text)) == 1  # as the tokenizer was trained
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(test_time, "_BEFORE", ("t", "7"))
+            merges.thought(tokenizer)
+
+
+class FakeEngine:
+    """Ends texts in the reverse of their order, and says what it was asked."""
+
+    def run(self, params, requests):
+        for request in reversed(list(requests)):
+            tokens = [*params[request.name[1]], 40 + request.name[2]]
+            reason = "stop" if request.thought is None else "length"
+            n = len(tokens)
+            yield Completion(request, tokens, np.zeros(n), np.zeros(n, np.int32), reason)
+
+
+def test_replies_of_an_engine_stand_where_they_were_asked_for(tokenizer):
+    said = {0: tokenizer.encode("the fox").tolist(), 1: tokenizer.encode("a dog").tolist()}
+    sample = EngineSampler(FakeEngine(), said, tokenizer, lambda prompt: [3], 5)
+    first, second = sample(["p", "q"], 2, seed=7)
+    assert [reply.text.startswith("the fox") for reply in first] == [True, True]
+    assert [reply.text.startswith("a dog") for reply in second] == [True, True]
+    assert first[0] != first[1]  # draws of their own
+    assert [reply.tokens for reply in first] == [len(said[0]) + 1] * 2
+    assert {reply.finish for reply in first + second} == {"stop"}
+    budget = ThinkingBudget(most=4, thinking=Thinking("", "#"))
+    assert sample(["p"], 1, seed=7, budget=budget)[0][0].finish == "length"

@@ -17,12 +17,13 @@ from step_jax.core.errors import CheckpointError, ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.core.spec import map_specs
 from step_jax.interop import hf
-from step_jax.models.layers.attention import MFA
-from step_jax.models.layers.mlp import SwiGLU
+from step_jax.interop.hf import export as hf_export
+from step_jax.models.layers.attention import MFA, MHA
+from step_jax.models.layers.mlp import GELU, SwiGLU
 from step_jax.models.layers.moe import Experts
 from step_jax.models.layers.norm import RMSNorm
 from step_jax.models.layers.positions import Alibi
-from step_jax.models.text.decoder import Block, Group
+from step_jax.models.text.decoder import Block, Decoder, Group
 from tests.golden import golden
 from tests.interop import hf_folders
 from tests.interop.test_hf import load, mixture
@@ -290,3 +291,9 @@ def test_mixtures_that_cannot_be_exported_are_named():
     unlike = mixture(config, experts=(Experts(4, 16), Experts(4, 8)))
     with pytest.raises(ConfigError, match="no Hugging Face tensor for .*mlp/experts/1/down_EFD"):
         hf.params_to_hf(map_specs(lambda s: np.zeros(s.shape), unlike.specs()), unlike)
+
+
+def test_a_decoder_with_a_plain_mlp_is_refused():
+    block = Block(MHA(2, 8), GELU(16))
+    with pytest.raises(ConfigError, match="layer 0 has an MLP of kind gelu"):
+        hf_export.config_to_hf(Decoder(16, (Group(1, (block,)),), 32))

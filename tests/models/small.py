@@ -11,7 +11,7 @@ import functools
 import jax
 import numpy as np
 
-from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
+from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.core.spec import map_specs
 from step_jax.inference.slots import Decoding
 from step_jax.models.context import Context, Execution
@@ -152,8 +152,8 @@ def abstract(c: Decoder, sharding: Sharding, tokens: int):
     return map_specs(parameter, c.specs()), shapes
 
 
-def on_mesh(ring: bool = False, **axes) -> Sharding:
-    return Sharding(make_mesh(MeshConfig(**axes)), ring=ring)
+def on_mesh(**config) -> Sharding:
+    return Sharding.build(MeshConfig(**config))
 
 
 def compile_on(sharding: Sharding, c: Decoder, p, batch, **changes):

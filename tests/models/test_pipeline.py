@@ -15,13 +15,15 @@ from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.models import pipeline
 from step_jax.models.context import Context, Execution
+from step_jax.models.layers.attention import MHA
 from step_jax.models.layers.initialisation import Fixed
 from step_jax.models.layers.mlp import SwiGLU
 from step_jax.models.layers.moe import Experts, MoE
 from step_jax.models.layers.routing import Router
 from step_jax.models.text.decoder import MTP, Block, Decoder, Group
 from step_jax.models.tokens import Tokens
-from step_jax.models.vision.image_transformer import ImageTransformer
+from step_jax.models.video.dit import Rows, VideoDiT
+from step_jax.models.video.text_inputs import States
 from step_jax.training.losses.text import packed_text_loss
 from tests.models import small
 
@@ -221,14 +223,17 @@ def test_layers_outside_are_whole_and_those_inside_are_split():
 
 
 def test_a_condition_travels_with_its_rows():
-    c = ImageTransformer(32, 2, ATTENTION, SwiGLU(48))
+    c = VideoDiT(32, 2, MHA(4, 8, position=None), SwiGLU(48), 2, text=(States("llm", 8, 3),))
     p, rng = small.params(c), np.random.default_rng(0)
-    x_BHWC = rng.standard_normal((8, 8, 8, 1)).astype(np.float32)
-    arguments = p, x_BHWC, rng.random(8).astype(np.float32), np.arange(8) % 10
+    x_BTP = rng.standard_normal((8, 4, 2)).astype(np.float32)
+    text_BGSE = rng.standard_normal((8, 1, 3, 8)).astype(np.float32)
+    place_BTA, lengths_BG = np.zeros((8, 4, 3), np.int32), 1 + np.arange(8)[:, None] % 3
+    rows = Rows(place_BTA, text=(text_BGSE,), lengths=(lengths_BG,))
+    arguments = p, x_BTP, rng.random((8, 1)).astype(np.float32), rows
     execution = Execution(dtype="float32")
 
     def f(sharding):
-        return lambda p, x, t, k: c.apply(p, x, t, k, execution, sharding)
+        return lambda p, x, t, r: c.apply(p, x, t, r, execution, sharding)
 
     got = small.run(f(on(pipeline=2, data=4)), *arguments)
     np.testing.assert_allclose(got, small.run(f(None), *arguments), rtol=1e-5, atol=1e-5)

@@ -7,8 +7,11 @@ from dataclasses import replace
 import jax
 
 from step_jax.core.spec import is_spec, path_name
+from step_jax.models.layers.attention import MHA
+from step_jax.models.layers.mlp import GELU
+from step_jax.models.layers.positions import Rope
 from step_jax.models.text.decoder import Block, Decoder, Group
-from step_jax.models.vision.image_transformer import ImageTransformer
+from step_jax.models.video.dit import VideoDiT
 from tests.models import small
 
 A, B, C = (Block(small.KINDS[kind], small.MLP) for kind in ("mha", "gqa", "mla"))
@@ -47,8 +50,8 @@ def test_a_changed_model_has_a_trunk_of_its_own():
     assert hash(replace(wider, width=small.WIDTH)) == hash(DECODER)
 
 
-def test_an_image_transformers_layers_are_one_stack():
-    c = ImageTransformer(32, 3, small.KINDS["gqa"], small.MLP)
+def test_a_diffusion_transformers_layers_are_one_stack():
+    c = VideoDiT(32, 3, MHA(4, 8, position=Rope(axes=(4, 2, 2))), GELU(48), channels=4)
     (stack,) = c.trunk.walk()
     assert (stack.repeat, stack.first, stack.stride) == (3, 0, 1)
-    assert c.specs().blocks.modulation_DMD.shape == (3, 32, 6, 32)
+    assert c.specs().blocks.modulation_MD.shape == (3, 6, 32)

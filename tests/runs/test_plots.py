@@ -95,7 +95,7 @@ def test_unlike_losses_do_not_share_an_axis(monkeypatch):
     titles = [axes.get_title(loc="left") for axes in figures[0].axes]
     assert titles == [
         "loss (nats per token); points: evaluations",
-        "loss",
+        "loss (squared error of a number)",
         "loss (policy objective)",
     ]
     assert [len(curves(axes)) for axes in figures[0].axes] == [1, 1, 1]
@@ -145,3 +145,26 @@ def test_missing_metric(run):
         plot_run(run, run / "x.png", metric="reward")
     with pytest.raises(ValueError, match="none of the runs"):
         plot_comparison({"a": run}, run / "x.png", metric="reward")
+
+
+def test_accuracy_is_drawn_against_tokens_with_its_intervals(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, out: drawn.append(figure) or out)
+    curves = {
+        "votes": [(200.0, 0.5, 0.4, 0.65), (100.0, 0.3, 0.2, 0.4)],
+        "rounds": [(400, 1, 1, 1)],
+    }
+    plots.plot_spending(curves, tmp_path / "a.png", title="sums")
+    (axes,) = drawn[0].axes
+    assert axes.get_xscale() == "log"
+    line, _, (bars,) = axes.containers[0]
+    assert line.get_xydata().tolist() == [[100, 0.3], [200, 0.5]]
+    ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    assert ends == [pytest.approx([0.2, 0.4]), pytest.approx([0.4, 0.65])]
+    with pytest.raises(ValueError, match="no point"):
+        plots.plot_spending({"votes": []}, tmp_path / "a.png")
+
+
+def test_a_picture_of_accuracy_is_written(tmp_path):
+    out = plots.plot_spending({"votes": [(100.0, 0.3, 0.2, 0.4)]}, tmp_path / "new/a.png")
+    assert out.read_bytes().startswith(b"\x89PNG")

@@ -8,16 +8,20 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from step_jax.cli.main import main
 from step_jax.core.errors import ExitCode
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.interop.artifacts import load_artifact
-from tests.trainers.loops import run_loop, steps
+from tests.trainers.loops import fast_compile, run_loop, steps
 from tests.trainers.test_loop_contract import CASES, places  # noqa: F401 - a fixture
 
 ONE = Sharding.build(MeshConfig(), jax.devices()[:1])
-PRETRAIN, SFT, REINFORCE, FLOW, _ = CASES
+PRETRAIN, SFT, REINFORCE, DIFFUSION = (
+    next(case for case in CASES if case.loop == loop)
+    for loop in ("pretrain", "sft", "reinforce", "diffusion")
+)
 
 
 @pytest.fixture(scope="module")
@@ -89,18 +93,26 @@ def test_an_export_is_an_artifact_again(tmp_path, places, capsys):  # noqa: F811
 
 def test_pictures_are_drawn_from_an_artifact_and_texts_are_not(tmp_path, places, chain, capsys):  # noqa: F811
     pytest.importorskip("sklearn")
-    run_loop("flow-matching", FLOW.write(tmp_path, **places))
+    run_loop("diffusion", DIFFUSION.write(tmp_path, **places), "--text.dropout", "0")
     picture = tmp_path / "drawn.png"
-    options = ["--classes", "3", "7", "--count", "2", "--steps", "2", "--output", str(picture)]
-    assert main(["sample-images", str(tmp_path / "run"), *options]) == 0
-    assert picture.stat().st_size > 500 and "4 pictures" in capsys.readouterr().out
+    prompts = ["the digit three and much more", "数字七"]
+    options = ["--count", "2", "--sampler.steps", "2", "--output", str(picture)]
+    with fast_compile():
+        assert main(["sample-video", str(tmp_path / "run"), *prompts, *options]) == 0
+    assert Image.open(picture).size == (20, 20)  # two of each prompt, each with a frame
+    out = capsys.readouterr().out
+    assert "4 in " in out and "1 of 3 texts have more than 4 tokens and are cut" in out
+    options = ["--sampler.guidance", "3"]
+    assert main(["sample-video", str(tmp_path / "run"), "seven", *options]) == ExitCode.FAILURE
+    assert "was never trained without text" in capsys.readouterr().err
     for command in (["generate", str(tmp_path / "run")], ["eval", str(tmp_path / "run")],
                     ["export", str(tmp_path / "run"), str(tmp_path / "out")]):  # fmt: skip
         assert main(command) == ExitCode.FAILURE
-        assert "a model of kind image_transformer" in capsys.readouterr().err
-    assert main(["sample-images", str(chain[0])]) == ExitCode.FAILURE
+        assert "a model of kind video_dit" in capsys.readouterr().err
+    assert main(["sample-video", str(chain[0]), "seven"]) == ExitCode.FAILURE
     assert "a model of kind decoder" in capsys.readouterr().err
-    assert main(["sample-images", str(tmp_path / "run"), "--classes", "12"]) == ExitCode.CONFIG
+    assert main(["sample-video", str(tmp_path / "run")]) == ExitCode.CONFIG
+    assert "give a prompt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.interop.artifacts import load_artifact
 from step_jax.models.text.decoder import Decoder
 from step_jax.models.text.reward import RewardModel
-from step_jax.models.vision.image_transformer import ImageTransformer
+from step_jax.models.video.dit import VideoDiT
 from step_jax.tokenizers.huggingface import character_tokenizer
 from step_jax.trainers import LOOPS
 from step_jax.trainers.reward import as_reward_model
@@ -112,13 +112,17 @@ CASES = [
         Decoder,
     ),
     Case(
-        "flow-matching",
-        "\n  width: 16\n  depth: 2\n"
-        "  attention: {{kind: mha, heads: 2, head_dim: 8, position: null}}\n"
-        "  mlp: {{kind: swiglu, hidden: 32}}\n",
-        "training: {{steps: 6, batch_size: 16, samples: 2, euler_steps: 2}}\n"
+        "diffusion",
+        "\n  width: 16\n  depth: 2\n  channels: 1\n  patch: [1, 4, 4]\n"
+        "  attention: {{kind: mha, heads: 2, head_dim: 8,\n"
+        "    position: {{kind: rope, axes: [4, 2, 2]}}}}\n"
+        "  mlp: {{kind: gelu, hidden: 32}}\n"
+        "  text: [{{kind: tower, name: clip, tokens: 4, vocab: 320, width: 16, depth: 1,\n"
+        "    attention: {{kind: mha, heads: 2, head_dim: 8}}, mlp: {{kind: gelu, hidden: 16}}}}]\n",
+        "training: {{steps: 6, batch_size: 16}}\n"
+        "sample: {{count: 0}}\n"
         "execution: {{dtype: float32}}\n",
-        ImageTransformer,
+        VideoDiT,
     ),
     Case(EXAMPLE, DECODER + "  vocab: 14\n", "steps: 6\nrows: 8\nlength: 8\n", Decoder, "steps"),
 ]
@@ -213,7 +217,7 @@ def test_a_branch_goes_on_from_the_whole_state_of_another_run(case, straight, pl
     assert load_artifact(str(tmp_path / "run"), ONE).meta["artifact"]["origin"] == f"all of {run}@4"
 
 
-@mostly_slow("pretrain", "preference", "rl", "flow-matching")
+@mostly_slow("pretrain", "preference", "rl", "diffusion")
 def test_a_mesh_changes_nothing(case, straight, places, tmp_path):
     run, _ = straight(case)
     mesh = ["--parallel.data", "2", "--parallel.fsdp", "2", "--parallel.tensor", "2"]
@@ -329,7 +333,7 @@ def test_every_result_can_be_given_to_every_loop_of_its_kind(
     assert mine.model == trained.model
 
 
-@mostly_slow("sft", "flow-matching")
+@mostly_slow("sft", "diffusion")
 def test_what_is_frozen_stays_and_needs_no_moments(case, straight, places, tmp_path):
     run, _ = straight(case)
     pattern = {Decoder: "groups", RewardModel: "decoder/groups"}.get(case.kind, "blocks")

@@ -10,6 +10,7 @@ from step_jax.core.errors import ConfigError
 from step_jax.interop.hf.families import FAMILIES, config_from_hf
 from step_jax.interop.hf.rope import rope_keys, scaling_keys
 from step_jax.models.layers.attention import MHA, MLA
+from step_jax.models.layers.mlp import GELU
 from step_jax.models.layers.moe import MoE
 from step_jax.models.layers.positions import Rope
 from step_jax.models.text.decoder import Block, Decoder
@@ -33,6 +34,11 @@ def family_of(config: Decoder) -> str:
             raise ConfigError(
                 f"layer {number} has {type(block.attention).__name__} attention, the first "
                 f"{type(attention).__name__}: every Hugging Face family we know has one kind"
+            )
+        if isinstance(block.mlp, GELU):
+            raise ConfigError(
+                f"layer {number} has an MLP of kind gelu, which no Hugging Face family of decoders "
+                "that we know has: cannot export"
             )
     if isinstance(attention, MLA):
         return "deepseek_v3"

@@ -13,11 +13,11 @@ from flax import struct
 from step_jax.models.context import Context
 from step_jax.models.layers.attention import AttentionKind
 from step_jax.models.layers.initialisation import Initialisation
-from step_jax.models.layers.mlp import SwiGLU
+from step_jax.models.layers.mlp import GELU, SwiGLU
 from step_jax.models.layers.moe import MoE
-from step_jax.models.layers.norm import RMSNorm
+from step_jax.models.layers.norm import Norm
 
-MLP = SwiGLU | MoE
+MLP = SwiGLU | GELU | MoE
 
 
 @struct.dataclass
@@ -35,7 +35,7 @@ class Block:
     attention: AttentionKind
     mlp: MLP
 
-    def specs(self, width: int, norm: RMSNorm, init: Initialisation) -> Any:
+    def specs(self, width: int, norm: Norm, init: Initialisation) -> Any:
         """The parameters, as a tree of ParamSpec."""
         return BlockParams(
             attention_norm_D=norm.specs(width),
@@ -45,7 +45,7 @@ class Block:
         )
 
     def apply(
-        self, p, norm: RMSNorm, x_BTD, ctx: Context, cache=None, chosen_BTK=None, condition=None
+        self, p, norm: Norm, x_BTD, ctx: Context, cache=None, chosen_BTK=None, condition=None
     ):
         """One layer of a model.
 

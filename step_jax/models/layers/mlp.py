@@ -1,4 +1,4 @@
-"""Gated multi-layer perceptrons.
+"""Multi-layer perceptrons.
 
 Shape suffixes: B batch, T tokens, D model width, F hidden width.
 """
@@ -68,3 +68,41 @@ def gated_unit(gate, up, clamp: float | None):
     if clamp is not None:
         gate, up = jnp.minimum(gate, clamp), jnp.clip(up, -clamp, clamp)
     return gate * up
+
+
+@struct.dataclass
+class GELUParams:
+    up_DF: Any
+    down_FD: Any
+
+
+@dataclass(frozen=True)
+class GELU:
+    """``down(gelu(up(x)))`` without gate or bias, by the tanh approximation (arXiv 1606.08415)."""
+
+    kind: ClassVar[str] = "gelu"
+    hidden: int
+
+    def validate(self):
+        checks.at_least(self, hidden=1)
+
+    def specs(self, width: int, init: Initialisation) -> GELUParams:
+        return GELUParams(
+            up_DF=ParamSpec((width, self.hidden), ("embed", "mlp"), init.matrix(width)),
+            down_FD=ParamSpec((self.hidden, width), ("mlp", "embed"), init.mlp_output(self.hidden)),
+        )
+
+    def apply(self, p: GELUParams, x_BTD, ctx: Context, chosen_BTK=None):
+        """As of :class:`SwiGLU`."""
+        x = ctx.as_matrix(x_BTD)
+        hidden = gelu(einsum("...D,DF->...F", x, p.up_DF))
+        tokens = ("batch", "sequence")[: hidden.ndim - 1]
+        y = einsum("...F,FD->...D", ctx.constrain(hidden, *tokens, "mlp"), p.down_FD)
+        return y.reshape(x_BTD.shape), None
+
+
+# Kept for the backward pass: what goes in, but none of the elementwise results between.
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def gelu(x):
+    """The Gaussian error linear unit by its tanh approximation."""
+    return jax.nn.gelu(x, approximate=True)

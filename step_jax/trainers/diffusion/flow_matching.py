@@ -1,112 +1,187 @@
-"""Flow matching (arXiv 2210.02747, 2209.03003): a small transformer learns digits by class.
+"""Flow matching: a diffusion transformer learns to draw pictures and clips from captions.
 
-x_t = (1 - t) x_0 + t x_1 with noise x_0 and image x_1; the model predicts x_1 - x_0, and sampling
-integrates it from noise. Shape suffixes: B images, H height, W width, C channels.
+One loop for every stage of Step-Video (arXiv 2502.10248): pictures, clips of low and of high
+resolution, fine-tuning, clips from a first frame. Stages are recipes that start from each other.
+The loop is :func:`run`, read top to bottom.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from step_jax.checkpoint.artifact import Description
+from step_jax.core import checks
 from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.data.batches import process_rows, to_mesh
-from step_jax.data.digits import Digits, digits_schema
-from step_jax.evaluation.images import judge_digits
-from step_jax.inference.flow import draw
-from step_jax.interop.artifacts import InitFrom, Start, starting_point
+from step_jax.data.captions import TextBank, distinct, text_fields, token_rows
+from step_jax.data.clips import (
+    ClipDataset,
+    Packs,
+    Reads,
+    Shape,
+    bucket_rows,
+    clip_schema,
+)
+from step_jax.data.config import TRAIN_TOKENIZER
+from step_jax.inference import text_states
+from step_jax.interop.artifacts import InitFrom, Start, load_artifact, starting_point
 from step_jax.models.context import Execution
-from step_jax.models.vision.image_transformer import ImageTransformer
+from step_jax.models.video.dit import VideoDiT
+from step_jax.models.video.flops import tokens_of, train_flops
+from step_jax.models.video.flow import Flow
+from step_jax.models.video.text_inputs import States, Tower
 from step_jax.runs import plots
 from step_jax.runs.device_memory import fitting
 from step_jax.runs.session import RunConfig, Session
+from step_jax.tokenizers.base import Tokenizer
+from step_jax.tokenizers.files import load_tokenizer
+from step_jax.tokenizers.sentencepiece import train_sentencepiece
+from step_jax.trainers.diffusion.preview import Preview, Sample
+from step_jax.trainers.diffusion.sources import ClipData, DigitsData
 from step_jax.training.learner import learn
+from step_jax.training.losses.flow import flow_matching
 from step_jax.training.optimizers.config import AdamW, OptimizerConfig, check_optimizer
 from step_jax.training.program import Program, Work
-from step_jax.training.step import LossOutput, Part
 
 LEARNER = "model"
+UNIT = "clips"
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen text encoder, whose states are made once and kept on disk.
+
+    name: of the model's text input that reads them.
+    artifact, part: a decoder, or a model with a text tower of its own.
+    """
+
+    name: str
+    artifact: str
+    part: str | None = None
+
+
+@dataclass(frozen=True)
+class Text:
+    """How captions reach the model.
+
+    dropout: share of the samples whose caption is left out, so that the model can be guided.
+    tokenizer: of a text tower that learns with the model: a file, or ``train`` to make one of the
+      captions. With ``init_from`` it comes with the artifact.
+    encoders: of the model's inputs that are states.
+    cache: folder in which the encoders' states are kept.
+    """
+
+    dropout: float = 0.1
+    tokenizer: str = TRAIN_TOKENIZER
+    encoders: tuple[Encoder, ...] = ()
+    cache: Path = Path("text_states")
+
+    def validate(self):
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"text.dropout is {self.dropout}; use a share in [0, 1)")
 
 
 @dataclass(frozen=True)
 class Training:
-    """``samples`` images of every class are drawn at the end, by the moving average."""
+    """How long, and on how much at once.
+
+    batch_size: rows of a batch of the costliest bucket; batches of other buckets have as many rows
+      as make no more operations. Of packs, rows of every batch.
+    packs: fill rows with samples of any size instead of buckets.
+    accumulation: microbatches that a step is computed in; changes memory, not results.
+    ema_decay: of a moving average of the parameters, which previews and the artifact use.
+    """
 
     steps: int
     batch_size: int = 64
-    ema_decay: float = 0.99
-    samples: int = 16
-    euler_steps: int = 32
+    packs: Packs | None = None
+    accumulation: int = 1
+    ema_decay: float | None = 0.99
 
     def validate(self):
-        if bad := [name for name, value in vars(self).items() if value <= 0]:
-            raise ConfigError(f"training: {', '.join(bad)} must be above 0")
-        if self.ema_decay >= 1:
+        checks.at_least(self, steps=1, batch_size=1, accumulation=1, ema_decay=0)
+        if self.ema_decay is not None and self.ema_decay >= 1:
             raise ConfigError(f"training.ema_decay is {self.ema_decay}; it must be below 1")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Train a class-conditional flow-matching model on scikit-learn's digits."""
+    """Train a text-conditioned flow-matching model on pictures or clips."""
 
     run: RunConfig
     training: Training
-    model: ImageTransformer | None = None
+    model: VideoDiT | None = None
     init_from: InitFrom | None = None
+    data: ClipData = DigitsData()
+    text: Text = Text()
+    flow: Flow = Flow()
     optimizer: OptimizerConfig = AdamW()
     execution: Execution = Execution()
     parallel: MeshConfig = MeshConfig(fsdp=-1)
-    loop: Literal["flow-matching"] = "flow-matching"
+    sample: Sample = Sample()
+    loop: Literal["diffusion"] = "diffusion"
 
     def validate(self):
         if self.model is None and self.init_from is None:
             raise ConfigError("give a model, or init_from: what to start from")
         if self.model is not None:
-            fits_digits(self.model)
+            check_inputs(self.model, self)
+            for size in self.data.buckets:
+                tokens_of(self.model, size)
+        if self.sample.sampler.guidance != 1 and not self.text.dropout and self.init_from is None:
+            raise ConfigError(
+                "sample.sampler.guidance needs a model that also learns without text: set "
+                "text.dropout above 0"
+            )
         check_optimizer(self.optimizer, self.training.steps)
         self.run.profile.check(self.training.steps)
 
 
-def fits_digits(model: ImageTransformer) -> None:
-    """Raises ConfigError for a model of other pictures."""
-    if (model.size, model.channels, model.classes) != (8, 1, 10):
-        raise ConfigError("the digits are of size 8 with 1 channel and 10 classes")
-
-
-def make_loss(model: ImageTransformer, execution: Execution, sharding: Sharding):
-    """Squared error of the velocity, summed over numbers; time and noise come from the key."""
-
-    def loss(params, batch, key) -> LossOutput:
-        x1_BHWC = batch["images"]
-        time_key, noise_key = jax.random.split(key)
-        time_B = jax.random.uniform(time_key, x1_BHWC.shape[:1])
-        x0_BHWC = jax.random.normal(noise_key, x1_BHWC.shape)
-        t_B111 = time_B[:, None, None, None]
-        x_BHWC = (1 - t_B111) * x0_BHWC + t_B111 * x1_BHWC
-        velocity_BHWC = model.apply(
-            params[LEARNER], x_BHWC, time_B, batch["classes"], execution, sharding
+def check_inputs(model: VideoDiT, config: Config) -> None:
+    """Raises ConfigError unless each of the model's states has its encoder, and each encoder its
+    states."""
+    wanted = {t.name for t in model.text if isinstance(t, States)}
+    given = {e.name for e in config.text.encoders}
+    if wanted != given:
+        raise ConfigError(
+            f"the model reads states of {sorted(wanted) or 'no encoder'}, and text.encoders has "
+            f"{sorted(given) or 'none'}"
         )
-        squared = jnp.sum(jnp.square(velocity_BHWC - (x1_BHWC - x0_BHWC)))
-        return LossOutput({"velocity": Part(squared, jnp.float32(x1_BHWC.size))})
 
-    return loss
+
+def shapes_of(config: Config, model: VideoDiT, sharding: Sharding) -> list[Shape]:
+    """The shapes of the batches, the costliest first, without opening the data."""
+    c = config.training
+    if c.packs is not None:
+        return [Shape(c.batch_size, c.packs.tokens, c.packs.samples, None)]
+    flops = {size: train_flops(model, tokens_of(model, size)) for size in config.data.buckets}
+    rows = bucket_rows(flops, c.batch_size, sharding.ways("batch") * c.accumulation)
+    costliest = sorted(rows, key=lambda size: -flops[size] * rows[size])
+    return [Shape(rows[size], tokens_of(model, size), 1, size) for size in costliest]
+
+
+def reads_of(model: VideoDiT) -> Reads:
+    """What the model reads of a clip."""
+    return Reads(model.patch, model.scalars, model.first_frame)
 
 
 def program(config: Config, sharding: Sharding) -> Program:
-    """What the loop compiles."""
-    begin = starting_point(config.model, config.init_from, sharding, ImageTransformer, arrays=False)
-    return make_program(config, begin, sharding)
+    """What the loop compiles for its costliest batches."""
+    begin = starting_point(config.model, config.init_from, sharding, VideoDiT, arrays=False)
+    shape = shapes_of(config, begin.model, sharding)[0]
+    return make_program(config, begin, shape, sharding)
 
 
-def make_program(config: Config, begin: Start, sharding: Sharding) -> Program:
-    c, model = config.training, begin.model
+def make_program(config: Config, begin: Start, shape: Shape, sharding: Sharding) -> Program:
+    """The program of batches of one shape; all of a run have the same state."""
+    c, model, seed = config.training, begin.model, config.run.seed
     learning = learn(
         model,
         config.optimizer,
@@ -116,73 +191,201 @@ def make_program(config: Config, begin: Start, sharding: Sharding) -> Program:
         freeze=begin.freeze,
         lora=begin.lora,
     )
+    one = {t.name: (t.tokens,) if isinstance(t, Tower) else (t.tokens, t.width) for t in model.text}
+
+    def loss(params, batch, key):
+        return flow_matching(
+            params[LEARNER],
+            model,
+            batch,
+            config.flow,
+            seed,
+            config.execution,
+            sharding,
+            noise_seed=config.data.noise_seed,
+        )
+
     return Program.build(
-        make_loss(model, config.execution, sharding),
+        loss,
         {LEARNER: model},
         {LEARNER: learning},
-        digits_schema(c.batch_size),
+        clip_schema(
+            shape,
+            model.numbers,
+            reads_of(model),
+            text_fields(one),
+            own_noise=config.data.noise_seed is not None,
+        ),
         sharding,
         total_steps=c.steps,
-        work=Work(c.batch_size, "images", dtype=config.execution.dtype),
-        seed=config.run.seed,
+        accumulation=c.accumulation,
+        work=Work(
+            shape.rows,
+            UNIT if shape.size else "packs",
+            shape.rows * train_flops(model, shape.tokens) if shape.size else 0.0,
+            config.execution.dtype,
+        ),
+        seed=seed,
     )
 
 
+def tokenizer_of(config: Config, begin: Start, texts: list[str]) -> Tokenizer | None:
+    """That of the model's own text towers; None for a model that has none.
+
+    Raises:
+      ConfigError: it has more tokens than a tower knows.
+    """
+    towers = [t for t in begin.model.text if isinstance(t, Tower)]
+    if not towers:
+        return None
+    if "tokenizer" in begin.processor:
+        tokenizer = begin.tokenizer
+    elif config.text.tokenizer == TRAIN_TOKENIZER:
+        tokenizer = train_sentencepiece(texts[1:], towers[0].vocab)
+    else:
+        tokenizer = load_tokenizer(config.text.tokenizer)
+    for tower in towers:
+        if tower.vocab < tokenizer.vocab_size:
+            raise ConfigError(
+                f"the text tower {tower.name} has a vocab of {tower.vocab}, and its tokenizer "
+                f"{tokenizer.vocab_size} tokens"
+            )
+    return tokenizer
+
+
+def bank_of(
+    config: Config,
+    model: VideoDiT,
+    texts: list[str],
+    tokenizer: Tokenizer | None,
+    sharding: Sharding,
+    report: Callable[[str], None],
+) -> TextBank:
+    """All texts as each of the model's inputs is given them."""
+    encoders = {e.name: e for e in config.text.encoders}
+    encoded = {}
+    for t in model.text:
+        if isinstance(t, Tower):
+            assert tokenizer is not None
+            encoded[t.name] = token_rows(tokenizer, texts, t.tokens, report)
+            continue
+        e = encoders[t.name]
+        artifact = load_artifact(e.artifact, sharding, e.part)
+        folder = config.text.cache / t.name
+        encoded[t.name] = text_states.cached(folder, artifact, texts, t.tokens, sharding, report)
+        if (width := encoded[t.name].values.shape[-1]) != t.width:
+            raise ConfigError(
+                f"the states of {e.artifact} have width {width}; the model's input {t.name} reads "
+                f"{t.width}"
+            )
+    return TextBank(texts, encoded)
+
+
+def guidable(config: Config, session: Session) -> bool:
+    """Whether the model learns without text as well, or did before."""
+    source = session.goes_on_from or (config.init_from and config.init_from.artifact)
+    before = source is not None and load_artifact(source, session.sharding, arrays=False).meta.get(
+        "guidable", False
+    )
+    return before or config.text.dropout > 0
+
+
 def run(config: Config, force: bool = False) -> dict[str, float]:
-    """Trains, draws and judges; returns the figures of :func:`judge_digits`.
+    """Trains, draws, and judges what it drew if the data can tell; returns the figures.
 
     Args:
       force: try a step that needs more memory than a device has.
     """
-    digits = Digits.load()
-    seed, rows, steps = config.run.seed, config.training.batch_size, config.training.steps
-    with Session(config) as session:
-        sharding = session.sharding
-        begin = starting_point(
-            config.model, config.init_from, sharding, ImageTransformer, session.goes_on_from
-        )
-        fits_digits(begin.model)
-        built = make_program(config, begin, sharding)
-        train_step = fitting(built.compile, jax.local_devices()[0], force)
-        state, start = session.start(built, begin.given(LEARNER))
-        description = Description(
-            config.loop,
-            {LEARNER: begin.part(average=True)},
-            dtype=config.execution.dtype,
-            origin=begin.origin,
-        )
-        learning = built.learnings[LEARNER]
-        header = {"parameters": spec_lib.count(learning.model_specs), "steps": steps}
-        units = {"loss": "squared error of a number"}
-        session.describe(config, description, {}, header, units=units)
-        part = process_rows(sharding, rows)
-        for step in range(start, steps):
-            batch = to_mesh(sharding, built.schema, digits.batch(seed, step, rows, *part))
-            session.before(step)
-            state, metrics = train_step(state, batch)
-            session.finished(step + 1, state, metrics)
-        session.flush()
-        return finish(session, config, begin.model, digits, learning.best(state.learners[LEARNER]))
-
-
-def finish(session: Session, config: Config, model: ImageTransformer, digits: Digits, params):
-    """Figures, a picture with one row per class, and the loss curve."""
     c = config.training
-    classes_B = np.repeat(np.arange(10, dtype=np.int32), c.samples)
-    images_BHWC = draw(
-        params,
-        model,
-        classes_B,
-        steps=c.euler_steps,
-        seed=config.run.seed,
-        execution=config.execution,
-        sharding=session.sharding,
-    )
-    result = judge_digits(digits, images_BHWC, classes_B)
-    session.reporter.evaluation(session.total_steps, result, "samples")
+    with Session(config) as session:
+        sharding, report = session.sharding, session.reporter.event
+        begin = starting_point(
+            config.model, config.init_from, sharding, VideoDiT, session.goes_on_from
+        )
+        check_inputs(begin.model, config)
+        source = config.data.open(sharding, report)
+        if source.channels != begin.model.channels:
+            raise ConfigError(
+                f"the data have {source.channels} channels, the model {begin.model.channels}"
+            )
+        prompts = config.sample.prompts or source.prompts
+        texts = distinct([*source.captions, *((p,) for p in (*prompts, *config.sample.unwanted))])
+        tokenizer = tokenizer_of(config, begin, distinct(source.captions))
+        bank = bank_of(config, begin.model, texts, tokenizer, sharding, report)
+        shapes = shapes_of(config, begin.model, sharding)
+        dataset = ClipDataset(
+            source,
+            bank,
+            reads_of(begin.model),
+            rows=c.batch_size if c.packs else {s.size: s.rows for s in shapes if s.size},
+            packs=c.packs,
+            seed=config.run.seed,
+            dropout=config.text.dropout,
+        )
+        # every bucket's step is compiled before the first one: none is compiled later
+        programs = {shape: make_program(config, begin, shape, sharding) for shape in shapes}
+        compiled = {
+            shape: fitting(built.compile, jax.local_devices()[0], force)
+            for shape, built in programs.items()
+        }
+        built = programs[shapes[0]]
+        state, start = session.start(
+            built,
+            begin.given(LEARNER),
+            check=lambda meta, step: dataset.check(meta["data"], step),
+        )
+        processor = {} if tokenizer is None else {"tokenizer": tokenizer}
+        session.describe(
+            config,
+            Description(
+                config.loop,
+                {LEARNER: begin.part(average=c.ema_decay is not None)},
+                {name: part.hash for name, part in processor.items()},
+                dtype=config.execution.dtype,
+                origin=begin.origin,
+            ),
+            processor,
+            header(config, built, dataset),
+            units={"loss": "squared error of a number"},
+            meta={"data": dataset.fingerprint, "guidable": guidable(config, session)},
+        )
+        best = built.learnings[LEARNER].best
+        preview = Preview(session, config, begin.model, bank, source, prompts)
+        for step in range(start, c.steps):
+            shape = dataset.shape_at(step)
+            schema, part = programs[shape].schema, process_rows(sharding, shape.rows)
+            batch = to_mesh(sharding, schema, dataset.batch(step, *part))
+            session.before(step)
+            state, metrics = compiled[shape](state, batch)
+            work = replace(programs[shape].work, done=dataset.samples_before(step + 1))
+            session.finished(step + 1, state, metrics, 0.0, work)
+            if config.sample.due(step + 1, c.steps):
+                with session.aside():
+                    preview.draw(step + 1, best(state.learners[LEARNER]))
+        session.flush()
+        return finish(session, preview, best(state.learners[LEARNER]))
+
+
+def header(config: Config, built: Program, dataset: ClipDataset) -> dict[str, Any]:
+    """What is shown before the first step."""
+    learning = built.learnings[LEARNER]
+    buckets = [
+        f"{' x '.join(map(str, s.size or ('packs of', s.tokens)))}: {s.rows} rows"
+        for s in dataset.shapes
+    ]
+    return {
+        "parameters": spec_lib.count(learning.model_specs),
+        "clips": len(dataset.source.captions),
+        "texts": len(dataset.bank.index),
+        "batches": "; ".join(buckets),
+        "steps": config.training.steps,
+    }
+
+
+def finish(session: Session, preview: Preview, params) -> dict[str, float]:
+    """What the model draws in the end, its figures, and the loss curve."""
+    result = preview.draw(session.total_steps, params)
     if session.primary:
-        name = f"step_{session.total_steps}.png"
-        plots.draw_images(images_BHWC, c.samples, session.directory.samples / name)
         plots.plot_run(session.directory.path, session.directory.plots / "loss.png")
     session.reporter.summary({"status": "done", **result})
     return result

@@ -160,12 +160,14 @@ class Evaluation:
 
     every_steps: 0 for the beginning and the end alone.
     problems: 0 for no evaluation.
+    right: the score from which an answer counts as right.
     """
 
     every_steps: int = 0
     problems: int = 64
     samples: int = 4
     temperature: float = 1.0
+    right: float = 1.0
 
     def validate(self):
         checks.at_least(self, every_steps=0, problems=0, samples=1, temperature=0)
@@ -203,9 +205,6 @@ class Config:
             raise ConfigError(
                 "tokenizer is for a fresh model, which needs one; what is in init_from has its own"
             )
-        check_optimizer(self.optimizer, c.steps)
-        if self.critic.optimizer is not None:
-            check_optimizer(self.critic.optimizer, c.steps)
         self.run.profile.check(c.steps)
         if c.samples < how.signal.smallest_group:
             raise ConfigError(
@@ -214,6 +213,9 @@ class Config:
             )
         if how.critic is None and self.critic != CriticConfig():
             raise ConfigError(f"critic is given, and {self.algorithm.name} has none")
+        check_optimizer(self.optimizer, c.steps)
+        if self.critic.optimizer is not None:
+            check_optimizer(self.critic.optimizer, c.steps)
         if how.kl is None and self.reference is not None:
             raise ConfigError("reference is given, and algorithm.kl is 0: nothing would read it")
         if self.evaluation.every_steps % c.updates:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,8 @@ from jax.experimental import multihost_utils
 from step_jax.core.errors import ConfigError
 from step_jax.environments.pool import Pool
 from step_jax.environments.problems import Problem, Problems
+from step_jax.environments.replies import conclusion
+from step_jax.evaluation import accuracy
 from step_jax.models.text.decoder import Decoder
 from step_jax.runs.session import Session
 from step_jax.tokenizers.base import Tokenizer
@@ -34,6 +35,8 @@ class HeldOut:
         pool: Pool | None,
     ):
         self._config, self._session, self._pool = config.evaluation, session, pool
+        # what votes; a sum of verifiers votes with whole replies
+        self._thinking = getattr(config.problems.checked_by, "thinking", None)
         self._tokenizer, self._tokens = tokenizer, config.rollout.max_new_tokens
         self._asked: list[Problem] = (
             problems.heldout(config.evaluation.problems) if config.evaluation.problems else []
@@ -61,7 +64,7 @@ class HeldOut:
         return figures
 
     def figures(self, params: Any, step: int) -> dict[str, float]:
-        """The mean score with its standard error over problems, the best of n, lengths."""
+        """pass@1 with its 95 % interval over problems, pass@n, maj@n, mean score, lengths."""
         n = self._config.samples
         done = evaluated(self._engine, params, self._prompts, n, self._tokens, step)
         replies = [
@@ -70,20 +73,27 @@ class HeldOut:
         ]
         scores_PN = np.zeros((len(done), n), np.float32)
         if self._pool is not None:
-            asked = [(r, p.record) for p, group in zip(self._asked, replies, strict=True)
+            records = (problem.record for problem in self._asked)
+            asked = [(r, record) for record, group in zip(records, replies, strict=True)
                      for r in group]  # fmt: skip
             scores = self._pool.score(asked)
             scores_PN = np.asarray([s.total for s in scores], np.float32).reshape(-1, n)
         if jax.process_count() > 1:
             scores_PN = multihost_utils.broadcast_one_to_all(scores_PN)
-        mean_P = scores_PN.mean(1)
-        error = statistics.stdev(mean_P.tolist()) / len(mean_P) ** 0.5 if len(mean_P) > 1 else 0.0
-        tokens = [len(c.tokens) for group in done for c in group]
-        cut = [c.reason != "stop" for group in done for c in group]
+        samples = accuracy.Samples(
+            scores_PN >= self._config.right,
+            [[conclusion(reply, self._thinking) for reply in group] for group in replies],
+            np.asarray([[len(c.tokens) for c in group] for group in done]),
+            np.asarray([[c.reason != "stop" for c in group] for group in done]),
+        )
+        found = accuracy.measure(samples, sorted({1, n}))
         return {
-            "score": float(mean_P.mean()),
-            "score_error": error,
-            f"best_of_{n}": float(scores_PN.max(1).mean()),
-            "answer_tokens": float(np.mean(tokens)),
-            "truncated_share": float(np.mean(cut)),
+            "pass@1": found["pass@1"].mean,
+            "pass@1_low": found["pass@1"].low,
+            "pass@1_high": found["pass@1"].high,
+            f"pass@{n}": found[f"pass@{n}"].mean,
+            f"maj@{n}": found[f"maj@{n}"].mean,
+            "score": float(scores_PN.mean()),
+            "answer_tokens": found["tokens"].mean,
+            "truncated_share": found["cut"].mean,
         }

@@ -195,14 +195,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         encode = encoder(config, tokenizer)
         problems = config.problems.open()
         pool = stack.enter_context(config.problems.pool()) if session.primary else None
-        engine = make_engine(config, policy, tokenizer, sharding, config.rollout.temperature)
-        built = make_program(config, begin, sharding)
-        steps = Steps(built, fitting(built.compile, jax.local_devices()[0], force))
-        saved: dict[str, Any] = {}
-        state, start = session.start(
-            built, begin.given(), check=lambda meta, step: saved.update(meta)
-        )
-        reference, meta = reference_of(config, begin, sharding, saved)
+        evaluate = HeldOut(config, session, policy, tokenizer, problems, encode, pool)
         rollouts = Rollouts(
             config.rollout,
             prompts=c.prompts,
@@ -211,11 +204,18 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             keep_telling=config.how.dynamic_sampling,
             seed=config.run.seed,
             problems=problems,
-            engine=engine,
+            engine=make_engine(config, policy, tokenizer, sharding, config.rollout.temperature),
             encode=encode,
             decode=tokenizer.decode_continuation,
             pool=pool,
+        )  # both refuse problems that do not fit, before anything is compiled
+        built = make_program(config, begin, sharding)
+        steps = Steps(built, fitting(built.compile, jax.local_devices()[0], force))
+        saved: dict[str, Any] = {}
+        state, start = session.start(
+            built, begin.given(), check=lambda meta, step: saved.update(meta)
         )
+        reference, meta = reference_of(config, begin, sharding, saved)
         describe(session, config, begin, built, chosen, meta)
         judge = jax.jit(
             learning.make_judge(
@@ -229,11 +229,12 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             ),
             out_shardings=sharding.replicated(),
         )
-        evaluate = HeldOut(config, session, policy, tokenizer, problems, encode, pool)
         batch: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         if session.carried:
             rollouts.restore(carried_part(session.carried, "rollouts"))
             batch = carried_part(session.carried, "batch")
+            figures = carried_part(session.carried, "figures")
         for step in range(start, c.steps):
             session.before(step)
             number, update = divmod(step, c.updates)
@@ -243,13 +244,15 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
                 samples = rollouts.batch(params, number)
                 prompts = [rollouts.prompt(s.index) for s in samples]
                 batch, figures = judged(config, judge, built, state, reference, samples, prompts)
+                figures = rollouts.figures | figures
+                figures = {name: np.float32(value) for name, value in figures.items()}
                 show_samples(session, config, tokenizer, samples, prompts, step)
             state, metrics = steps(state, part_of_batch(config, batch, number, update))
             session.finished(
                 step + 1,
                 state,
-                metrics | {k: np.float32(v) for k, v in (rollouts.figures | figures).items()},
-                carried=lambda: carried(rollouts, batch, update + 1 < c.updates),  # noqa: B023
+                metrics | figures,
+                carried=lambda: carried(rollouts, batch, figures, update + 1 < c.updates),  # noqa: B023
             )
         return finish(session, config, evaluate, state, built)
 
@@ -401,13 +404,16 @@ def reference_of(config: Config, begin: Begin, sharding: Sharding, saved: dict[s
 # --- What is carried and shown --------------------------------------------------------------------
 
 
-def carried(rollouts: Rollouts, batch: dict[str, np.ndarray], unfinished: bool):
+def carried(rollouts: Rollouts, batch, figures, unfinished: bool) -> dict[str, np.ndarray]:
     """What a checkpoint needs besides the learners; the batch if it has updates to come."""
-    return _named("rollouts", rollouts.carried()) | (_named("batch", batch) if unfinished else {})
+    arrays = _named("rollouts", rollouts.carried())
+    if unfinished:
+        arrays |= _named("batch", batch) | _named("figures", figures)
+    return arrays
 
 
 def _named(part: str, arrays) -> dict[str, np.ndarray]:
-    return {f"{part}.{name}": a for name, a in arrays.items()}
+    return {f"{part}.{name}": np.asarray(a) for name, a in arrays.items()}
 
 
 def carried_part(arrays, part: str) -> dict[str, np.ndarray]:

@@ -97,7 +97,8 @@ class Rollouts:
         decode: Callable[[Sequence[int], Sequence[int]], str],
         pool: Pool | None,
     ):
-        """
+        """Raises DataError if the first problems' prompts are all too long.
+
         Args:
           prompts, samples: of a batch.
           batches: of the run.
@@ -110,11 +111,13 @@ class Rollouts:
         self._problems, self._engine, self._pool = problems, engine, pool
         self._encode, self._decode = encode, decode
         self._cursor = 0  # of the next problem
+        self._counts: Counter[str] = Counter()
+        self._next_problem()  # raises if none fits
+        self._cursor = 0
         self._written = 0  # batches
         self._open: dict[int, dict[int, Sample]] = {}  # groups under way: index -> sample -> it
         self._ready: list[list[Sample]] = []  # whole groups that no batch has yet
         self._queue: deque[list[Sample]] = deque()  # batches that are not learned from yet
-        self._counts: Counter[str] = Counter()
         self.figures: dict[str, float] = {}
 
     def batch(self, params: Any, number: int) -> list[Sample]:

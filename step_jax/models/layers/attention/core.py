@@ -63,8 +63,9 @@ def attend(
     to layer ``ctx.layer`` of them, by a kernel where there is one (``ops.decode_attention``).
 
     Queries stay where their tokens are. With a context axis, keys and values are gathered along it
-    (2 C numbers per token for a shared head: cheaper than any exchange of queries), or travel
-    around the ring if ``ctx.sharding.ring`` says so and there are several heads to save.
+    (2 C numbers per token for a shared head: cheaper than any exchange of queries). With several
+    heads they may travel around the ring (``ctx.sharding.ring``), or heads are exchanged for the
+    sequence, there and back (``ctx.sharding.ulysses``).
     """
     sharding = ctx.sharding
     bias = alibi(position)
@@ -81,10 +82,11 @@ def attend(
     v_BSKV = v_BSKV.astype(q_BTNH.dtype)
     mask = ctx.mask(kv_positions_BS, window)
     context = 1 if sharding is None else sharding.size("context")
-    ring = sharding is not None and sharding.ring
-    kv_heads = k_BSKH.shape[2]
-    if context > 1 and ring and kv_heads > 1 and kv_positions_BS is None:
+    exchanged = context > 1 and k_BSKH.shape[2] > 1 and kv_positions_BS is None
+    if exchanged and ctx.on_mesh.ring:
         o_BTNV = _ring(q_BTNH, k_BSKH, v_BSKV, mask, ctx, scale, bias)
+    elif exchanged and ctx.on_mesh.ulysses:
+        o_BTNV = _by_heads(q_BTNH, k_BSKH, v_BSKV, mask, ctx, scale, bias)
     else:
         if context > 1 and kv_positions_BS is None:
             # projected where the tokens are: else the partitioner gathers x to project it whole
@@ -95,6 +97,18 @@ def attend(
         k_BSKH = ctx.constrain(k_BSKH, "batch", None, "kv_heads", None)
         v_BSKV = ctx.constrain(v_BSKV, "batch", None, "kv_heads", None)
         o_BTNV = _gathered(q_BTNH, k_BSKH, v_BSKV, mask, ctx, scale, bias)
+    return ctx.constrain(o_BTNV, "batch", "sequence", "heads", None)
+
+
+def attend_across(q_BTNH, k_BSKH, v_BSKV, mask: ops_attention.Mask, ctx: Context, *, scale: float):
+    """Attention of the call's tokens over others, as ``mask`` says: (B, T, N, V).
+
+    Queries stay where their tokens are; keys and values are whole along the sequence.
+    """
+    q_BTNH = ctx.constrain(q_BTNH, "batch", "sequence", "heads", None)
+    k_BSKH = ctx.constrain(k_BSKH, "batch", None, "kv_heads", None)
+    v_BSKV = ctx.constrain(v_BSKV, "batch", None, "kv_heads", None)
+    o_BTNV = _gathered(q_BTNH, k_BSKH, v_BSKV, mask, ctx, scale, None)
     return ctx.constrain(o_BTNV, "batch", "sequence", "heads", None)
 
 
@@ -185,6 +199,20 @@ def _on_each_device(compute, q_BTNH, k_BSKH, v_BSKV, mask, sharding):
         out_specs=q_spec,
         check_vma=False,  # a kernel's outputs do not say along which axes they vary
     )(q_BTNH, k_BSKH, v_BSKV, mask)
+
+
+def _by_heads(q_BTNH, k_BSKH, v_BSKV, mask, ctx: Context, scale, bias):
+    """Each device's heads over whole rows."""
+
+    def here(x):  # projected where the tokens are, before anything is exchanged
+        return ctx.constrain(x, "batch", "sequence", "kv_heads", None)
+
+    whole = dataclasses.replace(ctx, sharding=ctx.on_mesh.of_whole_heads())
+    q_BTNH = whole.constrain(q_BTNH, "batch", "sequence", "heads", None)
+    k_BSKH = whole.constrain(here(k_BSKH), "batch", "sequence", "kv_heads", None)
+    v_BSKV = whole.constrain(here(v_BSKV), "batch", "sequence", "kv_heads", None)
+    o_BTNV = _gathered(q_BTNH, k_BSKH, v_BSKV, mask, whole, scale, bias)
+    return whole.constrain(o_BTNV, "batch", "sequence", "heads", None)
 
 
 def _ring(q_BTNH, k_BSKH, v_BSKV, mask, ctx: Context, scale, bias):

@@ -1,0 +1,217 @@
+"""Where the diffusion loop's pictures and clips come from.
+
+Each kind knows its sizes without opening anything (``buckets``), and opens as a ``ClipSource``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import jax
+import numpy as np
+import yaml
+
+from step_jax.checkpoint.artifact import Artifact
+from step_jax.core import checks
+from step_jax.core.config import parse_config
+from step_jax.core.errors import ConfigError
+from step_jax.core.sharding import Sharding
+from step_jax.data.captions import NO_TEXT
+from step_jax.data.clips import ClipSource, uniforms
+from step_jax.data.digits import SIZE, Digits
+from step_jax.data.latents import MANIFEST, Clip, LatentFolder, write_latents
+from step_jax.data.rendered import RenderedClips
+from step_jax.data.scenes import Scenes
+from step_jax.inference import text_states
+from step_jax.inference.flow import Sampler, check_guidance, draw
+from step_jax.interop.artifacts import load_artifact
+from step_jax.models.video.dit import VideoDiT
+from step_jax.models.video.patches import Sizes
+
+Report = Callable[[str], None]
+ROWS = 64  # clips that are encoded, or drawn by a teacher, at once
+
+
+@dataclass(frozen=True)
+class DigitsData:
+    """scikit-learn's 1,797 handwritten digits with captions in English and Chinese."""
+
+    kind: ClassVar[str] = "digits"
+    buckets: ClassVar[tuple[Sizes, ...]] = (SIZE,)
+    vae: ClassVar[str | None] = None
+    noise_seed: ClassVar[int | None] = None
+
+    def open(self, sharding: Sharding, report: Report) -> ClipSource:
+        return Digits.load()
+
+
+@dataclass(frozen=True)
+class SceneData:
+    """Moving scenes with captions in English and Chinese, rendered when they are read.
+
+    families: each of a size of its own; with ``frames: 1``, pictures.
+    clips: how many scenes, of each family in turn.
+    """
+
+    kind: ClassVar[str] = "scenes"
+    vae: ClassVar[str | None] = None
+    noise_seed: ClassVar[int | None] = None
+    families: tuple[Scenes, ...]
+    clips: int = 4096
+    seed: int = 0
+
+    def validate(self):
+        checks.at_least(self, clips=1)
+        checks.seed(self.seed)
+        if not self.families or len(set(self.buckets)) < len(self.families):
+            raise ConfigError(f"data.families must be of one size each: {self.buckets}")
+
+    @property
+    def buckets(self) -> tuple[Sizes, ...]:
+        return tuple((s.frames, s.height, s.width) for s in self.families)
+
+    def open(self, sharding: Sharding, report: Report) -> ClipSource:
+        return RenderedClips(self.families, self.clips, self.seed)
+
+
+@dataclass(frozen=True)
+class LatentData:
+    """A folder of latents, as ``data.latents.write_latents`` makes them.
+
+    buckets: every (frames, height, width) of latents that there may be.
+    vae: an artifact: the autoencoder that they must be of, which decodes what is drawn.
+    clips: what is encoded if the folder is not there.
+    """
+
+    kind: ClassVar[str] = "latents"
+    noise_seed: ClassVar[int | None] = None
+    path: str
+    buckets: tuple[Sizes, ...]
+    vae: str | None = None
+    clips: DigitsData | SceneData | None = None
+
+    def validate(self):
+        if not self.buckets or len(set(self.buckets)) < len(self.buckets):
+            raise ConfigError("data.buckets must name every size once")
+        if self.clips is not None and self.vae is None:
+            raise ConfigError("data.clips needs data.vae, which encodes them")
+
+    def open(self, sharding: Sharding, report: Report) -> ClipSource:
+        made_by = None
+        if self.vae is not None:
+            vae = load_artifact(self.vae, sharding)
+            made_by = text_states.parameters_hash(vae)
+            if self.clips is not None and not (Path(self.path) / MANIFEST).exists():
+                clips = self.clips.open(sharding, report)
+                report(f"{self.vae} encodes {len(clips.captions):,} clips into {self.path}")
+                write_latents(self.path, encoded(vae, clips), made_by)
+        source = LatentFolder.open(self.path, made_by)
+        known = {tuple(map(int, size)) for size in source.sizes_N3}
+        if strange := sorted(known - set(self.buckets)):
+            raise ConfigError(
+                f"{self.path} has clips of sizes {strange}, which are no buckets; there are: "
+                f"{sorted(self.buckets)}"
+            )
+        return source
+
+
+def encoded(vae: Artifact, source: ClipSource) -> Iterator[Clip]:
+    """The mean latents of a source's clips, those of one size at a time."""
+    encode = jax.jit(lambda params, video: vae.model.encode(params, video)[0])
+    for size in np.unique(source.sizes_N3, axis=0):
+        clips = np.flatnonzero((source.sizes_N3 == size).all(1))
+        for low in range(0, len(clips), ROWS):
+            chosen = clips[low : low + ROWS]
+            video = np.stack([source.latents(int(i)) for i in np.resize(chosen, ROWS)])
+            latents = np.asarray(encode(vae.params, video), np.float32)
+            for i, latents_FHWC in zip(chosen, latents, strict=False):
+                scalars = {name: float(values[i]) for name, values in source.scalars.items()}
+                yield Clip(latents_FHWC, source.captions[i], scalars)
+
+
+@dataclass(frozen=True)
+class ReflowData:
+    """What a teacher draws by its own captions, each clip with the noise that it began as.
+
+    The second rectified flow (arXiv 2209.03003), as Step-Video's Turbo is made (arXiv 2502.10248):
+    a student that starts from the teacher learns the straight line between the two, and needs few
+    steps then.
+
+    teacher: an artifact of ``step-jax diffusion``.
+    clips: how many are drawn, by each of the teacher's captions in turn.
+    size: of the latents.
+    path: folder in which they are kept.
+    vae: an artifact that decodes what is drawn.
+    noise_seed: of the noise.
+    sampler: of the teacher.
+    """
+
+    kind: ClassVar[str] = "reflow"
+    teacher: str
+    clips: int
+    size: Sizes
+    path: str
+    vae: str | None = None
+    noise_seed: int = 0
+    sampler: Sampler = field(default_factory=Sampler)
+
+    def validate(self):
+        checks.at_least(self, clips=1)
+        checks.seed(self.noise_seed, "noise_seed")
+
+    @property
+    def buckets(self) -> tuple[Sizes, ...]:
+        return (self.size,)
+
+    def open(self, sharding: Sharding, report: Report) -> ClipSource:
+        teacher = load_artifact(self.teacher, sharding)
+        teacher.require(VideoDiT, "data.teacher")
+        check_guidance(teacher, self.sampler)
+        facts = (text_states.parameters_hash(teacher), self)
+        made_by = hashlib.sha256(repr(facts).encode()).hexdigest()
+        if not (Path(self.path) / MANIFEST).exists():
+            report(f"{self.teacher} draws {self.clips} clips into {self.path}")
+            write_latents(self.path, self._drawn(teacher, sharding, report), made_by)
+        return LatentFolder.open(self.path, made_by)
+
+    def _drawn(self, teacher, sharding: Sharding, report: Report) -> Iterator[Clip]:
+        text = yaml.safe_dump({"data": teacher.meta["config"]["data"]})
+        source = parse_config(_Held, text, f"{self.teacher}, data").data.open(sharding, report)
+        numbers = np.arange(self.clips)
+        share_N = uniforms(self.noise_seed, "language", numbers)
+        captions = [source.captions[i % len(source.captions)] for i in numbers]
+        prompts = [t[int(u * len(t))] for t, u in zip(captions, share_N, strict=True)]
+        distinct = [NO_TEXT, *dict.fromkeys(prompts)]
+        texts = text_states.of_prompts(teacher, distinct, sharding, load_artifact, report)
+        for low in range(0, self.clips, ROWS):
+            chosen = prompts[low : low + ROWS]
+            which = np.array([distinct.index(prompt) for prompt in chosen])
+            clips_NFHWC = draw(
+                teacher.params,
+                teacher.model,
+                {n: (e.values[which], e.lengths_K[which]) for n, e in texts.items()},
+                {n: (e.values[0 * which], e.lengths_K[0 * which]) for n, e in texts.items()},
+                self.size,
+                self.sampler,
+                seed=self.noise_seed,
+                number=low,
+                execution=teacher.execution,
+                sharding=sharding,
+                count=len(chosen),
+            )
+            for i, (clip_FHWC, prompt) in enumerate(zip(clips_NFHWC, chosen, strict=True)):
+                yield Clip(clip_FHWC, (prompt,), noise=low + i)
+
+
+ClipData = DigitsData | SceneData | LatentData | ReflowData
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The part of a run's configuration that says what it learnt from."""
+
+    data: ClipData
