@@ -250,10 +250,8 @@ def test_what_a_template_may_not_do_is_named(source, message):
 def test_a_template_without_end_is_stopped_and_the_next_call_works(source, monkeypatch):
     monkeypatch.setattr(chat, "MAX_SECONDS", 1.0)
     made = template("{% if eternal %}" + source + "{% endif %}done")
-    started = time.monotonic()
     with pytest.raises(DataError, match="mine.jinja did not end within 1 s"):
         made.render([ASK], eternal=True, n=9)
-    assert time.monotonic() - started < 5
     monkeypatch.setattr(chat, "MAX_SECONDS", 10.0)
     assert made.render([ASK], eternal=False) == "done"
 

@@ -57,10 +57,11 @@ def _context(text_RT: Batch, execution: Execution, sharding: Sharding | None) ->
     )
 
 
-def _inside_RTK(text_RT: Batch, batch: Batch):
-    """float32, 1 where a token is of the example with the number k."""
+def _totals_RK(a_RT, text_RT: Batch, batch: Batch):
+    """The sum over each example's tokens, exact in float32 also where products are not."""
     numbers_K = 1 + jnp.arange(batch["judged"].shape[1])
-    return (text_RT["segments"][..., None] == numbers_K).astype(jnp.float32)
+    inside_RTK = (text_RT["segments"][..., None] == numbers_K).astype(jnp.float32)
+    return jnp.einsum("RT,RTK->RK", a_RT, inside_RTK, precision=jax.lax.Precision.HIGHEST)
 
 
 def answer_logprobs(p: DecoderParams, c: Decoder, batch: Batch, ctx: Context, text_RT: Batch):
@@ -77,10 +78,9 @@ def answer_logprobs(p: DecoderParams, c: Decoder, batch: Batch, ctx: Context, te
         sharding=ctx.sharding,
     )
     said_RT = text_RT["weights"]
-    inside_RTK = _inside_RTK(text_RT, batch)
     shape = (len(batch["judged"]), 2, -1)
-    logprobs_RK = jnp.einsum("RT,RTK->RK", jnp.where(said_RT > 0, logprobs_RT, 0.0), inside_RTK)
-    lengths_RK = jnp.einsum("RT,RTK->RK", said_RT, inside_RTK)
+    logprobs_RK = _totals_RK(jnp.where(said_RT > 0, logprobs_RT, 0.0), text_RT, batch)
+    lengths_RK = _totals_RK(said_RT, text_RT, batch)
     return logprobs_RK.reshape(shape), lengths_RK.reshape(shape), stats
 
 
@@ -184,8 +184,8 @@ def text_scores(p: RewardParams, c: RewardModel, batch: Batch, ctx: Context, tex
     scores_RT, stats = c.scores(p, text_RT["tokens"], ctx)
     segments_RT = text_RT["segments"]
     following_RT = jnp.pad(segments_RT[:, 1:], ((0, 0), (0, 1)))
-    last_RT = (segments_RT != following_RT).astype(jnp.float32)
-    return jnp.einsum("RT,RTK->RK", last_RT * scores_RT, _inside_RTK(text_RT, batch)), stats
+    last_RT = segments_RT != following_RT
+    return _totals_RK(jnp.where(last_RT, scores_RT, 0.0), text_RT, batch), stats
 
 
 def _likelihoods(answers: Answers, weights_N, side: str) -> dict[str, tuple[jax.Array, jax.Array]]:
