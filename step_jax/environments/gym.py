@@ -10,9 +10,12 @@ import functools
 import json
 import random
 import re
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
+
+import numpy as np
 
 from step_jax.core.errors import ConfigError
 from step_jax.core.yaml_strict import did_you_mean
@@ -24,7 +27,7 @@ Setting = bool | int | float | str | tuple[int, ...] | tuple[float, ...] | tuple
 
 REFUSED = {
     "composite": "it mixes other tasks: name one of them",
-    "codeio": "the answers to some of its problems are drawn anew each time",
+    "codeio": "some of the programs that it runs give another answer each time",
     "puzzle24": "its scores take 24 made of any four numbers, not of those that are given",
 }
 #: tasks whose stored answer is none, but which keep a right one elsewhere
@@ -54,6 +57,7 @@ _FUNCTIONS = {
     "sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh",
     "exp", "log", "ln", "sqrt", "pi", "abs", "Abs",
 }  # fmt: skip
+_SHARED = threading.Lock()
 _MOST_BITS = 31  # of a place: some tasks hand it to generators that take no more
 
 
@@ -137,7 +141,7 @@ class GymTask(Task):
         source = dataset(self.name, self.settings)
         most = _LISTED.get(self.name)
         place = rng.getrandbits(_MOST_BITS) if most is None else rng.randrange(most)
-        entry = source[place]
+        entry = _made(source, place)
         worked = _WORKED.get(self.name)
         answer = entry["answer"] if worked is None else worked(entry["metadata"])
         return Problem(
@@ -160,6 +164,20 @@ class GymTask(Task):
             ) from None
         except (ValueError, IndexError, AttributeError, TypeError) as error:
             raise ConfigError(f"prompt {self.prompt!r} cannot be filled in: {error}") from None
+
+
+def _made(source: Any, place: int) -> dict[str, Any]:
+    """The problem at a place. Some tasks draw from the generators that all of a process share, so
+    these are set to the place meanwhile."""
+    with _SHARED:
+        before = random.getstate(), np.random.get_state()
+        random.seed(place)
+        np.random.seed(place)
+        try:
+            return source[place]
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
 
 
 def dataset(name: str, settings: Mapping[str, Setting]) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from step_jax.core.errors import ConfigError
@@ -28,6 +30,15 @@ def test_a_task_is_a_function_of_seed_and_index():
     first, again = (GymTask("chain_sum").open(0.1) for _ in range(2))
     assert first.train(3, 7) == again.train(3, 7)
     assert first.train(3, 7) != first.train(4, 6)
+
+
+def test_a_task_that_draws_from_shared_generators_is_a_function_too():
+    problems = GymTask("list_functions").open(0.1)
+    before = random.getstate()
+    first = [problems.train(0, index) for index in range(60)]
+    assert random.getstate() == before
+    random.random()
+    assert [problems.train(0, index) for index in range(60)] == first
 
 
 def test_reasoning_gyms_own_score_is_used():
@@ -68,7 +79,7 @@ def test_a_hostile_reply_scores_nothing_and_is_not_run(tmp_path):
     [
         (GymTask("chain_sums"), "no task 'chain_sums'; did you mean 'chain_sum'"),
         (GymTask("puzzle24"), "puzzle24 is refused: .* any four numbers"),
-        (GymTask("codeio"), "codeio is refused: .* drawn anew"),
+        (GymTask("codeio"), "codeio is refused: .* another answer each time"),
         (GymTask("gcd", {"numbers": 2}), "settings of reasoning-gym's gcd: .*numbers"),
         (GymTask("gcd", {"seed": 2}), "seed is not yours to set"),
         (GymTask("gcd", prompt="{nums}"), "prompt names {nums}.*there are .*question"),
