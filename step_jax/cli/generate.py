@@ -22,11 +22,11 @@ class GenerateConfig(SamplingConfig):
     """What to write.
 
     prompt: the texts to go on from; an empty one starts a new document.
-    prompts_file: one prompt a line instead; they are written in batches.
+    prompts_file: one prompt a line instead.
     chat: the prompts are what a user says, and the answers are written: with the chat template that
       comes with the tokenizer.
     system: what stands before them, with chat.
-    batch_size: rows of a batch.
+    batch_size: texts that are written at a time.
     part: which of the artifact's models; its first by default.
     """
 
@@ -103,20 +103,34 @@ def run(asked: tuple[str, GenerateConfig]) -> None:
     artifact = load_artifact(name, sharding, config.part)
     artifact.require(Decoder, "step-jax generate")
     print(f"{name}, step {artifact.step}", file=sys.stderr)
-    for start in range(0, len(prompts), config.batch_size):
-        batch = prompts[start:][: config.batch_size]
-        _write(artifact, sharding, config, batch, start, alone=len(prompts) == 1)
+    _write(artifact, sharding, config, prompts)
 
 
-def _write(artifact, sharding, config: GenerateConfig, prompts, first: int, *, alone: bool):
-    """Prints the continuations of a batch; the only one while it is being written."""
+def _write(artifact, sharding, config: GenerateConfig, prompts) -> None:
+    """Prints the continuations in order; the only one while it is being written."""
     from step_jax.inference.generate import generate
     from step_jax.tokenizers.base import TextStream
 
-    tokenizer = artifact.tokenizer
+    tokenizer, alone = artifact.tokenizer, len(prompts) == 1
     shown, ids = zip(*(config.encode(tokenizer, prompt) for prompt in prompts), strict=True)
     screen = _Screen(shown[0], TextStream(tokenizer.decode, ids[0]))
-    generation = generate(
+    ended: dict[int, list[int]] = {}
+    printed = 0
+
+    def show(row: int, completion) -> None:
+        nonlocal printed
+        if completion.reason == "context":
+            print(
+                f"text {row} ended at the model's context of {artifact.context} tokens",
+                file=sys.stderr,
+            )
+        ended[row] = completion.tokens
+        while not alone and printed in ended:
+            text = tokenizer.decode_continuation(ids[printed], ended.pop(printed))
+            print(f"--- {printed}\n{shown[printed]}{text}", flush=True)
+            printed += 1
+
+    generate(
         artifact.params,
         artifact.model,
         ids,
@@ -125,21 +139,13 @@ def _write(artifact, sharding, config: GenerateConfig, prompts, first: int, *, a
         stop_ids=tokenizer.stop_ids,
         execution=artifact.execution,
         sharding=sharding,
-        requests=range(first, first + len(prompts)),
         on_tokens=(lambda row, tokens: screen.show(tokens)) if alone else None,
-        chunk=8,
+        on_end=show,
+        slots=config.batch_size,
+        chunk=8 if alone else 32,
     )
     if alone:
         screen.end()
-    for row in range(len(prompts) if not alone else 0):
-        text = shown[row] + tokenizer.decode_continuation(ids[row], generation.tokens[row])
-        print(f"--- {first + row}\n{text}", flush=True)
-    for row, reason in enumerate(generation.reasons):
-        if reason == "context":
-            print(
-                f"text {first + row} ended at the model's context of {artifact.context} tokens",
-                file=sys.stderr,
-            )
 
 
 class _Screen:

@@ -44,6 +44,9 @@ def run(asked: Asked) -> None:
         raise ConfigError(f"say where: --topology NAME; there are:\n{topology_lib.describe_all()}")
     topology = topology_lib.parse(args.topology, args.slices)
     console = make_console(every=1)
+    if args.serve:
+        _serve(asked, topology, console)
+        return
     if args.search or topology.on_paper:
         found = search.search(loop, config, topology, compiled=args.search)
         search.show(found, topology, console)
@@ -51,7 +54,7 @@ def run(asked: Asked) -> None:
         return
     plan = make_plan(loop, config, topology, recipe)
     report.show(plan, console)
-    name = f"{recipe}_{topology.name.replace(':', '_').replace(' ', '_')}"
+    name = _file_name(recipe, topology)
     plan.save(args.output / f"{name}.json")
     picture = report.draw(plan, args.output / f"{name}.png")
     console.line(f"saved: {picture.with_suffix('.json')}, {picture}")
@@ -62,6 +65,26 @@ def run(asked: Asked) -> None:
             f"{report.gigabytes(plan.memory_limit)} of a device of {topology.name} "
             "(--force for exit code 0 all the same; --search looks for what fits)"
         )
+
+
+def _serve(asked: Asked, topology, console) -> None:
+    from step_jax.planning import serving
+    from step_jax.runs.device_memory import DoesNotFit
+
+    args = asked.options
+    sizes = {"prompt": args.prompt, "length": args.length, "slots": args.slots}
+    plan = serving.make_serving(asked.loop, asked.config, topology, asked.recipe, **sizes)
+    serving.show(plan, console)
+    path = args.output / f"{_file_name(asked.recipe, topology)}_serving.json"
+    plan.save(path)
+    console.line(f"saved: {path}")
+    console.close()
+    if not plan.fits and not args.force:
+        raise DoesNotFit(f"{asked.recipe} does not fit {topology.name} with {plan.slots} slots")
+
+
+def _file_name(recipe: str, topology) -> str:
+    return f"{recipe}_{topology.name.replace(':', '_').replace(' ', '_')}"
 
 
 def _load(files: list[str], overrides: list[str]) -> tuple[Loop, Any]:
@@ -102,6 +125,16 @@ def _split(argv: list[str]) -> tuple[list[str], argparse.Namespace, list[str]]:
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="pods of that shape")
     parser.add_argument(
         "--search", action="store_true", help="propose mesh, remat and microbatches that fit"
+    )
+    parser.add_argument(
+        "--serve", action="store_true", help="plan reading prompts and writing text instead"
+    )
+    parser.add_argument("--prompt", type=int, default=4000, metavar="T", help="tokens (--serve)")
+    parser.add_argument(
+        "--length", type=int, default=32768, metavar="T", help="of a text, at most (--serve)"
+    )
+    parser.add_argument(
+        "--slots", type=int, default=0, metavar="N", help="texts at a time; 0: what fits (--serve)"
     )
     parser.add_argument("--force", action="store_true", help="a plan that does not fit is no error")
     parser.add_argument("--output", type=Path, default=Path("plans"), metavar="DIR")

@@ -15,7 +15,7 @@ import numpy as np
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import Sharding
 from step_jax.inference.engine import Engine, bucket
-from step_jax.inference.requests import Request, StopReason
+from step_jax.inference.requests import Completion, Request, StopReason
 from step_jax.inference.sampling import SamplingConfig, row_keys
 from step_jax.inference.slots import Decoding, Written
 from step_jax.models.context import Execution
@@ -49,13 +49,15 @@ def generate(
     cache_dtype=None,
     requests: Sequence[int] | None = None,
     on_tokens: Callable[[int, list[int]], None] | None = None,
+    on_end: Callable[[int, Completion], None] | None = None,
+    slots: int | None = None,
     chunk: int = 32,
 ) -> Generation:
     """Continues every prompt.
 
     What a row writes depends on its prompt, its request number and the seed alone (up to rounding
-    of the logits): not on the other rows, on ``chunk`` or on the mesh. Shapes are padded to powers
-    of two, so calls of similar size share what they compiled.
+    of the logits): not on the other rows, on ``slots``, ``chunk`` or the mesh. Shapes are padded to
+    powers of two, so calls of similar size share what they compiled.
 
     Args:
       params: of ``decoder``, any float dtype, laid out on ``sharding``'s mesh if there is one.
@@ -66,6 +68,8 @@ def generate(
       cache_dtype: None for the compute dtype.
       requests: numbers that separate the rows' draws; None for 0, 1, ...
       on_tokens: called as ``on_tokens(row, new tokens)`` as they come.
+      on_end: called as ``on_end(row, completion)`` as rows end.
+      slots: the most rows that are written at a time; None for all.
       chunk: tokens between two looks at the host.
 
     Raises:
@@ -84,10 +88,11 @@ def generate(
         request.check(decoder.vocab, max_length)
     longest = max((len(prompt) for prompt in prompts), default=0) + sampling.max_new_tokens
     ways = 1 if sharding is None else sharding.ways("batch")
+    at_a_time = bucket(len(asked), 1) if slots is None else min(slots, bucket(len(asked), 1))
     engine = Engine(
         decoder,
         sampling,
-        slots=-(-bucket(len(asked), 1) // ways) * ways,
+        slots=-(-at_a_time // ways) * ways,
         max_length=min(bucket(longest), max_length),
         stop_ids=stop_ids,
         execution=execution,
@@ -101,12 +106,17 @@ def generate(
         if on_tokens is not None:
             on_tokens(rows[id(request)], tokens)
 
-    ended = engine.run(params, asked, on_tokens=show)
-    done = sorted(ended, key=lambda completion: rows[id(completion.request)])
+    done: dict[int, Completion] = {}
+    for completion in engine.run(params, asked, on_tokens=show):
+        row = rows[id(completion.request)]
+        done[row] = completion
+        if on_end is not None:
+            on_end(row, completion)
+    ordered = [done[row] for row in range(len(asked))]
     return Generation(
-        tokens=[completion.tokens for completion in done],
-        logprobs=[completion.logprobs for completion in done],
-        reasons=[completion.reason for completion in done],
+        tokens=[completion.tokens for completion in ordered],
+        logprobs=[completion.logprobs for completion in ordered],
+        reasons=[completion.reason for completion in ordered],
     )
 
 

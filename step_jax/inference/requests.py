@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -212,6 +212,16 @@ class Text:
         if thought is None:
             return longest
         return min(longest, len(r.prompt) + thought + r.max_new_tokens)
+
+    def stopped(self, stops: Set[int]) -> bool:
+        """Whether the policy ended it with one of the tokens."""
+        if not self.tokens or self.tokens[-1] not in stops:
+            return False
+        thought, last = self.request.thought, len(self.tokens) - 1
+        places = (
+            range(0) if thought is None else range(last + 1)[thought.forced_places(self.tokens)]
+        )
+        return last not in places
 
     def reason(self) -> StopReason:
         """Why it ended, if not by a stop token."""

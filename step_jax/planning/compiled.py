@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,11 +31,10 @@ class Loop(Protocol):
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """A train step that was compiled, or whose compilation ended for want of memory.
+class Dumped:
+    """A program that was compiled, or whose compilation ended for want of memory.
 
     Attributes:
-      program: what was compiled.
       hlo_text, assignment, live_range: what XLA dumped of the optimised program.
       code_bytes: of the compiled program itself; 0 if it does not fit.
       memory_bytes: what the compiler says that it takes in all; None if it does not fit.
@@ -43,14 +42,20 @@ class Compiled:
       overflow: the compiler's message if it needs more memory than there is, else "".
     """
 
-    program: Program
     hlo_text: str
     assignment: str
     live_range: str
     code_bytes: float
     memory_bytes: int | None
     compile_seconds: float
-    overflow: str = ""
+    overflow: str
+
+
+@dataclass(frozen=True)
+class Compiled(Dumped):
+    """A train step that was compiled."""
+
+    program: Program
 
     @property
     def local_parameter_shapes(self) -> list[tuple[int, ...]]:
@@ -116,13 +121,25 @@ def compile_step(program: Program, topology: Topology) -> Compiled:
     Raises:
       ConfigError: devices that are only known on paper.
     """
+    found = dumped(program.compile, program.step.__name__, topology)
+    return Compiled(**vars(found), program=program)
+
+
+def dumped(
+    compile_program: Callable[[dict[str, Any]], jax.stages.Compiled], name: str, topology: Topology
+) -> Dumped:
+    """Compiles a function of that name by ``compile_program(compiler options)``.
+
+    Raises:
+      ConfigError: devices that are only known on paper.
+    """
     if topology.on_paper:
         raise ConfigError(f"nothing can be compiled for {topology.name} here")
     start = time.process_time()
     overflow, code_bytes, memory_bytes = "", 0.0, None
     with _dump() as folder:
         try:
-            compiled = program.compile({"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True})
+            compiled = compile_program({"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True})
             if (memory := compiled.memory_analysis()) is not None:
                 code_bytes = float(memory.generated_code_size_in_bytes)
             memory_bytes = device_memory.needed(compiled)
@@ -131,10 +148,8 @@ def compile_step(program: Program, topology: Topology) -> Compiled:
                 raise
             overflow = str(error)
         seconds = time.process_time() - start
-        hlo_text, assignment, live = (_read(folder, program.step.__name__, f) for f in _FILES)
-    return Compiled(
-        program, hlo_text, assignment, live, code_bytes, memory_bytes, seconds, overflow
-    )
+        hlo_text, assignment, live = (_read(folder, name, f) for f in _FILES)
+    return Dumped(hlo_text, assignment, live, code_bytes, memory_bytes, seconds, overflow)
 
 
 _FILES = ("after_optimizations.txt", "-buffer-assignment.txt", "-live-range.txt")
@@ -167,7 +182,7 @@ def _read(folder: Path, step: str, ending: str) -> str:
     return max(found, key=lambda p: p.stat().st_mtime).read_text(encoding="utf-8")
 
 
-def parsed(compiled: Compiled) -> hlo.Module:
+def parsed(compiled: Dumped) -> hlo.Module:
     if not compiled.hlo_text:
         raise RuntimeError(f"the compiler left no program to read: {compiled.overflow[:500]}")
     return hlo.parse(compiled.hlo_text)

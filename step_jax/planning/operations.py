@@ -22,6 +22,8 @@ _FREE = {
     "async-update", "async-done", "call-start", "call-done",
 }  # fmt: skip
 _SLICES = ("dynamic-slice", "slice", "gather")
+#: Instructions that change an array in place -> the operand that says what is written there.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": -1}
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,13 @@ class Operations:
     silent_kernels: tuple[str, ...]
 
 
-def count(module: Module, executions: dict[str, float]) -> Operations:
-    """Operations of a module whose computations run as often as ``hlo.executions`` says."""
+def count(module: Module, executions: dict[str, float], caches: bool = False) -> Operations:
+    """Operations of a module whose computations run as often as ``hlo.executions`` says.
+
+    Args:
+      caches: kernels are given caches of all layers, of which they read one: their traffic is what
+        they declare, not what their operands have.
+    """
     flops = traffic = 0.0
     silent: set[str] = set()
     fused = {
@@ -65,7 +72,10 @@ def count(module: Module, executions: dict[str, float]) -> Operations:
                 if declared is None and "tpu_custom_call" in i.attributes:
                     silent.add(i.name)
             if name not in fused:
-                traffic += times * moved(module, computation, i, repeated)
+                declared = kernel_bytes(i) if caches else None
+                traffic += times * (
+                    moved(module, computation, i, repeated) if declared is None else declared
+                )
     return Operations(flops, traffic, tuple(sorted(silent)))
 
 
@@ -134,6 +144,14 @@ def kernel_flops(i: Instruction) -> float | None:
     return float(found[1]) if found else None
 
 
+def kernel_bytes(i: Instruction) -> float | None:
+    """The traffic that a custom call declares, None if it declares nothing."""
+    if i.opcode != "custom-call":
+        return None
+    found = re.search(r'"cost_estimate":\s*\{[^}]*"bytes_accessed":\s*"?(\d+)', i.attributes)
+    return float(found[1]) if found else None
+
+
 # --- Traffic ------------------------------------------------------------------------------------
 
 
@@ -163,8 +181,8 @@ def moved(
         under_way = {name for where, name in repeated if where == fused.name}
         reads = (min(_main(o), _read(module, fused, n, under_way)) for n, o in enumerate(operands))
         return sum(reads) + _written(module, fused, i, under_way)
-    if i.opcode == "dynamic-update-slice":
-        return 2.0 * _main(operands[1])
+    if i.opcode in _UPDATES:
+        return 2.0 * _main(operands[_UPDATES[i.opcode]])
     if i.opcode in _SLICES:
         return 2.0 * _main(i)
     if i.opcode == "copy-start":  # its result repeats its operand
@@ -191,7 +209,7 @@ def _read_of(module: Module, fused: Computation, i: Instruction, under_way: Set[
             total += sum(_read(module, inner, n, frozenset()) for n in places)
         elif user.opcode in _SLICES and user.operands[0] == i.name:
             total += user.nbytes
-        elif user.opcode != "dynamic-update-slice" or user.operands[0] != i.name:
+        elif user.opcode not in _UPDATES or user.operands[0] != i.name:
             total += i.nbytes
     return total
 
@@ -199,15 +217,6 @@ def _read_of(module: Module, fused: Computation, i: Instruction, under_way: Set[
 def _marks(i: Instruction) -> bool:
     """The start or the end of a collective that several fusions share; computes nothing."""
     return i.opcode == "custom-call" and '"AsyncCollective' in i.attributes
-
-
-def _is_partial(fused: Computation, user: Instruction, parameter: Instruction) -> bool:
-    if user.opcode not in (*_SLICES, "dynamic-update-slice"):
-        return False
-    first = fused.instructions[user.operands[0]]
-    while first.opcode == "bitcast":
-        first = fused.instructions[first.operands[0]]
-    return first is parameter
 
 
 def _written(module: Module, fused: Computation, fusion: Instruction, under_way: Set[str]) -> float:
@@ -235,4 +244,6 @@ def _update(module: Module, where: Computation, i: Instruction) -> float:
     if i.opcode == "fusion":
         inner = module.computations[i.calls("calls")[0]]
         return _update(module, inner, inner.root)
-    return where.instructions[i.operands[1]].nbytes if i.opcode == "dynamic-update-slice" else 0.0
+    if i.opcode not in _UPDATES:
+        return 0.0
+    return where.instructions[i.operands[_UPDATES[i.opcode]]].nbytes

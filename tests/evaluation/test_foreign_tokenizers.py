@@ -9,7 +9,6 @@ from step_jax.cli.generate import GenerateConfig, _write
 from step_jax.cli.main import main
 from step_jax.data import DataConfig
 from step_jax.evaluation.heldout import figures
-from step_jax.inference.generate import Generation
 from tests.artifacts import save_run
 from tests.models import small
 from tests.tokenizers.made import byte_level, metaspace, ours
@@ -58,15 +57,16 @@ def test_generate_keeps_the_space_between_prompt_and_answer(monkeypatch, capsys,
     answer = tokenizer.encode("fox").tolist()
     assert tokenizer.decode(answer) == "fox"
 
-    def write(params, decoder, ids, sampling, *, on_tokens, stop_ids, **_):
+    def write(params, decoder, ids, sampling, *, on_tokens, on_end, stop_ids, **_):
         if on_tokens:
             on_tokens(0, answer)
-        return Generation([answer] * len(ids), [], ["stop"] * len(ids))
+        for row in reversed(range(len(ids))):  # as they end
+            on_end(row, SimpleNamespace(tokens=answer, reason="stop"))
 
     monkeypatch.setattr("step_jax.inference.generate.generate", write)
     artifact = SimpleNamespace(
         tokenizer=tokenizer, context_of_text=LENGTH, params=0, model=0, execution=0
     )
-    _write(artifact, None, GenerateConfig(), prompts, first=4, alone=len(prompts) == 1)
+    _write(artifact, None, GenerateConfig(), prompts)
     printed = capsys.readouterr().out
-    assert printed == ("the fox\n" if len(prompts) == 1 else "--- 4\nthe fox\n--- 5\na fox\n")
+    assert printed == ("the fox\n" if len(prompts) == 1 else "--- 0\nthe fox\n--- 1\na fox\n")

@@ -20,7 +20,6 @@ from step_jax.inference.requests import Completion, Request, Thought
 from step_jax.inference.sampling import SamplingConfig, draw_keys, row_keys, sample
 from step_jax.models.context import Context
 from step_jax.models.layers.attention import MFA, MHA
-from step_jax.models.layers.mlp import SwiGLU
 from step_jax.models.layers.moe import Experts, MoE
 from step_jax.models.layers.routing import Router
 from step_jax.models.text.decoder import Block, Decoder, Group
@@ -36,11 +35,7 @@ WINDOW = MHA(4, 8, kv_heads=2, window=5)
 MIXTURE = MoE((Experts(8, 16),), Router(2, score="sigmoid", scale=2.0, bias=True), shared=16)
 MODELS = {
     "dense": small.decoder(WINDOW, MFA(4, 8, value="gated_key"), repeat=2),
-    "mixture": Decoder(
-        small.WIDTH,
-        (Group(1, (Block(MFA(4, 8), SwiGLU(48)),)), Group(2, (Block(WINDOW, MIXTURE),))),
-        small.VOCAB,
-    ),
+    "mixture": Decoder(small.WIDTH, (Group(2, (Block(WINDOW, MIXTURE),)),), small.VOCAB),
 }
 
 
@@ -281,12 +276,13 @@ def test_greedy_decoding_of_a_mixture_is_the_full_forward_pass_and_its_routing()
             assert np.array_equal(got_LTK, expected_LTK[:, : len(text) - 1])
 
 
+@pytest.mark.slow  # ``test_generate.py`` has one mesh
 @pytest.mark.parametrize(
     ("name", "axes"),
     [
         ("dense", {"data": 2, "fsdp": 2, "tensor": 2}),
-        pytest.param("dense", {"fsdp": 2, "context": 4}, marks=pytest.mark.slow),
-        pytest.param("mixture", {"expert": 2, "data": 2, "tensor": 2}, marks=pytest.mark.slow),
+        ("dense", {"fsdp": 2, "context": 4}),
+        ("mixture", {"expert": 2, "data": 2, "tensor": 2}),
     ],
     ids=str,
 )

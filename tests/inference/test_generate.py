@@ -104,6 +104,9 @@ def test_batch_chunk_and_streaming_change_nothing():
 
     assert_same(write(chunk=2, on_tokens=on_tokens), whole)
     assert streamed == whole.tokens and max(pieces) == 2
+    ended: list[int] = []
+    assert_same(write(slots=2, on_end=lambda row, completion: ended.append(row)), whole)
+    assert sorted(ended) == [0, 1, 2, 3]
     for row in (1, 2):  # of different padding, alone
         alone = write([PROMPTS[row]], requests=[row])
         assert alone.tokens == [whole.tokens[row]]
@@ -201,20 +204,21 @@ def test_a_value_beyond_the_range_of_the_cache_does_not_poison_what_follows(kind
     assert not any(row.count(0) == len(row) for row in got.tokens)
 
 
-def test_generate_on_a_mesh_pads_the_batch():
+def test_slots_on_a_mesh_are_padded_and_refilled():
     c, p = model()
     sharding = small.on_mesh(data=8)
-    p = jax.device_put(p, sharding.params(c.specs()))
+    prompts = [*PROMPTS, *([i, 60 - i] for i in range(7))]
     got = engine.generate(
-        p,
+        jax.device_put(p, sharding.params(c.specs())),
         c,
-        PROMPTS[:3],
+        prompts,
         SAMPLED,
         max_length=32,
         execution=small.execution(),
         sharding=sharding,
+        slots=3,  # to eight, for eleven prompts
     )
-    assert got.tokens == write().tokens[:3]
+    assert_same(got, write(prompts, slots=4))
 
 
 def test_no_prompts_give_no_texts():
