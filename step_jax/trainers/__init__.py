@@ -28,6 +28,7 @@ LOOPS: dict[str, tuple[str, str]] = {
         "step_jax.trainers.rl.reinforce",
         "toy: a decoder learns to sort by policy gradients",
     ),
+    "vae": ("step_jax.trainers.diffusion.vae", "train a video autoencoder on clips"),
     "flow-matching": ("step_jax.trainers.diffusion.flow_matching", "toy: draw digits by class"),
 }
 DEFAULT = "pretrain"
