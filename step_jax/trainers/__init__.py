@@ -38,6 +38,7 @@ LOOPS: dict[str, tuple[str, str]] = {
         "step_jax.trainers.diffusion.flow_matching",
         "train a diffusion transformer on captioned pictures and clips",
     ),
+    "vae": ("step_jax.trainers.diffusion.vae", "train a video autoencoder on clips"),
 }
 DEFAULT = "pretrain"
 

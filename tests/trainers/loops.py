@@ -13,8 +13,8 @@ from step_jax.cli.main import main
 from step_jax.core.sharding import Sharding
 from step_jax.runs.session import Session
 
-LEFT_OUT = {"event", "time", "step_s", "tokens_per_s", "clips_per_s", "data_wait_s", "mfu"}
-LEFT_OUT |= {"rollout_s", "verifying_s", "rollout_tokens_per_s"}
+LEFT_OUT = {"event", "time", "step_s", "data_wait_s", "mfu", "rollout_s", "verifying_s"}
+LEFT_OUT |= {f"{unit}_per_s" for unit in ("tokens", "clips", "frames", "rollout_tokens")}
 
 
 class PowerCut(RuntimeError):
