@@ -161,13 +161,14 @@ def per_head(name: str, spec: ParamSpec) -> ParamSpec:
 NORM = RMSNorm()
 SHARED = ("query_down_DR", "key_DC", "value_DC")
 FAN = WIDTH / (26 * C)  # the model's width by that of all heads
-MHA16, MQA14 = MHA(16, 16), MHA(14, C, kv_heads=1)
+MHA16, MQA15 = MHA(16, 16), MHA(15, C, kv_heads=1)
 CASES: dict[str, Case] = {
     "mha": Case(MHA16),
-    "mqa": Case(MQA14),
+    "mqa": Case(MQA15),
     "mfa": Case(),
     "mfa_8_heads": Case(replace(MFA26, heads=8)),
     "mfa_output_rate": Case(rates={"output_NCD": FAN}),
+    "mfa_output_rate_query_norm": Case(replace(MFA26, query_norm=NORM), rates={"output_NCD": FAN}),
     "mfa_query_norm": Case(replace(MFA26, query_norm=NORM)),
     "mfa_output_starts": Case(change=start(output_NCD=Normal((26 * C) ** -0.5))),
     "mfa_qk_norm": Case(NormedMFA(heads=26, head_dim=C)),
@@ -175,7 +176,7 @@ CASES: dict[str, Case] = {
     "mfa_shared_rates_third": Case(rates=dict.fromkeys(SHARED, 1 / 3)),
     "mfa_rank_128": Case(replace(MFA26, heads=16, query_rank=128)),
     "mfa_rank_128_norm": Case(replace(MFA26, heads=16, query_rank=128, query_norm=NORM)),
-    "mqa_output_rate": Case(MQA14, rates={"output_NHD": WIDTH / (14 * C)}),
+    "mqa_output_rate": Case(MQA15, rates={"output_NHD": WIDTH / (15 * C)}),
     "mfa_half_rotated": Case(replace(MFA26, position=Rope(fraction=0.5))),
     "mfa_fixed": Case(init=Fixed(0.02)),
     "mfa_alike": Case(change=start(query_up_RNC=AlikeHeads(C**-0.5))),

@@ -14,6 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ from step_jax.core.files import write_whole
 from step_jax.core.spec import count
 from step_jax.data.config import TRAIN_TOKENIZER
 from step_jax.models.text.facts import with_vocabulary
+from step_jax.runs.history import outcome
 from step_jax.runs.metrics_log import read_metrics
 from step_jax.trainers import pretrain
 from step_jax.trainers.ablation_table import Ablation, Row, Times, Tried
 from step_jax.trainers.ablation_times import measure
+from step_jax.training.step import DivergedError
 
 BASE = "base.yaml"
 PUBLISHED = "published.json"
@@ -93,14 +96,17 @@ class Plan:
         """What the finished runs of ``seed`` say of a variant's values; None without a search."""
         if self.search is None:
             return None
-        losses = {value: finished(self.of_seed(name, value, seed)) for value in self.search.values}
+        values = self.search.values
+        losses = {value: tried_loss(self.of_seed(name, value, seed)) for value in values}
         known = {value: loss for value, loss in losses.items() if loss is not None}
         if len(known) < len(losses):
             return Tried(self.search.key, known, None, False)
         best = min(known, key=lambda value: known[value])
-        return Tried(
-            self.search.key, known, best, best in (self.search.values[0], self.search.values[-1])
-        )
+        if math.isinf(known[best]):
+            raise ConfigError(
+                f"{name} diverged with every {self.search.key} of {', '.join(values)}"
+            )
+        return Tried(self.search.key, known, best, best in (values[0], values[-1]))
 
     @property
     def directory(self) -> Path:
@@ -205,6 +211,8 @@ def tokens_of(config: pretrain.Config) -> int:
 def finished(config: pretrain.Config) -> float | None:
     """The final held-out loss in the run directory of ``config``; None if it is not finished.
 
+    A run of another length is not finished: it goes on, if its learning rate allows that.
+
     Raises:
       ConfigError: the directory holds a run of another configuration.
     """
@@ -213,15 +221,27 @@ def finished(config: pretrain.Config) -> float | None:
         return None
     saved = load_file(pretrain.Config, directory / "config.yaml")
     ours = with_vocabulary(config.decoder, saved.decoder.vocab)
-    if saved.run.seed != config.run.seed or saved != replace(config, run=saved.run, model=ours):
+    length = replace(config.training, steps=saved.training.steps, tokens=saved.training.tokens)
+    same = replace(config, run=saved.run, model=ours, training=length)
+    if saved.run.seed != config.run.seed or saved != same:
         raise ConfigError(
             f"{directory} holds a run of another configuration: give --run.directory a new place, "
             "or move the old runs away"
         )
     records = read_metrics(directory)
-    if not any(r["event"] == "summary" and r["values"].get("status") == "done" for r in records):
+    done = any(r["event"] == "summary" and r["values"].get("status") == "done" for r in records)
+    if not done or saved.training != config.training:
         return None
     return _final(records)["nll"]
+
+
+def tried_loss(config: pretrain.Config) -> float | None:
+    """As `finished`; infinite for a run that diverged, which a search goes on without."""
+    loss = finished(config)
+    ended = outcome(read_metrics(config.run.directory), running=False)
+    if loss is None and ended.reason.startswith(DivergedError.__name__):
+        return math.inf
+    return loss
 
 
 def _final(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -358,19 +378,22 @@ def run_ablation(
       say: called with a line about every run.
     """
     plan = load_variants(paths, overrides, search)
-    collect(
-        paths, seeds, overrides, reference, search
-    )  # what cannot work is found before hours of work
-    for value in search.values if search else ():
-        for name in plan.variants:
-            _train(f"{name}, {plan.search.key} {value}", plan.of_seed(name, value, seeds[0]), say)
+    # what cannot work is found before hours of work
+    collect(paths, seeds, overrides, reference, search)
+    if search is not None:
+        for value in search.values:
+            for name in plan.variants:
+                run = plan.of_seed(name, value, seeds[0])
+                if tried_loss(run) != math.inf:
+                    with suppress(DivergedError):  # its loss is infinite then
+                        _train(f"{name}, {search.key} {value}", run, say)
     best: dict[str, str | None] = {}
     for name in plan.variants:
         tried = plan.tried(name, seeds[0])
         best[name] = None if tried is None else tried.best
     for seed in seeds:
-        for name, value in best.items():
-            _train(name, plan.of_seed(name, value, seed), say)
+        for name, own in best.items():
+            _train(name, plan.of_seed(name, own, seed), say)
     chosen = {name: plan.of_seed(name, value, seeds[0]) for name, value in best.items()}
     models = {name: complete_model(config, [config]) for name, config in chosen.items()}
     times = measure(chosen, models, rounds) if rounds else {}

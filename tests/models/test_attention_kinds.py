@@ -107,6 +107,14 @@ def test_bad_configurations_are_refused(bad, message):
         bad.validate()
 
 
+def test_the_output_of_many_heads_can_learn_slower():
+    """As much slower as the heads are wider than the model, and never faster."""
+    for heads, rate in ((26, 256 / (26 * 32)), (4, 1.0)):
+        specs = MFA(heads, 32, scale_output_rate=True).specs(256, Fixed())
+        assert specs.output_NCD.rate == rate and specs.query_up_RNC.rate == 1.0
+    assert MFA(26, 32).specs(256, Fixed()).output_NCD.rate == 1.0
+
+
 def test_optional_parts_have_parameters_only_when_chosen():
     bare = MFA(4, 8).specs(32, Fixed())
     assert bare.query_norm_R is None and bare.gate_DN is None and bare.reuse_CC is None

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from step_jax.trainers import ablation
 from step_jax.trainers.ablation import Search, collect, load_variants, run_ablation
 from step_jax.trainers.ablation_table import Ablation, Row, Times, Tried, difference
 from step_jax.trainers.ablation_times import decoding_turn, filled_cache, in_turns, measure
+from step_jax.training.step import DivergedError
 from tests.models import small
 
 ATTENTION = Path(__file__).parents[2] / "configs" / "ablations" / "attention"
@@ -242,7 +244,9 @@ def test_trains_what_is_missing(recipes, tmp_path, capsys, monkeypatch):
 
     assert cli.main(argv) == 0 and len(started) == 4
     with pytest.raises(ConfigError, match="holds a run of another configuration"):
-        run_ablation([recipes], (0,), ["--training.steps", "4"])
+        run_ablation([recipes], (0,), ["--optimizer.learning_rate", "2e-2"])
+    longer = collect([recipes], (0,), ["--training.steps", "4"])
+    assert longer.tokens == 512 and longer.rows[0].nll == {}  # not finished: it can go on
 
 
 def forget_the_end(metrics: Path) -> None:
@@ -335,6 +339,25 @@ def test_each_variant_gets_the_best_of_its_own_values(recipes, tmp_path, monkeyp
     assert (mha.tried.best, mha.tried.border) == ("1e-2", True)
     assert mfa.nll == mha.nll == {0: 0.0, 1: 1.0}
     assert "The best optimizer.learning_rate of mha, 1e-2, lies at" in result.table.read_text()
+
+
+def test_a_search_goes_on_without_a_value_that_diverges(recipes, tmp_path, monkeypatch):
+    def loss(name, rate, seed):
+        if rate > 0.1:
+            directory = tmp_path / "runs" / name / "learning_rate_1" / "seed_0"
+            directory.mkdir(parents=True)
+            end = {"event": "end", "step": 2, "status": "failed", "reason": "DivergedError: no"}
+            (directory / "metrics.jsonl").write_text(json.dumps(end))
+            raise DivergedError("no")
+        return rate
+
+    trained = losses_of(monkeypatch, loss)
+    search = Search.parse("optimizer.learning_rate=1e-3,1")
+    (tmp_path / "runs").mkdir()
+    for _ in range(2):  # what diverged is not tried again
+        mfa, mha = run_ablation([recipes], (0,), search=search, say=lambda line: None).rows
+        assert mfa.tried.losses == mha.tried.losses == {"1e-3": 1e-3, "1": math.inf}
+        assert len(trained) == 4
 
 
 def test_a_search_that_is_not_finished_chooses_nothing(recipes):

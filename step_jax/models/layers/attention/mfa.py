@@ -54,6 +54,10 @@ class MFA:
     query_rank: R; None for the paper's R = C.
     query_norm: norm between the two query factors (released form), None for the paper form.
     window, output_gate: as in MHA.
+    scale_output_rate: the output weight learns ``width / (heads * head_dim)`` times as fast, where
+      that is less than 1. Heads of one value start nearly alike, so their updates add up: the sum
+      moves as fast as the output of an MHA of that width does only with this factor. Measured in
+      benchmarks/attention_ablation.md.
     """
 
     kind: ClassVar[str] = "mfa"
@@ -65,6 +69,7 @@ class MFA:
     window: int | None = None
     output_gate: bool = False
     position: Position | None = Rope()
+    scale_output_rate: bool = False
 
     def validate(self):
         checks.at_least(self, heads=1, head_dim=1, query_rank=1)
@@ -90,7 +95,11 @@ class MFA:
             reuse_CC=ParamSpec((C, C), (None, None), init.matrix(C)) if gated_key else None,
             reuse_gate_C=ParamSpec((C,), (None,), ZEROS, role="vector") if gated_key else None,
             output_NCD=ParamSpec(
-                (N, C, width), ("heads", None, "embed"), init.attention_output(N * C), fan_in=2
+                (N, C, width),
+                ("heads", None, "embed"),
+                init.attention_output(N * C),
+                fan_in=2,
+                rate=min(1.0, width / (N * C)) if self.scale_output_rate else 1.0,
             ),
             gate_DN=gate_specs(self, width, init),
         )
