@@ -4,20 +4,19 @@
 
 Width 256, C = 32, two layers, 1,024 tokens a step of the Python standard library, Muon at 1e-2
 unless the case says otherwise. What is finished is kept in OUT/results.jsonl, and the same command
-goes on with the rest; it ends with a table of held-out losses, each minus that of ``mfa`` of the
-same seed.
+goes on with the rest; it ends with a table of held-out losses, paired by seed with those of ``mfa``
+and ``mha``. The parameters of every run are left in OUT as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from step_jax.core import rng
 from step_jax.core import spec as spec_lib
@@ -48,6 +46,8 @@ from step_jax.models.layers.positions import Rope, rotate, rotate_queries
 from step_jax.models.text.decoder import Decoder
 from step_jax.models.trunk import Group
 from step_jax.ops.einsum import einsum
+from step_jax.runs.plots import plot_groups
+from step_jax.trainers.ablation_table import Row, difference
 from step_jax.training.learner import learn
 from step_jax.training.losses.text import packed_text_loss
 from step_jax.training.optimizers.config import AdamW, Muon
@@ -120,12 +120,10 @@ class Case:
 
     Attributes:
       change: of the parameter table.
-      rates: the end of a parameter's path -> what multiplies its learning rate.
     """
 
     attention: MFA | MHA = MFA26
     change: Change = lambda name, spec: spec
-    rates: Mapping[str, float] = field(default_factory=dict)
     init: FanIn | Fixed = FanIn()
     optimizer: type = Muon
     rate: float = 1e-2
@@ -152,6 +150,15 @@ def scaled(**factors) -> Change:
     return change
 
 
+def rated(**factors) -> Change:
+    """The learning rates of the parameters of the given names are multiplied."""
+
+    def change(name: str, spec: ParamSpec) -> ParamSpec:
+        return replace(spec, rate=factors.get(name.rsplit("/", 1)[-1], 1.0))
+
+    return change
+
+
 def per_head(name: str, spec: ParamSpec) -> ParamSpec:
     if not name.endswith("output_NCD"):
         return spec
@@ -167,16 +174,23 @@ CASES: dict[str, Case] = {
     "mqa": Case(MQA15),
     "mfa": Case(),
     "mfa_8_heads": Case(replace(MFA26, heads=8)),
-    "mfa_output_rate": Case(rates={"output_NCD": FAN}),
-    "mfa_output_rate_query_norm": Case(replace(MFA26, query_norm=NORM), rates={"output_NCD": FAN}),
+    "mfa_output_rate": Case(change=rated(output_NCD=FAN)),
+    "mfa_output_rate_squared": Case(change=rated(output_NCD=FAN**2)),
+    "mfa_output_rate_cubed": Case(change=rated(output_NCD=FAN**3)),
+    "mha_output_rate_squared": Case(MHA16, change=rated(output_NHD=FAN**2)),
+    "mfa_half_rate": Case(rate=5e-3),
+    "mha_half_rate": Case(MHA16, rate=5e-3),
+    "mfa_output_rate_query_norm": Case(
+        replace(MFA26, query_norm=NORM), change=rated(output_NCD=FAN)
+    ),
     "mfa_query_norm": Case(replace(MFA26, query_norm=NORM)),
     "mfa_output_starts": Case(change=start(output_NCD=Normal((26 * C) ** -0.5))),
     "mfa_qk_norm": Case(NormedMFA(heads=26, head_dim=C)),
     "mfa_per_head": Case(change=per_head),
-    "mfa_shared_rates_third": Case(rates=dict.fromkeys(SHARED, 1 / 3)),
+    "mfa_shared_rates_third": Case(change=rated(**dict.fromkeys(SHARED, 1 / 3))),
     "mfa_rank_128": Case(replace(MFA26, heads=16, query_rank=128)),
     "mfa_rank_128_norm": Case(replace(MFA26, heads=16, query_rank=128, query_norm=NORM)),
-    "mqa_output_rate": Case(MQA15, rates={"output_NHD": WIDTH / (15 * C)}),
+    "mqa_output_rate": Case(MQA15, change=rated(output_NHD=WIDTH / (15 * C))),
     "mfa_half_rotated": Case(replace(MFA26, position=Rope(fraction=0.5))),
     "mfa_fixed": Case(init=Fixed(0.02)),
     "mfa_alike": Case(change=start(query_up_RNC=AlikeHeads(C**-0.5))),
@@ -186,26 +200,19 @@ CASES: dict[str, Case] = {
     "mfa_query_up_zero": Case(change=start(query_up_RNC=ZEROS)),
     "mfa_theta_500": Case(replace(MFA26, position=Rope(theta=500.0))),
     "mfa_warmup_60": Case(warmup=60),
-    "mha_output_rate": Case(MHA16, rates={"output_NHD": FAN}),
+    "mha_output_rate": Case(MHA16, change=rated(output_NHD=FAN)),
     "mha_adamw": Case(MHA16, optimizer=AdamW, rate=5e-3),
     "mfa_adamw": Case(optimizer=AdamW, rate=5e-3),
-    "mfa_adamw_output_rate": Case(optimizer=AdamW, rate=5e-3, rates={"output_NCD": FAN}),
+    "mfa_adamw_output_rate": Case(optimizer=AdamW, rate=5e-3, change=rated(output_NCD=FAN)),
 }
-
-
-def with_rates(learning, rates: Mapping[str, float]):
-    """The learning with the updates of some parameters multiplied."""
-    if not rates:
-        return learning
-
-    def factor(name: str) -> float:
-        return rates.get(name.rsplit("/", 1)[-1], 1.0)
-
-    factors = spec_lib.map_names(factor, learning.specs)
-    scale = optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors))
-    optimizer = learning.optimizer
-    direction = optax.chain(optimizer.direction, scale)
-    return replace(learning, optimizer=replace(optimizer, direction=direction))
+#: case -> its name in the picture
+DRAWN = {
+    "mfa": "MFA",
+    "mqa": "MQA",
+    "mha": "MHA",
+    "mfa_output_rate_squared": "MFA, output_rate 0.095",
+    "mha_output_rate": "MHA, output_rate 0.31",
+}
 
 
 def train(case: Case, seed: int, steps: int, dataset: TextDataset, sharding: Sharding):
@@ -224,7 +231,7 @@ def train(case: Case, seed: int, steps: int, dataset: TextDataset, sharding: Sha
     program = Program.build(
         lambda params, batch, key: text_loss(params["model"], batch),
         {"model": model},
-        {"model": with_rates(learning, case.rates)},
+        {"model": learning},
         text_schema(ROWS, T),
         sharding,
         total_steps=steps,
@@ -289,21 +296,46 @@ def run(out: Path, names: list[str], seeds: list[int], steps: int) -> list[dict[
 
 
 def table(results: list[dict[str, Any]], steps: int) -> str:
-    """Losses by case, and minus ``mfa`` with the standard error over pairs of the same seed."""
+    """Losses by case, and minus those of ``mfa`` and ``mha`` over pairs of the same seed."""
     nll: dict[str, dict[int, float]] = {}
     for r in results:
         if r["steps"] == steps:
             nll.setdefault(r["case"], {})[r["seed"]] = r["nll"]
-    lines = ["| case | held-out loss | minus mfa | seeds |", "| :-- | --: | --: | --: |"]
-    for name, losses in nll.items():
-        gaps = [x - nll["mfa"][seed] for seed, x in losses.items() if seed in nll.get("mfa", {})]
-        gap = f"{statistics.fmean(gaps):+.4f}" if gaps else "-"
-        if len(gaps) > 1:
-            gap += f" ± {statistics.stdev(gaps) / math.sqrt(len(gaps)):.4f}"
-        lines.append(
-            f"| {name} | {statistics.fmean(losses.values()):.4f} | {gap} | {len(losses)} |"
-        )
+    rows = {name: Row(name, 0, (), 0.0, losses, {}) for name, losses in nll.items()}
+    lines = ["| case | seeds | held-out loss | minus mfa | minus mha |"]
+    lines.append("| :-- | --: | --: | --: | --: |")
+    for name in (name for name in CASES if name in rows):
+        cells = [name, str(len(nll[name])), f"{statistics.fmean(nll[name].values()):.4f}"]
+        for other in ("mfa", "mha"):
+            gap = difference(rows[name], rows[other]) if other in rows and name != other else None
+            cells.append("-" if gap is None else str(gap))
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def picture(results: list[dict[str, Any]], steps: int, out: Path) -> Path:
+    """Training loss of the cases in ``DRAWN``: mean and range over seeds."""
+    groups: dict[str, list[Path]] = {}
+    for r in results:
+        if r["steps"] == steps and r["case"] in DRAWN:
+            file = out / "curves" / f"{r['case']}-{r['seed']}-{steps}.jsonl"
+            file.parent.mkdir(exist_ok=True)
+            records: list[dict[str, Any]] = [
+                {"event": "header", "step": 0, "units": {"loss": "nats per token"}}
+            ]
+            records += [
+                {"event": "step", "step": i, "tokens": i * ROWS * T, "tokens_per_s": 0, "loss": x}
+                for i, x in enumerate(r["losses"], start=1)
+            ]
+            file.write_text("".join(json.dumps(record) + "\n" for record in records))
+            seeds = groups.setdefault(DRAWN[r["case"]], [])
+            seeds.append(file)
+    labels = {
+        name: f"{name} ({len(runs)} seed{'s' * (len(runs) > 1)})" for name, runs in groups.items()
+    }
+    title = f"width 256, C = 32, Muon, {steps * ROWS * T:,} tokens, mean and range over seeds"
+    drawn = {labels[name]: groups[name] for name in DRAWN.values() if name in groups}
+    return plot_groups(drawn, out / "causes.png", title=title)
 
 
 def main() -> None:
@@ -313,7 +345,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=200)
     args = parser.parse_args()
-    print(table(run(args.out, args.cases, args.seeds, args.steps), args.steps))
+    results = run(args.out, args.cases, args.seeds, args.steps)
+    print(table(results, args.steps))
+    print(f"\npicture: {picture(results, args.steps, args.out)}")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,8 @@ def make_probe(
 
     Returns:
       ``probe(params)``: for every layer l, ``previous_token/l`` and ``induction/l``, each of the
-      head of the layer that scores highest, between 0 and 1.
+      head of the layer that scores highest, between 0 and 1; and ``previous_token`` and
+      ``induction``, those of the highest layer.
     """
     execution = replace(execution, scan=False, remat="none")
     tokens_BT = repeated_tokens(model.vocab, min(sequence_length, _MOST_TOKENS) // 2 * 2)
@@ -89,7 +90,8 @@ def make_probe(
 
     def probe(params) -> dict[str, float]:
         by_name: Mapping[str, jax.Array] = jax.device_get(best(params))
-        return {
+        highest = {name: float(scores.max()) for name, scores in by_name.items()}
+        return highest | {
             f"{name}/{layer}": float(score)
             for name, scores in by_name.items()
             for layer, score in enumerate(scores)

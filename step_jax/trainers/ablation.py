@@ -29,12 +29,13 @@ from step_jax.models.text.facts import with_vocabulary
 from step_jax.runs.history import outcome
 from step_jax.runs.metrics_log import read_metrics
 from step_jax.trainers import pretrain
-from step_jax.trainers.ablation_table import Ablation, Row, Times, Tried
+from step_jax.trainers.ablation_table import LOOKS_BACK, Ablation, Row, Times, Tried
 from step_jax.trainers.ablation_times import measure
 from step_jax.training.step import DivergedError
 
 BASE = "base.yaml"
 PUBLISHED = "published.json"
+SCORES = ("previous_token/", "induction/")  # of ``evaluation.attention_probe``
 
 
 @dataclass(frozen=True)
@@ -203,9 +204,13 @@ def _compared(config: pretrain.Config) -> dict[str, tuple[str, Any]]:
 
 def tokens_of(config: pretrain.Config) -> int:
     """Tokens that the whole run is trained on."""
-    T = config.data.sequence_length
-    tokens = config.training.rows(T, 1) * T
+    tokens = _tokens_of_step(config)
     return tokens * config.training.total_steps(tokens)
+
+
+def _tokens_of_step(config: pretrain.Config) -> int:
+    T = config.data.sequence_length
+    return config.training.rows(T, 1) * T
 
 
 def finished(config: pretrain.Config) -> float | None:
@@ -296,7 +301,8 @@ def _row(plan: Plan, name: str, seeds: Sequence[int], times: Times | None) -> Ro
     losses = {seed: loss for seed, run in runs.items() if (loss := finished(run)) is not None}
     model = complete_model(_any(plan.variants[name]), runs.values())
     length = _any(plan.variants[name]).data.sequence_length
-    looks = [_looks(Path(runs[seed].run.directory)) for seed in losses]
+    looks = [_looks(runs[seed]) for seed in losses] or [({}, {})]
+    final, first = zip(*looks, strict=True)
     return Row(
         name=name,
         parameters=count(model.specs()),
@@ -304,7 +310,8 @@ def _row(plan: Plan, name: str, seeds: Sequence[int], times: Times | None) -> Ro
         cache_bytes=model.init_cache(1, length).nbytes() / length,
         nll=losses,
         runs={seed: Path(run.run.directory) for seed, run in runs.items()},
-        looks={n: statistics.fmean(scores[n] for scores in looks) for n in (looks or [{}])[0]},
+        looks={n: statistics.fmean(seed[n] for seed in final) for n in final[0]},
+        looks_from={n: statistics.median(seed[n] for seed in first) for n in first[0]},
         tried=tried,
         times=times,
     )
@@ -319,10 +326,16 @@ def complete_model(config: pretrain.Config, runs):
     return with_vocabulary(model, config.data.vocab_size)
 
 
-def _looks(directory: Path) -> dict[str, float]:
-    scores = ("previous_token/", "induction/")
-    final = _final(read_metrics(directory))
-    return {name: value for name, value in final.items() if name.startswith(scores)}
+def _looks(run: pretrain.Config) -> tuple[dict[str, float], dict[str, float]]:
+    """Of a finished run: (the scores at its end, the tokens after which each was above a bound)."""
+    records = read_metrics(run.run.directory)
+    final = {n: v for n, v in _final(records).items() if n.startswith(SCORES)}
+    first = {name.partition("/")[0]: math.inf for name in final}
+    for record in reversed([r for r in records if r["event"] == "eval"]):
+        for name in final:
+            if record.get(name, 0.0) > LOOKS_BACK:
+                first[name.partition("/")[0]] = record["step"] * _tokens_of_step(run)
+    return final, first
 
 
 def _check_scored(rows) -> None:

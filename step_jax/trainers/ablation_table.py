@@ -12,6 +12,8 @@ from step_jax.runs.plots import plot_groups
 
 #: Student's t at 97.5 % for 1, 2, ... degrees of freedom; the normal quantile beyond.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+#: From this score on, a head is said to look where the score is about.
+LOOKS_BACK = 0.3
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Row:
       runs: the run directories, by seed.
       looks: previous-token and induction score by layer (``evaluation.attention_probe``), means
         over seeds; empty without ``evaluation.attention``.
+      looks_from: by score, the tokens trained on when a layer of it was first found above
+        ``LOOKS_BACK``, the median over seeds; infinite where most never were.
       tried: the search for the variant's own value, None without one.
       times: None where nothing was timed.
     """
@@ -68,6 +72,7 @@ class Row:
     nll: Mapping[int, float]
     runs: Mapping[int, Path]
     looks: Mapping[str, float] = field(default_factory=dict)
+    looks_from: Mapping[str, float] = field(default_factory=dict)
     tried: Tried | None = None
     times: Times | None = None
 
@@ -199,11 +204,15 @@ class Ablation:
         if not rows:
             return ""
         names = list(dict.fromkeys(name for row in rows for name in row.looks))
+        first = list(dict.fromkeys(name for row in rows for name in row.looks_from))
         lines = [
-            [row.name, *(f"{row.looks[n]:.3f}" if n in row.looks else "-" for n in names)]
+            [row.name]
+            + [f"{row.looks[n]:.3f}" if n in row.looks else "-" for n in names]
+            + [_count(row.looks_from.get(n, math.inf)) for n in first]
             for row in rows
         ]
-        return _table(["score/layer", *names], lines)
+        head = ["score/layer", *names, *(f"{n} above {LOOKS_BACK:g} from token" for n in first)]
+        return _table(head, lines)
 
     def _times(self) -> str:
         rows = [(row.name, row.times) for row in self.rows if row.times is not None]
@@ -271,6 +280,10 @@ class Ablation:
         """Training loss of every variant: mean over seeds, with the band from best to worst."""
         groups = {row.name: [row.runs[seed] for seed in row.nll] for row in self.rows if row.nll}
         return plot_groups(groups, out, title=f"{self.tokens:,} tokens, mean and range over seeds")
+
+
+def _count(number: float) -> str:
+    return "-" if math.isinf(number) else f"{number:,.0f}"
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

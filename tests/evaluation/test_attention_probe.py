@@ -60,6 +60,8 @@ def test_every_layer_of_every_kind_is_seen_in_order():
     both = beside(lambda params, heldout: {"nll": 1.0}, probe)(small.params(model), None)
     assert both.pop("nll") == 1.0
     names = {f"{score}/{layer}" for score in ("previous_token", "induction") for layer in range(4)}
+    for score in ("previous_token", "induction"):
+        assert both.pop(score) == max(both[f"{score}/{layer}"] for layer in range(4))
     assert set(both) == names
     assert both["previous_token/1"] == both["induction/1"] == 0
     assert all(0.01 < both[name] < 0.9 for name in names if not name.endswith("/1"))

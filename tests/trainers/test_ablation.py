@@ -29,6 +29,7 @@ from step_jax.training.step import DivergedError
 from tests.models import small
 
 ATTENTION = Path(__file__).parents[2] / "configs" / "ablations" / "attention"
+WIDE = ATTENTION.with_name("attention_wide")
 
 
 def attention(config):
@@ -51,9 +52,11 @@ def test_variants_are_those_of_the_paper(configured):
     assert {row.name for row in configured.rows} == kinds | inits == set(configured.published)
 
 
-def test_parameters_agree(configured):
+@pytest.mark.parametrize("folder", [ATTENTION, WIDE], ids=lambda f: f.name)
+def test_parameters_agree(folder):
     """Attention within 2 %, whole models within 1 %."""
-    variants = {n: tried[None] for n, tried in load_variants([ATTENTION]).variants.items()}
+    variants = {n: tried[None] for n, tried in load_variants([folder]).variants.items()}
+    configured = collect([folder], seeds=(), reference="mha")
     mha, width = attention(variants["mha"]), variants["mha"].model.width
     target = count(mha.specs(width, FanIn()))
     for row in configured.rows:
@@ -61,6 +64,17 @@ def test_parameters_agree(configured):
         assert kind.heads == equal_parameter_heads(kind, width, like=mha)
         assert abs(count(kind.specs(width, FanIn())) / target - 1) < 0.02
         assert abs(row.parameters / configured.reference.parameters - 1) < 0.01
+
+
+def test_the_wide_variants_have_the_papers_proportions():
+    """Width 8C, multi-head attention of heads of width C/2."""
+    variants = {name: tried[None] for name, tried in load_variants([WIDE]).variants.items()}
+    kinds = {name: attention(config) for name, config in variants.items()}
+    C = kinds["mfa"].head_dim
+    assert (variants["mfa"].model.width, C, kinds["mha"].head_dim) == (256, 32, C // 2)
+    assert {kinds[n].head_dim for n in ("mqa", "mfa_kr", "key_reuse", "mfa_slow_output")} == {C}
+    adamw = {name for name, config in variants.items() if config.optimizer.kind == "adamw"}
+    assert adamw == {"mha_adamw", "mfa_adamw"}
 
 
 def test_live_cache_against_mha(configured):
@@ -133,8 +147,11 @@ def test_a_best_value_at_the_border_is_said():
 def test_probes_and_times_stand_in_tables_of_their_own():
     looks = {"previous_token/0": 0.9, "induction/1": 0.25}
     times = Times(0.5, {128: 2e-3})
-    text = Ablation((replace(row("a", 1.0), looks=looks, times=times),), row("a"), 1, {}).markdown()
-    assert "| score/layer | previous_token/0 | induction/1 |" in text and "| a | 0.900 |" in text
+    first = {"previous_token": 1280.0, "induction": math.inf}
+    looking = replace(row("a", 1.0), looks=looks, looks_from=first, times=times)
+    text = Ablation((looking,), looking, 1, {}).markdown()
+    assert "| score/layer | previous_token/0 | induction/1 | previous_token above 0.3 from" in text
+    assert "| a | 0.900 | 0.250 | 1,280 | - |" in text
     assert "| time | training step, s | token with 128 cached, ms |" in text
     assert "| a | 0.5 | 2 |" in text
 
@@ -321,7 +338,7 @@ def losses_of(monkeypatch, loss):
 
     monkeypatch.setattr(ablation.pretrain, "run", train)
     monkeypatch.setattr(ablation, "finished", lambda config: known.get(config.run.directory))
-    monkeypatch.setattr(ablation, "_looks", lambda directory: {})
+    monkeypatch.setattr(ablation, "_looks", lambda run: ({}, {}))
     monkeypatch.setattr(Ablation, "plot", lambda self, out: out)
     return trained
 
@@ -364,6 +381,26 @@ def test_a_search_that_is_not_finished_chooses_nothing(recipes):
     search = Search.parse("optimizer.learning_rate=1e-3,3e-3")
     mfa, _ = collect([recipes], (0, 1), search=search).rows
     assert mfa.nll == {} and mfa.tried.best is None and not mfa.tried.border
+
+
+def test_the_first_look_back_is_found_in_the_evaluations(recipes, tmp_path):
+    run = load_variants([recipes]).of_seed("mha", None, 0)
+    directory = Path(run.run.directory)
+    directory.mkdir(parents=True)
+    scores = [(1, 0.1, 0.0), (2, 0.4, 0.2), (3, 0.5, 0.2)]
+    directory.joinpath("metrics.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {"event": "eval", "name": "heldout", "step": step, "nll": 1.0}
+                | {"previous_token/0": previous, "induction/1": induction}
+            )
+            + "\n"
+            for step, previous, induction in scores
+        )
+    )
+    final, first = ablation._looks(run)
+    assert final == {"previous_token/0": 0.5, "induction/1": 0.2}
+    assert first == {"previous_token": 2 * 8 * 16, "induction": math.inf}
 
 
 def test_a_text_that_was_changed_between_runs_is_noticed(recipes, tmp_path, monkeypatch):

@@ -54,10 +54,8 @@ class MFA:
     query_rank: R; None for the paper's R = C.
     query_norm: norm between the two query factors (released form), None for the paper form.
     window, output_gate: as in MHA.
-    scale_output_rate: the output weight learns ``width / (heads * head_dim)`` times as fast, where
-      that is less than 1. Heads of one value start nearly alike, so their updates add up: the sum
-      moves as fast as the output of an MHA of that width does only with this factor. Measured in
-      benchmarks/attention_ablation.md.
+    output_rate: multiplies the learning rate of the output weight. Many heads on one value start
+      nearly alike, so that their updates add up; benchmarks/attention_ablation.md has figures.
     """
 
     kind: ClassVar[str] = "mfa"
@@ -69,10 +67,11 @@ class MFA:
     window: int | None = None
     output_gate: bool = False
     position: Position | None = Rope()
-    scale_output_rate: bool = False
+    output_rate: float = 1.0
 
     def validate(self):
         checks.at_least(self, heads=1, head_dim=1, query_rank=1)
+        checks.above(self, output_rate=0)
         if self.window is not None and self.window < 1:
             raise ConfigError(f"the attention window is {self.window}; it must be at least 1")
         check(self.position, self.head_dim)
@@ -99,7 +98,7 @@ class MFA:
                 ("heads", None, "embed"),
                 init.attention_output(N * C),
                 fan_in=2,
-                rate=min(1.0, width / (N * C)) if self.scale_output_rate else 1.0,
+                rate=self.output_rate,
             ),
             gate_DN=gate_specs(self, width, init),
         )
