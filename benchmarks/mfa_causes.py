@@ -1,6 +1,6 @@
 """What moves MFA's loss: one change at a time, against the same model without it.
 
-    python benchmarks/mfa_causes.py OUT [--cases mha mfa ...] [--seeds 0 1 2] [--steps 200]
+    python benchmarks/mfa_causes.py OUT [--cases mha mfa] [--seeds 0 1 2] [--steps 200]
 
 Width 256, C = 32, two layers, 1,024 tokens a step of the Python standard library, Muon at 1e-2
 unless the case says otherwise. What is finished is kept in OUT/results.jsonl, and the same command
