@@ -1,4 +1,4 @@
-"""``step-jax ablate DIR_OR_FILE.yaml ... [--seeds N] [--reference NAME] [flags]``."""
+"""``step-jax ablate DIR_OR_FILE.yaml ... [--seeds N] [--search KEY=VALUE,...] [flags]``."""
 
 from __future__ import annotations
 
@@ -19,11 +19,18 @@ class Asked:
 
 
 def run(asked: Asked) -> None:
-    from step_jax.trainers.ablation import run_ablation
+    from step_jax.trainers.ablation import Search, run_ablation
 
     options = asked.options
-    result = run_ablation(asked.paths, range(options.seeds), asked.overrides, options.reference)
-    print(f"\n{result.markdown()}")
+    result = run_ablation(
+        asked.paths,
+        range(options.seeds),
+        asked.overrides,
+        options.reference,
+        None if options.search is None else Search.parse(options.search),
+        options.rounds,
+    )
+    print(f"\n{result.markdown()}\ntable:   {result.table}\npicture: {result.picture}")
 
 
 def parse(argv: list[str]) -> Asked:
@@ -31,12 +38,27 @@ def parse(argv: list[str]) -> Asked:
         prog="step-jax ablate",
         usage="step-jax ablate DIR_OR_FILE.yaml ... [options] [--group.key VALUE ...]",
         description="Train variants of a pretraining recipe with several seeds and compare their "
-        "held-out losses, parameters and cache sizes. Start it again to go on where it stopped. "
+        "held-out losses, parameters, cache sizes and times. They may differ in any part of the "
+        "recipe but tokens, tokenizer and held-out documents. Start it again to go on where it "
+        "stopped. "
         "--group.key VALUE changes every variant; `step-jax pretrain FILE.yaml --help` lists them.",
         allow_abbrev=False,
     )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="0 to N-1 (default: 3)")
     parser.add_argument("--reference", metavar="NAME", help="compare with it (default: the first)")
+    parser.add_argument(
+        "--search",
+        metavar="KEY=VALUE,...",
+        help="give each variant the best of these values by its loss of seed 0, as in "
+        "optimizer.learning_rate=1e-3,3e-3,1e-2",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        metavar="N",
+        help="in which a step and a decoded token of each variant are timed (default: 5; 0: none)",
+    )
     paths = list(itertools.takewhile(lambda item: not item.startswith("-"), argv))
     try:
         args, overrides = parser.parse_known_args(argv[len(paths) :])
@@ -48,4 +70,6 @@ def parse(argv: list[str]) -> Asked:
         raise ConfigError("name a directory of configurations, or files, before the options")
     if args.seeds < 1:
         raise ConfigError(f"--seeds is {args.seeds}; it must be at least 1")
+    if args.rounds < 0:
+        raise ConfigError(f"--rounds is {args.rounds}; it must be 0 or more")
     return Asked(paths, args, overrides)

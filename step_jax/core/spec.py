@@ -80,6 +80,7 @@ class ParamSpec:
       active: the share of the parameter that one token uses (top-k of all experts).
       trainable: False for what an optimizer must leave as it is.
       balance_rate: of a ``balance`` parameter: its step while the learning rate is at its peak.
+      rate: multiplies the learning rate, and so the decay too.
     """
 
     shape: tuple[int, ...]
@@ -91,6 +92,7 @@ class ParamSpec:
     active: float = 1.0
     trainable: bool = True
     balance_rate: float = 0.0
+    rate: float = 1.0
 
     def __post_init__(self):
         if len(self.shape) != len(self.axes):

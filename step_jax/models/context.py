@@ -5,6 +5,7 @@ Shape suffixes: B batch, T tokens of this call, S slots of a cache or keys.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -66,6 +67,9 @@ class Context:
       within_capacity: mixtures of experts keep to their ``capacity`` and drop what is beyond, as a
         loss of training on text does; where text is scored or written they drop nothing.
       record_routing: mixtures of experts report their decisions (``moe.ExpertStats``).
+      observe: called while tracing with every layer's attention weights, float32 (B, N, T, S) of
+        N heads over S keys, in the order of the layers. Needs ``execution.scan`` to be false, and
+        no remat: what a scan or a checkpoint traces cannot leave it.
       sharding: mesh and rules, or None on one device.
       execution: how to compute.
     """
@@ -76,6 +80,7 @@ class Context:
     fresh: bool = struct.field(pytree_node=False, default=False)
     within_capacity: bool = struct.field(pytree_node=False, default=False)
     record_routing: bool = struct.field(pytree_node=False, default=False)
+    observe: Callable[[jax.Array], None] | None = struct.field(pytree_node=False, default=None)
     sharding: Sharding | None = struct.field(pytree_node=False, default=None)
     execution: Execution = struct.field(pytree_node=False, default=Execution())
 

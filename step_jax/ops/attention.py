@@ -510,3 +510,14 @@ def attention(
     entry = IMPLEMENTATIONS[name]
     o_BKGTV = entry.compute(*arguments, device) if entry.kernel else entry.compute(*arguments)
     return _heads_last(o_BKGTV).astype(q_BTNH.dtype)
+
+
+def weights(
+    q_BTNH, k_BSKH, mask: Mask, *, scale: float, alibi: Literal["linear", "sqrt"] | None = None
+):
+    """What :func:`attention` multiplies values by, all of it: float32 (B, N, T, S)."""
+    q_BKGTH, k_BKSH, _ = _heads_first(q_BTNH, k_BSKH, k_BSKH)
+    s_BKGTS = _scores_BKGTS(q_BKGTH, k_BKSH, mask, scale, alibi)
+    B, K, G, T, S = s_BKGTS.shape
+    p_BKGTS = jax.nn.softmax(s_BKGTS, axis=-1) * (s_BKGTS > 0.5 * NEGATIVE)
+    return p_BKGTS.reshape(B, K * G, T, S)

@@ -369,10 +369,11 @@ def plot_groups(
     axes = figure.add_subplot(grid[0, 0])
     means, unit = [], ""
     _check_count(len(groups), "groups")
-    for index, (label, runs) in enumerate(groups.items()):
-        records = [read_metrics(run) for run in runs]
+    read = {label: [read_metrics(run) for run in runs] for label, runs in groups.items()}
+    x, x_label = _x_axis([records for group in read.values() for records in group])
+    for index, (label, records) in enumerate(read.items()):
         unit = unit or metric_unit(records[0], metric)
-        curves = [series(r, "step", "step", metric) for r in records]
+        curves = [series(r, "step", x, metric) for r in records]
         curves = [(xs, smooth(ys, max(1, len(ys) // 20))) for xs, ys in curves if xs]
         if not curves:
             continue
@@ -387,7 +388,7 @@ def plot_groups(
     if not means:
         raise ValueError(f"none of the runs has a finite '{metric}' in its step records")
     _limit(axes, means)
-    _style(axes, x="step", label=_with_unit(metric, unit))
+    _style(axes, x=x_label, label=_with_unit(metric, unit))
     _legend(axes, 8, sorted(range(len(means)), key=lambda i: -means[i][-1]))
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)

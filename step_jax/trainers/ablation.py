@@ -1,8 +1,10 @@
 """Ablations: variants of one pretraining recipe, each trained with several seeds, in one table.
 
-A variant is a configuration file; its name is the file's. What tells variants apart must be the
-model: text, tokens, optimizer and evaluation have to agree, and a seed gives every variant the same
-order of the data, so two variants are compared seed by seed.
+A variant is a configuration file; its name is the file's. Variants may differ in any part of the
+recipe (attention, optimizer, rate, data), but not in what makes losses comparable: the number of
+tokens, the tokenizer and the held-out documents. A seed gives every variant of one data recipe the
+same order of the data, so two variants are compared seed by seed. A search gives each variant a
+value of its own, the best of those tried.
 """
 
 from __future__ import annotations
@@ -12,195 +14,120 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from step_jax.core.command_line import load_config
 from step_jax.core.config import load_file
 from step_jax.core.errors import ConfigError
 from step_jax.core.files import write_whole
 from step_jax.core.spec import count
+from step_jax.data.config import TRAIN_TOKENIZER
 from step_jax.models.text.facts import with_vocabulary
+from step_jax.runs.history import outcome
 from step_jax.runs.metrics_log import read_metrics
-from step_jax.runs.plots import plot_groups
 from step_jax.trainers import pretrain
+from step_jax.trainers.ablation_table import LOOKS_BACK, Ablation, Row, Times, Tried
+from step_jax.trainers.ablation_times import measure
+from step_jax.training.step import DivergedError
 
 BASE = "base.yaml"
 PUBLISHED = "published.json"
-#: Student's t at 97.5 % for 1, 2, ... degrees of freedom; the normal quantile beyond.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+SCORES = ("previous_token/", "induction/")  # of ``evaluation.attention_probe``
 
 
 @dataclass(frozen=True)
-class Row:
-    """One variant.
+class Search:
+    """A key of the recipe and the values of it that every variant tries.
 
     Attributes:
-      parameters: of the whole model, with the tokenizer's vocabulary.
-      heads: query heads of each kind of layer.
-      cache_bytes: per token, counted from the arrays of a cache for one row (16 bits a number).
-      nll: held-out nats per token, by seed; seeds whose run is not finished are missing.
-      runs: the run directories, by seed.
+      key: as in ``optimizer.learning_rate``.
+      values: numbers as they were written, ascending.
     """
 
-    name: str
-    parameters: int
-    heads: tuple[int, ...]
-    cache_bytes: float
-    nll: Mapping[int, float]
-    runs: Mapping[int, Path]
+    key: str
+    values: tuple[str, ...]
 
-
-@dataclass(frozen=True)
-class Difference:
-    """Held-out loss of one variant minus another's, paired by seed.
-
-    Attributes:
-      mean, error: mean and its standard error (nan with fewer than two seeds), nats per token.
-      certain: whether zero is outside the 95 % interval of Student's t.
-    """
-
-    mean: float
-    error: float
-    certain: bool
-
-
-def difference(row: Row, other: Row) -> Difference | None:
-    """``row`` minus ``other`` over the seeds that both have; None if there is none."""
-    pairs = [row.nll[seed] - other.nll[seed] for seed in row.nll if seed in other.nll]
-    if not pairs:
-        return None
-    mean = statistics.fmean(pairs)
-    if len(pairs) < 2:
-        return Difference(mean, math.nan, False)
-    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
-    degrees = len(pairs) - 1
-    quantile = _T[degrees - 1] if degrees <= len(_T) else 1.96
-    return Difference(mean, error, abs(mean) > quantile * error)
-
-
-@dataclass(frozen=True)
-class Ablation:
-    """What the finished runs say.
-
-    Attributes:
-      rows: one for each variant, in the order they were given.
-      reference: the row that the others are compared with.
-      tokens: that every run is trained on.
-      published: other people's figure by variant, and where it is from; empty if there is none.
-    """
-
-    rows: tuple[Row, ...]
-    reference: Row
-    tokens: int
-    published: Mapping[str, float]
-    source: str = ""
-
-    def markdown(self) -> str:
-        """The table and the orders of the variants, as Markdown."""
-        head = ["variant", "parameters", "heads", "held-out loss", "min - max"]
-        head += [f"minus {self.reference.name}", "cache bytes per token", "cache"]
-        head += ["published"] if self.published else []
-        lines = [head, [":--"] + ["--:"] * (len(head) - 1)]
-        lines += [self._cells(row) for row in self.rows]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        seeds = sorted({seed for row in self.rows for seed in row.nll})
-        return (
-            f"{table}\n\n{self.tokens:,} tokens a run; finished seeds: "
-            f"{', '.join(map(str, seeds)) or 'none'}. Loss: mean ± standard deviation over seeds, "
-            "nats per token. Difference: mean ± standard error over pairs of the same seed; * "
-            "where 95 % of Student's t excludes zero.\n\n"
-            f"{self.orders()}\n"
-        )
-
-    def _cells(self, row: Row) -> list[str]:
-        losses = list(row.nll.values())
-        cells = [row.name, f"{row.parameters:,}", "/".join(map(str, row.heads))]
-        if losses:
-            spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
-            cells.append(f"{statistics.fmean(losses):.4f}{spread}")
-            cells.append(f"{min(losses):.4f} - {max(losses):.4f}")
-        else:
-            cells += ["-", "-"]
-        gap = difference(row, self.reference)
-        if row is self.reference or gap is None:
-            cells.append("-")
-        else:
-            error = "" if math.isnan(gap.error) else f" ± {gap.error:.4f}"
-            cells.append(f"{gap.mean:+.4f}{error}{' *' if gap.certain else ''}")
-        change = 100 * (row.cache_bytes / self.reference.cache_bytes - 1)
-        cells += [f"{row.cache_bytes:,.6g}", "-" if row is self.reference else f"{change:+.6g} %"]
-        if self.published:
-            cells.append(str(self.published.get(row.name, "-")))
-        return cells
-
-    def orders(self) -> str:
-        """Our order, best first, beside the published one.
-
-        ``<`` stands between neighbours whose difference is certain, ``~`` where it is not.
-        """
-        done = sorted(
-            (row for row in self.rows if row.nll),
-            key=lambda row: statistics.fmean(row.nll.values()),
-        )
-        if not done:
-            return "No run is finished."
-        ours = done[0].name
-        for better, worse in zip(done, done[1:], strict=False):
-            gap = difference(worse, better)
-            ours += f" {'<' if gap is not None and gap.certain else '~'} {worse.name}"
-        lines = [f"- ours: {ours} (`<` certain, `~` within the noise of the seeds)"]
-        names = (r.name for r in done if r.name in self.published)
-        known = sorted(names, key=lambda name: self.published[name])
-        if known:
-            theirs = known[0]
-            for lower, higher in zip(known, known[1:], strict=False):
-                equal = self.published[lower] == self.published[higher]
-                theirs += f" {'=' if equal else '<'} {higher}"
-            agree, against, open_pairs = self._agreement(done)
-            lines.append(f"- published: {theirs} ({self.source})")
-            lines.append(
-                f"- pairs that differ in the published figures: {agree} certain here in the same "
-                f"direction, {against} certain in the other, {open_pairs} within the noise (each "
-                "pair at 95 %, not corrected for their number)"
+    @classmethod
+    def parse(cls, text: str) -> Search:
+        """From ``KEY=VALUE,VALUE,...``. Raises ConfigError for anything else."""
+        key, _, listed = text.partition("=")
+        values = [value.strip() for value in listed.split(",")]
+        try:
+            numbers = [float(value) for value in values]
+        except ValueError:
+            numbers = []
+        if not key or len(set(numbers)) < 2 or not all(map(math.isfinite, numbers)):
+            raise ConfigError(
+                f"--search {text}: write KEY=NUMBER,NUMBER,... with two or more numbers, as in "
+                "optimizer.learning_rate=1e-3,3e-3,1e-2"
             )
-        return "\n".join(lines)
+        by_number = dict(zip(numbers, values, strict=True))
+        return cls(key.replace("-", "_"), tuple(by_number[number] for number in sorted(by_number)))
 
-    def _agreement(self, rows: Sequence[Row]) -> tuple[int, int, int]:
-        """Pairs certain in the published direction, certain against it, and undecided."""
-        same = against = undecided = 0
-        for i, row in enumerate(rows):
-            for other in rows[:i]:
-                theirs = self.published.get(row.name, math.nan)
-                theirs -= self.published.get(other.name, math.nan)
-                if not theirs or math.isnan(theirs):
-                    continue
-                gap = difference(row, other)
-                if gap is None or not gap.certain:
-                    undecided += 1
-                elif (gap.mean > 0) == (theirs > 0):
-                    same += 1
-                else:
-                    against += 1
-        return same, against, undecided
+    def folder(self, value: str) -> str:
+        """Where a variant keeps the runs with one of the values."""
+        return f"{self.key.rsplit('.', 1)[-1]}_{value}"
 
-    def plot(self, out: Path | str) -> Path:
-        """Training loss of every variant: mean over seeds, with the band from best to worst."""
-        groups = {row.name: [row.runs[seed] for seed in row.nll] for row in self.rows if row.nll}
-        return plot_groups(groups, out, title=f"{self.tokens:,} tokens, mean and range over seeds")
+
+@dataclass(frozen=True)
+class Plan:
+    """All configurations of an ablation.
+
+    Attributes:
+      variants: by name, then by the value that is tried (None where nothing is searched for).
+      search: None for none.
+    """
+
+    variants: Mapping[str, Mapping[str | None, pretrain.Config]]
+    search: Search | None = None
+
+    def of_seed(self, name: str, value: str | None, seed: int) -> pretrain.Config:
+        """The run of a variant with a seed, in a directory of its own."""
+        config = self.variants[name][value]
+        directory = Path(config.run.directory) / name
+        if self.search is not None and value is not None:
+            directory /= self.search.folder(value)
+        run = replace(config.run, directory=str(directory / f"seed_{seed}"), seed=seed)
+        return replace(config, run=run)
+
+    def tried(self, name: str, seed: int) -> Tried | None:
+        """What the finished runs of ``seed`` say of a variant's values; None without a search."""
+        if self.search is None:
+            return None
+        values = self.search.values
+        losses = {value: tried_loss(self.of_seed(name, value, seed)) for value in values}
+        known = {value: loss for value, loss in losses.items() if loss is not None}
+        if len(known) < len(losses):
+            return Tried(self.search.key, known, None, False)
+        best = min(known, key=lambda value: known[value])
+        if math.isinf(known[best]):
+            raise ConfigError(
+                f"{name} diverged with every {self.search.key} of {', '.join(values)}"
+            )
+        return Tried(self.search.key, known, best, best in (values[0], values[-1]))
+
+    @property
+    def directory(self) -> Path:
+        """Where table and picture go."""
+        first = next(iter(self.variants.values()))
+        return Path(next(iter(first.values())).run.directory)
 
 
 def load_variants(
-    paths: Sequence[Path | str], overrides: Sequence[str] = ()
-) -> dict[str, pretrain.Config]:
-    """Configurations by file name.
+    paths: Sequence[Path | str], overrides: Sequence[str] = (), search: Search | None = None
+) -> Plan:
+    """The configurations of files.
 
     Args:
       paths: configuration files, or directories of them (``base.yaml`` there is no variant).
       overrides: flags for all of them, such as ``["--training.steps", "100"]``.
+      search: what every variant tries; None for nothing.
 
     Raises:
-      ConfigError: no file, two of one name, or variants that differ in more than their model.
+      ConfigError: no file, two of one name, or variants whose losses would not compare.
     """
     files: list[Path] = []
     for path in map(Path, paths):
@@ -208,31 +135,88 @@ def load_variants(
         files += inside if path.is_dir() else [path]
     if not files:
         raise ConfigError(f"no configuration (*.yaml) in {', '.join(map(str, paths))}")
-    variants: dict[str, pretrain.Config] = {}
+    variants: dict[str, dict[str | None, pretrain.Config]] = {}
     for file in files:
         if file.stem in variants:
             raise ConfigError(f"two variants are named {file.stem}: rename {file}")
-        argv = [str(file), *overrides]
-        variants[file.stem] = load_config(pretrain.Config, argv, prog="step-jax ablate").config
-    first, *others = variants
-    for name in others:
-        ours = replace(variants[name], run=variants[first].run, model=variants[first].model)
-        if ours != variants[first]:
-            raise ConfigError(
-                f"{first} and {name} differ in more than run and model, so their losses would not "
-                "compare: give what they share to both (a common `base:` does)"
-            )
-    return variants
+        values = (None,) if search is None else search.values
+        variants[file.stem] = {value: _load(file, overrides, search, value) for value in values}
+    _check_comparable(variants, search)
+    return Plan(variants, search)
 
 
-def with_seed(name: str, config: pretrain.Config, seed: int) -> pretrain.Config:
-    """The run of a variant with a seed, in a directory of its own."""
-    directory = Path(config.run.directory) / name / f"seed_{seed}"
-    return replace(config, run=replace(config.run, directory=str(directory), seed=seed))
+def _load(
+    file: Path, overrides: Sequence[str], search: Search | None, value: str | None
+) -> pretrain.Config:
+    argv = [str(file), *overrides]
+    if search is not None and value is not None:
+        argv += [f"--{search.key}", value]
+    return load_config(pretrain.Config, argv, prog="step-jax ablate").config
+
+
+def _check_comparable(
+    variants: Mapping[str, Mapping[str | None, pretrain.Config]], search: Search | None
+) -> None:
+    """Raises ConfigError for variants that differ in tokens, tokenizer or held-out documents."""
+
+    def named(name: str, value: str | None) -> str:
+        return name if search is None else f"{name} ({search.key} {value})"
+
+    (first, ours), *others = (
+        (named(name, value), _compared(config))
+        for name, tried in variants.items()
+        for value, config in tried.items()
+    )
+    for name, theirs in others:
+        for what, (shown, identity) in ours.items():
+            other, other_identity = theirs[what]
+            if identity != other_identity:
+                raise ConfigError(
+                    f"{first} and {name} differ in their {what}, so their losses would not "
+                    f"compare: {shown} and {other}. Give what they share to both (a common `base:` "
+                    "does)"
+                )
+
+
+def _compared(config: pretrain.Config) -> dict[str, tuple[str, Any]]:
+    """What variants must agree in -> (as it is shown, as it is compared)."""
+    data = config.data
+    sources = tuple(replace(source, weight=1.0) for source in data.resolved_sources)
+    paths = ", ".join(source.path for source in sources)
+    tokens = tokens_of(config)
+    tokenizer: tuple[Any, ...] = (data.tokenizer,)
+    shown = data.tokenizer
+    if pretrain.trains_tokenizer(config):  # of the sources, which are compared below, by weight
+        weights = [source.weight for source in data.resolved_sources]
+        tokenizer += (data.vocab_size, *(w / sum(weights) for w in weights))
+        shown = f"one of {data.vocab_size:,} pieces that is trained"
+        shown += f" on sources of weights {weights}" if weights[1:] else ""
+    elif config.init_from is not None and data.tokenizer == TRAIN_TOKENIZER:
+        tokenizer += (config.init_from.artifact,)
+        shown = f"that of {config.init_from.artifact}"
+    heldout = (sources, data.heldout_fraction, data.max_document_bytes)
+    return {
+        "tokens": (f"{tokens:,}", tokens),
+        "tokenizer": (shown, tokenizer),
+        "held-out documents": (f"{data.heldout_fraction:g} of {paths}", heldout),
+    }
+
+
+def tokens_of(config: pretrain.Config) -> int:
+    """Tokens that the whole run is trained on."""
+    tokens = _tokens_of_step(config)
+    return tokens * config.training.total_steps(tokens)
+
+
+def _tokens_of_step(config: pretrain.Config) -> int:
+    T = config.data.sequence_length
+    return config.training.rows(T, 1) * T
 
 
 def finished(config: pretrain.Config) -> float | None:
     """The final held-out loss in the run directory of ``config``; None if it is not finished.
+
+    A run of another length is not finished: it goes on, if its learning rate allows that.
 
     Raises:
       ConfigError: the directory holds a run of another configuration.
@@ -242,15 +226,32 @@ def finished(config: pretrain.Config) -> float | None:
         return None
     saved = load_file(pretrain.Config, directory / "config.yaml")
     ours = with_vocabulary(config.decoder, saved.decoder.vocab)
-    if saved.run.seed != config.run.seed or saved != replace(config, run=saved.run, model=ours):
+    length = replace(config.training, steps=saved.training.steps, tokens=saved.training.tokens)
+    same = replace(config, run=saved.run, model=ours, training=length)
+    if saved.run.seed != config.run.seed or saved != same:
         raise ConfigError(
             f"{directory} holds a run of another configuration: give --run.directory a new place, "
             "or move the old runs away"
         )
     records = read_metrics(directory)
-    if not any(r["event"] == "summary" and r["values"].get("status") == "done" for r in records):
+    done = any(r["event"] == "summary" and r["values"].get("status") == "done" for r in records)
+    if not done or saved.training != config.training:
         return None
-    return next(r["nll"] for r in reversed(records) if r["event"] == "eval" and "nll" in r)
+    return _final(records)["nll"]
+
+
+def tried_loss(config: pretrain.Config) -> float | None:
+    """As `finished`; infinite for a run that diverged, which a search goes on without."""
+    loss = finished(config)
+    ended = outcome(read_metrics(config.run.directory), running=False)
+    if loss is None and ended.reason.startswith(DivergedError.__name__):
+        return math.inf
+    return loss
+
+
+def _final(records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The evaluation that a finished run ended with."""
+    return next(r for r in reversed(records) if r["event"] == "eval" and "nll" in r)
 
 
 def collect(
@@ -258,34 +259,50 @@ def collect(
     seeds: Sequence[int],
     overrides: Sequence[str] = (),
     reference: str | None = None,
+    search: Search | None = None,
+    times: Mapping[str, Times] | None = None,
 ) -> Ablation:
-    """The table of the runs that are finished; trains nothing. Arguments as `run_ablation`."""
-    variants = load_variants(paths, overrides)
-    reference = next(iter(variants)) if reference is None else reference
-    if reference not in variants:
-        raise ConfigError(f"no variant is named {reference}; there are {', '.join(variants)}")
-    rows = {name: _row(name, config, seeds) for name, config in variants.items()}
-    training, T = variants[reference].training, variants[reference].data.sequence_length
-    tokens = training.rows(T, 1) * T
+    """The table of the runs that are finished; trains nothing.
+
+    Args:
+      paths, seeds, overrides, reference, search: as `run_ablation`.
+      times: by variant, for the table.
+
+    Raises:
+      ConfigError: no such reference, or finished runs that were scored on unlike documents.
+    """
+    plan = load_variants(paths, overrides, search)
+    names = list(plan.variants)
+    reference = names[0] if reference is None else reference
+    if reference not in plan.variants:
+        raise ConfigError(f"no variant is named {reference}; there are {', '.join(names)}")
+    rows = {name: _row(plan, name, seeds, (times or {}).get(name)) for name in names}
+    _check_scored(rows.values())
     published, source = _published(paths)
     return Ablation(
         rows=tuple(rows.values()),
         reference=rows[reference],
-        tokens=tokens * training.total_steps(tokens),
+        tokens=tokens_of(_any(plan.variants[reference])),
         published=published,
         source=source,
+        directory=plan.directory,
     )
 
 
-def _row(name: str, config: pretrain.Config, seeds: Sequence[int]) -> Row:
-    runs = {seed: with_seed(name, config, seed) for seed in seeds}
+def _any(tried: Mapping[str | None, pretrain.Config]) -> pretrain.Config:
+    return next(iter(tried.values()))
+
+
+def _row(plan: Plan, name: str, seeds: Sequence[int], times: Times | None) -> Row:
+    tried = plan.tried(name, seeds[0]) if seeds else None
+    value = None if tried is None else tried.best
+    chosen = plan.search is None or value is not None
+    runs = {seed: plan.of_seed(name, value, seed) for seed in seeds} if chosen else {}
     losses = {seed: loss for seed, run in runs.items() if (loss := finished(run)) is not None}
-    model = config.decoder
-    for run in runs.values():
-        if (saved := Path(run.run.directory) / "config.yaml").exists():
-            model = load_file(pretrain.Config, saved).decoder
-    model = with_vocabulary(model, config.data.vocab_size)
-    length = config.data.sequence_length
+    model = complete_model(_any(plan.variants[name]), runs.values())
+    length = _any(plan.variants[name]).data.sequence_length
+    looks = [_looks(runs[seed]) for seed in losses] or [({}, {})]
+    final, first = zip(*looks, strict=True)
     return Row(
         name=name,
         parameters=count(model.specs()),
@@ -293,7 +310,52 @@ def _row(name: str, config: pretrain.Config, seeds: Sequence[int]) -> Row:
         cache_bytes=model.init_cache(1, length).nbytes() / length,
         nll=losses,
         runs={seed: Path(run.run.directory) for seed, run in runs.items()},
+        looks={n: statistics.fmean(seed[n] for seed in final) for n in final[0]},
+        looks_from={n: statistics.median(seed[n] for seed in first) for n in first[0]},
+        tried=tried,
+        times=times,
     )
+
+
+def complete_model(config: pretrain.Config, runs):
+    """The model with the vocabulary that its runs found, else with that of the configuration."""
+    model = config.decoder
+    for run in runs:
+        if (saved := Path(run.run.directory) / "config.yaml").exists():
+            model = load_file(pretrain.Config, saved).decoder
+    return with_vocabulary(model, config.data.vocab_size)
+
+
+def _looks(run: pretrain.Config) -> tuple[dict[str, float], dict[str, float]]:
+    """Of a finished run: (the scores at its end, the tokens after which each was above a bound)."""
+    records = read_metrics(run.run.directory)
+    final = {n: v for n, v in _final(records).items() if n.startswith(SCORES)}
+    first = {name.partition("/")[0]: math.inf for name in final}
+    for record in reversed([r for r in records if r["event"] == "eval"]):
+        for name in final:
+            if record.get(name, 0.0) > LOOKS_BACK:
+                first[name.partition("/")[0]] = record["step"] * _tokens_of_step(run)
+    return final, first
+
+
+def _check_scored(rows) -> None:
+    """Raises ConfigError if finished runs kept unlike held-out documents or tokenizers.
+
+    What configurations do not tell: a text that was changed between two runs.
+    """
+    kept: dict[str, Path] = {}
+    for row in rows:
+        for seed in row.nll:
+            meta = row.runs[seed] / "heldout" / "meta.json"
+            if meta.exists():
+                kept.setdefault(json.loads(meta.read_text())["checksum"], row.runs[seed])
+    if len(kept) > 1:
+        one, other, *_ = kept.values()
+        raise ConfigError(
+            f"{one} and {other} were scored on unlike held-out documents or with unlike "
+            "tokenizers: the text was changed between the two. Move the older one away to train it "
+            "again"
+        )
 
 
 def _published(paths: Sequence[Path | str]) -> tuple[dict[str, float], str]:
@@ -310,32 +372,53 @@ def run_ablation(
     seeds: Sequence[int] = (0, 1, 2),
     overrides: Sequence[str] = (),
     reference: str | None = None,
+    search: Search | None = None,
+    rounds: int = 0,
     say: Callable[[str], None] = print,
 ) -> Ablation:
     """Trains every variant with every seed; what is finished is kept, what was stopped goes on.
 
-    Seeds come in the outer loop, so that a stopped ablation has whole rounds of all variants. The
-    table and the picture are left in the variants' ``run.directory``.
+    A search comes first: every variant with every value and the first seed. Then seeds come in the
+    outer loop, so that a stopped ablation has whole rounds of all variants. The table and the
+    picture are left in the variants' ``run.directory``.
 
     Args:
-      paths, overrides: see `load_variants`.
+      paths, overrides, search: see `load_variants`.
       seeds: of parameters and data order; each variant has its run of seed n in
-        ``<run.directory>/<variant>/seed_<n>``.
+        ``<run.directory>/<variant>/seed_<n>``, with a search in a folder of its value in between.
       reference: the variant that the others are compared with (default: the first).
+      rounds: in which a step and a decoded token of every variant are timed at the end; 0: none.
       say: called with a line about every run.
     """
-    variants = load_variants(paths, overrides)
-    collect(paths, seeds, overrides, reference)  # what cannot work is found before hours of work
+    plan = load_variants(paths, overrides, search)
+    # what cannot work is found before hours of work
+    collect(paths, seeds, overrides, reference, search)
+    if search is not None:
+        for value in search.values:
+            for name in plan.variants:
+                run = plan.of_seed(name, value, seeds[0])
+                if tried_loss(run) != math.inf:
+                    with suppress(DivergedError):  # its loss is infinite then
+                        _train(f"{name}, {search.key} {value}", run, say)
+    best: dict[str, str | None] = {}
+    for name in plan.variants:
+        tried = plan.tried(name, seeds[0])
+        best[name] = None if tried is None else tried.best
     for seed in seeds:
-        for name, config in variants.items():
-            run = with_seed(name, config, seed)
-            loss, start = finished(run), time.process_time()
-            if loss is None:
-                loss = pretrain.run(run)["nll"]
-            spent = time.process_time() - start
-            say(f"{name}, seed {seed}: held-out loss {loss:.4f} ({spent:.0f} CPU-s)")
-    result = collect(paths, seeds, overrides, reference)
-    directory = Path(next(iter(variants.values())).run.directory)
-    write_whole(directory / "ablation.md", result.markdown())
-    result.plot(directory / "ablation.png")
+        for name, own in best.items():
+            _train(name, plan.of_seed(name, own, seed), say)
+    chosen = {name: plan.of_seed(name, value, seeds[0]) for name, value in best.items()}
+    models = {name: complete_model(config, [config]) for name, config in chosen.items()}
+    times = measure(chosen, models, rounds) if rounds else {}
+    result = collect(paths, seeds, overrides, reference, search, times)
+    write_whole(result.table, result.markdown())
+    result.plot(result.picture)
     return result
+
+
+def _train(name: str, run: pretrain.Config, say: Callable[[str], None]) -> None:
+    loss, start = finished(run), time.process_time()
+    if loss is None:
+        loss = pretrain.run(run)["nll"]
+    spent = time.process_time() - start
+    say(f"{name}, seed {run.run.seed}: held-out loss {loss:.4f} ({spent:.0f} CPU-s)")

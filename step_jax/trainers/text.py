@@ -23,6 +23,7 @@ from step_jax.data.batches import process_rows, to_mesh
 from step_jax.data.config import TRAIN_TOKENIZER
 from step_jax.data.packing import text_schema
 from step_jax.data.schema import Schema
+from step_jax.evaluation.attention_probe import beside, make_probe
 from step_jax.evaluation.heldout import make_evaluator
 from step_jax.inference.generate import generate
 from step_jax.inference.sampling import SamplingConfig
@@ -137,10 +138,12 @@ class Evaluation:
 
     every_steps: 0 for the end only.
     tokens: of the quick evaluations, whole documents.
+    attention: also say where every layer's attention looks (``evaluation.attention_probe``).
     """
 
     every_steps: int = 200
     tokens: int = 50_000
+    attention: bool = False
 
     def validate(self):
         if self.every_steps < 0 or self.tokens < 1:
@@ -392,17 +395,13 @@ def train(session: Session, config: TextLoop, dataset: TextDataset, train_step, 
     built = session.program
     model = built.models[LEARNER]
     session.watch = ExpertAlarm(config.expert_health).check
-    best = built.learnings[LEARNER].best
+    best, T = built.learnings[LEARNER].best, config.data.sequence_length
     dataset.heldout = dataset.heldout.kept(
         session.directory.heldout, dataset.tokenizer, write=session.primary
     )
-    evaluate = make_evaluator(
-        model,
-        config.execution,
-        session.sharding,
-        dataset.batch_size,
-        config.data.sequence_length,
-    )
+    evaluate = make_evaluator(model, config.execution, session.sharding, dataset.batch_size, T)
+    if config.evaluation.attention:
+        evaluate = beside(evaluate, make_probe(model, config.execution, session.sharding, T))
     quick = dataset.heldout.subset(config.evaluation.tokens)
 
     def score(step: int):

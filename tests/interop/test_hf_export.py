@@ -255,6 +255,8 @@ def test_what_cannot_be_exported_is_named():
         b = replace(block, **changes)
         return hf.config_to_hf(replace(config, layers=(Group(1, (block,)), Group(1, (b,)))))
 
+    # what only training knows is not the model's
+    export(attention=replace(block.attention, output_rate=0.1))
     gate = replace(block.attention, output_gate=True)
     with pytest.raises(ConfigError, match=r"layer 1\.attention\.output_gate is True"):
         export(attention=gate)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
 from step_jax.models.context import Context
 from step_jax.models.layers.attention import MFA, MHA, MLA
@@ -105,6 +106,15 @@ def test_the_cache_is_what_cache_entries_says(kind):
 def test_bad_configurations_are_refused(bad, message):
     with pytest.raises(ConfigError, match=message):
         bad.validate()
+
+
+@pytest.mark.parametrize("kind", small.KINDS)
+def test_the_output_alone_can_learn_at_a_rate_of_its_own(kind):
+    slow = dataclasses.replace(small.KINDS[kind], output_rate=0.25)
+    by_name = spec_lib.by_name(slow.specs(32, Fixed()))
+    rates = {name.partition("_")[0]: spec.rate for name, spec in by_name.items() if spec.rate != 1}
+    assert rates == {"output": 0.25}
+    assert all(s.rate == 1 for s in spec_lib.by_name(small.KINDS[kind].specs(32, Fixed())).values())
 
 
 def test_optional_parts_have_parameters_only_when_chosen():

@@ -92,6 +92,19 @@ def test_adamw_is_optax_adamw():
     )
 
 
+def test_a_parameter_with_a_rate_of_its_own_moves_by_that_much():
+    """Decay included; everything else moves as before."""
+    specs = {"slow": ParamSpec((3, 4), (None, None), INIT, rate=0.25)}
+    specs["usual"] = dataclasses.replace(specs["slow"], rate=1.0)
+    params = {name: jnp.full((3, 4), 0.5) for name in specs}
+    gradients = {name: jnp.ones((3, 4)) for name in specs}
+    optimizer = make_optimizer(AdamW(1e-3, SCHEDULE), specs, total_steps=1)
+    moved, _ = run(optimizer, params, [gradients], rate=1.0)
+    step = {name: params[name] - moved[name] for name in specs}
+    np.testing.assert_allclose(step["usual"], 1 + 0.1 * 0.5, rtol=1e-5)
+    np.testing.assert_allclose(step["slow"], 0.25 * step["usual"], rtol=1e-5)
+
+
 def test_first_moment_dtype():
     optimizer = make_optimizer(AdamW(1e-3, SCHEDULE, mu_dtype="bfloat16"), SPECS, total_steps=1)
     found = {x.dtype.name for x in jax.tree.leaves(optimizer.direction.init(params_of(SPECS)))}

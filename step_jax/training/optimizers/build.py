@@ -90,6 +90,8 @@ def make_optimizer(
     if config.weight_decay:
         decay = optax.add_decayed_weights(config.weight_decay, mask=decay_mask(specs))
         direction = optax.chain(direction, decay)
+    if any(spec.rate != 1.0 for spec in jax.tree.leaves(specs, is_leaf=spec_lib.is_spec)):
+        direction = optax.chain(direction, _own_rates(specs))
     rate = schedules.build(config.schedule, peak, total_steps)
     return Optimizer(direction, rate, peak, specs, config.clip_norm, notes)
 
@@ -106,6 +108,18 @@ def group_labels(specs, matrices: str = "muon"):
         return {"matrix": matrices, "balance": "balance"}.get(s.role, "adamw")
 
     return spec_lib.map_specs(label, specs)
+
+
+def _own_rates(specs) -> optax.GradientTransformation:
+    """Multiplies the direction of every parameter by its own rate."""
+
+    def update(directions, params=None):
+        del params
+        return spec_lib.map_specs(
+            lambda spec, d: d if spec.rate == 1.0 else d * spec.rate, specs, directions
+        )
+
+    return optax.stateless(update)
 
 
 def _balance(specs, peak: float) -> optax.GradientTransformation:

@@ -81,6 +81,8 @@ def attend(
         v_BSKV, k_BSKH = k_BSKH, rotate(position, k_BSKH, kv_positions_BS[..., None])
     v_BSKV = v_BSKV.astype(q_BTNH.dtype)
     mask = ctx.mask(kv_positions_BS, window)
+    if ctx.observe is not None:
+        ctx.observe(ops_attention.weights(q_BTNH, k_BSKH, mask, scale=scale, alibi=bias))
     context = 1 if sharding is None else sharding.size("context")
     exchanged = context > 1 and k_BSKH.shape[2] > 1 and kv_positions_BS is None
     if exchanged and ctx.on_mesh.ring:

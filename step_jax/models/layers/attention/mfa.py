@@ -54,6 +54,8 @@ class MFA:
     query_rank: R; None for the paper's R = C.
     query_norm: norm between the two query factors (released form), None for the paper form.
     window, output_gate: as in MHA.
+    output_rate: multiplies the learning rate of the output weight. Many heads on one value start
+      nearly alike, so that their updates add up; benchmarks/attention_ablation.md has figures.
     """
 
     kind: ClassVar[str] = "mfa"
@@ -65,9 +67,11 @@ class MFA:
     window: int | None = None
     output_gate: bool = False
     position: Position | None = Rope()
+    output_rate: float = 1.0
 
     def validate(self):
         checks.at_least(self, heads=1, head_dim=1, query_rank=1)
+        checks.above(self, output_rate=0)
         if self.window is not None and self.window < 1:
             raise ConfigError(f"the attention window is {self.window}; it must be at least 1")
         check(self.position, self.head_dim)
@@ -90,7 +94,11 @@ class MFA:
             reuse_CC=ParamSpec((C, C), (None, None), init.matrix(C)) if gated_key else None,
             reuse_gate_C=ParamSpec((C,), (None,), ZEROS, role="vector") if gated_key else None,
             output_NCD=ParamSpec(
-                (N, C, width), ("heads", None, "embed"), init.attention_output(N * C), fan_in=2
+                (N, C, width),
+                ("heads", None, "embed"),
+                init.attention_output(N * C),
+                fan_in=2,
+                rate=self.output_rate,
             ),
             gate_DN=gate_specs(self, width, init),
         )

@@ -44,6 +44,7 @@ class MHA:
     output_gate: multiplies head h by ``sigmoid(w_h . x)`` (Step-3.5-Flash, arXiv 2602.10604).
     qkv_bias: queries, keys and values have a bias (Qwen2).
     window: sliding window in tokens, None for full attention.
+    output_rate: multiplies the learning rate of the output weight.
     """
 
     kind: ClassVar[str] = "mha"
@@ -55,9 +56,11 @@ class MHA:
     output_gate: bool = False
     qkv_bias: bool = False
     position: Position | None = Rope()
+    output_rate: float = 1.0
 
     def validate(self):
         checks.at_least(self, heads=1, head_dim=1, kv_heads=1)
+        checks.above(self, output_rate=0)
         if self.heads % self.kv:
             raise ConfigError(f"kv_heads {self.kv} does not divide heads {self.heads}")
         if self.window is not None and self.window < 1:
@@ -80,7 +83,11 @@ class MHA:
             key_DKH=kv,
             value_DKH=kv,
             output_NHD=ParamSpec(
-                (N, H, width), ("heads", None, "embed"), init.attention_output(N * H), fan_in=2
+                (N, H, width),
+                ("heads", None, "embed"),
+                init.attention_output(N * H),
+                fan_in=2,
+                rate=self.output_rate,
             ),
             query_norm_H=norm,
             key_norm_H=norm,

@@ -44,6 +44,7 @@ class MLA:
 
     query_rank: rank of the queries' own latent, None for a full projection.
     nope_dim, rope_dim: un-rotated and rotated width of a head's query and key.
+    output_rate: multiplies the learning rate of the output weight.
     The cache holds the latent and the rotated key: ``kv_rank + rope_dim`` per token. With a cache,
     the up-projections are absorbed into queries and outputs, so nothing is expanded per key.
     """
@@ -58,10 +59,12 @@ class MLA:
     window: int | None = None
     norm: RMSNorm = RMSNorm(eps=1e-6)
     position: Rope = Rope()
+    output_rate: float = 1.0
 
     def validate(self):
         checks.at_least(self, heads=1, kv_rank=1, query_rank=1, value_dim=1)
         checks.at_least(self, nope_dim=0, rope_dim=0)
+        checks.above(self, output_rate=0)
         if self.window is not None and self.window < 1:
             raise ConfigError(f"the attention window is {self.window}; it must be at least 1")
         if self.rope_dim % 2:
@@ -88,7 +91,11 @@ class MLA:
             key_up_RNP=ParamSpec((R, N, self.nope_dim), up, init.matrix(R)),
             value_up_RNV=ParamSpec((R, N, V), up, init.matrix(R)),
             output_NVD=ParamSpec(
-                (N, V, width), ("heads", None, "embed"), init.attention_output(N * V), fan_in=2
+                (N, V, width),
+                ("heads", None, "embed"),
+                init.attention_output(N * V),
+                fan_in=2,
+                rate=self.output_rate,
             ),
         )
 
