@@ -13,7 +13,16 @@ from step_jax.cli.main import main
 from step_jax.core.sharding import Sharding
 from step_jax.runs.session import Session
 
-LEFT_OUT = {"event", "time", "step_s", "tokens_per_s", "clips_per_s", "data_wait_s", "mfu"}
+LEFT_OUT = {
+    "event",
+    "time",
+    "step_s",
+    "tokens_per_s",
+    "clips_per_s",
+    "packs_per_s",
+    "data_wait_s",
+    "mfu",
+}
 
 
 class PowerCut(RuntimeError):

@@ -49,7 +49,7 @@ model:
 DIGITS = "training: {{steps: 60, batch_size: 32}}\nsample: {{count: 1, sampler: {{steps: 2}}}}\n"
 LATENTS = """
 data: {{kind: latents, path: {data}, buckets: [[1, 2, 2], [2, 2, 2]]}}
-training: {{steps: 6, batch_size: 2}}
+training: {{steps: 6, batch_size: 4}}
 sample: {{count: 0}}
 """
 
@@ -113,7 +113,7 @@ def test_it_learns_and_draws(tmp_path):
 def test_buckets_are_compiled_before_the_first_step_and_never_again(straight):
     records, compiled = straight
     weights = {r["loss_weight"] for r in records}
-    assert weights == {2 * 8 * 3.0, 4 * 4 * 3.0}  # rows x tokens x channels of the two buckets
+    assert weights == {4 * 8 * 3.0, 6 * 4 * 3.0}  # rows x tokens x channels of the two buckets
     assert len(compiled) > 3 and max(compiled) <= 1  # nothing after the first pass over both
 
 
