@@ -83,15 +83,16 @@ def run(asked: tuple[str, SampleVideoConfig]) -> None:
     from step_jax.interop.artifacts import load_artifact
     from step_jax.models.video.dit import VideoDiT
     from step_jax.runs import media
+    from step_jax.trainers.diffusion.sources import data_of
 
     sharding = Sharding.build(config.parallel)
     artifact = load_artifact(name, sharding)
     model = artifact.require(VideoDiT, "step-jax sample-video")
     check_guidance(artifact, config.sampler)
-    trained = artifact.meta["config"]
-    vae = config.vae or trained["data"].get("vae")
+    data = data_of(artifact)
+    vae = config.vae or data.vae
     decoder = load_artifact(vae, sharding) if vae else None
-    size = config.size or tuple(trained["sample"]["size"] or _first_bucket(trained))
+    size = config.size or data.buckets[0]
     prompts = [config.negative, *config.prompts]
     texts = text_states.of_prompts(artifact, prompts, sharding, load_artifact, print)
     which = np.repeat(1 + np.arange(len(config.prompts)), config.count)
@@ -116,12 +117,6 @@ def run(asked: tuple[str, SampleVideoConfig]) -> None:
     grid_FHWC = media.grid(clips_NFHWC, config.count)
     media.save_clip(grid_FHWC, config.output, config.fps, config.zoom)
     print(f"{name}, step {artifact.step}: {len(clips_NFHWC)} in {config.output}")
-
-
-def _first_bucket(trained) -> tuple[int, ...]:
-    from step_jax.data.digits import SIZE
-
-    return trained["data"]["buckets"][0] if "buckets" in trained["data"] else SIZE
 
 
 def _first(path: Path | None, count: int, vae):

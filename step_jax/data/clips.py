@@ -39,13 +39,20 @@ class ClipSource(Protocol):
       noises_N: numbers of the noise that clips began as, uint32 (N,); None for clips of the world.
     """
 
-    fingerprint: dict[str, Any]
-    sizes_N3: np.ndarray
-    channels: int
-    captions: Sequence[tuple[str, ...]]
-    scalars: Mapping[str, np.ndarray]
-    prompts: tuple[str, ...]
-    noises_N: np.ndarray | None
+    @property
+    def fingerprint(self) -> dict[str, Any]: ...
+    @property
+    def sizes_N3(self) -> np.ndarray: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def captions(self) -> Sequence[tuple[str, ...]]: ...
+    @property
+    def scalars(self) -> Mapping[str, np.ndarray]: ...
+    @property
+    def prompts(self) -> tuple[str, ...]: ...
+    @property
+    def noises_N(self) -> np.ndarray | None: ...
 
     def latents(self, i: int) -> np.ndarray:
         """Float32 (F, H, W, C) of clip ``i``."""

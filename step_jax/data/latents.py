@@ -50,7 +50,9 @@ def write_latents(folder: Path | str, clips: Iterable[Clip], made_by: str) -> No
     Raises:
       DataError: no clip, or clips of unlike channels or with unlike scalars.
     """
-    folder, arrays, entries = Path(folder), {}, []
+    folder = Path(folder)
+    arrays: dict[tuple[int, ...], list[np.ndarray]] = {}
+    entries: list[dict[str, Any]] = []
     for i, clip in enumerate(clips):
         size = clip.latents_FHWC.shape[:3]
         rows = arrays.setdefault(size, [])

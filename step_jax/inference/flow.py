@@ -65,7 +65,7 @@ class Sampler:
 
     def scale(self, time):
         """The scale of guidance at a time."""
-        scale = self.guidance
+        scale = jnp.asarray(self.guidance, jnp.float32)
         if self.decay:
             scale = jnp.maximum(scale - self.decay * time * (scale - 1), 1.0)
         inside = (time >= self.interval[0]) & (time <= self.interval[1])

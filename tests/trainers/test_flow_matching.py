@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from step_jax.cli.main import main
-from step_jax.core.errors import DataError, ExitCode
+from step_jax.core.errors import ConfigError, DataError, ExitCode
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.data.digits import Digits
 from step_jax.data.latents import Clip, LatentFolder, write_latents
@@ -49,7 +49,7 @@ model:
 DIGITS = "training: {{steps: 60, batch_size: 32}}\nsample: {{count: 1, sampler: {{steps: 2}}}}\n"
 LATENTS = """
 data: {{kind: latents, path: {data}, buckets: [[1, 2, 2], [2, 2, 2]]}}
-training: {{steps: 6, batch_size: 2}}
+training: {{steps: 6, batch_size: 4}}
 sample: {{count: 0}}
 """
 
@@ -110,19 +110,23 @@ def test_it_learns_and_draws(tmp_path):
     assert Image.open(tmp_path / "run" / "samples" / "step_60.png").size == (10 * 4, 20 * 10 * 4)
 
 
+@pytest.mark.slow
 def test_buckets_are_compiled_before_the_first_step_and_never_again(straight):
     records, compiled = straight
     weights = {r["loss_weight"] for r in records}
-    assert weights == {2 * 8 * 3.0, 4 * 4 * 3.0}  # rows x tokens x channels of the two buckets
-    assert len(compiled) > 3 and max(compiled) <= 1  # nothing after the first pass over both
+    assert weights == {4 * 8 * 3.0, 6 * 4 * 3.0}  # rows x tokens x channels of the two buckets
+    assert compiled.count(0) > 3  # before the first step
+    assert not [step for step in compiled if 1 <= step < 6]
 
 
+@pytest.mark.slow
 def test_microbatches_change_nothing(straight, tmp_path, latents):
     run_loop("diffusion", latent_recipe(tmp_path, latents), "--training.accumulation", "2")
     for got, want in zip(steps(tmp_path / "run"), straight[0], strict=True):
         assert got == pytest.approx(want, rel=2e-5, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_packs_on_a_context_axis_learn_what_they_learn_on_one_device(tmp_path, latents):
     """Also if the run is cut off and goes on."""
     packs = ["--training.packs.tokens", "12", "--training.packs.samples", "3"]
@@ -135,6 +139,7 @@ def test_packs_on_a_context_axis_learn_what_they_learn_on_one_device(tmp_path, l
         assert got == pytest.approx(want, rel=2e-5, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_a_teachers_clips_and_the_noise_they_began_as(tmp_path, latents):
     """What is kept of a pair is what the teacher draws of its noise, whoever asks."""
     teacher = latent_recipe(tmp_path, latents, run="teacher")
@@ -186,7 +191,6 @@ def test_without_scikit_learn_it_says_what_to_install(monkeypatch):
         (["--model.patch", "1", "3", "1"], "do not divide into patches of 1 x 3 x 1"),
         (["--text.dropout", "1"], "dropout is 1.0; use a share in [0, 1)"),
         (["--text.dropout", "0", "--sample.sampler.guidance", "3"], "also learns without text"),
-        (["--data.buckets", "1", "2", "2"], "no buckets; there are: [(1, 2, 2)]"),
         (["--model.channels", "4"], "the data have 3 channels, the model 4"),
         (["--training.packs.tokens", "4", "--training.packs.samples", "2"], "largest clip has 8"),
         (["--optimizer.learning-rate", "step_law"], "step_law is a law of pretraining tokens"),
@@ -228,6 +232,12 @@ def test_clips_are_encoded_once_and_by_one_autoencoder(tmp_path, monkeypatch):
     assert len(said) == 1
     with pytest.raises(DataError, match="of another autoencoder"):
         replace(data, vae="1.0").open(one, said.append)
+
+
+def test_clips_of_a_size_that_is_no_bucket_are_refused(latents):
+    one = Sharding.build(MeshConfig(), jax.devices()[:1])
+    with pytest.raises(ConfigError, match=r"\(2, 2, 2\).*are no buckets; there are"):
+        LatentData(str(latents), ((1, 2, 2),)).open(one, print)
 
 
 def test_states_without_an_encoder_are_refused(tmp_path, capsys, latents):

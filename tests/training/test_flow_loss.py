@@ -144,6 +144,7 @@ def test_an_error_of_predicted_data_is_one_of_the_velocity_they_mean():
     assert small.run(total, zero, rows) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_packs_on_a_mesh_that_exchanges_heads_are_those_of_one_device(of_packs, params):
     rows = [[0, 1, 2], [2], [1, 0], [2, 1, 0]]
     sharding = small.on_mesh(context=2, fsdp=2, tensor=2, ulysses=True)

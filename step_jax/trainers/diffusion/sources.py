@@ -179,8 +179,7 @@ class ReflowData:
         return LatentFolder.open(self.path, made_by)
 
     def _drawn(self, teacher, sharding: Sharding, report: Report) -> Iterator[Clip]:
-        text = yaml.safe_dump({"data": teacher.meta["config"]["data"]})
-        source = parse_config(_Held, text, f"{self.teacher}, data").data.open(sharding, report)
+        source = data_of(teacher).open(sharding, report)
         numbers = np.arange(self.clips)
         share_N = uniforms(self.noise_seed, "language", numbers)
         captions = [source.captions[i % len(source.captions)] for i in numbers]
@@ -215,3 +214,9 @@ class _Held:
     """The part of a run's configuration that says what it learnt from."""
 
     data: ClipData
+
+
+def data_of(artifact: Artifact) -> ClipData:
+    """What a diffusion model learnt from."""
+    text = yaml.safe_dump({"data": artifact.meta["config"]["data"]})
+    return parse_config(_Held, text, f"{artifact.name}, data").data
