@@ -188,7 +188,7 @@ class Scenes:
             drawn.append(second)
         counts = rng.integers(1, self.count + 1, len(drawn))
         kinds = self._placed(rng, drawn, counts, camera)
-        waves = ()
+        waves: tuple[tuple[float, ...], ...] = ()
         if self.background == "textured":
             angles, sizes = rng.uniform(0, 2 * np.pi, (2, _WAVES)), rng.uniform(4, 12, _WAVES)
             columns = (0.08 * np.ones(_WAVES), np.cos(angles[0]) * sizes, np.sin(angles[0]) * sizes)
@@ -260,7 +260,11 @@ class Scenes:
             radius_K = 0.95 * radius_K  # a crowd of large objects may not fit
         centres = np.split(first_NM2[good[0]], np.cumsum(counts)[:-1])
         return tuple(
-            Kind(*look, tuple((float(x), float(y)) for x, y in at), float(radius))
+            Kind(
+                *look,
+                centres=tuple((float(x), float(y)) for x, y in at),
+                radius=float(radius),
+            )
             for look, at, radius in zip(drawn, centres, radius_K, strict=True)
         )
 

@@ -58,8 +58,10 @@ class Source(Protocol):
       fingerprint: JSON-able, what decides them.
     """
 
-    buckets: tuple[Size, ...]
-    fingerprint: dict[str, Any]
+    @property
+    def buckets(self) -> tuple[Size, ...]: ...
+    @property
+    def fingerprint(self) -> dict[str, Any]: ...
 
     def count(self, size: Size) -> int | None:
         """How many clips a bucket has; None for no end."""

@@ -33,7 +33,7 @@ def read_frames(path: Path) -> Iterator[np.ndarray]:
       ConfigError: PyAV is not installed.
     """
     if path.is_dir():
-        frames = (f for p in _numbered(path) for f in _pictures(p))
+        frames: Iterator[np.ndarray] = (f for p in _numbered(path) for f in _pictures(p))
     elif path.suffix.lower() in VIDEOS:
         frames = _video(path)
     elif path.suffix.lower() in PICTURES:

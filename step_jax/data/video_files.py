@@ -156,7 +156,8 @@ def list_records(config: ClipFiles) -> tuple[list[Record], list[Skip]]:
             "a file and a caption in each line"
         )
     found = _of_folder(root) if root.is_dir() else _of_lines(root)
-    records, skips = [], []
+    records: list[Record] = []
+    skips: list[Skip] = []
     for item in found:
         if isinstance(item, Record) and config.captions == "required":
             item = _captioned(item)

@@ -28,7 +28,7 @@ from step_jax.data.config import TRAIN_TOKENIZER
 from step_jax.models.text.facts import with_vocabulary
 from step_jax.runs.history import outcome
 from step_jax.runs.metrics_log import read_metrics
-from step_jax.trainers import pretrain
+from step_jax.trainers import pretrain, text
 from step_jax.trainers.ablation_table import LOOKS_BACK, Ablation, Row, Times, Tried
 from step_jax.trainers.ablation_times import measure
 from step_jax.training.step import DivergedError
@@ -186,7 +186,7 @@ def _compared(config: pretrain.Config) -> dict[str, tuple[str, Any]]:
     tokens = tokens_of(config)
     tokenizer: tuple[Any, ...] = (data.tokenizer,)
     shown = data.tokenizer
-    if pretrain.trains_tokenizer(config):  # of the sources, which are compared below, by weight
+    if text.trains_tokenizer(config):  # of the sources, which are compared below, by weight
         weights = [source.weight for source in data.resolved_sources]
         tokenizer += (data.vocab_size, *(w / sum(weights) for w in weights))
         shown = f"one of {data.vocab_size:,} pieces that is trained"

@@ -20,7 +20,7 @@ from step_jax.models.context import Context, Execution
 from step_jax.models.text.decoder import Decoder
 from step_jax.models.tokens import Tokens
 from step_jax.models.trunk import Cache
-from step_jax.trainers import pretrain
+from step_jax.trainers import pretrain, text
 from step_jax.trainers.ablation_table import Times
 
 Turn = Callable[[], None]
@@ -66,7 +66,7 @@ def in_turns(turns: Mapping[Any, Turn], rounds: int) -> dict[Any, float]:
 def training_turn(config: pretrain.Config) -> Turn:
     """A step of the recipe on random tokens, over and over on what it made of its state."""
     sharding, T = Sharding.build(config.parallel), config.data.sequence_length
-    built = pretrain.make_program(config, config.decoder, sharding)
+    built = text.make_program(config, config.decoder, sharding)
     rows = built.batch_like["tokens"].shape[0]
     batch = _random_batch(rows, T, config.decoder.vocab)
     batch = jax.device_put(batch, jax.tree.map(lambda a: a.sharding, dict(built.batch_like)))

@@ -235,7 +235,7 @@ def _limits(block: Block) -> tuple[float, float]:
     """Of the routed experts, and of the shared expert or a dense layer."""
     if isinstance(block.mlp, MoE):
         return block.mlp.clamp or 0.0, block.mlp.shared_clamp or 0.0
-    return 0.0, block.mlp.clamp or 0.0
+    return 0.0, getattr(block.mlp, "clamp", None) or 0.0  # a plain MLP is not clamped
 
 
 # --- is it the same model? -----------------------------------------------------------------------

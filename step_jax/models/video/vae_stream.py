@@ -86,7 +86,7 @@ class VideoCoder:
             self.model.check_size(*chunk_THWC.shape[:3])
             missing = -(len(chunk_THWC) - 1) % reduction
             filled = np.concatenate([chunk_THWC, np.repeat(chunk_THWC[-1:], missing, 0)])
-            cuts = np.arange(1 + (n - 1) * reduction, len(filled), n * reduction) if n else []
+            cuts: Any = np.arange(1 + (n - 1) * reduction, len(filled), n * reduction) if n else []
 
             def through(tile_THWC, cuts=cuts):
                 return self._run(self._encode, self.params.encoder, np.split(tile_THWC, cuts))
@@ -113,7 +113,7 @@ class VideoCoder:
         tiles = Pieces(0, self.pieces.tile // side, self.pieces.overlap // side)
         last_1HWC = None
         for chunk_thwZ in _regrouped(latents, self.model.chunk_latents):
-            cuts = np.arange(n, len(chunk_thwZ), n) if n else []
+            cuts: Any = np.arange(n, len(chunk_thwZ), n) if n else []
 
             def through(tile_thwZ, cuts=cuts):
                 return [self._run(self._decode, self.params.decoder, np.split(tile_thwZ, cuts))]

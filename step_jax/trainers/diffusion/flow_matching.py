@@ -283,7 +283,8 @@ def bank_of(
 
 def guidable(config: Config, session: Session) -> bool:
     """Whether the model learns without text as well, or did before."""
-    source = session.goes_on_from or (config.init_from and config.init_from.artifact)
+    begun = None if config.init_from is None else config.init_from.artifact
+    source = session.goes_on_from or begun
     before = source is not None and load_artifact(source, session.sharding, arrays=False).meta.get(
         "guidable", False
     )
@@ -358,7 +359,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             session.before(step)
             state, metrics = compiled[shape](state, batch)
             work = replace(programs[shape].work, done=dataset.samples_before(step + 1))
-            session.finished(step + 1, state, metrics, 0.0, work)
+            session.finished(step + 1, state, metrics, work=work)
             if config.sample.due(step + 1, c.steps):
                 with session.aside():
                     preview.draw(step + 1, best(state.learners[LEARNER]))
