@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -188,7 +188,7 @@ class Scenes:
             drawn.append(second)
         counts = rng.integers(1, self.count + 1, len(drawn))
         kinds = self._placed(rng, drawn, counts, camera)
-        waves: tuple[tuple[float, ...], ...] = ()
+        waves: tuple[Any, ...] = ()
         if self.background == "textured":
             angles, sizes = rng.uniform(0, 2 * np.pi, (2, _WAVES)), rng.uniform(4, 12, _WAVES)
             columns = (0.08 * np.ones(_WAVES), np.cos(angles[0]) * sizes, np.sin(angles[0]) * sizes)
@@ -261,11 +261,13 @@ class Scenes:
         centres = np.split(first_NM2[good[0]], np.cumsum(counts)[:-1])
         return tuple(
             Kind(
-                *look,
+                colour,
+                shape,
+                motion,
                 centres=tuple((float(x), float(y)) for x, y in at),
                 radius=float(radius),
             )
-            for look, at, radius in zip(drawn, centres, radius_K, strict=True)
+            for (colour, shape, motion), at, radius in zip(drawn, centres, radius_K, strict=True)
         )
 
 

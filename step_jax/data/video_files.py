@@ -161,7 +161,10 @@ def list_records(config: ClipFiles) -> tuple[list[Record], list[Skip]]:
     for item in found:
         if isinstance(item, Record) and config.captions == "required":
             item = _captioned(item)
-        (skips if isinstance(item, Skip) else records).append(item)
+        if isinstance(item, Skip):
+            skips.append(item)
+        else:
+            records.append(item)
     return records, skips
 
 
