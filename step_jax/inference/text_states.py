@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -59,7 +60,7 @@ def states_function(artifact: Artifact, sharding: Sharding) -> tuple[int, Callab
         def of_decoder(params, tokens_BS, lengths_B):
             tokens = Tokens.in_order(*tokens_BS.shape)
             real_BS = jnp.arange(tokens_BS.shape[1]) < lengths_B[:, None]
-            tokens = tokens.replace(segments_BT=real_BS.astype(jnp.int32))
+            tokens = replace(tokens, segments_BT=real_BS.astype(jnp.int32))
             ctx = Context(tokens, sharding=sharding, execution=execution)
             return decoder.hidden(params, tokens_BS, ctx)[0].astype(jnp.float32)
 
@@ -161,7 +162,8 @@ def cached(
                 f"than {artifact.name} ({made_by[:12]}): name another folder, or delete this one"
             )
         if wanted.items() <= saved.items():
-            return Encoded(*_read(folder, saved["files"]), made_by)
+            values, lengths_K = _read(folder, saved["files"])
+            return Encoded(values, lengths_K, made_by)
         report(f"the text states in {folder} are of other texts: they are made again")
     encoded = encode(artifact, texts, tokens, sharding, report)
     if jax.process_index() == 0:

@@ -235,6 +235,7 @@ def _limits(block: Block) -> tuple[float, float]:
     """Of the routed experts, and of the shared expert or a dense layer."""
     if isinstance(block.mlp, MoE):
         return block.mlp.clamp or 0.0, block.mlp.shared_clamp or 0.0
+    assert not isinstance(block.mlp, GELU)  # see family_of
     return 0.0, block.mlp.clamp or 0.0
 
 

@@ -176,7 +176,7 @@ class Tower:
         """(B, S, E): the normed last hidden states."""
         segments_BS = jnp.arange(tokens_BS.shape[1]) < lengths_B[:, None]
         tokens = Tokens.in_order(*tokens_BS.shape, causal=False)
-        ctx = replace(ctx, tokens=tokens.replace(segments_BT=segments_BS.astype(jnp.int32)))
+        ctx = replace(ctx, tokens=replace(tokens, segments_BT=segments_BS.astype(jnp.int32)))
         x_BSE = p.embedding_VE.astype(ctx.execution.dtype)[tokens_BS]
         x_BSE, *_ = self.trunk.apply(p.groups, x_BSE, ctx)
         return self.norm.apply(p.final_norm_E, x_BSE)

@@ -130,7 +130,7 @@ def encoded(vae: Artifact, source: ClipSource) -> Iterator[Clip]:
             latents = np.asarray(encode(vae.params, video), np.float32)
             for i, latents_FHWC in zip(chosen, latents, strict=False):
                 scalars = {name: float(values[i]) for name, values in source.scalars.items()}
-                yield Clip(latents_FHWC, source.captions[i], scalars)
+                yield Clip(latents_FHWC, source.captions[int(i)], scalars)
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class ReflowData:
         source = data_of(teacher).open(sharding, report)
         numbers = np.arange(self.clips)
         share_N = uniforms(self.noise_seed, "language", numbers)
-        captions = [source.captions[i % len(source.captions)] for i in numbers]
+        captions = [source.captions[int(i) % len(source.captions)] for i in numbers]
         prompts = [t[int(u * len(t))] for t, u in zip(captions, share_N, strict=True)]
         distinct = [NO_TEXT, *dict.fromkeys(prompts)]
         texts = text_states.of_prompts(teacher, distinct, sharding, load_artifact, report)
