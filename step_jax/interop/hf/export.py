@@ -235,17 +235,16 @@ def _limits(block: Block) -> tuple[float, float]:
     """Of the routed experts, and of the shared expert or a dense layer."""
     if isinstance(block.mlp, MoE):
         return block.mlp.clamp or 0.0, block.mlp.shared_clamp or 0.0
-    return 0.0, getattr(block.mlp, "clamp", None) or 0.0  # a plain MLP is not clamped
+    assert not isinstance(block.mlp, GELU)  # see family_of
+    return 0.0, block.mlp.clamp or 0.0
 
 
 # --- is it the same model? -----------------------------------------------------------------------
 
 
 def _explicit(block: Block) -> Block:
-    """Without what leaves the function as it is: unwritten head counts, how parts are trained."""
+    """Without what leaves the function as it is: unwritten head counts, how a router is trained."""
     attention, mlp = block.attention, block.mlp
-    if isinstance(attention, MHA | MLA):
-        attention = replace(attention, output_rate=1.0)
     if isinstance(attention, MHA):
         attention = replace(attention, kv_heads=attention.kv)
     if isinstance(mlp, MoE):

@@ -188,11 +188,8 @@ class VideoDiT:
           time_BG: of each sample, float32 in [0, 1]: 0 is noise, 1 is data.
         """
         B, T, _ = x_BTP.shape
-        tokens = replace(
-            Tokens.in_order(B, T, causal=False),
-            segments_BT=rows.segments_BT,
-            place_BTA=rows.place_BTA,
-        )
+        tokens = Tokens.in_order(B, T, causal=False)
+        tokens = replace(tokens, segments_BT=rows.segments_BT, place_BTA=rows.place_BTA)
         ctx = Context(tokens, sharding=sharding, execution=execution)
         blocks, specs = p.blocks, replace(self.specs(), blocks=None)
         p = gather(specs, replace(p, blocks=None), ctx)

@@ -93,7 +93,7 @@ class ModulatedBlock(Block):
         y_BTD, cache = self.attention.apply(p.attention, y_BTD, ctx, cache)
         x_BTD = ctx.constrain(x_BTD + (1 + gate_a) * y_BTD, "batch", "sequence", None)
         if self.cross is not None:
-            assert c.mask is not None  # there is a text
+            assert c.mask is not None  # a model that reads texts says which
             x_BTD = x_BTD + self.cross.apply(p.cross, x_BTD, c.text_BSD, c.mask, ctx)
             x_BTD = ctx.constrain(x_BTD, "batch", "sequence", None)
         y_BTD = norm.apply(p.mlp_norm_D, x_BTD) * (1 + scale_m) + shift_m

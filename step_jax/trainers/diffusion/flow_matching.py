@@ -283,8 +283,9 @@ def bank_of(
 
 def guidable(config: Config, session: Session) -> bool:
     """Whether the model learns without text as well, or did before."""
-    begun = None if config.init_from is None else config.init_from.artifact
-    source = session.goes_on_from or begun
+    source = session.goes_on_from
+    if source is None and config.init_from is not None:
+        source = config.init_from.artifact
     before = source is not None and load_artifact(source, session.sharding, arrays=False).meta.get(
         "guidable", False
     )

@@ -130,7 +130,7 @@ def encoded(vae: Artifact, source: ClipSource) -> Iterator[Clip]:
             latents = np.asarray(encode(vae.params, video), np.float32)
             for i, latents_FHWC in zip(chosen, latents, strict=False):
                 scalars = {name: float(values[i]) for name, values in source.scalars.items()}
-                yield Clip(latents_FHWC, source.captions[i], scalars)
+                yield Clip(latents_FHWC, source.captions[int(i)], scalars)
 
 
 @dataclass(frozen=True)
