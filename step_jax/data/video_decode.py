@@ -79,7 +79,7 @@ def _av() -> Any:
     try:
         import av
     except ImportError:
-        raise ConfigError("videos are read by PyAV: pip install 'step-jax[video]'") from None
+        raise ConfigError("videos are read by PyAV: pip install av") from None
     av.logging.set_level(av.logging.PANIC)  # what is wrong is said once, with the file's name
     return av
 

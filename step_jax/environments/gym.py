@@ -1,4 +1,4 @@
-"""reasoning-gym's tasks as they are, with its own scores (``pip install 'step-jax[rl]'``).
+"""reasoning-gym's tasks as they are, with its own scores (``pip install reasoning-gym``).
 
 What version 0.1.25 needs to be trusted with is stated here and tried by tests over all its tasks.
 """
@@ -196,7 +196,7 @@ def _dataset(name: str, settings: str) -> Any:
         from reasoning_gym.factory import DATASETS
     except ImportError:
         raise ConfigError(
-            "this task is reasoning-gym's, which is not installed: pip install 'step-jax[rl]'"
+            "this task is reasoning-gym's, which is not installed: pip install reasoning-gym"
         ) from None
     if name not in DATASETS:
         raise ConfigError(f"reasoning-gym has no task {name!r}{did_you_mean(name, DATASETS)}")

