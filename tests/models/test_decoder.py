@@ -70,6 +70,7 @@ def test_recomputation_is_kept_from_being_merged_away(repeat, scan):
     assert kept and set(kept) == {not (scan and repeat > 1)}
 
 
+@pytest.mark.slow
 def test_full_remat_holds_less_memory_than_none():
     def held(remat):
         c = small.decoder("mha", repeat=8)

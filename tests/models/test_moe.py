@@ -229,6 +229,7 @@ def test_four_ways_at_once_equal_one_device():
     subprocess.run([sys.executable, "-c", FOUR_WAY], check=True)
 
 
+@pytest.mark.slow
 def test_any_load_is_exact_on_one_compiled_program():
     """All tokens to one expert, and experts left empty: the same program, nothing dropped."""
     router = replace(ROUTER, top_k=1)

@@ -49,7 +49,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+EVERY_TIME = ("mfa", "gqa", "key reuse", "ring", "window as ring", "nothing at all", "small pages")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in EVERY_TIME else pytest.param(n, marks=pytest.mark.slow) for n in CASES],
+)
 def test_equals_the_oracle(name):
     case, kwargs = CASES[name]
     got, expected = run(case, **kwargs)

@@ -138,7 +138,6 @@ CASES = [
     ),
     Case(EXAMPLE, DECODER + "  vocab: 14\n", "steps: 6\nrows: 8\nlength: 8\n", Decoder, "steps"),
 ]
-LOOP = pytest.mark.parametrize("case", CASES, ids=lambda c: Path(c.loop).stem)
 
 
 def mostly_slow(*quick: str):
@@ -209,7 +208,7 @@ def test_every_loop_of_the_table_is_here():
     assert {case.loop for case in CASES} == {*LOOPS, EXAMPLE}
 
 
-@LOOP
+@mostly_slow("pretrain", "sft", "rl", "preference", "diffusion", "vae", EXAMPLE)
 def test_a_resumed_run_ends_in_the_same_bits(case, straight, places, tmp_path):
     run, state = straight(case)
     run_loop(case.loop, case.write(tmp_path, **places), cut_after=3)
@@ -219,7 +218,7 @@ def test_a_resumed_run_ends_in_the_same_bits(case, straight, places, tmp_path):
     assert [r["step"] for r in steps(run)] == [1, 2, 3, 4, 5, 6]
 
 
-@mostly_slow("pretrain", "rl")
+@mostly_slow("rl")
 def test_a_branch_goes_on_from_the_whole_state_of_another_run(case, straight, places, tmp_path):
     run, state = straight(case)
     branch = case.write(tmp_path, **places)
@@ -229,7 +228,7 @@ def test_a_branch_goes_on_from_the_whole_state_of_another_run(case, straight, pl
     assert load_artifact(str(tmp_path / "run"), ONE).meta["artifact"]["origin"] == f"all of {run}@4"
 
 
-@mostly_slow("pretrain", "preference", "rl", "diffusion")
+@mostly_slow("pretrain", "rl", "diffusion")
 def test_a_mesh_changes_nothing(case, straight, places, tmp_path):
     run, _ = straight(case)
     mesh = ["--parallel.data", "2", "--parallel.fsdp", "2", "--parallel.tensor", "2"]
@@ -268,7 +267,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     )
 
 
-@LOOP
+@mostly_slow("pretrain", "sft", "rl", "preference", "diffusion", "vae", EXAMPLE)
 def test_its_artifact_holds_the_model_as_it_was(case, straight):
     run, state = straight(case)
     artifact = load_artifact(str(run), ONE)
@@ -284,7 +283,7 @@ def test_its_artifact_holds_the_model_as_it_was(case, straight):
         load_artifact(str(run), ONE, "critic")
 
 
-@LOOP
+@mostly_slow("pretrain", "rl", "diffusion", "vae")
 def test_it_is_planned(case, places, tmp_path, capsys):
     path = case.write(tmp_path, **places)
     topology = ["--topology", "cpu:1", "--output", str(tmp_path / "plans")]
@@ -302,7 +301,9 @@ def test_it_is_planned(case, places, tmp_path, capsys):
             case,
             source,
             id=f"{Path(case.loop).stem}-from_{Path(source.loop).stem}",
-            marks=() if source.loop == "pretrain" or source is case else pytest.mark.slow,
+            marks=()
+            if source.loop == "pretrain" and case.loop in ("sft", "rl", "diffusion")
+            else pytest.mark.slow,
         )
         for case in CASES
         for source in CASES
@@ -347,7 +348,7 @@ def test_every_result_can_be_given_to_every_loop_of_its_kind(
     assert mine.model == trained.model
 
 
-@mostly_slow("sft", "diffusion")
+@mostly_slow("sft")
 def test_what_is_frozen_stays_and_needs_no_moments(case, straight, places, tmp_path):
     run, _ = straight(case)
     patterns = {Decoder: "groups", RewardModel: "decoder/groups", VideoVAE: "encoder"}
