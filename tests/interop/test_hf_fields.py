@@ -25,6 +25,8 @@ NAMES = ("qwen2", "llama_linear", "llama_yarn", "qwen3_moe", "deepseek_v3_moe", 
 OF_TRAINING = {
     "Decoder.init",
     "FanIn.gain",
+    "MHA.output_rate",
+    "MLA.output_rate",
     "Router.bias_rate",
     "Router.balance_loss",
     "Router.group_loss",

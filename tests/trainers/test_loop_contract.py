@@ -228,7 +228,7 @@ def test_a_branch_goes_on_from_the_whole_state_of_another_run(case, straight, pl
     assert load_artifact(str(tmp_path / "run"), ONE).meta["artifact"]["origin"] == f"all of {run}@4"
 
 
-@mostly_slow("pretrain", "rl", "diffusion")
+@mostly_slow("pretrain", "diffusion")
 def test_a_mesh_changes_nothing(case, straight, places, tmp_path):
     run, _ = straight(case)
     mesh = ["--parallel.data", "2", "--parallel.fsdp", "2", "--parallel.tensor", "2"]
@@ -283,7 +283,7 @@ def test_its_artifact_holds_the_model_as_it_was(case, straight):
         load_artifact(str(run), ONE, "critic")
 
 
-@mostly_slow("pretrain", "rl", "diffusion", "vae")
+@mostly_slow("pretrain", "rl", "vae")
 def test_it_is_planned(case, places, tmp_path, capsys):
     path = case.write(tmp_path, **places)
     topology = ["--topology", "cpu:1", "--output", str(tmp_path / "plans")]

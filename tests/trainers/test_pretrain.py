@@ -103,6 +103,7 @@ def test_resumed_run_repeats_the_undisturbed_one_bit_for_bit(straight, tmp_path,
     assert losses(tmp_path / "run") == losses(straight)
 
 
+@pytest.mark.slow
 def test_resume_on_another_mesh_goes_on_within_float_tolerance(straight, tmp_path, text):
     assert main(["pretrain", recipe(tmp_path, text, "run"), "--training.steps", "4"]) == 0
     assert main(["pretrain", recipe(tmp_path, text, "run", fsdp=8)]) == 0

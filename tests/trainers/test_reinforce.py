@@ -85,6 +85,7 @@ def test_rollouts_are_what_they_say(tmp_path):
     assert (roll(params, 6)["tokens"] != batch["tokens"]).any()  # from step to step, too
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path):
     """Sorting a single digit: to repeat it."""
     flags = ["--training.digits", "1", "--training.steps", "60", "--training.prompts", "16"]

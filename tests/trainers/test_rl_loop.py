@@ -86,6 +86,7 @@ def test_every_step_says_how_far_engine_and_trainer_are_apart(ppo):
         assert all(name in r for r in records)
 
 
+@pytest.mark.slow
 def test_a_mixture_learns_with_the_experts_that_wrote(tmp_path):
     run_loop("rl", recipe(tmp_path / "moe", MIXTURE, ", replay_routing: true"))
     records = steps(tmp_path / "moe" / "run")

@@ -243,8 +243,10 @@ def _limits(block: Block) -> tuple[float, float]:
 
 
 def _explicit(block: Block) -> Block:
-    """Without what leaves the function as it is: unwritten head counts, how a router is trained."""
+    """Without what leaves the function as it is: unwritten head counts, how parts are trained."""
     attention, mlp = block.attention, block.mlp
+    if isinstance(attention, MHA | MLA):
+        attention = replace(attention, output_rate=1.0)
     if isinstance(attention, MHA):
         attention = replace(attention, kv_heads=attention.kv)
     if isinstance(mlp, MoE):
