@@ -114,9 +114,7 @@ def generate(
             on_end(row, completion)
     ordered = [done[row] for row in range(len(asked))]
     return Generation(
-        tokens=[completion.tokens for completion in ordered],
-        logprobs=[completion.logprobs for completion in ordered],
-        reasons=[completion.reason for completion in ordered],
+        [c.tokens for c in ordered], [c.logprobs for c in ordered], [c.reason for c in ordered]
     )
 
 

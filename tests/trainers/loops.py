@@ -14,7 +14,9 @@ from step_jax.core.sharding import Sharding
 from step_jax.runs.session import Session
 
 LEFT_OUT = {"event", "time", "step_s", "data_wait_s", "mfu", "rollout_s", "verifying_s"}
-LEFT_OUT |= {f"{unit}_per_s" for unit in ("tokens", "clips", "frames", "packs", "rollout_tokens")}
+LEFT_OUT |= {
+    f"{unit}_per_s" for unit in ("tokens", "clips", "frames", "packs", "answers", "rollout_tokens")
+}
 
 
 class PowerCut(RuntimeError):

@@ -158,8 +158,8 @@ def make_program(config: Config, begin: Begin, sharding: Sharding) -> Program:
         total_steps=c.steps,
         accumulation=c.accumulation,
         work=Work(
-            rows * T,
-            "tokens",
+            rows,
+            "answers",
             rows * T * len(learnings) * train_flops_per_token(policy, T),
             config.execution.dtype,
         ),
@@ -252,6 +252,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
                 step + 1,
                 state,
                 metrics | figures,
+                work=replace(built.work, flops=0.0),  # shorter texts are less: no MFU is claimed
                 carried=lambda: carried(rollouts, batch, figures, update + 1 < c.updates),  # noqa: B023
             )
         return finish(session, config, evaluate, state, built)
