@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from step_jax.core import spec as spec_lib
+from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import Sharding
 from step_jax.data.batches import to_mesh
 from step_jax.data.config import PreferenceConfig
@@ -28,11 +30,16 @@ from step_jax.training.step import LossFn
 Evaluate = Callable[[Any, int | None], dict[str, float]]
 
 
-class JudgedLoop(TextLoop, Protocol):
-    """A loop on judged answers: parts of its configuration."""
+@dataclass(frozen=True, kw_only=True)
+class JudgedLoop(TextLoop):
+    """The configuration that the loops on judged answers share."""
 
-    @property
-    def data(self) -> PreferenceConfig: ...
+    data: PreferenceConfig
+
+    def validate(self):
+        super().validate()
+        if self.training.z_loss:
+            raise ConfigError("training.z_loss is of pretraining: losses of answers have none")
 
 
 def prepare_data(

@@ -13,29 +13,24 @@ from typing import Literal
 import jax
 
 from step_jax.core.errors import ConfigError
-from step_jax.core.sharding import MeshConfig, Sharding
-from step_jax.data.config import PreferenceConfig
+from step_jax.core.sharding import Sharding
 from step_jax.data.preferences import preference_schema
-from step_jax.interop.artifacts import InitFrom
 from step_jax.models import expert_health
-from step_jax.models.context import Execution
 from step_jax.models.text.decoder import Decoder
 from step_jax.models.text.facts import implementations, with_vocabulary
 from step_jax.runs.device_memory import fitting
-from step_jax.runs.expert_alarm import ExpertHealth
-from step_jax.runs.session import RunConfig, Session
+from step_jax.runs.session import Session
 from step_jax.trainers import judged, text
 from step_jax.trainers.reference import compared_with, reference_of
-from step_jax.trainers.text import LEARNER, Evaluation, Questions, Training
+from step_jax.trainers.text import LEARNER, Questions
 from step_jax.training.losses.judged import preference_loss
 from step_jax.training.losses.preference import DPO, KTO, Preference
-from step_jax.training.optimizers.config import AdamW, OptimizerConfig
 from step_jax.training.program import Program
 from step_jax.training.step import LossFn
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(judged.JudgedLoop):
     """Tune a decoder on judged answers: the one of ``init_from``, or a fresh ``model``.
 
     loss: ``dpo`` (with ``label_smoothing``: cDPO), ``ipo``, ``kto``, ``orpo`` or ``simpo``; ``kto``
@@ -44,26 +39,14 @@ class Config:
       ``init_from`` names.
     """
 
-    run: RunConfig
-    training: Training
-    data: PreferenceConfig
     loss: Preference = DPO()
     reference: str | None = None
-    model: Decoder | None = None
-    init_from: InitFrom | None = None
-    optimizer: OptimizerConfig = AdamW()
-    execution: Execution = Execution()
-    parallel: MeshConfig = MeshConfig(fsdp=-1)
-    evaluation: Evaluation = Evaluation()
-    expert_health: ExpertHealth = ExpertHealth()
     sample: Questions = Questions()
     loop: Literal["preference"] = "preference"
 
     def validate(self):
         """What can be known to fail before answers are read and devices are touched."""
-        text.check_length(self)
-        if self.training.z_loss:
-            raise ConfigError("training.z_loss is of pretraining: preference losses have none")
+        super().validate()
         if self.loss.compares and self.reference is None and self.init_from is None:
             raise ConfigError(
                 f"the loss {self.loss.kind} compares with a reference policy, and a fresh model is "
@@ -78,12 +61,6 @@ class Config:
     def verdicts(self) -> bool:
         """Whether single answers are read instead of pairs."""
         return isinstance(self.loss, KTO)
-
-    @property
-    def decoder(self) -> Decoder:
-        """``model``, once it is known: a run fills in what it takes from ``init_from``."""
-        assert self.model is not None
-        return self.model
 
 
 def program(config: Config, sharding: Sharding) -> Program:

@@ -11,51 +11,32 @@ from typing import Literal
 import jax
 
 from step_jax.core.errors import ConfigError
-from step_jax.core.sharding import MeshConfig, Sharding
+from step_jax.core.sharding import Sharding
 from step_jax.data import DataConfig
-from step_jax.interop.artifacts import InitFrom
-from step_jax.models.context import Execution
 from step_jax.models.text.decoder import Decoder
 from step_jax.models.text.facts import implementations, with_vocabulary
 from step_jax.runs.device_memory import fitting
-from step_jax.runs.expert_alarm import ExpertHealth
-from step_jax.runs.session import RunConfig, Session
+from step_jax.runs.session import Session
 from step_jax.tokenizers.base import Tokenizer
 from step_jax.trainers import text
-from step_jax.trainers.text import LEARNER, Evaluation, Sample, Training, program
-from step_jax.training.optimizers.config import AdamW, OptimizerConfig
+from step_jax.trainers.text import LEARNER, Sample, program
 
 __all__ = ["Config", "program", "run"]
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(text.TextLoop):
     """Train a decoder on text: a fresh ``model``, or what ``init_from`` names."""
 
-    run: RunConfig
-    training: Training
-    model: Decoder | None = None
-    init_from: InitFrom | None = None
     data: DataConfig = DataConfig()
-    optimizer: OptimizerConfig = AdamW()
-    execution: Execution = Execution()
-    parallel: MeshConfig = MeshConfig(fsdp=-1)
-    evaluation: Evaluation = Evaluation()
-    expert_health: ExpertHealth = ExpertHealth()
     sample: Sample = Sample()
     loop: Literal["pretrain"] = "pretrain"
 
     def validate(self):
         """What can be known to fail before text is read and devices are touched."""
-        text.check_length(self)
+        super().validate()
         if self.model is not None:
             check_documents(self.model, self.data)
-
-    @property
-    def decoder(self) -> Decoder:
-        """``model``, once it is known: a run fills in what it takes from ``init_from``."""
-        assert self.model is not None
-        return self.model
 
 
 def check_documents(model: Decoder, data: DataConfig) -> None:

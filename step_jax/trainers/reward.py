@@ -15,52 +15,31 @@ import jax
 import jax.numpy as jnp
 
 from step_jax.checkpoint.artifact import Artifact
-from step_jax.core.errors import ConfigError
-from step_jax.core.sharding import MeshConfig, Sharding
-from step_jax.data.config import PreferenceConfig
+from step_jax.core.sharding import Sharding
 from step_jax.data.preferences import preference_schema
-from step_jax.interop.artifacts import InitFrom, Start, starting_point
+from step_jax.interop.artifacts import Start, starting_point
 from step_jax.models import expert_health
-from step_jax.models.context import Execution
 from step_jax.models.text.decoder import Decoder
 from step_jax.models.text.facts import implementations, with_vocabulary
 from step_jax.models.text.reward import RewardModel, RewardParams, headless
 from step_jax.runs.device_memory import fitting
-from step_jax.runs.expert_alarm import ExpertHealth
-from step_jax.runs.session import RunConfig, Session
+from step_jax.runs.session import Session
 from step_jax.trainers import judged, text
-from step_jax.trainers.text import LEARNER, Evaluation, Training
+from step_jax.trainers.text import LEARNER
 from step_jax.training.losses.judged import bradley_terry_loss
 from step_jax.training.losses.preference import BradleyTerry
-from step_jax.training.optimizers.config import AdamW, OptimizerConfig
 from step_jax.training.program import Program
 from step_jax.training.step import LossFn
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(judged.JudgedLoop):
     """Train a reward model on pairs of answers: on the trunk of a decoder, of ``init_from`` or a
     fresh ``model``; or go on with a reward model.
     """
 
-    run: RunConfig
-    training: Training
-    data: PreferenceConfig
     loss: BradleyTerry = BradleyTerry()
-    model: Decoder | None = None
-    init_from: InitFrom | None = None
-    optimizer: OptimizerConfig = AdamW()
-    execution: Execution = Execution()
-    parallel: MeshConfig = MeshConfig(fsdp=-1)
-    evaluation: Evaluation = Evaluation()
-    expert_health: ExpertHealth = ExpertHealth()
     loop: Literal["reward"] = "reward"
-
-    def validate(self):
-        """What can be known to fail before answers are read and devices are touched."""
-        text.check_length(self)
-        if self.training.z_loss:
-            raise ConfigError("training.z_loss is of pretraining: a reward model has no vocabulary")
 
 
 def start_of(

@@ -12,48 +12,23 @@ from typing import Literal
 
 import jax
 
-from step_jax.core.sharding import MeshConfig
 from step_jax.data import ConversationConfig
-from step_jax.interop.artifacts import InitFrom
-from step_jax.models.context import Execution
-from step_jax.models.text.decoder import Decoder
 from step_jax.models.text.facts import implementations, with_vocabulary
 from step_jax.runs.device_memory import fitting
-from step_jax.runs.expert_alarm import ExpertHealth
-from step_jax.runs.session import RunConfig, Session
+from step_jax.runs.session import Session
 from step_jax.trainers import text
-from step_jax.trainers.text import LEARNER, Evaluation, Questions, Training, program
-from step_jax.training.optimizers.config import AdamW, OptimizerConfig
+from step_jax.trainers.text import LEARNER, Questions, program
 
 __all__ = ["Config", "program", "run"]
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(text.TextLoop):
     """Fine-tune a decoder on conversations: the one of ``init_from``, or a fresh ``model``."""
 
-    run: RunConfig
-    training: Training
     data: ConversationConfig
-    model: Decoder | None = None
-    init_from: InitFrom | None = None
-    optimizer: OptimizerConfig = AdamW()
-    execution: Execution = Execution()
-    parallel: MeshConfig = MeshConfig(fsdp=-1)
-    evaluation: Evaluation = Evaluation()
-    expert_health: ExpertHealth = ExpertHealth()
     sample: Questions = Questions()
     loop: Literal["sft"] = "sft"
-
-    def validate(self):
-        """What can be known to fail before conversations are read and devices are touched."""
-        text.check_length(self)
-
-    @property
-    def decoder(self) -> Decoder:
-        """``model``, once it is known: a run fills in what it takes from ``init_from``."""
-        assert self.model is not None
-        return self.model
 
 
 def run(config: Config, force: bool = False) -> dict[str, float]:

@@ -10,14 +10,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import jax
 
 from step_jax.checkpoint.artifact import Description
 from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
-from step_jax.core.sharding import Sharding
+from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.data import DataConfig, TextDataset
 from step_jax.data.batches import process_rows, to_mesh
 from step_jax.data.config import TRAIN_TOKENIZER
@@ -43,37 +43,12 @@ from step_jax.tokenizers.base import Tokenizer
 from step_jax.tokenizers.chat import encode_request
 from step_jax.training.learner import learn
 from step_jax.training.losses.text import packed_text_loss
-from step_jax.training.optimizers.config import OptimizerConfig, check_optimizer
+from step_jax.training.optimizers.config import AdamW, OptimizerConfig, check_optimizer
 from step_jax.training.program import Program, Work
 from step_jax.training.scaling_laws import step_law_batch_rows
 from step_jax.training.step import LossFn
 
 LEARNER = "model"
-
-
-class TextLoop(Protocol):
-    """What the loops share that train a decoder on rows of tokens: parts of their configuration."""
-
-    @property
-    def loop(self) -> str: ...
-    @property
-    def run(self) -> RunConfig: ...
-    @property
-    def training(self) -> Training: ...
-    @property
-    def model(self) -> Decoder | None: ...
-    @property
-    def init_from(self) -> InitFrom | None: ...
-    @property
-    def data(self) -> DataConfig: ...
-    @property
-    def optimizer(self) -> OptimizerConfig: ...
-    @property
-    def execution(self) -> Execution: ...
-    @property
-    def evaluation(self) -> Evaluation: ...
-    @property
-    def expert_health(self) -> ExpertHealth: ...
 
 
 @dataclass(frozen=True)
@@ -195,17 +170,42 @@ class Questions(Sample):
             raise ConfigError("sample.prompts has an empty one: a user says something")
 
 
-def check_length(config: TextLoop) -> None:
-    """Raises ConfigError for an optimizer or a profile that does not fit the run's steps."""
-    T, training = config.data.sequence_length, config.training
-    tokens = training.rows(T, 1) * T
-    steps = training.total_steps(tokens)
-    check_optimizer(config.optimizer, steps, steps * tokens)
-    config.run.profile.check(steps)
-    if config.model is None and config.init_from is None:
-        raise ConfigError("give a model, or init_from: what to start from")
-    if config.model is not None and trains_tokenizer(config):
-        with_vocabulary(config.model, config.data.vocab_size)
+@dataclass(frozen=True, kw_only=True)
+class TextLoop:
+    """The configuration that the loops share which train a decoder on rows of tokens.
+
+    The decoder is a fresh ``model``, or the one of ``init_from``.
+    """
+
+    run: RunConfig
+    training: Training
+    data: DataConfig
+    model: Decoder | None = None
+    init_from: InitFrom | None = None
+    optimizer: OptimizerConfig = AdamW()
+    execution: Execution = Execution()
+    parallel: MeshConfig = MeshConfig(fsdp=-1)
+    evaluation: Evaluation = Evaluation()
+    expert_health: ExpertHealth = ExpertHealth()
+    loop: str
+
+    def validate(self):
+        """What can be known to fail before data are read and devices are touched."""
+        T, training = self.data.sequence_length, self.training
+        tokens = training.rows(T, 1) * T
+        steps = training.total_steps(tokens)
+        check_optimizer(self.optimizer, steps, steps * tokens)
+        self.run.profile.check(steps)
+        if self.model is None and self.init_from is None:
+            raise ConfigError("give a model, or init_from: what to start from")
+        if self.model is not None and trains_tokenizer(self):
+            with_vocabulary(self.model, self.data.vocab_size)
+
+    @property
+    def decoder(self) -> Decoder:
+        """``model``, once it is known: a run fills in what it takes from ``init_from``."""
+        assert self.model is not None
+        return self.model
 
 
 def trains_tokenizer(config: TextLoop) -> bool:
