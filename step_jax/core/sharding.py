@@ -44,6 +44,8 @@ class MeshConfig:
     ring: with several key/value heads, pass them around the context axis instead of gathering them.
     ulysses: with several key/value heads, give every device of the context axis whole sequences of
       some heads while attention is computed (arXiv 2309.14509).
+    spare: the last so many devices are left out of this mesh, for another one beside it (the
+      ``rollout.parallel`` of reinforcement learning).
     multihost: join the other processes of a cluster job (see ``core.distributed``).
     """
 
@@ -57,6 +59,7 @@ class MeshConfig:
     tensor: int = 1
     ring: bool = False
     ulysses: bool = False
+    spare: int = 0
     multihost: bool = False
 
     def validate(self):
@@ -70,6 +73,8 @@ class MeshConfig:
             raise ConfigError("only one mesh axis can be -1 (the rest of the devices)")
         if self.ring and self.ulysses:
             raise ConfigError("parallel has ring and ulysses: attention crosses the axis one way")
+        if self.spare < 0:
+            raise ConfigError(f"parallel.spare is {self.spare}; it must be 0 or more")
         if self.pipeline_rounds < 1 or self.pipeline_microbatches < 0:
             raise ConfigError(
                 f"pipeline_rounds is {self.pipeline_rounds} (at least 1) and pipeline_microbatches "
@@ -114,16 +119,18 @@ def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh:
     Raises:
       ConfigError: sizes that do not make the devices, or that no slice can be cut from.
     """
-    if devices is None:
-        hardware.leave_out_absent_tpus()
-        devices = jax.devices()
-    devices = list(devices)
+    devices = list(_all() if devices is None else devices)
     config = config.resolve(len(devices))
     shape = tuple(config.sizes().values())
     types = (AxisType.Auto,) * len(AXES)
     if len(devices) == 1:
         return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=types)
     return Mesh(_arrange(shape, devices), AXES, axis_types=types)
+
+
+def _all() -> Sequence:
+    hardware.leave_out_absent_tpus()
+    return jax.devices()
 
 
 def _arrange(shape: tuple[int, ...], devices: Sequence) -> np.ndarray:
@@ -192,7 +199,8 @@ class Sharding:
     keys and values are gathered, the better choice for the single shared head of MFA and MQA, and
     the only one there. ``rounds`` and ``microbatches`` are the
     ``pipeline_`` settings of :class:`MeshConfig`;
-    ``one_stage`` says that this is the layout inside a stage.
+    ``one_stage`` says that this is the layout inside a stage. ``spare`` are devices that were left
+    out of the mesh.
     """
 
     mesh: Mesh
@@ -202,11 +210,20 @@ class Sharding:
     rounds: int = 1
     microbatches: int = 0
     one_stage: bool = False
+    spare: tuple = ()
 
     @classmethod
     def build(cls, config: MeshConfig, devices: Sequence | None = None) -> Sharding:
+        """The layout on a mesh of ``devices`` (None: of all). Errors as :func:`make_mesh`."""
+        devices = list(_all() if devices is None else devices)
+        left = len(devices) - config.spare
+        if left < 1:
+            raise ConfigError(
+                f"parallel.spare is {config.spare} of {len(devices)} devices: none is left"
+            )
         return cls(
-            make_mesh(config, devices),
+            make_mesh(config, devices[:left]),
+            spare=tuple(devices[left:]),
             ring=config.ring,
             ulysses=config.ulysses,
             rounds=config.pipeline_rounds,

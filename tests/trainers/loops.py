@@ -13,7 +13,16 @@ from step_jax.cli.main import main
 from step_jax.core.sharding import Sharding
 from step_jax.runs.session import Session
 
-LEFT_OUT = {"event", "time", "step_s", "data_wait_s", "mfu", "rollout_s", "verifying_s"}
+LEFT_OUT = {
+    "event",
+    "time",
+    "step_s",
+    "data_wait_s",
+    "mfu",
+    "rollout_s",
+    "verifying_s",
+    "rollout_wait_s",
+}
 LEFT_OUT |= {
     f"{unit}_per_s" for unit in ("tokens", "clips", "frames", "packs", "answers", "rollout_tokens")
 }
@@ -34,7 +43,7 @@ def run_loop(
     build, finished = Sharding.build, Session.finished
 
     def on_some(parallel, chosen=None):
-        return build(parallel, jax.devices()[:devices])
+        return build(parallel, jax.devices()[:devices] if chosen is None else chosen)
 
     def watched(self, step, state, metrics, *rest, **named):
         last["state"] = jax.device_get(state)

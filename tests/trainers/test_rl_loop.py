@@ -86,6 +86,16 @@ def test_every_step_says_how_far_engine_and_trainer_are_apart(ppo):
         assert all(name in r for r in records)
 
 
+def test_writing_on_devices_of_its_own_while_the_policy_learns_gives_the_same_bits(tmp_path):
+    """The lag alone says which parameters wrote what; and a cut run goes on from what was ahead."""
+    state = run_loop("rl", recipe(tmp_path / "one", rollout=", lag: 1"))
+    own = {"rollout": ", lag: 1, parallel: {}", "parallel": "{spare: 1, fsdp: -1}"}
+    apart = recipe(tmp_path / "two", **own)
+    run_loop("rl", apart, devices=2, cut_after=3)
+    jax.tree.map(np.testing.assert_array_equal, run_loop("rl", apart, devices=2), state)
+    assert steps(tmp_path / "two" / "run") == steps(tmp_path / "one" / "run")
+
+
 @pytest.mark.slow
 def test_a_mixture_learns_with_the_experts_that_wrote(tmp_path):
     run_loop("rl", recipe(tmp_path / "moe", MIXTURE, ", replay_routing: true"))
@@ -100,6 +110,8 @@ def test_a_mixture_learns_with_the_experts_that_wrote(tmp_path):
         ({"algorithm": "{name: ppo}", "reference": "nowhere"}, "algorithm.kl is 0"),
         ({"critic": "{optimizer: {kind: adamw, learning_rate: 1e-3}}"}, "grpo has none"),
         ({"algorithm": "{name: ppo, signal: {kind: group_relative}}"}, "need each other"),
+        ({"parallel": "{spare: 1}"}, "give both, or neither"),
+        ({"rollout": ", parallel: {}", "parallel": "{spare: 8}"}, "of 8 devices: none is left"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(tmp_path, capsys, changes, message):

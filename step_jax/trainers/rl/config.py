@@ -116,6 +116,9 @@ class Rollout:
     replay_routing: mixtures of experts learn with the experts that wrote the answers
       (arXiv 2510.11370).
     chat: problems are asked through the tokenizer's chat template; null if it has one.
+    parallel: answers are written on a mesh of its own, of the ``parallel.spare`` devices that the
+      mesh of training leaves out; with a lag, while the policy learns. null: both take turns on one
+      mesh.
     """
 
     max_new_tokens: int
@@ -127,6 +130,7 @@ class Rollout:
     in_flight: int = 0
     replay_routing: bool = False
     chat: bool | None = None
+    parallel: MeshConfig | None = None
 
     def validate(self):
         checks.at_least(self, max_new_tokens=1, max_prompt_tokens=1, slots=1, lag=0, in_flight=0)
@@ -216,6 +220,10 @@ class Config:
         check_optimizer(self.optimizer, c.steps)
         if self.critic.optimizer is not None:
             check_optimizer(self.critic.optimizer, c.steps)
+        if (self.rollout.parallel is None) != (self.parallel.spare == 0):
+            raise ConfigError(
+                "rollout.parallel is the mesh of the parallel.spare devices: give both, or neither"
+            )
         if how.kl is None and self.reference is not None:
             raise ConfigError("reference is given, and algorithm.kl is 0: nothing would read it")
         if self.evaluation.every_steps % c.updates:

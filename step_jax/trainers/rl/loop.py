@@ -8,9 +8,10 @@ read top to bottom: it is blind to the algorithm (``algorithms``), to what is as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -196,7 +197,9 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         problems = config.problems.open()
         pool = stack.enter_context(config.problems.pool()) if session.primary else None
         evaluate = HeldOut(config, session, policy, tokenizer, problems, encode, pool)
-        rollouts = Rollouts(
+        apart = writing_mesh(config, sharding)
+        writer = sharding if apart is None else apart
+        making = Rollouts(
             config.rollout,
             prompts=c.prompts,
             samples=c.samples,
@@ -204,11 +207,13 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             keep_telling=config.how.dynamic_sampling,
             seed=config.run.seed,
             problems=problems,
-            engine=make_engine(config, policy, tokenizer, sharding, config.rollout.temperature),
+            engine=make_engine(config, policy, tokenizer, writer, config.rollout.temperature),
             encode=encode,
             decode=tokenizer.decode_continuation,
             pool=pool,
+            send=sender(policy, apart),
         )  # both refuse problems that do not fit, before anything is compiled
+        rollouts = stack.enter_context(making)
         built = make_program(config, begin, sharding)
         steps = Steps(built, fitting(built.compile, jax.local_devices()[0], force))
         saved: dict[str, Any] = {}
@@ -241,10 +246,10 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             if update == 0:
                 params = view(built, state, POLICY)
                 evaluate(step, params)
-                samples = rollouts.batch(params, number)
+                samples, written = rollouts.batch(params, number)
                 prompts = [rollouts.prompt(s.index) for s in samples]
                 batch, figures = judged(config, judge, built, state, reference, samples, prompts)
-                figures = rollouts.figures | figures
+                figures = written | figures
                 figures = {name: np.float32(value) for name, value in figures.items()}
                 show_samples(session, config, tokenizer, samples, prompts, step)
             state, metrics = steps(state, part_of_batch(config, batch, number, update))
@@ -290,6 +295,29 @@ def describe(session: Session, config: Config, begin: Begin, built: Program, cho
         units={"loss": "of the policy's objective", "reward": "mean of a batch's answers"},
         meta=meta,
     )
+
+
+def writing_mesh(config: Config, sharding: Sharding) -> Sharding | None:
+    """The mesh that only writes; None if answers are written where the policy learns.
+
+    Raises:
+      ConfigError: several processes: parameters go from mesh to mesh inside one alone.
+    """
+    if config.rollout.parallel is None:
+        return None
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"rollout.parallel: {jax.process_count()} processes drive the devices, and parameters "
+            "go from mesh to mesh inside one process alone; leave it out (both take turns)"
+        )
+    return Sharding.build(config.rollout.parallel, sharding.spare)
+
+
+def sender(policy: Decoder, apart: Sharding | None) -> Callable[[Any], Any] | None:
+    """Copies the policy's parameters to that mesh, from device to device."""
+    if apart is None:
+        return None
+    return partial(jax.device_put, device=apart.params(policy.specs()))
 
 
 def encoder(config: Config, tokenizer: Tokenizer):

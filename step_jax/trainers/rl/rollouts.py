@@ -9,11 +9,13 @@ answers that it had.
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -75,11 +77,18 @@ class Sample:
         )
 
 
-class Rollouts:
-    """Answers to train on; one for each run.
+class Batch(NamedTuple):
+    """Answers of a batch, group by group, and figures of how they were written."""
 
-    Attributes:
-      figures: of the batch written last, for the step's metrics.
+    samples: list[Sample]
+    figures: dict[str, float]
+
+
+class Rollouts:
+    """Answers to train on; one for each run. Use it in a ``with`` statement.
+
+    With a mesh of its own and a lag, batches are written in a thread, each by the parameters that a
+    run without would have written it by.
     """
 
     def __init__(
@@ -96,6 +105,7 @@ class Rollouts:
         encode: Callable[[Problem], list[int]],
         decode: Callable[[Sequence[int], Sequence[int]], str],
         pool: Pool | None,
+        send: Callable[[Any], Any] | None = None,
     ):
         """Raises DataError if the first problems' prompts are all too long.
 
@@ -105,6 +115,7 @@ class Rollouts:
           keep_telling: groups whose answers all score the same are replaced by others.
           encode: the prompt of a problem. decode: (prompt, answer) -> the answer's text.
           pool: of verifiers; None on processes that are told the scores by the first.
+          send: copies parameters to the engine's mesh, if that is another than theirs.
         """
         self._config, self._prompts, self._samples = config, prompts, samples
         self._batches, self._keep_telling, self._seed = batches, keep_telling, seed
@@ -117,24 +128,50 @@ class Rollouts:
         self._written = 0  # batches
         self._open: dict[int, dict[int, Sample]] = {}  # groups under way: index -> sample -> it
         self._ready: list[list[Sample]] = []  # whole groups that no batch has yet
-        self._queue: deque[list[Sample]] = deque()  # batches that are not learned from yet
-        self.figures: dict[str, float] = {}
+        self._queue: deque[Batch] = deque()  # batches that are not learned from yet
+        self._send = send
+        self._thread = ThreadPoolExecutor(1) if send is not None and config.lag else None
+        self._jobs: deque[Future[None]] = deque()
+        self._leaving = threading.Event()
 
-    def batch(self, params: Any, number: int) -> list[Sample]:
-        """The answers of batch ``number`` (0-based), group by group; call it in their order.
+    def __enter__(self) -> Rollouts:
+        return self
+
+    def __exit__(self, *exc):
+        self._leaving.set()
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+
+    def batch(self, params: Any, number: int) -> Batch:
+        """Batch ``number`` (0-based); call it in their order.
 
         Args:
           params: of the policy, which has learned from ``number`` batches.
         """
-        self._counts.clear()
+        start = time.perf_counter()
+        if self._send is not None:
+            params = self._send(params)
+        if self._thread is None:
+            self._catch_up(params, number)
+        else:
+            self._jobs.append(self._thread.submit(self._catch_up, params, number))
+            while self._jobs and (not self._queue or self._jobs[0].done()):
+                self._jobs.popleft().result()
+        batch = self._queue.popleft()
+        ages = number - np.concatenate([s.versions for s in batch.samples])
+        figures = {
+            "staleness": float(ages.mean()),
+            "staleness_max": float(ages.max()),
+            "rollout_wait_s": time.perf_counter() - start,
+        }
+        return Batch(batch.samples, batch.figures | figures)
+
+    def _catch_up(self, params: Any, number: int) -> None:
+        """Writes what batch ``number`` and its lag need, by parameters of that version."""
         ahead = min(number + 1 + self._config.lag, self._batches)
         while self._written < ahead:
             self._queue.append(self._write(params, number))
             self._written += 1
-        batch = self._queue.popleft()
-        ages = number - np.concatenate([s.versions for s in batch])
-        self.figures |= {"staleness": float(ages.mean()), "staleness_max": float(ages.max())}
-        return batch
 
     def prompt(self, index: int) -> list[int]:
         """The prompt's tokens of a problem."""
@@ -142,8 +179,9 @@ class Rollouts:
 
     # --- writing -------------------------------------------------------------------------------
 
-    def _write(self, params: Any, version: int) -> list[Sample]:
+    def _write(self, params: Any, version: int) -> Batch:
         start, self._verifying = time.perf_counter(), 0.0
+        self._counts.clear()
         total, written, steps, begun = self._prompts, 0, 0, self._cursor
         dull: list[list[Sample]] = []
         while len(self._ready) < total:
@@ -161,7 +199,7 @@ class Rollouts:
         batch = [sample for group in groups for sample in group]
         seconds = time.perf_counter() - start
         cut = sum(sample.finish != "stop" for sample in batch)
-        self.figures = {
+        figures = {
             "reward": float(np.mean([sample.reward for sample in batch])),
             "answer_tokens": float(np.mean([len(sample.tokens) for sample in batch])),
             "truncated_share": cut / len(batch),
@@ -174,7 +212,7 @@ class Rollouts:
             "rollout_tokens_per_s": written / seconds,
             "slots_busy": written / max(1, steps),
         }
-        return batch
+        return Batch(batch, figures)
 
     def _round(self, params: Any, version: int) -> list[list[Sample]]:
         """Has the engine write once; the groups that are whole then, in the order of problems."""
@@ -184,7 +222,11 @@ class Rollouts:
             self._open[index] = {i: Sample(index, i) for i in range(self._samples)}
         scores: dict[tuple[int, int], Any] = {}
         written = self._engine.run(
-            params, self._requests(), version=version, token_budget=self._config.token_budget
+            params,
+            self._requests(),
+            version=version,
+            token_budget=self._config.token_budget,
+            on_tokens=self._go_on,
         )
         for done in written:
             sample = Sample.of(done)
@@ -198,6 +240,10 @@ class Rollouts:
             if all(sample.reward is not None for sample in group.values())
         ]
         return [list(self._open.pop(index).values()) for index in whole]
+
+    def _go_on(self, request: Request, tokens: list[int]) -> None:
+        if self._leaving.is_set():
+            raise InterruptedError("the run ends; nobody waits for these answers")
 
     def _requests(self) -> Iterator[Request]:
         for index, group in sorted(self._open.items()):
@@ -253,11 +299,13 @@ class Rollouts:
     # --- what a checkpoint keeps ---------------------------------------------------------------
 
     def carried(self) -> dict[str, np.ndarray]:
-        """All that is not a function of the configuration, as arrays."""
+        """All that is not a function of the configuration, as arrays. Waits for what is written."""
+        while self._jobs:
+            self._jobs.popleft().result()
         places = [
             *((-2, s) for _, group in sorted(self._open.items()) for s in group.values()),
             *((-1, s) for group in self._ready for s in group),
-            *((i, s) for i, batch in enumerate(self._queue) for s in batch),
+            *((i, s) for i, batch in enumerate(self._queue) for s in batch.samples),
         ]
         kept = [sample for _, sample in places]
         flat: dict[str, list[np.ndarray]] = defaultdict(list)
@@ -271,21 +319,30 @@ class Rollouts:
         finish = [-1 if s.finish is None else FINISH.index(s.finish) for s in kept]
         rewards = [np.nan if s.reward is None else s.reward for s in kept]
         known = np.isfinite(rewards) if kept else np.zeros(0, bool)
-        return arrays | {
-            "counters": np.asarray([self._cursor, self._written], np.int32),
-            "names": np.asarray(
-                [(place, s.index, s.sample) for place, s in places], np.int32
-            ).reshape(-1, 3),
-            "lengths": np.asarray(lengths, np.int32).reshape(-1, 2),
-            "finish": np.asarray(finish, np.int32),
-            "rewards": np.where(known, rewards, 0.0).astype(np.float32),
-            "rewarded": known,
+        figures = {
+            f"figures.{name}": np.asarray([batch.figures[name] for batch in self._queue])
+            for name in (self._queue[0].figures if self._queue else ())
         }
+        return (
+            arrays
+            | figures
+            | {
+                "counters": np.asarray([self._cursor, self._written], np.int32),
+                "names": np.asarray(
+                    [(place, s.index, s.sample) for place, s in places], np.int32
+                ).reshape(-1, 3),
+                "lengths": np.asarray(lengths, np.int32).reshape(-1, 2),
+                "finish": np.asarray(finish, np.int32),
+                "rewards": np.where(known, rewards, 0.0).astype(np.float32),
+                "rewarded": known,
+            }
+        )
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Goes on with what :meth:`carried` gave."""
         self._cursor, self._written = (int(n) for n in arrays["counters"])
         self._open, self._ready, self._queue = {}, [], deque()
+        figures = {n.partition(".")[2]: a for n, a in arrays.items() if n.startswith("figures.")}
         routed = sorted(name for name in arrays if name.startswith("routing"))
         text = route = 0
         for row, (place, index, i) in enumerate(arrays["names"].tolist()):
@@ -307,6 +364,8 @@ class Rollouts:
                 routing=routing if routes else (),
             )
             self._put(place, sample)
+        for i, batch in enumerate(self._queue):
+            batch.figures.update({name: float(a[i]) for name, a in figures.items()})
 
     def _put(self, place: int, sample: Sample) -> None:
         if place == -2:
@@ -318,8 +377,8 @@ class Rollouts:
             self._ready[-1].append(sample)
             return
         while len(self._queue) <= place:
-            self._queue.append([])
-        self._queue[place].append(sample)
+            self._queue.append(Batch([], {}))
+        self._queue[place].samples.append(sample)
 
 
 def make_engine(
@@ -334,7 +393,7 @@ def make_engine(
         seed=config.run.seed,
         stop_ids=tokenizer.stop_ids,
         execution=config.execution,
-        sharding=None if sharding.mesh.size == 1 else sharding,
+        sharding=None if sharding.mesh.size == 1 and config.rollout.parallel is None else sharding,
         keep_routing=config.rollout.replay_routing,
     )
 
