@@ -52,8 +52,8 @@ class Served:
       max_length: of a text, its answer included.
       seed: of the draws; None for that of ``sampling``.
       stop_ids: tokens that end every text.
-      handover: called with (params, version) by a run whose version is not that of the run before:
-        exports the parameters and makes the server load them. None if the server has them.
+      handover: called with every run's (params, version): sees to it that the server has them. None
+        if it does.
       timeout: seconds in which the server must send something.
       retries, patience: how often in a row a text is asked for again, from where it stands, if the
         server is lost, and the seconds between.
@@ -73,7 +73,6 @@ class Served:
     retries: int = 5
     patience: float = 10.0
     stats: Stats = field(init=False)
-    _version: int | None = field(default=None, init=False)
 
     def __post_init__(self):
         checks.at_least(self, slots=1, max_length=1, retries=0, patience=0)
@@ -98,9 +97,8 @@ class Served:
             answers with something else than token ids and their log-probabilities.
           ConfigError: a thought with a least length whose close has several tokens.
         """
-        if self.handover is not None and version != self._version:
+        if self.handover is not None:
             self.handover(params, version)
-            self._version = version
         self.stats, start = Stats(self.slots), time.perf_counter()
         events: queue.Queue = queue.Queue()
         waiting, under_way, leave = iter(requests), 0, threading.Event()

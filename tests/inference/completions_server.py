@@ -31,6 +31,8 @@ class CompletionsServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.asked: list[dict] = []
+        self.loaded: list[str] = []
+        self.says: dict = {"success": True}  # of weights from disk
         self.sends_token_ids, self.seconds = True, 0.0
         self.tokens_left: int | None = None  # before it hangs up
         self._lock, self._decoder, self._params = threading.Lock(), None, None
@@ -44,6 +46,7 @@ class CompletionsServer(ThreadingHTTPServer):
         self.server_close()
 
     def load(self, folder: str) -> None:
+        self.loaded.append(folder)
         decoder, self._params = load_hf(folder)
         if decoder == self._decoder:
             return
@@ -70,11 +73,20 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *arguments):
         pass
 
+    def do_GET(self):
+        self._answer(200, {"data": [{"id": "policy"}]})
+
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.path == "/update_weights_from_disk":
-            self.server.load(body["model_path"])
-            return self._answer(200, {"success": True})
+            if self.server.says["success"]:
+                self.server.load(body["model_path"])
+            return self._answer(200, self.server.says)
+        if self.path == "/collective_rpc" and body["method"] == "reload_weights":
+            self.server.load(body["kwargs"]["weights_path"])
+            return self._answer(200, {"results": [None]})
+        if self.path == "/reset_prefix_cache":
+            return self._answer(200, {})
         if self.path != "/v1/completions" or body["model"] != "policy":
             return self._answer(404, {"message": f"no model {body.get('model')}"})
         self.server.asked.append(body)

@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 
 from step_jax.cli.main import main
-from step_jax.core.errors import ExitCode
+from step_jax.core.errors import DataError, ExitCode
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.interop.artifacts import load_artifact
 from step_jax.models.text.reward import RewardModel
 from step_jax.tokenizers.huggingface import character_tokenizer
+from step_jax.trainers.rl import outside
+from step_jax.trainers.rl.config import Server
+from tests.inference.completions_server import CompletionsServer
 from tests.trainers.loops import run_loop, steps
 
 ONE = Sharding.build(MeshConfig(), jax.devices()[:1])
+SERVER = "{kind: vllm, url: 'http://localhost:1', model: a, weights: /tmp/a}"
 MIXTURE = "{kind: moe, experts: [{count: 4, hidden: 16}], router: {top_k: 2}}"
 RECIPE = """
 loop: rl
@@ -96,6 +100,29 @@ def test_writing_on_devices_of_its_own_while_the_policy_learns_gives_the_same_bi
     assert steps(tmp_path / "two" / "run") == steps(tmp_path / "one" / "run")
 
 
+def test_a_server_writes_with_each_version_of_the_exported_parameters(tmp_path, capsys):
+    with CompletionsServer() as server:
+        told = f"url: '{server.url}', model: policy, weights: {tmp_path / 'shared'}, dtype: float32"
+        path = recipe(
+            tmp_path / "run",
+            rollout=f", lag: 1, server: {{kind: vllm, {told}}}",
+            algorithm="{name: dr_grpo, corrections: [{kind: truncate}]}",
+        )
+        text = Path(path).read_text().replace("kind: mfa, heads: 2", "kind: mha, heads: 2")
+        Path(path).write_text(text)
+        run_loop("rl", path, "--training.steps", "6")
+        records = steps(tmp_path / "run" / "run")
+        # the second batch was written, by the same parameters, while the first was learned from
+        assert [r["staleness"] for r in records] == [0, 0, 1, 1, 1, 1]
+        assert [Path(folder).exists() for folder in server.loaded] == [False, True]
+        assert all(r["rollout_gap"] < 1e-5 for r in records[:2])
+        assert main(["rl", path, "--rollout.server.model", "other"]) == ExitCode.CONFIG
+        assert "has no model 'other'; it has: policy" in capsys.readouterr().err
+        server.says = {"success": False, "message": "no room"}
+        with pytest.raises(DataError, match="did not load .*version_0: no room"):
+            outside.load(Server("sglang", server.url, "policy", ""), tmp_path / "version_0")
+
+
 @pytest.mark.slow
 def test_a_mixture_learns_with_the_experts_that_wrote(tmp_path):
     run_loop("rl", recipe(tmp_path / "moe", MIXTURE, ", replay_routing: true"))
@@ -110,6 +137,8 @@ def test_a_mixture_learns_with_the_experts_that_wrote(tmp_path):
         ({"algorithm": "{name: ppo}", "reference": "nowhere"}, "algorithm.kl is 0"),
         ({"critic": "{optimizer: {kind: adamw, learning_rate: 1e-3}}"}, "grpo has none"),
         ({"algorithm": "{name: ppo, signal: {kind: group_relative}}"}, "need each other"),
+        ({"rollout": f", server: {SERVER}"}, "give algorithm.corrections"),
+        ({"rollout": f", replay_routing: true, server: {SERVER}"}, "says nothing of experts"),
         ({"parallel": "{spare: 1}"}, "give both, or neither"),
         ({"rollout": ", parallel: {}", "parallel": "{spare: 8}"}, "of 8 devices: none is left"),
     ],

@@ -101,6 +101,34 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Server:
+    """The engine that writes the answers.
+
+    kind: ``vllm`` (started with VLLM_SERVER_DEV_MODE=1, which opens ``/collective_rpc``) or
+      ``sglang``.
+    url: without ``/v1``.
+    model: its name there.
+    weights: a folder that the run and the server both see; it holds one version at a time.
+    dtype: that the parameters are exported in.
+    minutes: that loading them may take.
+    """
+
+    kind: Literal["vllm", "sglang"]
+    url: str
+    model: str
+    weights: str
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    minutes: float = 10.0
+
+    def validate(self):
+        checks.above(self, minutes=0)
+        if not self.url.startswith(("http://", "https://")) or self.url.rstrip("/").endswith("/v1"):
+            raise ConfigError(
+                f"rollout.server.url is {self.url!r}: give it as http://host:port, without /v1"
+            )
+
+
+@dataclass(frozen=True)
 class Rollout:
     """How answers are written.
 
@@ -119,6 +147,8 @@ class Rollout:
     parallel: answers are written on a mesh of its own, of the ``parallel.spare`` devices that the
       mesh of training leaves out; with a lag, while the policy learns. null: both take turns on one
       mesh.
+    server: answers are written by an engine of others, see :class:`Server`; held-out problems are
+      answered by our own. With a lag it writes while the policy learns.
     """
 
     max_new_tokens: int
@@ -131,6 +161,7 @@ class Rollout:
     replay_routing: bool = False
     chat: bool | None = None
     parallel: MeshConfig | None = None
+    server: Server | None = None
 
     def validate(self):
         checks.at_least(self, max_new_tokens=1, max_prompt_tokens=1, slots=1, lag=0, in_flight=0)
@@ -138,6 +169,11 @@ class Rollout:
         checks.above(self, temperature=0)
         if self.in_flight and self.token_budget is None:
             raise ConfigError("rollout.in_flight is for rollouts with a token_budget")
+        if self.server is not None and (self.parallel is not None or self.replay_routing):
+            raise ConfigError(
+                "rollout.server writes elsewhere and says nothing of experts: leave "
+                "rollout.parallel and replay_routing out"
+            )
 
     @property
     def context(self) -> int:
@@ -220,6 +256,11 @@ class Config:
         check_optimizer(self.optimizer, c.steps)
         if self.critic.optimizer is not None:
             check_optimizer(self.critic.optimizer, c.steps)
+        if self.rollout.server is not None and not how.corrections:
+            raise ConfigError(
+                "rollout.server computes otherwise than the trainer, so its answers are those of "
+                "another policy: give algorithm.corrections"
+            )
         if (self.rollout.parallel is None) != (self.parallel.spare == 0):
             raise ConfigError(
                 "rollout.parallel is the mesh of the parallel.spare devices: give both, or neither"

@@ -26,6 +26,8 @@ from step_jax.core.files import write_whole
 from step_jax.core.sharding import Sharding
 from step_jax.data.batches import process_rows, to_mesh
 from step_jax.data.schema import Field
+from step_jax.inference.engine import Engine
+from step_jax.inference.served import Served
 from step_jax.interop.artifacts import Start, load_artifact, starting_point
 from step_jax.models.flops import train_flops_per_token
 from step_jax.models.text.decoder import Decoder
@@ -43,6 +45,7 @@ from step_jax.trainers.rl import learning
 from step_jax.trainers.rl.config import Config
 from step_jax.trainers.rl.heldout import HeldOut
 from step_jax.trainers.rl.learning import CRITIC, POLICY
+from step_jax.trainers.rl.outside import served
 from step_jax.trainers.rl.rollouts import Rollouts, Sample, make_engine
 from step_jax.trainers.rl.trajectory import schema
 from step_jax.training.learner import learn
@@ -197,8 +200,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         problems = config.problems.open()
         pool = stack.enter_context(config.problems.pool()) if session.primary else None
         evaluate = HeldOut(config, session, policy, tokenizer, problems, encode, pool)
-        apart = writing_mesh(config, sharding)
-        writer = sharding if apart is None else apart
+        engine, send = writer(config, policy, tokenizer, sharding)
         making = Rollouts(
             config.rollout,
             prompts=c.prompts,
@@ -207,11 +209,11 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             keep_telling=config.how.dynamic_sampling,
             seed=config.run.seed,
             problems=problems,
-            engine=make_engine(config, policy, tokenizer, writer, config.rollout.temperature),
+            engine=engine,
             encode=encode,
             decode=tokenizer.decode_continuation,
             pool=pool,
-            send=sender(policy, apart),
+            send=send,
         )  # both refuse problems that do not fit, before anything is compiled
         rollouts = stack.enter_context(making)
         built = make_program(config, begin, sharding)
@@ -297,27 +299,30 @@ def describe(session: Session, config: Config, begin: Begin, built: Program, cho
     )
 
 
-def writing_mesh(config: Config, sharding: Sharding) -> Sharding | None:
-    """The mesh that only writes; None if answers are written where the policy learns.
+def writer(
+    config: Config, policy: Decoder, tokenizer: Tokenizer, sharding: Sharding
+) -> tuple[Engine | Served, Callable[[Any], Any] | None]:
+    """(what writes the answers, how it gets a copy of the parameters if it is elsewhere).
 
     Raises:
-      ConfigError: several processes: parameters go from mesh to mesh inside one alone.
+      ConfigError, DataError: a server that does not answer or has no such model; several processes
+        of another mesh or a server: parameters leave their mesh inside one alone.
     """
-    if config.rollout.parallel is None:
-        return None
+    rollout, temperature = config.rollout, config.rollout.temperature
+    if rollout.server is None and rollout.parallel is None:
+        return make_engine(config, policy, tokenizer, sharding, temperature), None
     if jax.process_count() > 1:
         raise ConfigError(
-            f"rollout.parallel: {jax.process_count()} processes drive the devices, and parameters "
-            "go from mesh to mesh inside one process alone; leave it out (both take turns)"
+            f"rollout.{'parallel' if rollout.server is None else 'server'}: {jax.process_count()} "
+            "processes drive the devices, and parameters leave their mesh inside one alone; leave "
+            "it out (learning and writing take turns)"
         )
-    return Sharding.build(config.rollout.parallel, sharding.spare)
-
-
-def sender(policy: Decoder, apart: Sharding | None) -> Callable[[Any], Any] | None:
-    """Copies the policy's parameters to that mesh, from device to device."""
-    if apart is None:
-        return None
-    return partial(jax.device_put, device=apart.params(policy.specs()))
+    if rollout.server is not None:
+        return served(rollout.server, policy, tokenizer, rollout, config.run.seed), jax.device_get
+    assert rollout.parallel is not None
+    apart = Sharding.build(rollout.parallel, sharding.spare)
+    engine = make_engine(config, policy, tokenizer, apart, temperature)
+    return engine, partial(jax.device_put, device=apart.params(policy.specs()))
 
 
 def encoder(config: Config, tokenizer: Tokenizer):

@@ -28,6 +28,7 @@ from step_jax.environments.problems import Problem, Problems
 from step_jax.inference.engine import Engine
 from step_jax.inference.requests import Completion, Request, StopReason
 from step_jax.inference.sampling import SamplingConfig
+from step_jax.inference.served import Served
 from step_jax.models.text.decoder import Decoder
 from step_jax.tokenizers.base import Tokenizer
 from step_jax.trainers.rl.config import Config, Rollout
@@ -101,7 +102,7 @@ class Rollouts:
         keep_telling: bool,
         seed: int,
         problems: Problems,
-        engine: Engine,
+        engine: Engine | Served,
         encode: Callable[[Problem], list[int]],
         decode: Callable[[Sequence[int], Sequence[int]], str],
         pool: Pool | None,
@@ -210,8 +211,9 @@ class Rollouts:
             "rollout_s": seconds,
             "verifying_s": self._verifying,
             "rollout_tokens_per_s": written / seconds,
-            "slots_busy": written / max(1, steps),
         }
+        if steps:  # of a server they are not known
+            figures["slots_busy"] = written / steps
         return Batch(batch, figures)
 
     def _round(self, params: Any, version: int) -> list[list[Sample]]:
