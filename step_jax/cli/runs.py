@@ -14,7 +14,8 @@ from step_jax.core.errors import ConfigError
 from step_jax.runs.console import format_value, si
 
 _COLUMNS = (
-    *("run", "status", "steps", "trained", "params", "loss", "reward", "held out", "bpb", "pace"),
+    *("run", "status", "steps", "trained", "params", "loss", "reward", "held out", "bpb"),
+    *("pass@1", "pace"),
 )
 _MAX_DIFFERENCES = 10  # in the table; unlike loops have little in common, and --json has all
 
@@ -124,17 +125,18 @@ def summarise(directory: Path) -> dict[str, Any]:
         "steps": last.get("step"),
         "trained": last.get(unit or ""),
         "unit": unit,
-        "params": _number(_last(headers, "parameters")),
+        "params": _number(_last(headers, "parameters", "parameters of the policy")),
         "loss": last.get("loss"),
         "reward": last.get("reward"),
         "held out": _last(evaluations, "loss"),
         "bpb": _last(evaluations, "bits_per_byte"),
+        "pass@1": _last(evaluations, "pass@1"),
         "pace": paces[len(paces) // 2] if paces else None,
     }
 
 
-def _last(records: Sequence[Mapping[str, Any]], key: str) -> Any:
-    return next((r[key] for r in reversed(records) if key in r), None)
+def _last(records: Sequence[Mapping[str, Any]], *keys: str) -> Any:
+    return next((r[key] for r in reversed(records) for key in keys if key in r), None)
 
 
 def _number(value: Any) -> int | None:

@@ -264,10 +264,12 @@ class _Converter:
             return self.fail(node.origin, path, str(error))
 
     def _optional(self, declared: Any) -> tuple[Any, ...]:
-        """The groups that a page of help shows although nothing stands in their place."""
+        """The group that a page of help shows although nothing stands in its place, if it is one:
+        of several kinds none is more likely."""
         if self.placeholder is None:
             return ()
-        return tuple(part for part in members(declared) if dataclasses.is_dataclass(part))
+        groups = tuple(part for part in members(declared) if dataclasses.is_dataclass(part))
+        return groups if len(groups) == 1 else ()
 
     def choose(self, classes: tuple[Any, ...], node: Mapping, path: str, default: Any):
         """The member of a union that ``kind`` names; without ``kind``, the one in place."""

@@ -30,10 +30,6 @@ LOOPS: dict[str, tuple[str, str]] = {
         "tune a language model on pairs of answers, or on good and bad ones",
     ),
     "reward": ("step_jax.trainers.reward", "train a reward model on pairs of answers"),
-    "reinforce": (
-        "step_jax.trainers.rl.reinforce",
-        "toy: a decoder learns to sort by policy gradients",
-    ),
     "diffusion": (
         "step_jax.trainers.diffusion.flow_matching",
         "train a diffusion transformer on captioned pictures and clips",

@@ -39,15 +39,15 @@ def real(tmp_path, *names):
 
 
 def test_the_table_of_real_runs_of_unlike_loops(tmp_path, capsys):
-    path = real(tmp_path, "quick", "toy_flow", "toy_rl")
+    path = real(tmp_path, "quick", "toy_flow", "rl")
     assert cli.main(["runs", str(path)]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.split()}
     assert lines["quick"].split()[:11] == [
         *("quick", "done", "1,000", "1.02M", "tokens", "1.84M"),
-        *("4.3676", "-", "4.3379", "1.7425", "2.9k/s"),
+        *("4.3676", "-", "4.3379", "1.7425", "-"),
     ]
     assert lines["toy_flow"].split()[:6] == ["toy_flow", "done", "1,200", "76.8k", "clips", "303k"]
-    assert lines["toy_rl"].split()[6:8] == ["-0.0297", "0.9303"]
+    assert lines["rl"].split()[5:11] == ["572k", "0.0020", "0.8281", "-", "-", "0.9729"]
     assert "run.directory" not in "".join(lines.values())  # they differ in it always
     assert " more" in "".join(lines.values())  # what all differ in would fill pages
 

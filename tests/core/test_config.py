@@ -465,8 +465,12 @@ def test_text_that_is_not_unicode_is_refused(write):
     ("loop", "flags"),
     [
         ("pretrain", ["--model.width", "--data.path", "--training.steps"]),
-        ("reinforce", ["--training.digits", "--init-from"]),
+        ("rl", ["--rollout.lag", "--init-from"]),
         ("diffusion", ["--model.attention.heads", "--flow.shift"]),
+        ("sft", ["--sample.prompts"]),
+        ("preference", ["--reference"]),
+        ("reward", ["--data.path"]),
+        ("vae", ["--run.directory"]),
     ],
 )
 def test_every_loop_shows_its_help_without_a_recipe(loop, flags, capsys):

@@ -76,6 +76,6 @@ def test_tokenize_takes_the_recipe_of_any_loop_that_reads_text(tmp_path, capsys)
     assert main(["tokenize", str(recipe)]) == 0
     printed = capsys.readouterr().out
     assert "tokens learned" in printed and "Assistant: 4" in printed
-    recipe.write_text("loop: reinforce\n")
+    recipe.write_text("loop: rl\n")
     assert main(["tokenize", str(recipe)]) == ExitCode.CONFIG
     assert "a loop that reads no text" in capsys.readouterr().err

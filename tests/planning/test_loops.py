@@ -21,9 +21,10 @@ from step_jax.core.sharding import MeshConfig
 from step_jax.planning import estimate, report, search, topology
 from step_jax.planning.compiled import program_for, resolved
 from step_jax.runs import device_memory
+from step_jax.tokenizers.huggingface import character_tokenizer
 from step_jax.trainers import pretrain
 from step_jax.trainers.diffusion import flow_matching
-from step_jax.trainers.rl import reinforce
+from step_jax.trainers.rl import loop as rl
 from step_jax.trainers.text import Training
 from step_jax.training.optimizers.config import Muon
 from step_jax.training.schedules import Constant
@@ -51,18 +52,36 @@ evaluation: {{every_steps: 0, tokens: 100}}
 sample: {{tokens: 0}}
 """
 
+RL = """
+loop: rl
+run: {{directory: {folder}/run}}
+model:
+  width: 64
+  layers:
+    - repeat: 2
+      blocks:
+        - attention: {{kind: mha, heads: 4, head_dim: 16}}
+          mlp: {{kind: swiglu, hidden: 128}}
+tokenizer: {folder}/tokenizer
+training: {{steps: 300, prompts: 32, samples: 16}}
+rollout: {{max_new_tokens: 16, max_prompt_tokens: 8}}
+problems: {{task: {{kind: addition, digits: [1, 1]}}}}
+algorithm: {{name: dr_grpo}}
+optimizer: {{kind: adamw, learning_rate: 1e-3, schedule: {{kind: constant}}}}
+execution: {{dtype: float32, loss_chunks: 1}}
+"""
+
 OWN = """
 from dataclasses import dataclass
 from typing import Literal
 
-from step_jax.trainers.diffusion import flow_matching
-from step_jax.trainers.rl import reinforce
+from step_jax.trainers.rl import loop as rl
 
-program, run = reinforce.program, reinforce.run
+program, run = rl.program, rl.run
 
 
 @dataclass(frozen=True)
-class Config(reinforce.Config):
+class Config(rl.Config):
     loop: Literal["sorting"] = "sorting"
 """
 
@@ -76,14 +95,22 @@ def planned(recipe, folder: Path, *flags: str) -> dict:
     return json.loads(saved.read_text())
 
 
+@pytest.fixture
+def policy(tmp_path):
+    """A recipe of reinforcement learning, that needs nothing but its tokenizer."""
+    (tmp_path / "tokenizer").mkdir()
+    character_tokenizer("0123456789+=#;,", "<end>").save(tmp_path / "tokenizer")
+    (tmp_path / "rl.yaml").write_text(RL.format(folder=tmp_path))
+    return tmp_path / "rl.yaml"
+
+
 @pytest.mark.slow
-def test_plan_of_reinforce_says_that_rollouts_are_not_in_it(tmp_path, capsys):
-    plan = planned(TOYS / "reinforce.yaml", tmp_path)
-    assert (plan["unit"], plan["work"], plan["rows"], plan["sequence"]) == ("tokens", 3072, 512, 6)
-    assert 1.0 < plan["flops"] / plan["flops_model"] < 1.1
-    assert 0 < plan["memory_estimate"]["activations"] < 1.5 * plan["memory"]["activations"]
+def test_plan_of_rl_says_that_rollouts_are_not_in_it(policy, tmp_path, capsys):
+    plan = planned(policy, tmp_path / "plans")
+    assert (plan["unit"], plan["work"], plan["rows"], plan["sequence"]) == ("answers", 512, 512, 24)
+    assert 0.9 < plan["flops"] / plan["flops_model"] < 1.1
     words = capsys.readouterr().out
-    assert "rollouts are a program of their own" in words and "tokens per day" in words
+    assert "rollouts, and what a batch is compared with" in words and "answers per day" in words
 
 
 @pytest.mark.slow
@@ -102,13 +129,11 @@ def test_plan_of_diffusion_leaves_out_what_does_not_exist(tmp_path, capsys):
     assert plan["memory"]["optimizer"] == pytest.approx(plan["memory"]["parameters"], rel=0.05)
 
 
-def test_recipe_names_its_loop_by_a_file(tmp_path, capsys):
+def test_recipe_names_its_loop_by_a_file(policy, tmp_path, capsys):
     own = tmp_path / "own.py"
     own.write_text(OWN)
     recipe = tmp_path / "own.yaml"
-    recipe.write_text(
-        (TOYS / "reinforce.yaml").read_text().replace("loop: reinforce", f"loop: {own}")
-    )
+    recipe.write_text(policy.read_text().replace("loop: rl", f"loop: {own}"))
     assert main(["plan", str(recipe), "--topology", "gpu:h200x2"]) == 0
     assert "proposals for gpu:h200x2" in capsys.readouterr().out
 
@@ -116,31 +141,31 @@ def test_recipe_names_its_loop_by_a_file(tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags,words",
     [
-        (["--loop", "reinforced"], "did you mean 'reinforce'?"),
+        (["--loop", "pretraining"], "did you mean 'pretrain'?"),
         (["--loop", "nowhere.py"], "nowhere.py is no file"),
         (["--loop", "pretrain"], "prompts"),
         (["--search"], "trains model (video_dit)"),
         (["--topology", "gpu:h200x8"], "only a single decoder of texts can be estimated"),
     ],
 )
-def test_bad_input_is_refused(flags, words, capsys):
-    recipe = TOYS / "reinforce.yaml" if flags[0] == "--loop" else DIGITS
+def test_bad_input_is_refused(policy, flags, words, capsys):
+    recipe = policy if flags[0] == "--loop" else DIGITS
     argv = ["plan", str(recipe), "--topology", "cpu:2", *flags]
     assert main(argv) == ExitCode.CONFIG
     assert words in capsys.readouterr().err
 
 
-def test_recipe_without_a_loop_is_said_to_be_read_as_pretraining(tmp_path, capsys):
-    text = (TOYS / "reinforce.yaml").read_text().replace("loop: reinforce", "")
+def test_recipe_without_a_loop_is_said_to_be_read_as_pretraining(policy, tmp_path, capsys):
+    text = policy.read_text().replace("loop: rl", "")
     (tmp_path / "recipe.yaml").write_text(text)
     assert main(["plan", str(tmp_path / "recipe.yaml"), "--topology", "cpu:2"]) == ExitCode.CONFIG
     assert "read as of pretrain: the recipe has no `loop:`" in capsys.readouterr().err
 
 
-def test_search_works_for_a_loop_that_takes_its_batch_at_once():
-    config = load_file(reinforce.Config, TOYS / "reinforce.yaml")
-    found = search.search(reinforce, config, topology.parse("cpu:2"), compiled=False)
-    assert found[0].flags and "accumulation" not in " ".join(p.flags for p in found)
+def test_search_works_for_reinforcement_learning(policy):
+    config = load_file(rl.Config, policy)
+    found = search.search(rl, config, topology.parse("cpu:2"), compiled=False)
+    assert "--training.accumulation 2" in " ".join(p.flags for p in found)
 
 
 def test_search_on_paper_knows_the_devices_that_an_optimizer_asks_for():
@@ -216,9 +241,9 @@ def test_adapters_alone_have_gradients_and_moments_in_the_estimate(run):
 # --- A step that does not fit the devices of a run ----------------------------------------------
 
 
-@pytest.mark.parametrize("loop,advised", [(reinforce, True), (flow_matching, False)])
-def test_step_that_does_not_fit_names_its_largest_buffers(loop, advised):
-    config = load_file(loop.Config, TOYS / "reinforce.yaml" if loop is reinforce else DIGITS)
+@pytest.mark.parametrize("loop,advised", [(rl, True), (flow_matching, False)])
+def test_step_that_does_not_fit_names_its_largest_buffers(policy, loop, advised):
+    config = load_file(loop.Config, policy if loop is rl else DIGITS)
     step = jax.jit(lambda x: jnp.sin(x) @ x).lower(jnp.zeros((64, 64))).compile()
     error = device_memory.DoesNotFit("a step needs too much", step)
     text = report.overflow(loop, config, error)

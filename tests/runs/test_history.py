@@ -26,7 +26,7 @@ from step_jax.runs.metrics_log import read_metrics
 from step_jax.runs.run_directory import RunDirectory
 from step_jax.runs.session import RunConfig
 from step_jax.trainers.diffusion.flow_matching import Config as FlowMatchingConfig
-from step_jax.trainers.rl.reinforce import Config as ReinforceConfig
+from step_jax.trainers.rl.config import Config as RLConfig
 from step_jax.training.schedules import WSD, Constant, Cosine, build
 
 REAL = Path(__file__).parent / "real"
@@ -229,7 +229,7 @@ def test_other_processes_refuse_alike_and_write_nothing(stored):
     [
         ("quick", PretrainConfig),
         ("toy_flow", FlowMatchingConfig),
-        ("toy_rl", ReinforceConfig),
+        ("rl", RLConfig),
     ],
 )
 def test_every_setting_of_every_loop_is_either_free_or_fixed(tmp_path, name, kind):
@@ -248,7 +248,7 @@ def test_every_setting_of_every_loop_is_either_free_or_fixed(tmp_path, name, kin
         assert len(continue_configuration(directory, free, steps, steps)) == 1
 
 
-@pytest.mark.parametrize("name", ["quick", "toy_flow", "toy_rl"])
+@pytest.mark.parametrize("name", ["quick", "toy_flow", "rl"])
 def test_a_real_run_that_is_done_is_called_done(name):
     assert outcome(read_metrics(REAL / name), running=False) == ("done", "")
     assert outcome(read_metrics(REAL / name), running=True).status == "running"

@@ -91,12 +91,12 @@ def test_sixteen_runs_can_be_told_apart_and_the_legend_covers_nothing(monkeypatc
 
 def test_unlike_losses_do_not_share_an_axis(monkeypatch):
     figures = drawn(monkeypatch)
-    plot_comparison({n: REAL / n for n in ("quick", "toy_flow", "toy_rl")}, "x.png")
+    plot_comparison({n: REAL / n for n in ("quick", "toy_flow", "rl")}, "x.png")
     titles = [axes.get_title(loc="left") for axes in figures[0].axes]
     assert titles == [
         "loss (nats per token); points: evaluations",
         "loss (squared error of a number)",
-        "loss (policy objective)",
+        "loss (of the policy's objective)",
     ]
     assert [len(curves(axes)) for axes in figures[0].axes] == [1, 1, 1]
     assert len({curves(axes)[0].get_color() for axes in figures[0].axes}) == 3

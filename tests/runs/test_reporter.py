@@ -136,7 +136,7 @@ def test_work_is_counted_in_the_unit_of_the_loop(run):
     records = read_metrics(run.path)
     assert work_unit(records) == "images" and work_unit([]) is None
     assert cells(records[0])["images"] == "64k"
-    for name, unit in (("quick", "tokens"), ("toy_rl", "tokens")):
+    for name, unit in (("quick", "tokens"), ("rl", "tokens")):
         assert work_unit(read_metrics(REAL / name)) == unit
 
 

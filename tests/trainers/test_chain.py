@@ -1,4 +1,4 @@
-"""From one loop to the next by commands: pretrain, reinforce, generate, eval, export; draw."""
+"""From one loop to the next by commands: pretrain, rl, generate, eval, export; draw."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tests.trainers.loops import fast_compile, run_loop, steps
 from tests.trainers.test_loop_contract import CASES, places  # noqa: F401 - a fixture
 
 ONE = Sharding.build(MeshConfig(), jax.devices()[:1])
-PRETRAIN, SFT, REINFORCE, DIFFUSION = (
+PRETRAIN, SFT, RL, DIFFUSION = (
     next(case for case in CASES if case.loop == loop)
-    for loop in ("pretrain", "sft", "reinforce", "diffusion")
+    for loop in ("pretrain", "sft", "rl", "diffusion")
 )
 
 
@@ -30,7 +30,7 @@ def chain(tmp_path_factory, places):  # noqa: F811
     folder = tmp_path_factory.mktemp("chain")
     run_loop("pretrain", PRETRAIN.write(folder, name="text", **places))
     start = f"init_from: {{{{artifact: {folder / 'text'}}}}}\n"
-    run_loop("reinforce", REINFORCE.write(folder, start, name="policy", **places))
+    run_loop("rl", RL.write(folder, start, name="policy", **places))
     return folder / "text", folder / "policy"
 
 
