@@ -14,7 +14,8 @@ from step_jax.inference.engine import Stats
 from step_jax.inference.requests import Completion
 from step_jax.trainers.rl.config import Rollout
 from step_jax.trainers.rl.learning import places, trajectory
-from step_jax.trainers.rl.rollouts import Rollouts, Sample
+from step_jax.trainers.rl.rollouts import Rollouts
+from step_jax.trainers.rl.samples import Sample
 
 STOP = 9
 
@@ -33,7 +34,7 @@ class Rule:
         self.stats = Stats(4)
         self.asked = []
 
-    def run(self, params, requests, *, version=0, token_budget=None):
+    def run(self, params, requests, *, version=0, token_budget=None, on_tokens=None):
         self.stats = Stats(4)
         for request in requests:
             index, i = request.name
@@ -90,12 +91,13 @@ def texts(batch):
 
 def test_a_batch_is_whole_groups_in_the_order_of_problems_and_written_by_the_newest_policy():
     of = rollouts()
-    batches = [of.batch(5 + n, n) for n in range(3)]
+    made = [of.batch(5 + n, n) for n in range(3)]
+    batches = [batch.samples for batch in made]
     assert [[(s.index, s.sample) for s in b] for b in batches] == [
         [(2 * n, 0), (2 * n, 1), (2 * n + 1, 0), (2 * n + 1, 1)] for n in range(3)
     ]
     assert [{int(v) for s in b for v in s.versions} for b in batches] == [{0}, {1}, {2}]
-    assert of.figures["staleness_max"] == 0
+    assert all(batch.figures["staleness_max"] == 0 for batch in made)
 
 
 @pytest.mark.parametrize("lag", [1, 3])
@@ -103,8 +105,7 @@ def test_with_a_lag_a_batch_was_written_so_many_batches_ago(lag):
     of = rollouts(lag=lag)
     ages = []
     for n in range(6):
-        of.batch(5 + n, n)
-        ages.append(of.figures["staleness_max"])
+        ages.append(of.batch(5 + n, n).figures["staleness_max"])
     assert ages == [min(n, lag) for n in range(6)]
     with pytest.raises(IndexError):  # nothing is written that nobody learns from
         of.batch(11, 6)
@@ -112,20 +113,21 @@ def test_with_a_lag_a_batch_was_written_so_many_batches_ago(lag):
 
 def test_groups_of_equal_scores_make_room_for_others():
     of = rollouts(telling=True, prompts=3)
-    assert [s.index for s in of.batch(5, 0)] == [0, 0, 2, 2, 4, 4]
-    assert of.figures["same_reward_share"] == pytest.approx(2 / 5)
-    assert [s.index for s in of.batch(5, 1)] == [6, 6, 8, 8, 10, 10]
+    first = of.batch(5, 0)
+    assert [s.index for s in first.samples] == [0, 0, 2, 2, 4, 4]
+    assert first.figures["same_reward_share"] == pytest.approx(2 / 5)
+    assert [s.index for s in of.batch(5, 1).samples] == [6, 6, 8, 8, 10, 10]
 
 
 def test_what_is_hopeless_is_taken_in_the_end_instead_of_drawn_for_ever():
     of = rollouts(telling=True, prompts=3, samples=1)  # a single answer equals itself
-    assert len(of.batch(5, 0)) == 3
-    assert of.figures["same_reward_share"] == 1
+    batch = of.batch(5, 0)
+    assert len(batch.samples) == 3 and batch.figures["same_reward_share"] == 1
 
 
 def test_an_answer_goes_on_under_the_next_parameters_where_the_budget_ended_it():
     of = rollouts(token_budget=3, in_flight=4)
-    batches = [of.batch(3 + n, n) for n in range(6)]
+    batches = [of.batch(3 + n, n).samples for n in range(6)]
     written = [t for b in batches for t in texts(b)]
     assert any(len(set(versions)) > 1 for *_, versions, _ in written)
     for index, i, tokens, versions, reward in written:
@@ -140,12 +142,12 @@ def test_an_answer_goes_on_under_the_next_parameters_where_the_budget_ended_it()
 @pytest.mark.parametrize("cut", [1, 3])
 def test_what_is_carried_over_goes_on_as_if_nothing_had_happened(settings, cut):
     whole, first, second = rollouts(**settings), rollouts(**settings), rollouts(**settings)
-    want = [texts(whole.batch(3 + n, n)) for n in range(6)]
-    got = [texts(first.batch(3 + n, n)) for n in range(cut)]
+    want = [texts(whole.batch(3 + n, n).samples) for n in range(6)]
+    got = [texts(first.batch(3 + n, n).samples) for n in range(cut)]
     carried = first.carried()
     assert all(isinstance(a, np.ndarray) for a in carried.values())
     second.restore(carried)
-    assert got + [texts(second.batch(3 + n, n)) for n in range(cut, 6)] == want
+    assert got + [texts(second.batch(3 + n, n).samples) for n in range(cut, 6)] == want
 
 
 def test_problems_with_prompts_too_long_are_left_out_and_counted():

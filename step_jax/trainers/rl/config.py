@@ -9,6 +9,7 @@ from step_jax.core import checks
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig
 from step_jax.environments.tasks import TaskConfig
+from step_jax.environments.tools import Tools
 from step_jax.interop.artifacts import InitFrom
 from step_jax.models.context import Execution
 from step_jax.models.text.decoder import Decoder
@@ -219,6 +220,7 @@ class Config:
 
     tokenizer: file of the tokenizer of a fresh model.
     reference: what the KL divergence is measured to; null for the start of the run.
+    tools: what replies may call, through the tokenizer's chat template; null for none.
     """
 
     run: RunConfig
@@ -231,6 +233,7 @@ class Config:
     init_from: InitFrom | None = None
     tokenizer: str | None = None
     reference: str | None = None
+    tools: Tools | None = None
     optimizer: OptimizerConfig = AdamW()
     execution: Execution = Execution()
     parallel: MeshConfig = MeshConfig(fsdp=-1)
@@ -246,6 +249,8 @@ class Config:
                 "tokenizer is for a fresh model, which needs one; what is in init_from has its own"
             )
         self.run.profile.check(c.steps)
+        if self.tools is not None and self.rollout.chat is False:
+            raise ConfigError("tools are called through the chat template: leave rollout.chat out")
         if c.samples < how.signal.smallest_group:
             raise ConfigError(
                 f"training.samples is {c.samples}: {self.algorithm.name} compares the answers to a "

@@ -19,6 +19,7 @@ from step_jax.runs.session import Session
 from step_jax.tokenizers.base import Tokenizer
 from step_jax.trainers.rl.config import Config
 from step_jax.trainers.rl.rollouts import evaluated, make_engine
+from step_jax.trainers.rl.turns import Turns
 
 
 class HeldOut:
@@ -33,7 +34,9 @@ class HeldOut:
         problems: Problems,
         encode: Callable[[Problem], list[int]],
         pool: Pool | None,
+        turns: Turns | None,
     ):
+        self._turns = turns
         self._config, self._session, self._pool = config.evaluation, session, pool
         # what votes; a sum of verifiers votes with whole replies
         self._thinking = getattr(config.problems.checked_by, "thinking", None)
@@ -65,12 +68,12 @@ class HeldOut:
 
     def figures(self, params: Any, step: int) -> dict[str, float]:
         """pass@1 with its 95 % interval over problems, pass@n, maj@n, mean score, lengths."""
-        n = self._config.samples
-        done = evaluated(self._engine, params, self._prompts, n, self._tokens, step)
-        replies = [
-            [self._tokenizer.decode_continuation(c.request.prompt, c.tokens) for c in group]
-            for group in done
-        ]
+        n, decode = self._config.samples, self._tokenizer.decode_continuation
+        written = evaluated(
+            self._engine, params, self._prompts, n, self._tokens, step, decode, self._turns
+        )
+        done = [[sample for sample, _ in group] for group in written]
+        replies = [[reply for _, reply in group] for group in written]
         scores_PN = np.zeros((len(done), n), np.float32)
         if self._pool is not None:
             records = (problem.record for problem in self._asked)
@@ -84,7 +87,7 @@ class HeldOut:
             scores_PN >= self._config.right,
             [[conclusion(reply, self._thinking) for reply in group] for group in replies],
             np.asarray([[len(c.tokens) for c in group] for group in done]),
-            np.asarray([[c.reason != "stop" for c in group] for group in done]),
+            np.asarray([[c.finish != "stop" for c in group] for group in done]),
         )
         found = accuracy.measure(samples, sorted({1, n}))
         return {

@@ -23,7 +23,7 @@ from step_jax.models.text.reward import RewardModel, RewardParams, headless
 from step_jax.models.tokens import Tokens
 from step_jax.ops.token_logprobs import token_logprobs
 from step_jax.trainers.rl.objectives import Algorithm, critic_loss, policy_loss
-from step_jax.trainers.rl.rollouts import Sample
+from step_jax.trainers.rl.samples import Sample
 from step_jax.trainers.rl.trajectory import FINISH, Trajectory
 from step_jax.training.losses.text import routing_loss
 from step_jax.training.step import LossFn, LossOutput

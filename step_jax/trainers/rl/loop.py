@@ -46,8 +46,10 @@ from step_jax.trainers.rl.config import Config
 from step_jax.trainers.rl.heldout import HeldOut
 from step_jax.trainers.rl.learning import CRITIC, POLICY
 from step_jax.trainers.rl.outside import served
-from step_jax.trainers.rl.rollouts import Rollouts, Sample, make_engine
+from step_jax.trainers.rl.rollouts import Rollouts, make_engine
+from step_jax.trainers.rl.samples import Sample
 from step_jax.trainers.rl.trajectory import schema
+from step_jax.trainers.rl.turns import Turns
 from step_jax.training.learner import learn
 from step_jax.training.program import Program, Work
 from step_jax.training.state import TrainState
@@ -196,10 +198,11 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         begin = begin_from(config, sharding, session.goes_on_from)
         tokenizer, policy = begin.policy.tokenizer, begin.policy.model
         chosen = implementations(policy, config.execution, config.rollout.context, sharding)
-        encode = encoder(config, tokenizer)
+        turns = stack.enter_context(Turns(config.tools, tokenizer)) if config.tools else None
+        encode = encoder(config, tokenizer) if turns is None else turns.begin
         problems = config.problems.open()
         pool = stack.enter_context(config.problems.pool()) if session.primary else None
-        evaluate = HeldOut(config, session, policy, tokenizer, problems, encode, pool)
+        evaluate = HeldOut(config, session, policy, tokenizer, problems, encode, pool, turns)
         engine, send = writer(config, policy, tokenizer, sharding)
         making = Rollouts(
             config.rollout,
@@ -214,6 +217,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             decode=tokenizer.decode_continuation,
             pool=pool,
             send=send,
+            turns=turns,
         )  # both refuse problems that do not fit, before anything is compiled
         rollouts = stack.enter_context(making)
         built = make_program(config, begin, sharding)

@@ -14,8 +14,8 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,63 +26,20 @@ from step_jax.core.sharding import Sharding
 from step_jax.environments.pool import Pool, Score
 from step_jax.environments.problems import Problem, Problems
 from step_jax.inference.engine import Engine
-from step_jax.inference.requests import Completion, Request, StopReason
+from step_jax.inference.requests import Request
 from step_jax.inference.sampling import SamplingConfig
 from step_jax.inference.served import Served
 from step_jax.models.text.decoder import Decoder
 from step_jax.tokenizers.base import Tokenizer
 from step_jax.trainers.rl.config import Config, Rollout
+from step_jax.trainers.rl.samples import Batch, Sample
 from step_jax.trainers.rl.trajectory import FINISH
+from step_jax.trainers.rl.turns import Turns
 
 #: problems in a row whose prompts are too long, after which something else is wrong
 _MOST_TOO_LONG = 1000
 #: batches' worth of groups that dynamic sampling tries before it takes what there is
 _MOST_DULL = 16
-
-
-@dataclass(frozen=True)
-class Sample:
-    """An answer, or the part of it that is written.
-
-    Attributes:
-      index: of its problem. sample: which of the problem's answers it is.
-      tokens, logprobs, versions, chosen: of the answer so far, see ``inference.requests``.
-      finish: why it ended; None if it has not.
-      reward: None until it is verified.
-      routing: see ``Completion.routing``.
-    """
-
-    index: int
-    sample: int
-    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    logprobs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
-    versions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    chosen: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
-    finish: StopReason | None = None
-    reward: float | None = None
-    routing: tuple[np.ndarray, ...] = ()
-
-    @classmethod
-    def of(cls, done: Completion) -> Sample:
-        index, sample = done.request.name
-        return cls(
-            index,
-            sample,
-            np.asarray(done.tokens, np.int32),
-            np.asarray(done.logprobs, np.float32),
-            np.asarray(done.versions, np.int32),
-            done.chosen,
-            None if done.reason == "unfinished" else done.reason,
-            # of what is gone on with, they are those of its next reading
-            routing=() if done.reason == "unfinished" else done.routing,
-        )
-
-
-class Batch(NamedTuple):
-    """Answers of a batch, group by group, and figures of how they were written."""
-
-    samples: list[Sample]
-    figures: dict[str, float]
 
 
 class Rollouts:
@@ -107,6 +64,7 @@ class Rollouts:
         decode: Callable[[Sequence[int], Sequence[int]], str],
         pool: Pool | None,
         send: Callable[[Any], Any] | None = None,
+        turns: Turns | None = None,
     ):
         """Raises DataError if the first problems' prompts are all too long.
 
@@ -117,6 +75,7 @@ class Rollouts:
           encode: the prompt of a problem. decode: (prompt, answer) -> the answer's text.
           pool: of verifiers; None on processes that are told the scores by the first.
           send: copies parameters to the engine's mesh, if that is another than theirs.
+          turns: what tools tell replies that call them; None without tools.
         """
         self._config, self._prompts, self._samples = config, prompts, samples
         self._batches, self._keep_telling, self._seed = batches, keep_telling, seed
@@ -124,13 +83,14 @@ class Rollouts:
         self._encode, self._decode = encode, decode
         self._cursor = 0  # of the next problem
         self._counts: Counter[str] = Counter()
+        self._verifying = 0.0  # seconds of the batch under way
         self._next_problem()  # raises if none fits
         self._cursor = 0
         self._written = 0  # batches
         self._open: dict[int, dict[int, Sample]] = {}  # groups under way: index -> sample -> it
         self._ready: list[list[Sample]] = []  # whole groups that no batch has yet
         self._queue: deque[Batch] = deque()  # batches that are not learned from yet
-        self._send = send
+        self._send, self._turns = send, turns
         self._thread = ThreadPoolExecutor(1) if send is not None and config.lag else None
         self._jobs: deque[Future[None]] = deque()
         self._leaving = threading.Event()
@@ -210,6 +170,7 @@ class Rollouts:
             "verifier_failures": float(self._counts["failures"]),
             "rollout_s": seconds,
             "verifying_s": self._verifying,
+            **({} if self._turns is None else {"tool_calls": float(self._counts["calls"])}),
             "rollout_tokens_per_s": written / seconds,
         }
         if steps:  # of a server they are not known
@@ -231,10 +192,18 @@ class Rollouts:
             on_tokens=self._go_on,
         )
         for done in written:
-            sample = Sample.of(done)
-            self._open[sample.index][sample.sample] = sample
-            if sample.finish is not None and self._pool is not None:
-                scores[sample.index, sample.sample] = self._submit(self._pool, done)
+            index, i = done.request.name
+            self._open[index][i] = sample = self._open[index][i].gone_on(done)
+            if sample.finish is None or self._pool is None:
+                continue
+            before, reply = np.split(sample.tokens, [sample.begin])
+            text = self._decode([*done.request.prompt, *before], reply.tolist())
+            if self._turns is not None and self._turns.ask((index, i), sample, text):
+                continue
+            record = self._problems.train(self._seed, index).record
+            scores[index, i] = self._pool.submit(text, record)
+        if self._turns is not None:
+            self._go_on_with(self._turns.told(), version)
         self._take(scores)
         whole = [
             index
@@ -252,14 +221,7 @@ class Rollouts:
             prompt = self.prompt(index)
             for i, sample in sorted(group.items()):
                 if sample.finish is None:
-                    yield Request(
-                        prompt,
-                        self._config.max_new_tokens,
-                        (index, i),
-                        written=sample.tokens.tolist(),
-                        logprobs=sample.logprobs,
-                        versions=sample.versions,
-                    )
+                    yield sample.request(prompt, self._config.max_new_tokens, (index, i))
 
     def _next_problem(self) -> int:
         for _ in range(_MOST_TOO_LONG):
@@ -272,11 +234,13 @@ class Rollouts:
             f"{self._config.max_prompt_tokens} tokens: raise rollout.max_prompt_tokens"
         )
 
-    # --- verifying -----------------------------------------------------------------------------
+    # --- what comes back -----------------------------------------------------------------------
 
-    def _submit(self, pool: Pool, done: Completion) -> Any:
-        problem = self._problems.train(self._seed, done.request.name[0])
-        return pool.submit(self._decode(done.request.prompt, done.tokens), problem.record)
+    def _go_on_with(self, told: Mapping[tuple[int, ...], Sequence[int]], version: int) -> None:
+        for (index, i), ids in told.items():
+            sample = self._open[index][i]
+            self._open[index][i] = sample.told(ids, version, self._config.max_new_tokens)
+        self._counts["calls"] += len(told)
 
     def _take(self, scores: Mapping[tuple[int, int], Any]) -> None:
         """Puts the rewards where they belong; every process gets those of the first."""
@@ -407,13 +371,29 @@ def evaluated(
     samples: int,
     max_new_tokens: int,
     step: int,
-) -> list[list[Completion]]:
-    """Answers to every prompt, ``samples`` of each; what they are depends on ``step`` too."""
-    requests = [
-        Request(prompt, max_new_tokens, (step, index, i, 0))
-        for index, prompt in enumerate(prompts)
-        for i in range(samples)
-    ]
-    done = {c.request.name: c for c in engine.run(params, requests)}
-    names = itertools.batched((request.name for request in requests), samples)
-    return [[done[name] for name in group] for group in names]
+    decode: Callable[[Sequence[int], Sequence[int]], str],
+    turns: Turns | None,
+) -> list[list[tuple[Sample, str]]]:
+    """Answers to every prompt with their last turns in words, ``samples`` of each; what they are
+    depends on ``step`` too."""
+    done: dict[tuple[int, ...], Sample] = {}
+    words: dict[tuple[int, ...], str] = {}
+    names = [(step, index, i, 0) for index in range(len(prompts)) for i in range(samples)]
+    asked = [Request(prompts[name[1]], max_new_tokens, name) for name in names]
+    while asked:
+        for written in engine.run(params, asked):
+            name = written.request.name
+            done[name] = sample = done.get(name, Sample(name[1], name[2])).gone_on(written)
+            before, reply = np.split(sample.tokens, [sample.begin])
+            words[name] = decode([*written.request.prompt, *before], reply.tolist())
+            if turns is not None and jax.process_index() == 0:
+                turns.ask(name, sample, words[name])
+        told = {} if turns is None else turns.told()
+        for name, ids in told.items():
+            done[name] = done[name].told(ids, 0, max_new_tokens)
+        asked = [
+            done[name].request(prompts[name[1]], max_new_tokens, name)
+            for name in told
+            if done[name].finish is None
+        ]
+    return [[(done[n], words[n]) for n in group] for group in itertools.batched(names, samples)]
