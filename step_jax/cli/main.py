@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("step_jax.cli.export", "write a decoder as Hugging Face's libraries read it"),
     "sample-video": ("step_jax.cli.sample_video", "draw pictures and clips from prompts"),
     "eval": ("step_jax.cli.evaluate", "held-out loss, perplexity and bits per byte of a model"),
+    "solve": ("step_jax.cli.solve", "have a model solve problems: accuracy against tokens"),
     "problems": ("step_jax.cli.problems", "write problems of a task with their worked solutions"),
     "tokenize": ("step_jax.cli.tokenize", "train a tokenizer, or look at what one does"),
     "checkpoints": ("step_jax.cli.checkpoints", "list saved steps, or verify every byte of them"),

@@ -143,18 +143,27 @@ class Drawn(Problems):
         )
 
 
+def sides[T](
+    items: Sequence[T], contents: Sequence[str], heldout_fraction: float
+) -> tuple[list[T], list[T]]:
+    """(what is trained on, what is held out), each by its content alone."""
+    _check_fraction(heldout_fraction)
+    documents = [Document(str(i), content) for i, content in enumerate(contents)]
+    choice = choose(documents, heldout_fraction, may_be_cut=False)
+    found: tuple[list[T], list[T]] = ([], [])
+    for document, held in split_documents(documents, heldout_fraction, choice):
+        found[held].append(items[int(document.name)])
+    return found
+
+
 class Listed(Problems):
     """Problems that were written down; training goes through them in another order each time."""
 
     def __init__(self, problems: Sequence[Problem], heldout_fraction: float, name: str):
         """Raises `DataError` if a side has none."""
-        _check_fraction(heldout_fraction)
-        documents = [Document(str(i), one.content) for i, one in enumerate(problems)]
-        choice = choose(documents, heldout_fraction, may_be_cut=False)
-        sides: tuple[list[Problem], list[Problem]] = ([], [])
-        for document, held in split_documents(documents, heldout_fraction, choice):
-            sides[held].append(problems[int(document.name)])
-        self._train, self._heldout, self._name = *sides, name
+        contents = [one.content for one in problems]
+        self._train, self._heldout = sides(problems, contents, heldout_fraction)
+        self._name = name
         if not self._train:
             raise DataError(
                 f"{name}: none of its {len(problems)} problems is left to train on; hold out less"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from step_jax.core.errors import ConfigError
 from step_jax.environments.arithmetic import Addition, ChainSum, Countdown
+from step_jax.environments.cached import Coordinated
 from step_jax.environments.files import FileTask
 from step_jax.environments.gym import GymTask
 from step_jax.environments.pool import Pool, PoolConfig
@@ -13,7 +14,7 @@ from step_jax.environments.problems import Problems
 from step_jax.environments.rewards import VerifierKind
 from step_jax.environments.verifiers import Verifier
 
-TaskKind = Addition | ChainSum | Countdown | GymTask | FileTask
+TaskKind = Addition | ChainSum | Countdown | GymTask | FileTask | Coordinated
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from step_jax.core import checks
-from step_jax.core.errors import ConfigError
+from step_jax.core.errors import ConfigError, DataError
 from step_jax.environments.pacore import Round
 from step_jax.environments.replies import Thinking, conclusion
 from step_jax.inference.engine import Engine
@@ -51,8 +51,11 @@ class ThinkingBudget:
         """
         close, found = self.thinking.close, set[tuple[int, ...]]()
         for before in _BEFORE:
-            ids, begun = (tokenizer.encode(text, special=True).tolist()
-                          for text in (before + close, before))  # fmt: skip
+            try:
+                ids, begun = (tokenizer.encode(text, special=True).tolist()
+                              for text in (before + close, before))  # fmt: skip
+            except DataError:  # of a closed vocabulary: it cannot stand there
+                continue
             found.add(tuple(ids[len(begun) :]) if ids[: len(begun)] == begun else ())
         (ids,) = found if len(found) == 1 else ((),)
         if not ids:
