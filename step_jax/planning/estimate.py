@@ -224,6 +224,22 @@ def _blocks(model, dtype: str, sharding: Sharding) -> tuple[_Block, ...]:
     return tuple(found)
 
 
+@functools.lru_cache(maxsize=512)
+def _ends(model, dtype: str, sharding: Sharding) -> tuple[_Weight, ...]:
+    """Embedding and head."""
+    specs = jax.tree.leaves(model.specs(), is_leaf=spec_lib.is_spec)
+    itemsize = jnp.dtype(dtype).itemsize
+    return tuple(_weight(s, sharding, itemsize) for s in specs if s.role in ("embedding", "head"))
+
+
+_forward_flops = functools.lru_cache(maxsize=64)(forward_flops_per_token)
+
+
+def train_flops(model: Decoder, length: int) -> float:
+    """``flops.train_flops_per_token``, kept for the next mesh."""
+    return 3.0 * _forward_flops(model, length)
+
+
 def _outputs(specs: list[spec_lib.ParamSpec]) -> float:
     """Numbers that a token's products with matrices give."""
     return sum(s.active * s.matrix_shape[2] for s in specs if s.role == "matrix")
@@ -308,6 +324,8 @@ def expert_excess(case: Case) -> float:
 #: Times that a pass over a layer moves a token's vector, and what attention's products give; and
 #: that a step moves a token's logits: by Llama-3.1-8B's step as compiled for v6e.
 _OVER_WIDTH, _OVER_OUTPUTS, _OVER_LOGITS = 5.5, 3.0, 2.0
+#: Times that a pass over a mixture moves a token's vector for each of its experts.
+_OVER_ASSIGNMENT = 10.0
 #: Kind of work -> its gradients in forward passes: attention's take five products for two.
 _BACKWARD = {"attention": 2.5, "dense": 2.0, "experts": 2.0}
 
@@ -335,10 +353,13 @@ def work(case: Case) -> dict[tuple[str, str], float]:
         times = b.repeat * case.local_tokens * runs * stretch
         found["attention", "elementwise"] += times * _OVER_OUTPUTS * b.attention_outputs
         found["rest", "elementwise"] += times * _OVER_WIDTH * model.width * itemsize
+        if b.experts is not None:
+            assigned = b.experts.router.top_k * model.width * itemsize
+            found["experts", "elementwise"] += times * _OVER_ASSIGNMENT * assigned
     logits = model.vocab / case.sharding.size("tensor") * 4
     per_layer = (b.repeat * sum(dict(b.flops).values()) for b in blocks)
     cores = (b.repeat * attention_core_flops(b.block, case.sequence) for b in blocks)
-    heads = forward_flops_per_token(model, case.sequence) - sum(per_layer) - sum(cores)
+    heads = _forward_flops(model, case.sequence) - sum(per_layer) - sum(cores)
     found["head", "dense"] += 3 * heads * share  # computed with its gradients, once
     found["head", "elementwise"] += _OVER_LOGITS * case.local_tokens * logits
     held = case.held
@@ -404,9 +425,8 @@ def sent(case: Case, topology: Topology) -> list[Traffic]:
             nbytes = x * D * itemsize
             kind, nbytes = _exchanged(b.experts, nbytes, sharding, forwards, ragged)
             bytes_by[kind, ("expert",)] += nbytes
-    for s in jax.tree.leaves(case.model.specs(), is_leaf=spec_lib.is_spec):
-        if s.role in ("embedding", "head"):
-            fsdp(_weight(s, sharding, itemsize), A, 1, tokens)
+    for w in _ends(case.model, case.execution.dtype, sharding):
+        fsdp(w, A, 1, tokens)
     if pieces:  # hidden states to the neighbour and rows to their stage, there and back
         per_step = local_BT / A * sharding.size(pipeline.AXIS) / pieces * D * itemsize
         steps = pipeline.steps(sharding.size(pipeline.AXIS), sharding.rounds, pieces)

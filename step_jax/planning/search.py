@@ -14,7 +14,6 @@ from typing import Any, Literal
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import AXES, MeshConfig, Sharding
 from step_jax.data.batches import abstract_batch
-from step_jax.models.flops import train_flops_per_token
 from step_jax.models.text.decoder import Decoder
 from step_jax.planning import estimate, forecast, roofline
 from step_jax.planning.compiled import Loop, check_rows, execution_of, extent
@@ -84,10 +83,7 @@ def variants(
             variant = replace(
                 config, parallel=parallel, execution=replace(config.execution, remat=remat)
             )
-            if accumulation:
-                training = replace(config.training, accumulation=accumulation)
-                variant = replace(variant, training=training)
-            yield variant
+            yield variant if accumulation is None else _with_accumulation(variant, accumulation)
 
 
 Rows = Callable[[MeshConfig], int | None]
@@ -104,6 +100,13 @@ def _counts(own: int | None, parallel: MeshConfig, rows: Rows | None) -> list[in
 def _accumulation(config: Any) -> int | None:
     """None for a loop that always takes its batch at once."""
     return getattr(getattr(config, "training", None), "accumulation", None)
+
+
+def _with_accumulation(config: Any, count: int) -> Any:
+    """A configuration with so many microbatches; itself for a loop without any."""
+    if _accumulation(config) is None:
+        return config
+    return replace(config, training=replace(config.training, accumulation=count))
 
 
 def _meshes(recipe: MeshConfig, case: estimate.Case, topology: Topology) -> Iterator[MeshConfig]:
@@ -183,20 +186,24 @@ class _Estimator:
         )
 
     def _known(self, variant: Any, ways: int) -> Program | None:
-        key = ways, _accumulation(variant)
+        """The program of a variant; one for all of them where the recipe fixes the batch."""
+        count = _accumulation(variant)
+        fixed = getattr(getattr(variant, "training", None), "batch_size", None)
+        key = (1, None) if fixed else (ways, count)
         if key not in self._programs:
+            whole = _with_accumulation(variant, 1) if fixed else variant
             try:
-                self._programs[key] = self.program(variant, ways)
+                self._programs[key] = self.program(whole, key[0])
             except ConfigError:  # a size that does not divide
                 self._programs[key] = None
-        return self._programs[key]
+        program = self._programs[key]
+        return program and replace(program, accumulation=count or program.accumulation)
 
     def rows(self, parallel: MeshConfig) -> int | None:
         """Rows of a batch that a device of a mesh has, None if they do not divide."""
         try:
             ways = self._sharding(parallel).ways("batch")
-            training = replace(self.recipe.training, accumulation=1)
-            program = self._known(replace(self.recipe, training=training), ways)
+            program = self._known(_with_accumulation(self.recipe, 1), ways)
         except ConfigError:
             return None
         total = None if program is None else extent(program.schema)[0]
@@ -232,7 +239,7 @@ def _proposal(variant: Any, flags: str, case: estimate.Case, topology: Topology)
     bound = roofline.bound(flops, case.held.touched, sent, topology, mesh, dtype)
     expected = forecast.forecast(work, bound.network, topology, dtype)
     step_s = bound.step if expected is None else expected.step
-    needed = case.tokens * train_flops_per_token(case.model, case.sequence)
+    needed = case.tokens * estimate.train_flops(case.model, case.sequence)
     return Proposal(
         config=variant,
         flags=flags,

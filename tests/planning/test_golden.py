@@ -27,7 +27,7 @@ def test_recipe_fits_and_classes_make_the_compilers_total(path):
     assert table["memory_compiler"] <= table["memory_limit"]
     assert table["memory_total"] == pytest.approx(table["memory_compiler"], rel=0.05)
     assert sum(table["memory"].values()) == pytest.approx(table["memory_total"])
-    assert 0 < table["mfu_bound"] <= 1
+    assert 0 < table["flops_model"] <= table["flops"]
 
 
 def recipe_of(path):
