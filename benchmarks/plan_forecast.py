@@ -1,6 +1,7 @@
 """What published runs reached of their chips, and how well that forecasts runs held out.
 
-python -m benchmarks.plan_forecast count     count the runs' work from shapes: counts.json
+python -m benchmarks.plan_forecast count [NAME ...]
+                                             count the runs' work from shapes: counts.json
 python -m benchmarks.plan_forecast compile [NAME ...]
                                              count compiled steps beside them, one after another;
                                              what is there already is not compiled again
@@ -108,14 +109,16 @@ def _repeated(again: Mapping[str, float], layer: str, kind: str) -> float:
     )
 
 
-def count() -> None:
-    saved = _saved()
+def count(names: list[str]) -> None:
+    """Counts the runs of those names, or all."""
     for run in runs():
-        saved[run["name"]] = counted(run) | {
-            k: v for k, v in saved.get(run["name"], {}).items() if k == "compiled"
-        }
+        if names and run["name"] not in names:
+            continue
+        saved = _saved()
+        kept = saved.get(run["name"], {}).get("compiled")
+        saved[run["name"]] = counted(run) | ({"compiled": kept} if kept else {})
+        _save(saved)
         print(run["name"], f"{sum(saved[run['name']]['at_peak'].values()):.2f} s at the peak")
-    _save(saved)
 
 
 def compile_all(names: list[str]) -> None:
@@ -342,8 +345,8 @@ def report() -> str:
 def main(argv: list[str]) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     match argv:
-        case ["count"]:
-            count()
+        case ["count", *names]:
+            count(names)
         case ["compile", *names]:
             compile_all(names)
         case ["fit"]:

@@ -21,7 +21,7 @@ from step_jax.core.sharding import GATHERED_AXES, Sharding, axes_of_entry
 from step_jax.data.schema import Schema
 from step_jax.models import pipeline
 from step_jax.models.context import Execution
-from step_jax.models.flops import attention_core_flops, forward_flops_per_token
+from step_jax.models.flops import attention_core_flops, forward_flops_per_token, mean_keys
 from step_jax.models.layers.block import Block
 from step_jax.models.layers.moe import MoE
 from step_jax.models.text.decoder import Decoder
@@ -258,8 +258,31 @@ def _products(specs, block: Block) -> dict[tuple[str, str], float]:
     return found
 
 
+#: How much of the widest products, of the rows that are sorted for experts and sent, and of what
+#: all shards gather lies in memory at a time: by the compiled steps of ``tests/planning/golden``.
+_OF_OUTPUTS, _OF_ROWS, _OF_GATHERED = 1.4, 2.5, 5.5
+
+
+def _dispatched(b: _Block, case: Case, ragged: bool) -> float:
+    """Bytes of a token that a mixture holds for its experts, for every unit of width."""
+    m, shards = b.experts, case.sharding.size("expert")
+    if m is None:
+        return 0.0
+    if shards > 1 and not _sends_rows(m, ragged):
+        return _OF_GATHERED * shards * 4  # summed in float32
+    tokens = case.sequence // case.sharding.ways("sequence")
+    rows = m.buffer_rows(case.sequence, case.sharding.ways("sequence"), shards) / tokens
+    return _OF_ROWS * (m.router.top_k + rows) * jnp.dtype(case.execution.dtype).itemsize
+
+
+def _sends_rows(m: MoE, ragged: bool) -> bool:
+    """Whether rows travel to their experts alone, and not all tokens to all shards."""
+    return (m.exchange or ("ragged" if ragged else "gather")) == "ragged"
+
+
 def memory(case: Case) -> dict[str, float]:
     """Bytes of a device by class (see ``planning.memory.CLASSES``), as expected."""
+    ragged = has_ragged_all_to_all(case.sharding.mesh.devices.flat[0])
     execution, sharding, held = case.execution, case.sharding, case.held
     itemsize = jnp.dtype(execution.dtype).itemsize
     cast = itemsize / 4 if itemsize < 4 else 0.0  # copies in the compute dtype
@@ -269,10 +292,12 @@ def memory(case: Case) -> dict[str, float]:
     kept = {"full": 0.0, "dots": 1.0, "none": 2.5}[execution.remat]
     activations = sum(b.repeat * local_BT * (D * itemsize + kept * b.outputs) for b in blocks)
     widest = max(b.outputs for b in blocks)
-    logits = local_BT / execution.loss_chunks * V * 4
-    temporaries = max(b.nbytes for b in blocks) * 2
-    temporaries += max(2 * logits / sharding.size("tensor"), 3 * local_BT * widest)
-    head = D * V / sharding.size("tensor")
+    tensor = sharding.size("tensor")
+    temporaries = max(b.nbytes for b in blocks)
+    temporaries += local_BT / execution.loss_chunks * V * 4 / tensor  # logits
+    temporaries += _OF_OUTPUTS * local_BT * widest
+    temporaries += max(_dispatched(b, case, ragged) for b in blocks) * local_BT * D
+    head = D * V / tensor
     temporaries += head * (4 + itemsize)  # the head's gradient is summed whole, see cross_entropy
     return {
         "parameters": held.parameters * (1 + cast) + held.average,
@@ -324,8 +349,13 @@ def expert_excess(case: Case) -> float:
 #: Times that a pass over a layer moves a token's vector, and what attention's products give; and
 #: that a step moves a token's logits: by Llama-3.1-8B's step as compiled for v6e.
 _OVER_WIDTH, _OVER_OUTPUTS, _OVER_LOGITS = 5.5, 3.0, 2.0
-#: Times that a pass over a mixture moves a token's vector for each of its experts.
-_OVER_ASSIGNMENT = 10.0
+#: Times that a pass over a mixture moves a token's vector for each of its experts: sorted, sorted
+#: back and summed, read and written each time, partly in float32.
+_OVER_ASSIGNMENT = 8.0
+#: Of a gated MLP's three products the last is not computed again: no gradient needs it.
+_REPEATED = {"mlp": 2 / 3}
+#: Keys and queries that attention's kernels compute at a time, whether or not all are seen.
+_BLOCK = 1024
 #: Kind of work -> its gradients in forward passes: attention's take five products for two.
 _BACKWARD = {"attention": 2.5, "dense": 2.0, "experts": 2.0}
 
@@ -343,9 +373,10 @@ def work(case: Case) -> dict[tuple[str, str], float]:
     blocks = _blocks(model, execution.dtype, case.sharding)
     for b in blocks:
         forward = dict(b.flops)
-        forward["attention", "attention"] = attention_core_flops(b.block, case.sequence)
+        forward["attention", "attention"] = _computed_core(b.block, case.sequence)
         for (layer, kind), flops in forward.items():
-            again = remat == "full" or (remat == "dots" and kind != "dense")
+            again = float(remat == "full" or (remat == "dots" and kind != "dense"))
+            again *= _REPEATED.get(layer, 1.0)
             again += b.pipelined and remat != "none"  # a stage is run again before its layers are
             passes = 1 + _BACKWARD[kind] + again
             found[layer, kind] += b.repeat * share * passes * flops * stretch
@@ -366,6 +397,15 @@ def work(case: Case) -> dict[tuple[str, str], float]:
     state = held.parameters + held.average + held.optimizer + held.trained
     found["optimizer", "optimizer"] = 2 * state
     return dict(found)
+
+
+def _computed_core(block: Block, length: int) -> float:
+    """Operations of a token's attention in whole blocks: on average half a block at every edge."""
+    window = block.attention.window
+    edges = 1 if window is None or window >= length else 2
+    keys = mean_keys(length, window)
+    computed = min(float(length), keys + edges * min(_BLOCK, length) / 2)
+    return attention_core_flops(block, length) * computed / keys
 
 
 def operations(case: Case) -> float:
@@ -462,7 +502,7 @@ def _exchanged(
     shards = sharding.size("expert")
     if shards == 1:
         return "all-gather", 0.0
-    if (m.exchange or ("ragged" if ragged else "gather")) == "gather":
+    if not _sends_rows(m, ragged):
         return "all-gather", (forwards + 3) * nbytes * (shards - 1)
     away = (shards - 1) / shards
     return "ragged-all-to-all", (forwards + 1) * nbytes * 2 * m.router.top_k * away

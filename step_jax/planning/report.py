@@ -223,13 +223,15 @@ def _draw_time(plan: Plan, axes: Any) -> None:
     times |= {f"network: {k}": v for k, v in network.items()}
     names = list(times)[::-1]
     colours = [_COLOURS[4] if times[n] == plan.bound_s else _COLOURS[1] for n in names]
-    axes.barh(names, [times[n] for n in names], color=colours, height=0.6)
+    axes.barh(range(len(names)), [times[n] for n in names], color=colours, height=0.6)
     for y, name in enumerate(names):
         axes.text(times[name], y, f" {duration(times[name])}", va="center", fontsize=7, color=_INK)
     said = "seconds of a step, each alone"
     if plan.forecast is not None:
         _draw_forecast(plan.forecast, len(names), axes)
+        names.append("forecast")
         said += f", and as forecast{'' if plan.mfu is None else f': MFU {plan.mfu:.0%}'}"
+    axes.set_yticks(range(len(names)), names)
     axes.set_xlabel(said, fontsize=8, color=_MUTED)
     _plain(axes)
 
@@ -245,7 +247,6 @@ def _draw_forecast(forecast: dict[str, Any], y: int, axes: Any) -> None:
         left += seconds
     axes.plot([forecast["low"], forecast["high"]], [y - 0.4] * 2, color=_INK, lw=1.5)
     axes.text(left, y, f" {duration(left)}", va="center", fontsize=7, color=_INK)
-    axes.set_yticks([*axes.get_yticks(), y], [*axes.get_yticklabels(), "forecast"])
 
 
 def _plain(axes: Any) -> None:

@@ -173,17 +173,21 @@ class _Estimator:
 
     def __init__(self, loop: Loop, config: Any, topology: Topology):
         self.loop, self.recipe, self.topology = loop, config, topology
-        self._sharding = functools.cache(lambda p: Sharding.build(p, topology.devices))
-        self._held = functools.cache(self._held_of)
+        self._layout = functools.cache(self._layout_of)
         self._programs: dict[tuple[int, int | None], Program | None] = {}
+
+    def recipes_program(self) -> Program:
+        """The recipe's own, for one device."""
+        program = self.program(self.recipe)
+        self._programs[1, _accumulation(self.recipe)] = program
+        return program
 
     def program(self, config: Any, ways: int = 1) -> Program:
         """The program of a configuration for ``ways`` devices that share the rows."""
         parallel, kind = MeshConfig(data=ways), self.topology.devices[0]
         devices = paper_devices(kind.platform, kind.device_kind, ways)
-        return self.loop.program(
-            replace(config, parallel=parallel), Sharding.build(parallel, devices)
-        )
+        sharding = Sharding.build(parallel, devices)
+        return self.loop.program(replace(config, parallel=parallel), sharding)
 
     def _known(self, variant: Any, ways: int) -> Program | None:
         """The program of a variant; one for all of them where the recipe fixes the batch."""
@@ -200,30 +204,36 @@ class _Estimator:
         return program and replace(program, accumulation=count or program.accumulation)
 
     def rows(self, parallel: MeshConfig) -> int | None:
-        """Rows of a batch that a device of a mesh has, None if they do not divide."""
-        try:
-            ways = self._sharding(parallel).ways("batch")
-            program = self._known(_with_accumulation(self.recipe, 1), ways)
-        except ConfigError:
+        """Rows of a batch that a device of a mesh has, None if it cannot be laid out."""
+        layout = self._layout(parallel)
+        if layout is None:
             return None
+        ways = layout[0].ways("batch")
+        program = self._known(_with_accumulation(self.recipe, 1), ways)
         total = None if program is None else extent(program.schema)[0]
         return None if not total or total % ways else total // ways
 
-    def _held_of(self, parallel: MeshConfig) -> estimate.Held:
-        sharding = self._sharding(parallel)
+    def _layout_of(self, parallel: MeshConfig) -> tuple[Sharding, estimate.Held] | None:
+        """A mesh, and what the state takes of a device; None if a size does not divide."""
         program = next(p for p in self._programs.values() if p is not None)
-        return estimate.held_bytes(program, sharding)
+        try:
+            sharding = Sharding.build(parallel, self.topology.devices)
+            return sharding, estimate.held_bytes(program, sharding)
+        except ConfigError:
+            return None
 
     def __call__(self, variant: Any) -> Proposal | None:
         """The variant with its estimates, None if it cannot be laid out."""
+        layout = self._layout(variant.parallel)
+        if layout is None:
+            return None
+        sharding, held = layout
+        program = self._known(variant, sharding.ways("batch"))
+        if program is None:
+            return None
         try:
-            sharding = self._sharding(variant.parallel)
-            program = self._known(variant, sharding.ways("batch"))
-            if program is None:
-                return None
             check_rows(program.schema, sharding, program.accumulation)
             abstract_batch(sharding, program.schema)
-            held = self._held(variant.parallel)
             case = estimate.case_of(program, variant.execution, sharding, held)
             assert case is not None, "search() refuses what has no estimates"
             return _proposal(variant, _flags(variant, self.recipe), case, self.topology)
@@ -265,7 +275,7 @@ def search(
         the topology.
     """
     estimated = _Estimator(loop, config, topology)
-    program = estimated.program(config)
+    program = estimated.recipes_program()
     case = estimate.case_of(program, execution_of(config))
     if case is None:
         kinds = ", ".join(f"{n} ({m.kind})" for n, m in program.models.items())

@@ -209,10 +209,11 @@ def test_bandwidth_counts_the_links_of_a_torus():
 @pytest.mark.parametrize(
     "name,members,kind,gathered,seconds",
     [
-        # tensor parallel groups of a host, one of each host, whole hosts: what crosses is divided
+        # a host, one GPU of every host, whole hosts: what crosses is divided among their adapters
         ("gpu:h100x32", range(8), "all-gather", 8.0, 7.0 / 450),
         ("gpu:h100x32", range(0, 32, 8), "all-gather", 4.0, 3.0 / 50),
-        ("gpu:h100x32", range(32), "all-gather", 32.0, 24.0 / 8 / 50),
+        ("gpu:h100x32", range(32), "all-gather", 32.0, 28.0 / 450),
+        ("gpu:a100x32", range(32), "all-gather", 32.0, 24.0 / 8 / 25),
         ("gpu:h100x32", range(32), "all-to-all", 32.0, 24.0 / 50),
         ("gpu:h100x32", range(0, 16, 8), "collective-permute", 1.0, 1.0 / 50),
         ("gpu:gb200x144", range(72), "all-gather", 72.0, 71.0 / 900),
