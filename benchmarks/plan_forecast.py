@@ -190,29 +190,46 @@ class Fit:
         self.values = self._solved(seen)
 
     def _solved(self, seen) -> np.ndarray:
-        """Least squares by Gauss and Newton, on logarithms, with numeric derivatives."""
+        """Least squares by Gauss and Newton, on logarithms."""
         width = np.array([self._width(name) for name in self.names])
-
         mixture = np.array([has_experts(run) for run in seen])
         noise = np.where(mixture, NOISE_EXPERTS, NOISE)
         measured = np.log([run["seconds"] for run in seen])
-
-        def residuals(values):
-            off = (np.log([self.seconds(run, values) for run in seen]) - measured) / noise
-            # of Cauchy's distribution: a mixture that is far off draws the others no further
-            robust = np.sign(off) * np.sqrt(np.log1p(off**2))
-            return np.concatenate([np.where(mixture, robust, off), values / width])
-
         values = np.zeros(len(self.names))
         for _ in range(200):
-            r = residuals(values)
-            steps = np.eye(len(values)) * 1e-5
-            slope = np.stack([(residuals(values + s) - r) / 1e-5 for s in steps], 1)
-            change = np.linalg.lstsq(slope, -r, rcond=None)[0]
+            seconds, slopes = zip(*(self._slope(run, values) for run in seen), strict=True)
+            off = (np.log(seconds) - measured) / noise
+            # of Cauchy's distribution: a mixture that is far off draws the others no further
+            robust = np.sign(off) * np.sqrt(np.log1p(off**2))
+            steep = np.divide(off, (1 + off**2) * robust, out=np.ones_like(off), where=robust != 0)
+            weight = np.where(mixture, steep, 1.0) / noise
+            slope = np.concatenate([np.array(slopes) * weight[:, None], np.diag(1 / width)])
+            left = np.concatenate([np.where(mixture, robust, off), values / width])
+            change = np.linalg.lstsq(slope, -left, rcond=None)[0]
             values = values + 0.5 * change
-            if np.max(np.abs(change)) < 1e-9:
+            if np.max(np.abs(change)) < 1e-7:
                 break
         return values
+
+    def _slope(self, run: Mapping[str, Any], values) -> tuple[float, np.ndarray]:
+        """(the forecast of a run, derivatives of its logarithm by the values)."""
+        reached, exposed = self.reached(run["chip"], values), self.exposed(run["platform"], values)
+        spent = dict.fromkeys(START, 0.0)
+        for name, at_peak in run["at_peak"].items():
+            kind = name.split()[1]
+            spent[kind] += at_peak / reached[kind]
+        network, slope = sum(run["network"].values()), np.zeros(len(values))
+        alone = exposed * network
+        total = sum(spent.values()) + alone
+        if total < network:  # nothing but the network counts
+            return network, slope
+        slope[self.place[run["platform"]]] = alone / total
+        spent["dense"] += spent["experts"]  # whose share is one of dense products'
+        for kind, seconds in spent.items():
+            for name in ((None, kind), (run["chip"], kind)):
+                if name in self.place:
+                    slope[self.place[name]] -= seconds / total
+        return total, slope
 
     @staticmethod
     def _width(name) -> float:
@@ -237,15 +254,9 @@ class Fit:
         values = self.values if values is None else values
         return float(EXPOSED[platform][0] * np.exp(values[self.place[platform]]))
 
-    def seconds(self, run: Mapping[str, Any], values=None) -> float:
+    def seconds(self, run: Mapping[str, Any]) -> float:
         """The forecast of a run."""
-        from step_jax.planning.forecast import combine
-
-        at_peak = {tuple(name.split()): s for name, s in run["at_peak"].items()}
-        network = sum(run["network"].values())
-        reached = self.reached(run["chip"], values)
-        layers, alone = combine(at_peak, network, reached, self.exposed(run["platform"], values))
-        return sum(layers.values()) + alone
+        return self._slope(run, self.values)[0]
 
 
 def data() -> list[dict[str, Any]]:
@@ -299,20 +310,21 @@ def table(found: list[dict[str, Any]]) -> str:
     # the same chip with more memory
     like = {c: c for c in chips} | ({"H200": "H100"} if "H100" in chips else {})
 
-    def rounded(shares: Mapping[str, float]) -> str:
-        return ", ".join(f'"{k}": {v:.3f}' for k, v in shares.items())
+    def rounded(shares: Mapping[str, float], indent: str = "") -> str:
+        rows = (f'{indent}    "{k}": {v:.3f},' for k, v in shares.items())
+        return "\n".join(["{", *rows, indent + "}"])
 
     lines = [
         '"""What published runs reached of their chips: by ``benchmarks/plan_forecast.py``."""'
     ]
     lines += ["", "#: Chip -> kind of work -> share of the peak.", "CHIPS = {"]
-    lines += [f'    "{c}": {{{rounded(fit.reached(of))}}},' for c, of in like.items()]
-    lines += ["}  # fmt: skip", "", "#: The same for chips without a published run."]
-    lines += [f"OTHER_CHIPS = {{{rounded(fit.reached(None))}}}  # fmt: skip", ""]
+    lines += [f'    "{c}": {rounded(fit.reached(of), "    ")},' for c, of in like.items()]
+    lines += ["}", "", "#: The same for chips without a published run."]
+    lines += [f"OTHER_CHIPS = {rounded(fit.reached(None))}", ""]
     lines += ["#: Platform -> share of the collectives that nothing hides."]
-    lines += [f"EXPOSED = {{{rounded({p: fit.exposed(p) for p in EXPOSED})}}}", ""]
+    lines += [f"EXPOSED = {rounded({p: fit.exposed(p) for p in EXPOSED})}", ""]
     lines += ["#: Kind of model -> error that two thirds of the forecasts of unseen runs keep to."]
-    lines += [f"SPREAD = {{{rounded(spreads(errors(found)))}}}"]
+    lines += [f"SPREAD = {rounded(spreads(errors(found)))}"]
     return "\n".join(lines) + "\n"
 
 
