@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,54 +19,82 @@ from step_jax.trainers import DEFAULT, Loop, find_loop, is_file
 
 @dataclass(frozen=True)
 class Asked:
-    """A loop, its configuration, the recipe's name and our own options."""
+    """A loop, its configuration, the recipe's name, the flags that changed it and our own options.
 
-    loop: Loop
+    Of a comparison there are options alone.
+    """
+
+    loop: Loop | None
     config: Any
     recipe: str
+    flags: tuple[str, ...]
     options: argparse.Namespace
 
 
 def parse(argv: list[str]) -> Asked:
     files, options, overrides = _split(argv)
+    if options.compare:
+        return Asked(None, None, "", (), options)
     _before_jax(options.topology or "")
     loop, config = _load(files, overrides)
-    return Asked(loop, config, Path(files[-1]).stem, options)
+    return Asked(loop, config, Path(files[-1]).stem, tuple(overrides), options)
 
 
 def run(asked: Asked) -> None:
-    from step_jax.planning import report, search
+    from step_jax.planning import compare, report
     from step_jax.planning import topology as topology_lib
     from step_jax.planning.plan import make_plan
     from step_jax.runs.console import make_console
     from step_jax.runs.device_memory import DoesNotFit
 
-    loop, config, recipe, args = asked.loop, asked.config, asked.recipe, asked.options
+    args = asked.options
+    console = make_console(every=1)
+    if asked.loop is None:
+        compare.show(*args.compare, console)
+        console.close()
+        return
     if args.topology is None:
         raise ConfigError(f"say where: --topology NAME; there are:\n{topology_lib.describe_all()}")
     topology = topology_lib.parse(args.topology, args.slices)
-    console = make_console(every=1)
     if args.serve:
         _serve(asked, topology, console)
         return
     if args.search or topology.on_paper:
-        found = search.search(loop, config, topology, compiled=args.search)
-        search.show(found, topology, console)
-        console.close()
+        _search(asked, topology, console)
         return
-    plan = make_plan(loop, config, topology, recipe)
+    plan = make_plan(asked.loop, asked.config, topology, _beside(asked))
     report.show(plan, console)
-    name = _file_name(recipe, topology)
+    name = _file_name(asked, topology)
     plan.save(args.output / f"{name}.json")
     picture = report.draw(plan, args.output / f"{name}.png")
-    console.line(f"saved: {picture.with_suffix('.json')}, {picture}")
+    console.line(f"saved: {args.output / name}.json, {picture}")
     console.close()
-    if plan.memory_limit is not None and not plan.fits and not args.force:
+    if not plan.fits and not args.force:
         raise DoesNotFit(
-            f"{recipe} needs {report.gigabytes(plan.memory_compiler)} of the "
-            f"{report.gigabytes(plan.memory_limit)} of a device of {topology.name} "
+            f"{asked.recipe} does not fit a device of {topology.name}: {plan.overflow} "
             "(--force for exit code 0 all the same; --search looks for what fits)"
         )
+
+
+def _beside(asked: Asked):
+    """What a plan is told beside configuration and topology."""
+    from step_jax.planning.plan import Asked as Beside
+
+    price, currency = asked.options.price or (None, None)
+    return Beside(asked.recipe, asked.flags, price, currency)
+
+
+def _search(asked: Asked, topology, console) -> None:
+    from step_jax.planning import search
+
+    args, beside = asked.options, _beside(asked)
+    assert asked.loop is not None
+    found = search.search(asked.loop, asked.config, topology, beside, compiled=args.search)
+    search.show(found, topology, console)
+    path = args.output / f"{_file_name(asked, topology)}_search.json"
+    search.save(found, topology, beside, path)
+    console.line(f"saved: {path}, {path.with_suffix('.md')}")
+    console.close()
 
 
 def _serve(asked: Asked, topology, console) -> None:
@@ -72,10 +102,11 @@ def _serve(asked: Asked, topology, console) -> None:
     from step_jax.runs.device_memory import DoesNotFit
 
     args = asked.options
+    assert asked.loop is not None
     sizes = {"prompt": args.prompt, "length": args.length, "slots": args.slots}
     plan = serving.make_serving(asked.loop, asked.config, topology, asked.recipe, **sizes)
     serving.show(plan, console)
-    path = args.output / f"{_file_name(asked.recipe, topology)}_serving.json"
+    path = args.output / f"{_file_name(asked, topology)}_serving.json"
     plan.save(path)
     console.line(f"saved: {path}")
     console.close()
@@ -83,8 +114,27 @@ def _serve(asked: Asked, topology, console) -> None:
         raise DoesNotFit(f"{asked.recipe} does not fit {topology.name} with {plan.slots} slots")
 
 
-def _file_name(recipe: str, topology) -> str:
-    return f"{recipe}_{topology.name.replace(':', '_').replace(' ', '_')}"
+#: Longer names of files are cut and end with a digest instead.
+_LONGEST = 120
+
+
+def _file_name(asked: Asked, topology) -> str:
+    """Of recipe, topology and flags, so that no plan overwrites another's file."""
+    parts = [asked.recipe, topology.name, *(flag.removeprefix("--") for flag in asked.flags)]
+    name = re.sub(r"[^\w.-]+", "_", "_".join(parts))
+    if len(name) <= _LONGEST:
+        return name
+    return f"{name[:_LONGEST]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _price(text: str) -> tuple[float, str]:
+    """Amount and currency of a price such as ``4.2USD``."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z$€£¥]+)(?:/chip-hour)?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no price of a chip-hour with its unit, such as 4.2USD"
+        )
+    return float(found[1]), found[2]
 
 
 def _load(files: list[str], overrides: list[str]) -> tuple[Loop, Any]:
@@ -136,6 +186,12 @@ def _split(argv: list[str]) -> tuple[list[str], argparse.Namespace, list[str]]:
     parser.add_argument(
         "--slots", type=int, default=0, metavar="N", help="texts at a time; 0: what fits (--serve)"
     )
+    parser.add_argument(
+        "--price", type=_price, metavar="4.2USD", help="of a chip-hour: what the run costs"
+    )
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="two saved plans"
+    )
     parser.add_argument("--force", action="store_true", help="a plan that does not fit is no error")
     parser.add_argument("--output", type=Path, default=Path("plans"), metavar="DIR")
     files = list(itertools.takewhile(lambda item: not item.startswith("-"), argv))
@@ -145,7 +201,7 @@ def _split(argv: list[str]) -> tuple[list[str], argparse.Namespace, list[str]]:
         if stop.code:
             raise ConfigError("see step-jax plan --help") from None
         raise
-    if not files:
+    if not files and not args.compare:
         raise ConfigError(
             "name a recipe before the options: step-jax plan FILE.yaml --topology ..."
         )

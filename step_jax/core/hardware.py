@@ -166,6 +166,10 @@ _TABLE = (
         "B200", bf16=2250, fp8=4500, int8=4500, tf32=1125, hbm_gb=180, hbm_tb_per_s=8.0,
         shared_kib=227, nvlink_gb_per_s=900, links=18,
     ),
+    _gpu(  # one of the 72 of an NVL72 rack
+        "GB200", bf16=2500, fp8=5000, int8=5000, tf32=1250, hbm_gb=186, hbm_tb_per_s=8.0,
+        shared_kib=227, nvlink_gb_per_s=900, links=18,
+    ),
 )  # fmt: skip
 CHIPS: dict[str, Chip] = {chip.name: chip for chip in _TABLE}
 
@@ -195,7 +199,7 @@ def from_device_kind(kind: str) -> Chip | None:
     if kind.startswith("NVIDIA"):
         words = kind.replace("-", " ").split()
         is_cut_down = "PCIe" in words or "NVL" in words or "MIG" in words
-        for name in ("A100", "H100", "H200", "B200"):
+        for name in ("A100", "H100", "H200", "B200", "GB200"):
             if name in words and not is_cut_down:
                 return CHIPS[name]
     return None

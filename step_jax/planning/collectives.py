@@ -5,21 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from step_jax.planning.hlo import Computation, Instruction, Module, continued
+from step_jax.planning.hlo import COLLECTIVES, Computation, Instruction, Module, continued
 
-KINDS = (
-    "all-gather",
-    "reduce-scatter",
-    "all-reduce",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-)
-
+#: What stands before the axis of a collective whose groups are only pieces of it.
+PART_OF = "part of "
 
 #: What follows the axis of a collective that crosses from slice to slice.
 BETWEEN_SLICES = " between slices"
@@ -33,19 +26,33 @@ class Traffic:
     """Collectives of one kind over one group of mesh axes, of one device and one call.
 
     Attributes:
-      kind: of ``KINDS``.
-      axes: mesh axes along which the devices of a group differ, joined by ``+``; with ``part of``
-        before it where a group is only a piece of the axis.
+      kind: of ``hlo.COLLECTIVES``.
+      axes: mesh axes along which the devices of a group differ, joined by ``+``; with ``PART_OF``
+        before it where a group is only a piece of them.
       calls: how many, loops included.
       nbytes: that a device sends with the best algorithm on a ring of n devices: (n-1)/n of what
         it holds for a reduce-scatter and an all-to-all, n-1 times for an all-gather, twice (n-1)/n
-        for an all-reduce. Of a ragged all-to-all the whole operand counts as sent.
+        for an all-reduce. Of a ragged all-to-all the rows of an even load.
+      group: where the members of one group stand in the mesh, if it is only a piece of the axes.
     """
 
     kind: str
     axes: str
     calls: float
     nbytes: float
+    group: tuple[int, ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def links(self) -> str:
+        """The mesh axes whose links it takes, which pieces of an axis share with the whole."""
+        return self.axes.removeprefix(PART_OF)
+
+    @property
+    def where(self) -> str:
+        """In words: along which axes."""
+        if not self.group:
+            return self.axes
+        return f"{self.links} in groups of {len(self.group)}"
 
 
 def communication(
@@ -60,7 +67,7 @@ def communication(
       mesh_shape: axis -> size, in the order of the mesh.
       slices: the mesh axis that crosses the slices and their number, if there are several.
     """
-    totals: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    totals: dict[tuple[str, str, tuple[int, ...]], list[float]] = defaultdict(lambda: [0.0, 0.0])
     repeated = continued(module)
     for name, times in executions.items():
         computation = module.computations[name]
@@ -68,12 +75,12 @@ def communication(
             kind = i.opcode.removesuffix("-start")
             if slices and i.opcode == "send" and (found := _BETWEEN.search(i.attributes)):
                 kind = found[1].lower().replace("_", "-")
-                entry = totals[kind, slices[0] + BETWEEN_SLICES]
+                entry = totals[kind, slices[0] + BETWEEN_SLICES, ()]
                 entry[0] += times
                 held = computation.instructions[i.operands[0]].nbytes
                 entry[1] += times * sent(kind, held, slices[1])
                 continue
-            if kind not in KINDS or (name, i.name) in repeated:
+            if kind not in COLLECTIVES or (name, i.name) in repeated:
                 continue
             groups = replica_groups(i.attributes, math.prod(mesh_shape.values()))
             size = max(map(len, groups))
@@ -81,17 +88,25 @@ def communication(
                 continue
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"  # the TPU compiler's fusion of a sum and a slice of it
-            entry = totals[kind, axes_of(groups, mesh_shape)]
+            axes = axes_of(groups, mesh_shape)
+            piece = max(groups, key=len) if axes.startswith(PART_OF) else ()
+            entry = totals[kind, axes, tuple(piece)]
             entry[0] += times
             entry[1] += times * sent(kind, operand_bytes(computation, i), size)
-    rows = [Traffic(kind, axes, *entry) for (kind, axes), entry in totals.items()]
+    rows = [Traffic(kind, axes, *entry, group) for (kind, axes, group), entry in totals.items()]
     return sorted(rows, key=lambda row: -row.nbytes)
 
 
 def operand_bytes(computation: Computation, i: Instruction) -> float:
+    """What a device holds of a collective; of a ragged all-to-all the rows of an even load.
+
+    One side of that exchange is a device's own assignments, which are as many as it gets back at an
+    even load; the other is a buffer with room for more.
+    """
     names = i.operands
     if i.opcode.startswith("ragged-all-to-all"):
-        names = names[:1]  # then come the output to write into, and offsets
+        rows, room = (computation.instructions[name].nbytes for name in names[:2])
+        return min(rows, room)
     if i.opcode.startswith("collective-permute"):
         names = names[:1]
     return sum(computation.instructions[name].nbytes for name in names)
@@ -104,6 +119,7 @@ def sent(kind: str, nbytes: float, size: int) -> float:
         "reduce-scatter": (size - 1) / size,
         "all-reduce": 2 * (size - 1) / size,
         "all-to-all": (size - 1) / size,
+        "ragged-all-to-all": (size - 1) / size,
     }
     return nbytes * factor.get(kind, 1.0)
 
@@ -185,4 +201,4 @@ def axes_of(groups: list[list[int]], mesh_shape: dict[str, int]) -> str:
     axes = [n for n in names if n in varying]
     whole = widest == math.prod(mesh_shape[a] for a in axes)
     is_permute = widest == 2 and len(groups) > math.prod(sizes) // 2
-    return ("" if whole or is_permute else "part of ") + "+".join(axes)
+    return ("" if whole or is_permute else PART_OF) + "+".join(axes)

@@ -18,6 +18,16 @@ ITEM_BITS = {
     "f8e4m3b11fnuz": 8, "f8e4m3fnuz": 8, "f8e5m2fnuz": 8, "f8e8m0fnu": 8,
 }  # fmt: skip
 
+#: Instructions that exchange data between devices.
+COLLECTIVES = (
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
+
 _ARRAY = re.compile(r"\b([a-z][a-z0-9]*)\[([0-9,]*)\](?:\{([^{}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -137,10 +147,22 @@ class Computation:
 
 @dataclass
 class Module:
-    """A program: its computations by name, and the name of the one it starts with."""
+    """A program.
+
+    Attributes:
+      computations: by name.
+      entry: name of the one that it starts with.
+      sources: number of a stack frame -> files of the traced program, the innermost call first.
+    """
 
     computations: dict[str, Computation]
     entry: str
+    sources: dict[int, tuple[str, ...]] = field(default_factory=dict)
+
+    def files(self, i: Instruction) -> tuple[str, ...]:
+        """The files that an instruction was traced in, the innermost first; () if none is told."""
+        frame = i.number("stack_frame_id")
+        return () if frame is None else self.sources.get(frame, ())
 
 
 def _closing(text: str, start: int) -> int:
@@ -176,7 +198,37 @@ def parse(text: str) -> Module:
         _name_elements(computation)
     if not entry:
         raise ValueError("this is no HLO text: it has no ENTRY computation")
-    return Module(computations, entry)
+    return Module(computations, entry, _sources(text))
+
+
+_TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
+
+
+def _sources(text: str) -> dict[int, tuple[str, ...]]:
+    """Stack frame -> files, from the tables before the computations.
+
+    A frame names its parent by a number that is one too high: 1 is none.
+    """
+    tables: dict[str, dict[int, str]] = {name: {} for name in _TABLES}
+    rows: dict[int, str] = {}
+    for line in text.splitlines():
+        if line in tables:
+            rows = tables[line]
+        elif found := re.match(r"(\d+) (.*)", line):
+            rows[int(found[1])] = found[2]
+        elif _HEADER.match(line):
+            break
+    places = {n: _number(row, "file_name_id") for n, row in tables["FileLocations"].items()}
+    found_files: dict[int, tuple[str, ...]] = {0: ()}
+    for n, row in sorted(tables["StackFrames"].items()):  # parents come first
+        file = tables["FileNames"][places[_number(row, "file_location_id")]].strip('"')
+        found_files[n] = (file, *found_files[_number(row, "parent_frame_id") - 1])
+    return found_files
+
+
+def _number(row: str, key: str) -> int:
+    found = re.search(rf"\b{key}=(\d+)", row)
+    return int(found[1]) if found else 1
 
 
 def _name_elements(computation: Computation) -> None:

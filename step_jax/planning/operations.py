@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 import math
 import re
+from collections import defaultdict
 from collections.abc import Set
 from dataclasses import dataclass
 
 import numpy as np
 
-from step_jax.planning.hlo import Computation, Instruction, Module, continued
+from step_jax.planning import layers
+from step_jax.planning.hlo import COLLECTIVES, Computation, Instruction, Module, continued
 
 #: Instructions that move nothing: names for what exists, and loops, whose bodies count themselves.
 _FREE = {
@@ -21,6 +23,7 @@ _FREE = {
     "call", "after-all", "partition-id", "replica-id", "domain", "opt-barrier", "async-start",
     "async-update", "async-done", "call-start", "call-done",
 }  # fmt: skip
+_COVERED = {"dot", "convolution", "custom-call", "send", "recv", *COLLECTIVES}
 _SLICES = ("dynamic-slice", "slice", "gather")
 #: Instructions that change an array in place -> the operand that says what is written there.
 _UPDATES = {"dynamic-update-slice": 1, "scatter": -1}
@@ -35,11 +38,14 @@ class Operations:
       traffic: bytes between main memory and the chip, if every instruction reads its operands and
         writes its results once.
       silent_kernels: kernels without a declared cost; their operations are missing here.
+      work: (layer, kind of work) -> operations of the products, bytes of what is ``layers.BYTES``;
+        bytes that move while products or collectives run are in none.
     """
 
     flops: float
     traffic: float
     silent_kernels: tuple[str, ...]
+    work: dict[tuple[str, str], float]
 
 
 def count(module: Module, executions: dict[str, float], caches: bool = False) -> Operations:
@@ -50,6 +56,7 @@ def count(module: Module, executions: dict[str, float], caches: bool = False) ->
         they declare, not what their operands have.
     """
     flops = traffic = 0.0
+    work: dict[tuple[str, str], float] = defaultdict(float)
     silent: set[str] = set()
     fused = {
         name
@@ -62,21 +69,44 @@ def count(module: Module, executions: dict[str, float], caches: bool = False) ->
     for name, times in executions.items():
         computation = module.computations[name]
         for i in computation.instructions.values():
-            if i.opcode == "dot":
-                flops += times * dot_flops(computation, i)
-            elif i.opcode == "convolution":
-                flops += times * convolution_flops(computation, i)
-            elif i.opcode == "custom-call":
-                declared = kernel_flops(i)
-                flops += times * (declared or 0.0)
-                if declared is None and "tpu_custom_call" in i.attributes:
-                    silent.add(i.name)
-            if name not in fused:
-                declared = kernel_bytes(i) if caches else None
-                traffic += times * (
-                    moved(module, computation, i, repeated) if declared is None else declared
-                )
-    return Operations(flops, traffic, tuple(sorted(silent)))
+            made = _flops(computation, i)
+            if made is None:
+                silent.add(i.name)
+            elif made:
+                flops += times * made
+                work[layers.of_product(module, i)] += times * made
+            if name in fused:
+                continue
+            declared = kernel_bytes(i) if caches else None
+            if declared is None:
+                declared = moved(module, computation, i, repeated)
+            traffic += times * declared
+            if declared and not _is_covered(module, i):
+                work[layers.of_bytes(module, i)] += times * declared
+    return Operations(flops, traffic, tuple(sorted(silent)), dict(work))
+
+
+def _flops(computation: Computation, i: Instruction) -> float | None:
+    """Operations of one instruction; None of a kernel that does not tell."""
+    if i.opcode == "dot":
+        return dot_flops(computation, i)
+    if i.opcode == "convolution":
+        return convolution_flops(computation, i)
+    if i.opcode != "custom-call":
+        return 0.0
+    declared = kernel_flops(i)
+    return None if declared is None and "tpu_custom_call" in i.attributes else declared or 0.0
+
+
+def _is_covered(module: Module, i: Instruction) -> bool:
+    """Whether products, a kernel or a collective take the time in which its bytes move.
+
+    Copies that are started and awaited run beside what is computed between the two.
+    """
+    if i.opcode == "fusion":
+        inner = module.computations[i.calls("calls")[0]]
+        return any(_is_covered(module, part) for part in inner.instructions.values())
+    return i.opcode == "copy-start" or i.opcode.removesuffix("-start") in _COVERED
 
 
 def dot_flops(computation: Computation, i: Instruction) -> float:
@@ -203,6 +233,9 @@ def _read_of(module: Module, fused: Computation, i: Instruction, under_way: Set[
             continue
         if user.opcode == "bitcast":
             total += _read_of(module, fused, user, under_way)
+        elif _lays_out(module, user) and not user.root:
+            # a slice of another layout, or an update in place, reads no more for it
+            total += min(i.nbytes, _read_of(module, fused, user, under_way))
         elif user.opcode == "fusion":  # fusions hold fusions on TPU
             inner = module.computations[user.calls("calls")[0]]
             places = (n for n, name in enumerate(user.operands) if name == i.name)
@@ -212,6 +245,14 @@ def _read_of(module: Module, fused: Computation, i: Instruction, under_way: Set[
         elif user.opcode not in _UPDATES or user.operands[0] != i.name:
             total += i.nbytes
     return total
+
+
+def _lays_out(module: Module, i: Instruction) -> bool:
+    """Whether an instruction inside a fusion only gives its operand another layout."""
+    if i.opcode == "fusion" and len(i.operands) == 1:
+        inner = module.computations[i.calls("calls")[0]].instructions.values()
+        return all(part.opcode in ("parameter", "bitcast", "copy") for part in inner)
+    return i.opcode == "copy"
 
 
 def _marks(i: Instruction) -> bool:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import importlib.metadata
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from step_jax.core.spec import count, trained
-from step_jax.planning import collectives, estimate, hlo, memory, operations, roofline
+from step_jax.planning import (
+    collectives,
+    estimate,
+    forecast,
+    hlo,
+    memory,
+    operations,
+    roofline,
+)
 from step_jax.planning.compiled import (
     Compiled,
     Loop,
@@ -42,23 +52,32 @@ class Plan:
       parameters, active, trained: of all models; those that a token uses; those that learn.
       memory: class -> bytes at the fullest moment.
       memory_total, memory_compiler, memory_limit: sum of ``memory``, what the compiler reserves,
-        what the device has (None on a CPU).
+        what it can have or, where it does not say, what the device has (None on a CPU).
+      overflow: the compiler's words if it found no way to fit the step, else "".
       memory_arguments: the part of it that the step is given: state and batch.
       memory_estimate: class -> bytes as expected before compiling, of a decoder.
       buffers: the largest of them: bytes, shape, source, class.
       flops, flops_model: operations of the compiled program; those that the models need.
       kernels_without_cost: kernels whose operations the compiler's text does not tell.
-      traffic: bytes to and from main memory.
-      collectives: kind, axes, calls, bytes sent.
+      traffic: bytes to and from main memory, if every instruction went through it: an estimate.
+      layers: layer, kind of work, amount (operations or bytes), see ``layers``.
+      collectives: kind, axes, devices of a group, calls, bytes sent.
       compute_s, memory_s, network_s: see ``roofline.Bound``.
-      step_s, serial_s, bound_by: the same.
-      mfu_bound: the models' operations at ``step_s`` over the peak.
+      bound_s, bound_by: the same; no step is faster.
+      mfu_bound: the models' operations at ``bound_s`` over the peak.
+      forecast: step, low, high, layers, exposed, known: see ``forecast.Forecast``; None on a CPU.
+      mfu: the models' operations at the forecast over the peak.
+      rate: ``unit`` per second and chip at the forecast.
       pipeline_microbatches, bubble: of a pipeline, and the share of its steps that a device spends
-        on padding. The padding is computed, so ``flops``, ``step_s`` and ``mfu_bound`` include it.
+        on padding. The padding is computed, so ``flops`` and all times include it.
       expert_bubble: share of a step that other devices would wait for a shard of experts whose
         buffers are full, were ``compute_s`` the bound. The figures are those of an even load.
-      steps, work_total, work_per_day, days, chip_hours: of the recipe's whole run at ``step_s``.
+      steps, work_total: of the recipe's whole run.
+      work_per_day, days, chip_hours: at the forecast, or at the bound without one; None for a step
+        that does not fit.
+      price, cost: of a chip-hour, and of the run, in ``currency``; None where none is given.
       compile_cpu_s: CPU seconds of the compilation.
+      flags, versions: what was asked beside the recipe, and packages that the figures depend on.
       advice: what would lower the memory of the largest classes, the strongest first.
       notes: what to know about the figures.
     """
@@ -82,43 +101,73 @@ class Plan:
     memory_compiler: float
     memory_arguments: float
     memory_limit: float | None
+    overflow: str
     memory_estimate: dict[str, float] | None
     buffers: list[dict[str, Any]]
     flops: float
     flops_model: float | None
     kernels_without_cost: list[str]
     traffic: float
+    layers: list[dict[str, Any]]
     collectives: list[dict[str, Any]]
     compute_s: float
     memory_s: float
     network_s: dict[str, float]
-    step_s: float
-    serial_s: float
+    bound_s: float
     bound_by: str
     mfu_bound: float | None
+    forecast: dict[str, Any] | None
+    mfu: float | None
+    rate: float | None
     pipeline_microbatches: int
     bubble: float
     expert_bubble: float | None
     steps: int
     work_total: float
-    work_per_day: float
-    days: float
-    chip_hours: float
+    work_per_day: float | None
+    days: float | None
+    chip_hours: float | None
+    price: float | None
+    cost: float | None
+    currency: str | None
     compile_cpu_s: float
+    flags: list[str]
+    versions: dict[str, str]
     advice: list[str]
     notes: list[str]
 
     @property
     def fits(self) -> bool:
-        return self.memory_limit is None or self.memory_compiler <= self.memory_limit
+        """The compiler's word: whether it found a way."""
+        return not self.overflow
 
     def save(self, path: Path) -> None:
         known = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(known | {"fits": self.fits}, indent=1)
+        path.write_text(text + "\n", encoding="utf-8")
 
 
-def make_plan(loop: Loop, config: Any, topology: Topology, recipe: str = "") -> Plan:
+@dataclass(frozen=True)
+class Asked:
+    """What a plan is made for beside a configuration and a topology.
+
+    Attributes:
+      recipe: its name.
+      flags: that changed it.
+      price, currency: of a chip-hour.
+    """
+
+    recipe: str = ""
+    flags: tuple[str, ...] = ()
+    price: float | None = None
+    currency: str | None = None
+
+
+NOTHING_ELSE = Asked()
+
+
+def make_plan(loop: Loop, config: Any, topology: Topology, asked: Asked = NOTHING_ELSE) -> Plan:
     """Compiles the train step of a loop's configuration for a topology and takes stock of it.
 
     Raises:
@@ -126,14 +175,16 @@ def make_plan(loop: Loop, config: Any, topology: Topology, recipe: str = "") -> 
     """
     config = resolved(config, topology.count)
     compiled = compile_step(program_for(loop, config, topology), topology)
-    return take_stock(config, topology, compiled, recipe)
+    return take_stock(config, topology, compiled, asked)
 
 
-def take_stock(config: Any, topology: Topology, compiled: Compiled, recipe: str = "") -> Plan:
+def take_stock(
+    config: Any, topology: Topology, compiled: Compiled, asked: Asked = NOTHING_ELSE
+) -> Plan:
     """The plan of a compiled step; ``config`` as ``resolved``."""
     program, module = compiled.program, parsed(compiled)
     executions, endless = hlo.executions(module)
-    mesh = program.sharding.mesh
+    mesh, dtype = program.sharding.mesh, program.work.dtype
     ops = operations.count(module, executions)
     across = next((a for a in mesh.axis_names if crosses_slices(mesh, [a])), None)
     slices = (across, topology.slices) if across else None
@@ -146,10 +197,12 @@ def take_stock(config: Any, topology: Topology, compiled: Compiled, recipe: str 
         compiled.code_bytes,
         compiled.memory_bytes,
     )
-    bound = roofline.bound(ops, sent, topology, mesh, program.work.dtype)
+    state_bytes = estimate.held_bytes(program, program.sharding).touched
+    bound = roofline.bound(ops.flops, state_bytes, sent, topology, mesh, dtype)
+    expected = forecast.forecast(ops.work, bound.network, topology, dtype)
     execution = execution_of(config)
     return Plan(
-        recipe=recipe,
+        recipe=asked.recipe,
         topology=topology.name,
         devices=topology.count,
         chips=topology.chips,
@@ -159,24 +212,46 @@ def take_stock(config: Any, topology: Topology, compiled: Compiled, recipe: str 
         memory_total=used.total,
         memory_compiler=used.compiler,
         memory_arguments=used.arguments,
-        memory_limit=topology.chip.hbm_bytes if topology.chip else None,
+        memory_limit=_limit(compiled, topology),
+        overflow=compiled.overflow.splitlines()[0] if compiled.overflow else "",
         buffers=[dataclasses.asdict(b) for b in used.buffers[:10]],
         flops=ops.flops,
         kernels_without_cost=list(ops.silent_kernels),
         traffic=ops.traffic,
-        collectives=[dataclasses.asdict(c) for c in sent],
+        layers=[dict(layer=k[0], kind=k[1], amount=v) for k, v in sorted(ops.work.items())],
+        collectives=[_said(c) for c in sent],
         compute_s=bound.compute,
         memory_s=bound.memory,
         network_s=bound.network,
-        step_s=bound.step,
-        serial_s=bound.serial,
+        bound_s=bound.step,
         bound_by=bound.by,
         compile_cpu_s=compiled.compile_seconds,
+        flags=list(asked.flags),
+        versions=versions(),
         advice=advice(used.classes, config, extent(program.schema)[1]),
-        notes=[*program.notes, *_notes(compiled, ops, endless)],
+        notes=[*program.notes, *_notes(ops, endless, expected, topology)],
         **_expected(config, program, ops.flops),
-        **_run(program, topology, bound.step),
+        **_run(program, topology, bound, expected, compiled, asked),
     )
+
+
+def _limit(compiled: Compiled, topology: Topology) -> float | None:
+    """Memory that the compiler said it has, or that the device has by its data sheet."""
+    _, available, _ = memory.out_of_memory(compiled.overflow) or (None, None, [])
+    return available or (topology.chip.hbm_bytes if topology.chip else None)
+
+
+def _said(c: collectives.Traffic) -> dict[str, Any]:
+    return dict(kind=c.kind, axes=c.axes, where=c.where, calls=c.calls, nbytes=c.nbytes)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a plan's figures depend on, where they are installed."""
+    found = {}
+    for name in ("step-jax", "jax", "libtpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _expected(config: Any, program: Program, flops: float) -> dict[str, Any]:
@@ -196,11 +271,21 @@ def _expected(config: Any, program: Program, flops: float) -> dict[str, Any]:
     )
 
 
-def _run(program: Program, topology: Topology, step_s: float) -> dict[str, Any]:
+def _run(
+    program: Program,
+    topology: Topology,
+    bound: roofline.Bound,
+    expected: forecast.Forecast | None,
+    compiled: Compiled,
+    asked: Asked,
+) -> dict[str, Any]:
     """The fields that follow from a step's time and the run's length."""
     work, steps = program.work, program.total_steps
     needed = work.flops / topology.count or None  # 0 says that nobody counts them
-    days = steps * step_s / SECONDS_PER_DAY
+    peak = roofline.peak(topology, work.dtype)
+    step_s = bound.step if expected is None else expected.step
+    days = None if compiled.overflow else steps * step_s / SECONDS_PER_DAY
+    hours = days and days * 24 * topology.chips
     tables = [how.model_specs for how in program.learnings.values()]
     return dict(
         work=work.count,
@@ -209,25 +294,40 @@ def _run(program: Program, topology: Topology, step_s: float) -> dict[str, Any]:
         active=sum(count(specs, active=True) for specs in tables),
         trained=sum(count(trained(how.specs)) for how in program.learnings.values()),
         flops_model=needed,
-        mfu_bound=needed and needed / (step_s * roofline.peak(topology, work.dtype)),
+        mfu_bound=needed and needed / (bound.step * peak),
+        forecast=expected and dataclasses.asdict(expected),
+        mfu=needed and expected and needed / (expected.step * peak),
+        rate=expected and work.count / expected.step / topology.chips,
         steps=steps,
         work_total=float(steps * work.count),
-        work_per_day=work.count * SECONDS_PER_DAY / step_s,
+        work_per_day=days and work.count * SECONDS_PER_DAY / step_s,
         days=days,
-        chip_hours=days * 24 * topology.chips,
+        chip_hours=hours,
+        price=asked.price,
+        currency=asked.currency,
+        cost=hours and asked.price and hours * asked.price,
     )
 
 
-def _notes(compiled: Compiled, ops, endless: list[str]) -> list[str]:
+def _notes(
+    ops: operations.Operations,
+    endless: list[str],
+    expected: forecast.Forecast | None,
+    topology: Topology,
+) -> list[str]:
     notes = []
-    if compiled.overflow:
-        notes.append(f"the compiler gave up: {compiled.overflow.splitlines()[0]}")
     if endless:
         notes.append(f"loops of unknown length, counted once: {', '.join(endless)}")
     if ops.silent_kernels:
         notes.append(
             "kernels that declare no cost, whose operations are missing in the compiled count: "
             + ", ".join(ops.silent_kernels)
+        )
+    if expected is not None and not expected.known:
+        assert topology.chip is not None
+        notes.append(
+            f"no measured run on {topology.chip.name} was published: the forecast takes what other "
+            "chips reach, and its range is twice as wide"
         )
     return notes
 

@@ -28,7 +28,10 @@ def show(plan: Plan, console: Console) -> None:
     console.table(f"{plan.recipe or 'recipe'} on {plan.topology}", _what(plan))
     console.table("memory of a device at its fullest moment", _memory(plan))
     console.table("operations and communication of a device and step", _work(plan))
-    console.table("roofline: bounds, not forecasts", _time(plan))
+    console.table("the least time: what no step can beat", _bound(plan))
+    if plan.forecast is not None:
+        console.table("forecast: by what published runs reached of their chips", _forecast(plan))
+    console.table("the run", _run(plan))
     for note in plan.notes:
         console.line(f"note: {note}")
     if not plan.fits:
@@ -114,18 +117,20 @@ def _work(plan: Plan) -> dict[str, str]:
             f", {si(plan.flops_model)}FLOP needed by the model (ratio "
             f"{plan.flops / plan.flops_model:.3f})"
         )
-    rows = {"operations": compiled, "memory traffic": f"{si(plan.traffic)}B"}
+    traffic = f"{si(plan.traffic)}B, were everything written and read: an estimate"
+    rows = {"operations": compiled, "memory traffic": traffic}
     smallest = 1e-3 * max((c["nbytes"] for c in plan.collectives), default=0.0)
     for c in plan.collectives:
         if c["nbytes"] >= smallest:
-            rows[f"{c['kind']} over {c['axes']}"] = f"{si(c['nbytes'])}B in {c['calls']:,.0f} calls"
+            calls = f"{si(c['nbytes'])}B in {c['calls']:,.0f} calls"
+            rows[f"{c['kind']} over {c['where']}"] = calls
     return rows
 
 
-def _time(plan: Plan) -> dict[str, str]:
-    rows = {"compute": duration(plan.compute_s), "memory": duration(plan.memory_s)}
+def _bound(plan: Plan) -> dict[str, str]:
+    rows = {"compute": duration(plan.compute_s), "state in memory": duration(plan.memory_s)}
     for axes, seconds in plan.network_s.items():
-        if seconds >= 1e-3 * plan.step_s:
+        if seconds >= 1e-3 * plan.bound_s:
             rows[f"network: {axes}"] = duration(seconds)
     if plan.bubble:
         rows["pipeline bubble"] = (
@@ -137,14 +142,38 @@ def _time(plan: Plan) -> dict[str, str]:
             f"none at an even load, as counted here; up to {plan.expert_bubble:.1%} of the compute "
             "time if one shard's buffers are full"
         )
-    rows |= {
-        "step": f"{duration(plan.step_s)} with perfect overlap, bound by {plan.bound_by}; "
-        f"{duration(plan.serial_s)} with none for communication",
-        **({} if plan.mfu_bound is None else {"MFU bound": f"{plan.mfu_bound:.1%}"}),
-        f"{plan.unit} per day": si(plan.work_per_day),
-        "the run": f"{si(plan.work_total)} {plan.unit} in {plan.steps:,} steps: "
-        f"{plan.days:.3g} days, {si(plan.chip_hours)} chip-hours at least",
+    rows["step"] = f"{duration(plan.bound_s)} with perfect overlap, bound by {plan.bound_by}"
+    if plan.mfu_bound is not None:
+        rows["MFU bound"] = f"{plan.mfu_bound:.1%}"
+    return rows
+
+
+def _forecast(plan: Plan) -> dict[str, str]:
+    assert plan.forecast is not None
+    f = plan.forecast
+    rows = {
+        layer: f"{duration(seconds)} ({seconds / f['step']:.0%})"
+        for layer, seconds in sorted(f["layers"].items(), key=lambda item: -item[1])
+        if seconds >= 1e-3 * f["step"]
     }
+    rows["communication not hidden"] = f"{duration(f['exposed'])} ({f['exposed'] / f['step']:.0%})"
+    rows["step"] = f"{duration(f['step'])}, {duration(f['low'])} to {duration(f['high'])}"
+    rows[f"{plan.unit} per second and chip"] = f"{plan.rate:,.0f}"
+    if plan.mfu is not None:
+        rows["MFU"] = f"{plan.mfu:.1%}"
+    return rows
+
+
+def _run(plan: Plan) -> dict[str, str]:
+    rows = {"length": f"{si(plan.work_total)} {plan.unit} in {plan.steps:,} steps"}
+    if plan.days is None:
+        return rows | {"time": "none: the step does not fit"}
+    assert plan.work_per_day is not None and plan.chip_hours is not None
+    least = "at least " if plan.forecast is None else ""
+    rows["time"] = f"{least}{plan.days:.3g} days, {si(plan.chip_hours)} chip-hours"
+    rows[f"{plan.unit} per day"] = si(plan.work_per_day)
+    if plan.cost is not None:
+        rows["cost"] = f"{si(plan.cost)} {plan.currency} at {plan.price:g} a chip-hour"
     return rows
 
 
@@ -189,17 +218,35 @@ def _draw_memory(plan: Plan, axes: Any) -> None:
 
 
 def _draw_time(plan: Plan, axes: Any) -> None:
-    network = {k: v for k, v in plan.network_s.items() if v >= 1e-3 * plan.step_s}
-    times = {"compute": plan.compute_s, "memory": plan.memory_s}
+    network = {k: v for k, v in plan.network_s.items() if v >= 1e-2 * plan.bound_s}
+    times = {"compute": plan.compute_s, "state in memory": plan.memory_s}
     times |= {f"network: {k}": v for k, v in network.items()}
     names = list(times)[::-1]
-    colours = [_COLOURS[4] if times[n] == plan.step_s else _COLOURS[1] for n in names]
-    axes.barh(names, [times[n] for n in names], color=colours, height=0.6)
+    colours = [_COLOURS[4] if times[n] == plan.bound_s else _COLOURS[1] for n in names]
+    axes.barh(range(len(names)), [times[n] for n in names], color=colours, height=0.6)
     for y, name in enumerate(names):
         axes.text(times[name], y, f" {duration(times[name])}", va="center", fontsize=7, color=_INK)
-    mfu = "" if plan.mfu_bound is None else f"; MFU at most {plan.mfu_bound:.1%}"
-    axes.set_xlabel(f"seconds of a step, each alone{mfu}", fontsize=8, color=_MUTED)
+    said = "seconds of a step, each alone"
+    if plan.forecast is not None:
+        _draw_forecast(plan.forecast, len(names), axes)
+        names.append("forecast")
+        said += f", and as forecast{'' if plan.mfu is None else f': MFU {plan.mfu:.0%}'}"
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel(said, fontsize=8, color=_MUTED)
     _plain(axes)
+
+
+def _draw_forecast(forecast: dict[str, Any], y: int, axes: Any) -> None:
+    """A bar of the layers, those wide enough with their names, and the range as a line."""
+    parts = sorted(forecast["layers"].items(), key=lambda item: -item[1])
+    left = 0.0
+    for n, (name, seconds) in enumerate([*parts, ("network", forecast["exposed"])]):
+        axes.barh(y, seconds, left=left, color=_COLOURS[n % len(_COLOURS)], height=0.6)
+        if seconds >= 0.08 * forecast["high"]:
+            axes.text(left, y, f" {name}", va="center", fontsize=7, color="white")
+        left += seconds
+    axes.plot([forecast["low"], forecast["high"]], [y - 0.4] * 2, color=_INK, lw=1.5)
+    axes.text(left, y, f" {duration(left)}", va="center", fontsize=7, color=_INK)
 
 
 def _plain(axes: Any) -> None:

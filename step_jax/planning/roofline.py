@@ -1,13 +1,17 @@
-"""The least time that a step can take on given devices, and what sets it."""
+"""The least time that a step can take on given devices, and what sets it.
+
+Only what cannot be avoided is in it: the products of the program, the state that is read and
+written once, the bytes that leave a device. ``planning.forecast`` says how long a step will take.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from step_jax.core import hardware
 from step_jax.planning import topology as topology_lib
 from step_jax.planning.collectives import BETWEEN_SLICES, Traffic
-from step_jax.planning.operations import Operations
 from step_jax.planning.topology import Topology
 
 
@@ -17,7 +21,7 @@ class Bound:
 
     Attributes:
       compute: operations at the peak of the compute precision.
-      memory: traffic at the memory's bandwidth, every intermediate result written and read once.
+      memory: the state that has to be read and written, at the memory's bandwidth.
       network: mesh axes -> their collectives at the bandwidth of the links they use.
     """
 
@@ -29,11 +33,6 @@ class Bound:
     def step(self) -> float:
         """If everything overlaps perfectly: a bound, no forecast."""
         return max(self.compute, self.memory, *self.network.values(), 0.0)
-
-    @property
-    def serial(self) -> float:
-        """If communication overlaps with nothing."""
-        return max(self.compute, self.memory) + sum(self.network.values())
 
     @property
     def by(self) -> str:
@@ -50,9 +49,34 @@ def peak(topology: Topology, dtype: str) -> float:
     return topology.chip.peak(hardware.PRECISION[dtype])
 
 
+def network(collectives: Iterable[Traffic], topology: Topology, mesh) -> dict[str, float]:
+    """Mesh axes -> seconds of the collectives of one device along them, at all of their links.
+
+    Groups that are only pieces of an axis count with the whole axis, whose links they take.
+
+    Args:
+      mesh: ``jax.sharding.Mesh`` over the topology's devices; collectives name its axes.
+    """
+    times: dict[str, float] = {}
+    for c in collectives:
+        times[c.links] = times.get(c.links, 0.0) + _seconds(c, topology, mesh)
+    return times
+
+
+def _seconds(c: Traffic, topology: Topology, mesh) -> float:
+    if c.axes.endswith(BETWEEN_SLICES):
+        return topology_lib.seconds_between_slices(topology, c.nbytes)
+    if c.group:
+        group = [mesh.devices.flat[i] for i in c.group]
+    else:
+        group = topology_lib.along(mesh, c.axes.split("+"))
+    return topology_lib.seconds(topology, group, c.kind, c.nbytes)
+
+
 def bound(
-    operations: Operations,
-    collectives: list[Traffic],
+    flops: float,
+    state_bytes: float,
+    collectives: Iterable[Traffic],
     topology: Topology,
     mesh,
     dtype: str,
@@ -60,14 +84,9 @@ def bound(
     """The bound of a program's counts (of one device) on a topology.
 
     Args:
-      mesh: ``jax.sharding.Mesh`` over the topology's devices; collectives name its axes.
+      state_bytes: that the program cannot but read and write in main memory.
+      mesh: see ``network``.
       dtype: of the products.
     """
-    network: dict[str, float] = {}
-    for c in collectives:
-        names = c.axes.removeprefix("part of ").removesuffix(BETWEEN_SLICES)
-        between = c.axes.endswith(BETWEEN_SLICES)
-        speed = topology_lib.bandwidth(topology, mesh, names.split("+"), between)
-        network[c.axes] = network.get(c.axes, 0.0) + c.nbytes / speed
-    memory = operations.traffic / topology.chip.hbm_bandwidth if topology.chip else 0.0
-    return Bound(operations.flops / peak(topology, dtype), memory, network)
+    memory = state_bytes / topology.chip.hbm_bandwidth if topology.chip else 0.0
+    return Bound(flops / peak(topology, dtype), memory, network(collectives, topology, mesh))

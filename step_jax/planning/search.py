@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import AXES, MeshConfig, Sharding
 from step_jax.data.batches import abstract_batch
-from step_jax.models.flops import train_flops_per_token
 from step_jax.models.text.decoder import Decoder
-from step_jax.planning import estimate, roofline
-from step_jax.planning.compiled import Loop, check_rows, execution_of
-from step_jax.planning.plan import Plan, make_plan
+from step_jax.planning import estimate, forecast, roofline
+from step_jax.planning.compiled import Loop, check_rows, execution_of, extent
+from step_jax.planning.layers import PRODUCTS
+from step_jax.planning.plan import NOTHING_ELSE, Asked, Plan, make_plan, versions
 from step_jax.planning.topology import Topology, paper_devices
 from step_jax.runs.console import Console, duration
 from step_jax.training.program import Program
@@ -28,7 +30,7 @@ MARGIN = 0.9
 _TENSOR = (1, 2, 4, 8)
 _CONTEXT = (1, 2, 4, 8, 16)
 _STAGES = (1, 2, 4, 8, 16)
-_ACCUMULATION = (1, 2, 4, 8, 16, 32)
+_MICROBATCHES = 64  # of a batch, at most
 _REMAT: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
 #: Shorter pieces of a sequence are not worth the gathering of keys and values.
 _SHORTEST_PIECE = 2048
@@ -40,40 +42,71 @@ class Proposal:
 
     Attributes:
       flags: what to write after the recipe to get this variant, "" for the recipe itself.
-      nbytes, step_s, serial_s: of a device; see ``estimate``.
+      nbytes: of a device; see ``estimate.memory``.
+      bound_s, step_s: of a step; what no step can beat, and its forecast (the bound without one).
+      low_s, high_s: the forecast's range.
       mfu: the model's operations at ``step_s`` over the peak.
+      rate: tokens per second and chip.
     """
 
     config: Any
     flags: str
     nbytes: float
+    bound_s: float
     step_s: float
-    serial_s: float
+    low_s: float
+    high_s: float
     mfu: float
+    rate: float
     plan: Plan | None = None
 
+    @property
+    def fits(self) -> bool | None:
+        """The compiler's word, None before it was asked."""
+        return None if self.plan is None else self.plan.fits
 
-def variants(config: Any, case: estimate.Case, topology: Topology) -> Iterator[Any]:
+
+def variants(
+    config: Any, case: estimate.Case, topology: Topology, rows: Rows | None = None
+) -> Iterator[Any]:
     """Every variant that is considered, whether or not its sizes divide.
 
     Args:
       case: of the recipe as it stands, on any mesh.
+      rows: parallel -> rows of a batch that a device of such a mesh has, or None if it has no
+        whole number of them; every divisor is a number of microbatches. Without it the recipe's
+        own number of microbatches is the only one.
     """
-    counts = _ACCUMULATION if _accumulation(config) else (None,)
+    own = _accumulation(config)
     for parallel in _meshes(config.parallel, case, topology):
-        for remat, accumulation in itertools.product(_REMAT, counts):
+        for remat, accumulation in itertools.product(_REMAT, _counts(own, parallel, rows)):
             variant = replace(
                 config, parallel=parallel, execution=replace(config.execution, remat=remat)
             )
-            if accumulation:
-                training = replace(config.training, accumulation=accumulation)
-                variant = replace(variant, training=training)
-            yield variant
+            yield variant if accumulation is None else _with_accumulation(variant, accumulation)
+
+
+Rows = Callable[[MeshConfig], int | None]
+
+
+def _counts(own: int | None, parallel: MeshConfig, rows: Rows | None) -> list[int | None]:
+    """Microbatches to try on a mesh; None for a loop that takes its batch at once."""
+    if own is None or rows is None:
+        return [own]
+    local = rows(parallel)
+    return [] if local is None else [n for n in _divisors(local) if n <= _MICROBATCHES]
 
 
 def _accumulation(config: Any) -> int | None:
     """None for a loop that always takes its batch at once."""
     return getattr(getattr(config, "training", None), "accumulation", None)
+
+
+def _with_accumulation(config: Any, count: int) -> Any:
+    """A configuration with so many microbatches; itself for a loop without any."""
+    if _accumulation(config) is None:
+        return config
+    return replace(config, training=replace(config.training, accumulation=count))
 
 
 def _meshes(recipe: MeshConfig, case: estimate.Case, topology: Topology) -> Iterator[MeshConfig]:
@@ -140,55 +173,99 @@ class _Estimator:
 
     def __init__(self, loop: Loop, config: Any, topology: Topology):
         self.loop, self.recipe, self.topology = loop, config, topology
-        self._sharding = functools.cache(lambda p: Sharding.build(p, topology.devices))
-        self._held = functools.cache(self._held_of)
+        self._layout = functools.cache(self._layout_of)
         self._programs: dict[tuple[int, int | None], Program | None] = {}
+
+    def recipes_program(self) -> Program:
+        """The recipe's own, for one device."""
+        program = self.program(self.recipe)
+        self._programs[1, _accumulation(self.recipe)] = program
+        return program
 
     def program(self, config: Any, ways: int = 1) -> Program:
         """The program of a configuration for ``ways`` devices that share the rows."""
         parallel, kind = MeshConfig(data=ways), self.topology.devices[0]
         devices = paper_devices(kind.platform, kind.device_kind, ways)
-        return self.loop.program(
-            replace(config, parallel=parallel), Sharding.build(parallel, devices)
-        )
+        sharding = Sharding.build(parallel, devices)
+        return self.loop.program(replace(config, parallel=parallel), sharding)
 
     def _known(self, variant: Any, ways: int) -> Program | None:
-        key = ways, _accumulation(variant)
+        """The program of a variant; one for all of them where the recipe fixes the batch."""
+        count = _accumulation(variant)
+        fixed = getattr(getattr(variant, "training", None), "batch_size", None)
+        key = (1, None) if fixed else (ways, count)
         if key not in self._programs:
+            whole = _with_accumulation(variant, 1) if fixed else variant
             try:
-                self._programs[key] = self.program(variant, ways)
+                self._programs[key] = self.program(whole, key[0])
             except ConfigError:  # a size that does not divide
                 self._programs[key] = None
-        return self._programs[key]
+        program = self._programs[key]
+        return program and replace(program, accumulation=count or program.accumulation)
 
-    def _held_of(self, parallel: MeshConfig) -> estimate.Held:
-        sharding = self._sharding(parallel)
+    def rows(self, parallel: MeshConfig) -> int | None:
+        """Rows of a batch that a device of a mesh has, None if it cannot be laid out."""
+        layout = self._layout(parallel)
+        if layout is None:
+            return None
+        ways = layout[0].ways("batch")
+        program = self._known(_with_accumulation(self.recipe, 1), ways)
+        total = None if program is None else extent(program.schema)[0]
+        return None if not total or total % ways else total // ways
+
+    def _layout_of(self, parallel: MeshConfig) -> tuple[Sharding, estimate.Held] | None:
+        """A mesh, and what the state takes of a device; None if a size does not divide."""
         program = next(p for p in self._programs.values() if p is not None)
-        return estimate.held_bytes(program, sharding)
+        try:
+            sharding = Sharding.build(parallel, self.topology.devices)
+            return sharding, estimate.held_bytes(program, sharding)
+        except ConfigError:
+            return None
 
     def __call__(self, variant: Any) -> Proposal | None:
         """The variant with its estimates, None if it cannot be laid out."""
+        layout = self._layout(variant.parallel)
+        if layout is None:
+            return None
+        sharding, held = layout
+        program = self._known(variant, sharding.ways("batch"))
+        if program is None:
+            return None
         try:
-            sharding = self._sharding(variant.parallel)
-            program = self._known(variant, sharding.ways("batch"))
-            if program is None:
-                return None
             check_rows(program.schema, sharding, program.accumulation)
             abstract_batch(sharding, program.schema)
-            held = self._held(variant.parallel)
             case = estimate.case_of(program, variant.execution, sharding, held)
             assert case is not None, "search() refuses what has no estimates"
-            nbytes = sum(estimate.memory(case).values())
-            step_s, serial_s = estimate.step_seconds(case, self.topology)
+            return _proposal(variant, _flags(variant, self.recipe), case, self.topology)
         except ConfigError:  # a size that does not divide
             return None
-        flags = _flags(variant, self.recipe)
-        flops = case.tokens * train_flops_per_token(case.model, case.sequence)
-        peak = roofline.peak(self.topology, case.execution.dtype) * self.topology.count
-        return Proposal(variant, flags, nbytes, step_s, serial_s, flops / (step_s * peak))
 
 
-def search(loop: Loop, config: Any, topology: Topology, compiled: bool = True) -> list[Proposal]:
+def _proposal(variant: Any, flags: str, case: estimate.Case, topology: Topology) -> Proposal:
+    dtype, mesh = case.execution.dtype, case.sharding.mesh
+    work = estimate.work(case)
+    flops = sum(amount for (_, kind), amount in work.items() if kind in PRODUCTS)
+    sent = estimate.sent(case, topology)
+    bound = roofline.bound(flops, case.held.touched, sent, topology, mesh, dtype)
+    expected = forecast.forecast(work, bound.network, topology, dtype)
+    step_s = bound.step if expected is None else expected.step
+    needed = case.tokens * estimate.train_flops(case.model, case.sequence)
+    return Proposal(
+        config=variant,
+        flags=flags,
+        nbytes=sum(estimate.memory(case).values()),
+        bound_s=bound.step,
+        step_s=step_s,
+        low_s=step_s if expected is None else expected.low,
+        high_s=step_s if expected is None else expected.high,
+        mfu=needed / (step_s * roofline.peak(topology, dtype) * topology.count),
+        rate=case.tokens / step_s / topology.chips,
+    )
+
+
+def search(
+    loop: Loop, config: Any, topology: Topology, asked: Asked = NOTHING_ELSE, compiled: bool = True
+) -> list[Proposal]:
     """The best proposals, those that fit first, then by time; the first few compiled.
 
     The recipe as it stands comes last if it can be laid out and is none of them.
@@ -198,7 +275,7 @@ def search(loop: Loop, config: Any, topology: Topology, compiled: bool = True) -
         the topology.
     """
     estimated = _Estimator(loop, config, topology)
-    program = estimated.program(config)
+    program = estimated.recipes_program()
     case = estimate.case_of(program, execution_of(config))
     if case is None:
         kinds = ", ".join(f"{n} ({m.kind})" for n, m in program.models.items())
@@ -207,17 +284,28 @@ def search(loop: Loop, config: Any, topology: Topology, compiled: bool = True) -
             f"trains {kinds}: give a mesh, and a topology that can be compiled for, without "
             "--search"
         )
-    found = [p for p in map(estimated, variants(config, case, topology)) if p is not None]
+    tried = variants(config, case, topology, estimated.rows)
+    found = [p for p in map(estimated, tried) if p is not None]
     if not found:
         raise ConfigError(f"no mesh of {topology.name} divides this model and its batch")
     limit = math.inf if topology.chip is None else MARGIN * topology.chip.hbm_bytes
-    found.sort(key=lambda p: (p.nbytes > limit, p.serial_s if p.nbytes <= limit else p.nbytes))
+    found.sort(key=lambda p: (p.nbytes > limit, p.step_s if p.nbytes <= limit else p.nbytes))
     best = found[:SHOWN]
     if compiled and not topology.on_paper:
-        plans = [(make_plan(loop, p.config, topology), p) for p in best[:COMPILED]]
-        plans.sort(key=lambda pair: (not pair[0].fits, pair[0].serial_s))
+        plans = [(_compiled(loop, p, topology, asked), p) for p in best[:COMPILED]]
+        plans.sort(key=lambda pair: (not pair[0].fits, _seconds(pair[0])))
         best[:COMPILED] = [replace(p, plan=plan) for plan, p in plans]
     return best + _as_it_stands(estimated, best)
+
+
+def _compiled(loop: Loop, p: Proposal, topology: Topology, asked: Asked) -> Plan:
+    flags = (*asked.flags, *p.flags.split())
+    return make_plan(loop, p.config, topology, replace(asked, flags=flags))
+
+
+def _seconds(plan: Plan) -> float:
+    """The forecast of a plan, or its bound if it has none."""
+    return plan.bound_s if plan.forecast is None else plan.forecast["step"]
 
 
 def _as_it_stands(estimated: _Estimator, best: list[Proposal]) -> list[Proposal]:
@@ -232,19 +320,68 @@ def _as_it_stands(estimated: _Estimator, best: list[Proposal]) -> list[Proposal]
     return [replace(proposal, flags="")]
 
 
+def rows_of(proposals: list[Proposal]) -> list[dict[str, Any]]:
+    """The proposals as rows of plain values, the best first."""
+    return [
+        {
+            "rank": n,
+            "flags": p.flags,
+            "memory_estimate": p.nbytes,
+            "memory_compiler": p.plan.memory_compiler if p.plan else None,
+            "fits": p.fits,
+            "bound_s": p.bound_s,
+            "step_s": p.step_s,
+            "low_s": p.low_s,
+            "high_s": p.high_s,
+            "step_s_compiled": p.plan and _seconds(p.plan),
+            "mfu": p.mfu,
+            "tokens_per_s_per_chip": p.rate,
+        }
+        for n, p in enumerate(proposals, 1)
+    ]
+
+
 def show(proposals: list[Proposal], topology: Topology, console: Console) -> None:
     """One line for each proposal."""
     rows = {}
     for n, p in enumerate(proposals, 1):
-        text = f"{p.nbytes / 1e9:.3g} GB, {duration(p.step_s)} to {duration(p.serial_s)} estimated"
+        text = f"{p.nbytes / 1e9:.3g} GB, {duration(p.step_s)} estimated"
+        if topology.chip is not None:
+            text += f" ({duration(p.low_s)} to {duration(p.high_s)}), MFU {p.mfu:.1%}"
         if p.plan is not None:
             fits = "fits" if p.plan.fits else "does not fit"
-            text += (
-                f"; compiled: {p.plan.memory_compiler / 1e9:.3g} GB ({fits}), "
-                f"{duration(p.plan.step_s)} to {duration(p.plan.serial_s)}"
-            )
-        mfu = p.mfu if p.plan is None else p.plan.mfu_bound
-        if mfu is not None and (topology.chip is not None or p.plan is not None):
-            text += f", MFU at most {mfu:.1%}"
+            text += f"; compiled: {p.plan.memory_compiler / 1e9:.3g} GB ({fits}), "
+            text += duration(_seconds(p.plan))
         rows[f"{n}. {p.flags or 'as it stands'}"] = text
     console.table(f"proposals for {topology.name}", rows)
+
+
+def save(proposals: list[Proposal], topology: Topology, asked: Asked, path: Path) -> None:
+    """Saves the ranking as JSON, and as Markdown beside it."""
+    rows = rows_of(proposals)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = {"recipe": asked.recipe, "topology": topology.name, "flags": list(asked.flags)}
+    text = json.dumps(head | {"versions": versions(), "proposals": rows}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")
+    lines = [
+        f"# {asked.recipe} on {topology.name}",
+        "",
+        "| | flags | GB of a device | step, s | range | MFU | tokens/s/chip | compiled |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        said = (
+            ""
+            if row["fits"] is None
+            else (
+                f"{row['memory_compiler'] / 1e9:.1f} GB, {row['step_s_compiled']:.3g} s"
+                + ("" if row["fits"] else ", does not fit")
+            )
+        )
+        lines.append(
+            f"| {row['rank']} | {row['flags'] or 'as it stands'} "
+            f"| {row['memory_estimate'] / 1e9:.1f} | {row['step_s']:.3g} "
+            f"| {row['low_s']:.3g} to {row['high_s']:.3g} | {row['mfu']:.0%} "
+            f"| {row['tokens_per_s_per_chip']:,.0f} | {said} |"
+        )
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")

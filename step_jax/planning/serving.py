@@ -1,7 +1,8 @@
 """What serving a recipe's decoder asks of a pod: the engine's two halves, compiled for it.
 
 Reading prompts is bound by operations, writing tokens by the parameters and caches that every token
-reads. All figures are bounds of the compiled programs (``planning.roofline``), none is a forecast.
+reads (of a mixture all experts, which takes texts enough). All figures are bounds of the compiled
+programs (``planning.roofline``), none is a forecast.
 """
 
 from __future__ import annotations
@@ -153,6 +154,7 @@ def make_serving(
             f"tokens {gigabytes(bytes_of_a_slot(decoder, length, cache_dtype, sharding))}); say "
             "how many: --slots N"
         )
+    slot = bytes_of_a_slot(decoder, length, cache_dtype, sharding)
     stock = functools.partial(_half, topology=topology, mesh=sharding.mesh, dtype=execution.dtype)
     return Serving(
         recipe=recipe,
@@ -162,13 +164,13 @@ def make_serving(
         mesh={a: n for a, n in sharding.mesh.shape.items() if n > 1},
         memory_limit=limit,
         parameters=held,
-        slot=bytes_of_a_slot(decoder, length, cache_dtype, sharding),
+        slot=slot,
         slots=slots,
         length=length,
         prompt=prompt,
         prompts=ways,
-        read=stock(*_reading(decoding, params, ways, prompt)),
-        write=stock(*_writing(decoding, params, slots)),
+        read=stock(*_reading(decoding, params, ways, prompt), held),
+        write=stock(*_writing(decoding, params, slots), held + slots // ways * slot),
     )
 
 
@@ -207,8 +209,12 @@ def _writing(decoding: Decoding, params, slots: int):
     return "advance", lowered
 
 
-def _half(name: str, lowered, *, topology: Topology, mesh, dtype: str) -> Half:
-    """Takes stock of a program; a loop of unknown length, over tokens, counts one turn."""
+def _half(name: str, lowered, read: float, *, topology: Topology, mesh, dtype: str) -> Half:
+    """Takes stock of a program; a loop of unknown length, over tokens, counts one turn.
+
+    Args:
+      read: bytes of parameters and caches that it cannot but read.
+    """
     found = dumped(lambda options: lowered.compile(compiler_options=options), name, topology)
     module = parsed(found)
     executions, _ = hlo.executions(module)
@@ -216,7 +222,7 @@ def _half(name: str, lowered, *, topology: Topology, mesh, dtype: str) -> Half:
     slices = (across, topology.slices) if across else None
     sent = collectives.communication(module, executions, dict(mesh.shape), slices)
     ops = operations.count(module, executions, caches=True)
-    bound = roofline.bound(ops, sent, topology, mesh, dtype)
+    bound = roofline.bound(ops.flops, read, sent, topology, mesh, dtype)
     notes = [f"the compiler gave up: {found.overflow.splitlines()[0]}"] if found.overflow else []
     if ops.silent_kernels:
         notes.append(f"kernels without a declared cost: {', '.join(ops.silent_kernels)}")
@@ -256,7 +262,8 @@ def show(serving: Serving, console: Console) -> None:
         rows = {
             "memory": "DOES NOT FIT" if half.memory is None else gigabytes(half.memory) + limit,
             "compute": f"{duration(half.compute_s)} ({si(half.flops)}FLOP)",
-            "memory traffic": f"{duration(half.memory_s)} ({si(half.traffic)}B)",
+            "parameters and caches": duration(half.memory_s),
+            "memory traffic": f"{si(half.traffic)}B, were everything written and read",
         }
         for axes, seconds in half.network_s.items():
             if seconds >= 1e-3 * half.bound_s:

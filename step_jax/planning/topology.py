@@ -30,12 +30,12 @@ TPUS: dict[str, tuple[tuple[str, ...], int]] = {
         2,
     ),
 }
-GPUS = tuple(name for name in CHIPS if name[0] in "ABH")
+GPUS = tuple(name for name in CHIPS if name[0] in "ABGH")
 
 INSTALL_LIBTPU = "pip install 'jax[tpu]'"
 
-#: Chips of a host that talk over NVLink.
-NVLINK_ISLAND = 8
+#: GPUs that NVLink joins: the eight of a host, or the 72 of a rack (NVL72).
+_HOST, ISLANDS = 8, {"GB200": 72}
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Topology:
       chips: what is rented: a TPU7x chip is two devices.
       slices: pods that only the data centre's network joins.
       torus: chips along each dimension of a slice, empty where there is no torus.
+      island: GPUs that NVLink joins; each has an adapter of its own to the others.
       devices: abstract or host devices, or such as stand on paper.
       on_paper: whether nothing can be compiled for the devices here (GPUs).
     """
@@ -63,6 +64,7 @@ class Topology:
     torus: tuple[int, ...]
     devices: Sequence[Any]
     on_paper: bool = False
+    island: int = 1
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def paper_devices(platform: str, kind: str, count: int) -> list[PaperDevice]:
 def describe_all() -> str:
     """Every topology that ``parse`` accepts, in words."""
     lines = [f"  {name}: {' '.join(shapes)}" for name, (shapes, _) in TPUS.items()]
-    gpus = f"  {', '.join(GPUS)}: gpu:{GPUS[-1].lower()}x64 (on paper: nothing is compiled)"
+    gpus = f"  {', '.join(GPUS)}: gpu:h200x64 (on paper: nothing is compiled)"
     return "\n".join([*lines, "  cpu:N (N simulated devices of this machine)", gpus])
 
 
@@ -102,12 +104,13 @@ def parse(name: str, slices: int = 1) -> Topology:
         raise ConfigError(f"slices are joined TPU pods; {name} has none")
     if kind == "cpu" and shape.isdigit() and int(shape) >= 1:
         return _cpu(name, int(shape))
-    if kind == "gpu" and (found := re.fullmatch(r"([a-z]\d+)x(\d+)", shape.lower())):
+    if kind == "gpu" and (found := re.fullmatch(r"([a-z]+\d+)x(\d+)", shape.lower())):
         chip = next((CHIPS[n] for n in GPUS if n.lower() == found[1]), None)
         if chip is not None and int(found[2]) >= 1:
             count = int(found[2])
             devices = paper_devices("gpu", f"NVIDIA {chip.name}", count)
-            return Topology(name, "gpu", chip, count, count, 1, (), devices, on_paper=True)
+            island = ISLANDS.get(chip.name, _HOST)
+            return Topology(name, "gpu", chip, count, count, 1, (), devices, True, island)
     raise ConfigError(f"no topology {name!r}; there are:\n{describe_all()}")
 
 
@@ -174,44 +177,57 @@ def _cpu(name: str, count: int) -> Topology:
 
 #: Bytes per second of a chip into the data centre's network, one direction: v5p 50 Gbit/s and v5e
 #: 6.4 Tbit/s of 256 chips from docs.cloud.google.com/tpu/docs/{v5p-training,v5e}; v6e and TPU7x
-#: 100 Gbit/s and the GPUs' 400 Gbit/s adapters were not read at a source: check before relying.
-NETWORK = {"v5e": 3.125e9, "v5p": 6.25e9, "v6e": 12.5e9, "tpu7x": 12.5e9}
-_GPU_NETWORK = 50e9
+#: 100 Gbit/s were not read at a source: check before relying. GPUs have an adapter each: 200 Gbit/s
+#: beside an A100 (DGX A100), 400 beside the others (DGX H100, H200, B200, GB200 NVL72).
+NETWORK = {
+    "v5e": 3.125e9, "v5p": 6.25e9, "v6e": 12.5e9, "tpu7x": 12.5e9,
+    "A100": 25e9, "H100": 50e9, "H200": 50e9, "B200": 50e9, "GB200": 50e9,
+}  # fmt: skip
 
 
 def crosses_slices(mesh: Any, axes: Sequence[str]) -> bool:
     """Whether devices that differ along these mesh axes lie in several slices."""
-    return len({getattr(d, "slice_index", 0) for d in _group(mesh, axes)}) > 1
+    return len({getattr(d, "slice_index", 0) for d in along(mesh, axes)}) > 1
 
 
-def _group(mesh: Any, axes: Sequence[str]) -> list[Any]:
+def along(mesh: Any, axes: Sequence[str]) -> list[Any]:
+    """The first device and those that differ from it along these mesh axes alone."""
     index = tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)
     return list(np.asarray(mesh.devices[index]).flat)
 
 
-def bandwidth(topology: Topology, mesh: Any, axes: Sequence[str], between: bool = False) -> float:
-    """Bytes per second that a device can send in a collective along axes of its mesh.
-
-    Every dimension of the torus that the group spans adds its links: two if the group goes all the
-    way around a ring, else one, since a line's end has a single neighbour.
+def seconds(topology: Topology, group: Sequence[Any], kind: str, nbytes: float) -> float:
+    """The least time in which a device of a group sends its ``nbytes`` of a collective.
 
     Args:
-      mesh: ``jax.sharding.Mesh`` over the topology's devices; any for GPUs.
-      axes: names of the mesh axes along which the groups of the collective differ.
-      between: over the network between slices, not inside each.
+      group: devices of the topology that share the collective.
+      kind: of ``hlo.COLLECTIVES``.
+      nbytes: that it sends on a ring, see ``collectives.sent``.
     """
     if topology.platform == "cpu":
-        return float("inf")  # simulated devices share one memory
+        return 0.0  # simulated devices share one memory
+    if topology.platform == "gpu":
+        return _gpu_seconds(topology, group, kind, nbytes)
+    return nbytes / bandwidth(topology, group)
+
+
+def seconds_between_slices(topology: Topology, nbytes: float) -> float:
+    """The same for what a device sends over the data centre's network."""
+    assert topology.chip is not None, "only simulated devices have no chip"
+    return nbytes / NETWORK[topology.chip.name]
+
+
+def bandwidth(topology: Topology, group: Sequence[Any]) -> float:
+    """Bytes per second that a TPU can send inside its slice in a collective of a group.
+
+    Every dimension of the torus that the group spans adds its links: two if the group goes all the
+    way around a ring, else one. A line's end has a single neighbour, and where others lie between
+    the members of a group, their groups take the same links.
+    """
     chip = topology.chip
     assert chip is not None, "only simulated devices have no chip"
-    if topology.platform == "gpu":
-        return chip.interconnect if topology.count <= NVLINK_ISLAND else _GPU_NETWORK
-    if between:
-        return NETWORK[chip.name]
-    group = _group(mesh, axes)
-    group = [
-        d for d in group if getattr(d, "slice_index", 0) == getattr(group[0], "slice_index", 0)
-    ]
+    first = getattr(group[0], "slice_index", 0)
+    group = [d for d in group if getattr(d, "slice_index", 0) == first]
     links = 0
     for dimension, size in enumerate(topology.torus):
         span = len({d.coords[dimension] for d in group})
@@ -219,6 +235,31 @@ def bandwidth(topology: Topology, mesh: Any, axes: Sequence[str], between: bool 
     if not links:  # two cores of one chip
         return chip.interconnect
     return links * chip.link_bandwidth
+
+
+#: Collectives whose pieces differ for every receiver: no host can pass one on for its others.
+_TO_EACH = ("all-to-all", "ragged-all-to-all")
+
+
+def _gpu_seconds(topology: Topology, group: Sequence[Any], kind: str, nbytes: float) -> float:
+    """Over NVLink inside an island, over every GPU's adapter between islands, both at once.
+
+    What is gathered, scattered or summed crosses between islands once: each of the m members of an
+    island exchanges its part with its like elsewhere, and NVLink hands it to the other m - 1.
+    """
+    chip = topology.chip
+    assert chip is not None
+    network = NETWORK[chip.name]
+    islands = [d.id // topology.island for d in group]
+    n, m = len(group), max(islands.count(i) for i in set(islands))
+    if m == n:
+        return nbytes / chip.interconnect
+    if kind == "collective-permute":
+        return nbytes / network
+    outside = nbytes * (n - m) / (n - 1)  # the rest is for members of the same island
+    if kind not in _TO_EACH:
+        outside /= m
+    return max((nbytes - outside) / chip.interconnect, outside / network)
 
 
 def _is_ring(torus: tuple[int, ...], size: int) -> bool:

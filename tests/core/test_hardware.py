@@ -36,7 +36,18 @@ def test_tpus_agree_with_jax(kind, cores):
 
 
 def test_every_asked_chip_is_there_and_sane():
-    assert list(CHIPS) == ["v4", "v5e", "v5p", "v6e", "tpu7x", "A100", "H100", "H200", "B200"]
+    assert list(CHIPS) == [
+        "v4",
+        "v5e",
+        "v5p",
+        "v6e",
+        "tpu7x",
+        "A100",
+        "H100",
+        "H200",
+        "B200",
+        "GB200",
+    ]
     for chip in CHIPS.values():
         assert chip.fp32 <= chip.bf16 and (not chip.fp8 or chip.fp8 >= chip.bf16)
         assert 10e9 < chip.hbm_bytes < 300e9 and 0.5e12 < chip.hbm_bandwidth < 10e12
@@ -51,6 +62,7 @@ def test_every_asked_chip_is_there_and_sane():
         ("NVIDIA H200", "H200"),
         ("NVIDIA A100-SXM4-80GB", "A100"),
         ("NVIDIA B200", "B200"),
+        ("NVIDIA GB200", "GB200"),
         ("TPU v5", "v5p"),
         ("TPU7x", "tpu7x"),
         ("NVIDIA H100 PCIe", None),  # another chip under a like name

@@ -28,11 +28,11 @@ def make(recipe: str, topology: str, flags: list[str]) -> dict[str, Any]:
     """The table of a recipe (a path from the repository's root) on a topology."""
     from step_jax.core.command_line import load_config
     from step_jax.planning import topology as topology_lib
-    from step_jax.planning.plan import make_plan
+    from step_jax.planning.plan import Asked, make_plan
     from step_jax.trainers import pretrain
 
     config = load_config(pretrain.Config, [str(ROOT / recipe), *flags]).config
-    plan = make_plan(pretrain, config, topology_lib.parse(topology), Path(recipe).stem)
+    plan = make_plan(pretrain, config, topology_lib.parse(topology), Asked(Path(recipe).stem))
     return {"recipe": recipe, "topology": topology, "flags": flags} | figures(plan)
 
 
@@ -49,9 +49,6 @@ def figures(plan) -> dict[str, Any]:
         "flops_model": plan.flops_model,
         "kernels_without_cost": len(plan.kernels_without_cost),
         "collectives": {f"{c['kind']} over {c['axes']}": c["nbytes"] for c in plan.collectives},
-        "step_s": plan.step_s,
-        "bound_by": plan.bound_by,
-        "mfu_bound": plan.mfu_bound,
         "compile_cpu_s": plan.compile_cpu_s,
     }
 
@@ -68,8 +65,8 @@ def overview() -> str:
     """One line of Markdown for each table of a recipe for pods."""
     lines = [
         "| recipe | topology | mesh | HBM of a device | sum of classes by it | compiled by needed "
-        "operations | MFU bound, by | compile CPU-s |",
-        "|---|---|---|---|---|---|---|---|",
+        "operations | compile CPU-s |",
+        "|---|---|---|---|---|---|---|",
     ]
     for path in tables():
         t = json.loads(path.read_text(encoding="utf-8"))
@@ -80,8 +77,7 @@ def overview() -> str:
             f"| {Path(t['recipe']).stem} | {t['topology']} | {mesh} "
             f"| {t['memory_compiler'] / 1e9:.1f} of {t['memory_limit'] / 1e9:.0f} GB "
             f"| {t['memory_total'] / t['memory_compiler'] - 1:+.1%} "
-            f"| {t['flops'] / t['flops_model']:.2f} | {t['mfu_bound']:.0%}, {t['bound_by']} "
-            f"| {t['compile_cpu_s']:.0f} |"
+            f"| {t['flops'] / t['flops_model']:.2f} | {t['compile_cpu_s']:.0f} |"
         )
     return "\n".join(lines)
 

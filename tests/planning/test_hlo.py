@@ -172,6 +172,102 @@ ENTRY %main (ws: f32[16,8,8], n: s32[], x: f32[1,8,8]) -> f32[1,8,8] {
     assert traffic == pytest.approx(3 * 8 * 8 * 4, abs=16)  # indices are read as well
 
 
+LAID_OUT = """HloModule m
+
+%copy_fusion (ws: bf16[16,8,8]) -> bf16[16,8,8] {
+  %ws = bf16[16,8,8]{2,1,0:T(16,128)(2,1)} parameter(0)
+  ROOT %copy = bf16[16,8,8]{2,1,0:T(8,128)(2,1)} copy(%ws)
+}
+
+%read (ws: bf16[16,8,8], n: s32[]) -> bf16[1,8,8] {
+  %ws = bf16[16,8,8]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %laid = bf16[16,8,8]{2,1,0:T(8,128)(2,1)} fusion(%ws), kind=kLoop, calls=%copy_fusion
+  %n = s32[] parameter(1)
+  %w = bf16[1,8,8]{2,1,0} dynamic-slice(%laid, %n, %n, %n), dynamic_slice_sizes={1,8,8}
+  ROOT %copy = bf16[1,8,8]{2,1,0:T(16,128)(2,1)} copy(%w)
+}
+
+%write (ws: bf16[16,8,8], n: s32[], w: bf16[1,8,8]) -> bf16[16,8,8] {
+  %ws = bf16[16,8,8]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %laid = bf16[16,8,8]{2,1,0:T(8,128)(2,1)} fusion(%ws), kind=kLoop, calls=%copy_fusion
+  %n = s32[] parameter(1)
+  %w = bf16[1,8,8]{2,1,0:T(8,128)(2,1)} parameter(2)
+  ROOT %out = bf16[16,8,8]{2,1,0:T(16,128)(2,1)} dynamic-update-slice(%laid, %w, %n, %n, %n)
+}
+
+ENTRY %main (ws: bf16[16,8,8], n: s32[]) -> bf16[16,8,8] {
+  %ws = bf16[16,8,8]{2,1,0:T(16,128)(2,1)} parameter(0)
+  %n = s32[] parameter(1)
+  %w = bf16[1,8,8]{2,1,0:T(16,128)(2,1)} fusion(%ws, %n), kind=kLoop, calls=%read
+  ROOT %out = bf16[16,8,8]{2,1,0:T(16,128)(2,1)} fusion(%ws, %n, %w), kind=kLoop, calls=%write
+}
+"""
+
+
+def test_another_layout_before_a_slice_or_an_update_does_not_read_the_whole_stack():
+    """TPU7x: fusions of a copy, as its compiler writes them around stacks of layers."""
+    module = hlo.parse(LAID_OUT)
+    one = 8 * 8 * 2
+    traffic = operations.count(module, {"main": 1.0}).traffic
+    assert traffic == pytest.approx(4 * one, abs=16)  # read and written, twice; and indices
+
+
+# --- Layers -------------------------------------------------------------------------------------
+
+
+def test_work_is_sorted_by_the_files_that_it_was_traced_in():
+    text = """HloModule m
+
+FileNames
+1 "/x/step_jax/trainers/text.py"
+2 "/x/step_jax/models/layers/moe.py"
+3 "/x/step_jax/models/layers/mlp.py"
+4 "/x/step_jax/ops/attention.py"
+5 "/x/optax/transform.py"
+
+FunctionNames
+1 "f"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=1 end_line=1 column=1 end_column=1}
+2 {file_name_id=2 function_name_id=1 line=1 end_line=1 column=1 end_column=1}
+3 {file_name_id=3 function_name_id=1 line=1 end_line=1 column=1 end_column=1}
+4 {file_name_id=4 function_name_id=1 line=1 end_line=1 column=1 end_column=1}
+5 {file_name_id=5 function_name_id=1 line=1 end_line=1 column=1 end_column=1}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=2}
+3 {file_location_id=3 parent_frame_id=3}
+4 {file_location_id=4 parent_frame_id=2}
+5 {file_location_id=5 parent_frame_id=2}
+
+
+ENTRY %main (x: f32[8,8]) -> f32[8,8] {
+  %x = f32[8,8]{1,0} parameter(0)
+  %a = f32[8,8]{1,0} dot(%x, %x), lhs_contracting_dims={1}, metadata={op_name="a" stack_frame_id=2}
+  %b = f32[8,8]{1,0} dot(%a, %x), lhs_contracting_dims={1}, metadata={op_name="b" stack_frame_id=3}
+  %c = f32[8,8]{1,0} dot(%b, %x), lhs_contracting_dims={1}, metadata={op_name="c" stack_frame_id=4}
+  %d = f32[8,8]{1,0} add(%c, %x), metadata={op_name="d" stack_frame_id=5}
+  ROOT %e = f32[8,8]{1,0} dot(%d, %x), lhs_contracting_dims={1}
+}
+"""
+    module = hlo.parse(text)
+    assert module.files(module.computations["main"].instructions["b"]) == (
+        "/x/step_jax/models/layers/mlp.py",
+        "/x/step_jax/models/layers/moe.py",
+        "/x/step_jax/trainers/text.py",
+    )
+    once, moved = 2 * 8**3, 3 * 8 * 8 * 4
+    assert operations.count(module, {"main": 2.0}).work == {
+        ("experts", "dense"): 2 * once,
+        ("mlp", "dense"): 2 * once,  # the innermost file decides
+        ("attention", "attention"): 2 * once,
+        ("optimizer", "optimizer"): 2 * moved,
+        ("rest", "dense"): 2 * once,
+    }
+
+
 # --- Collectives --------------------------------------------------------------------------------
 
 
@@ -269,6 +365,25 @@ frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
     module = hlo.parse(text)
     found = collectives.communication(module, {"main": 3.0}, SHAPE, ("data", 2))
     assert found == [collectives.Traffic("all-reduce", "data between slices", 3.0, 3 * 256)]
+
+
+def test_exchange_of_experts_counts_the_rows_of_an_even_load():
+    """Four shards of a buffer with room for 64 rows get the 16 that each device sends out."""
+    text = """HloModule m
+
+ENTRY %main (x: bf16[16,8], room: bf16[64,8], o: s32[4]) -> bf16[16,8] {
+  %x = bf16[16,8]{1,0} parameter(0)
+  %room = bf16[64,8]{1,0} parameter(1)
+  %o = s32[4]{0} parameter(2)
+  %there = bf16[64,8]{1,0} ragged-all-to-all(%x, %room, %o, %o, %o, %o), \
+replica_groups={{0,1,2,3},{4,5,6,7}}
+  ROOT %back = bf16[16,8]{1,0} ragged-all-to-all(%there, %x, %o, %o, %o, %o), \
+replica_groups={{0,1,2,3},{4,5,6,7}}
+}
+"""
+    (found,) = collectives.communication(hlo.parse(text), {"main": 1.0}, SHAPE)
+    rows = 16 * 3 / 4  # a quarter stays
+    assert found == collectives.Traffic("ragged-all-to-all", "tensor", 2.0, 2 * rows * 8 * 2)
 
 
 def test_collective_spread_over_fusions_counts_once():

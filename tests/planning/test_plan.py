@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,7 +16,8 @@ from step_jax.core.command_line import load_config
 from step_jax.core.errors import ConfigError, ExitCode
 from step_jax.models.layers.moe import Experts, MoE
 from step_jax.models.layers.routing import Router
-from step_jax.planning import estimate, memory, report, topology
+from step_jax.planning import collectives, estimate, memory, report, roofline, topology
+from step_jax.planning import plan as plan_lib
 from step_jax.planning.compiled import program_for, resolved
 from step_jax.planning.plan import advice, make_plan
 from step_jax.planning.roofline import Bound
@@ -55,7 +57,7 @@ def config(recipe):
 
 @pytest.fixture(scope="module")
 def plan(config):
-    return make_plan(pretrain, config, topology.parse("cpu:8"), "small")
+    return make_plan(pretrain, config, topology.parse("cpu:8"), plan_lib.Asked("small"))
 
 
 def test_counts_of_the_compiled_step(plan):
@@ -89,18 +91,25 @@ def test_length_of_the_run(plan):
 
 def test_bound_is_its_slowest_part():
     bound = Bound(compute=2.0, memory=1.0, network={"fsdp": 3.0, "tensor": 0.5})
-    assert (bound.step, bound.serial, bound.by) == (3.0, 5.5, "network (fsdp)")
+    assert (bound.step, bound.by) == (3.0, "network (fsdp)")
 
 
 def test_command_prints_saves_and_draws(recipe, tmp_path, capsys):
     argv = ["plan", str(recipe), "--topology", "cpu:8", "--output", str(tmp_path)]
-    assert main([*argv, "--model.layers.0.repeat", "2"]) == 0
+    flags = ["--model.layers.0.repeat", "2"]
+    assert main([*argv, *flags]) == 0
     text = capsys.readouterr().out
     for words in ("compiler's total", "MFU bound", "tokens per day", "all-gather over fsdp"):
         assert words in text
-    saved = json.loads((tmp_path / "small_cpu_8.json").read_text())
-    assert saved["mesh"] == {"fsdp": 4, "tensor": 2}
-    assert (tmp_path / "small_cpu_8.png").stat().st_size > 10_000
+    name = "small_cpu_8_model.layers.0.repeat_2"  # another mesh or size is another file
+    saved = json.loads((tmp_path / f"{name}.json").read_text())
+    assert saved["mesh"] == {"fsdp": 4, "tensor": 2} and saved["fits"] is True
+    assert saved["flags"] == flags and saved["versions"]["jax"] == jax.__version__
+    assert saved["layers"] and all(row["amount"] > 0 for row in saved["layers"])
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    compared = tmp_path / f"{name}.json"
+    assert main(["plan", "--compare", str(compared), str(compared)]) == 0
+    assert "+0.0%" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -117,6 +126,7 @@ def test_command_prints_saves_and_draws(recipe, tmp_path, capsys):
         (["--topology", "cpu:8", "--training.accumulation", "8"], "multiple of 32"),
         (["--topology", "cpu:8", "--model.vocab", "0", "--data.tokenizer", "x"], "model.vocab"),
         (["--topology", "cpu:9999"], "xla_force_host_platform_device_count=9999"),
+        (["--topology", "cpu:8", "--price", "4.2"], "no price of a chip-hour with its unit"),
     ],
 )
 def test_bad_input_is_refused(recipe, flags, words, capsys):
@@ -124,15 +134,34 @@ def test_bad_input_is_refused(recipe, flags, words, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_gpus_are_planned_on_paper(recipe, capsys):
-    assert main(["plan", str(recipe), "--topology", "gpu:h200x8"]) == 0
+def test_gpus_are_planned_on_paper_and_the_ranking_is_saved(recipe, tmp_path, capsys):
+    argv = ["plan", str(recipe), "--topology", "gpu:h200x8", "--output", str(tmp_path)]
+    assert main(argv) == 0
     text = capsys.readouterr().out
-    assert "--parallel.fsdp" in text and "estimated" in text and "compiled" not in text
+    assert "--parallel.fsdp" in text and "estimated" in text and "compiled:" not in text
+    saved = json.loads((tmp_path / "small_gpu_h200x8_search.json").read_text())
+    best, *others = saved["proposals"]
+    assert best["tokens_per_s_per_chip"] == pytest.approx(16 * 128 / best["step_s"] / 8)
+    assert best["fits"] is None  # nobody asked a compiler
+    assert all(best["step_s"] <= p["step_s"] for p in others)
+    table = (tmp_path / "small_gpu_h200x8_search.md").read_text()
+    assert table.count("\n|") == len(saved["proposals"]) + 2
 
 
-def test_plan_that_does_not_fit_says_what_would_help(plan):
-    assert plan.fits and not replace(plan, memory_limit=1e6).fits
-    assert any("training.accumulation" in line for line in plan.advice)
+def test_plan_that_does_not_fit_says_what_would_help_and_no_days(plan, capsys):
+    assert plan.fits and any("training.accumulation" in line for line in plan.advice)
+    too_large = replace(plan, overflow="RESOURCE_EXHAUSTED: no way", days=None)
+    assert not too_large.fits
+    report.show(too_large, make_console(every=1))
+    text = capsys.readouterr().out
+    assert "none: the step does not fit" in text and "days" not in text
+
+
+def test_memory_that_the_compiler_offers_is_the_limit(config):
+    full = SimpleNamespace(overflow=LIBTPU)
+    at = topology.Topology("", "tpu", topology.CHIPS["v5e"], 4, 4, 1, (2, 2), ())
+    assert plan_lib._limit(full, at) == 15.75 * 2**30
+    assert plan_lib._limit(SimpleNamespace(overflow=""), at) == at.chip.hbm_bytes
 
 
 def test_advice_names_settings_that_the_loop_has_and_that_still_help(config):
@@ -161,18 +190,56 @@ def test_bandwidth_counts_the_links_of_a_torus():
         mesh[index] = Chip(index)
 
     def speed(devices, *axes):
-        return topology.bandwidth(at, SimpleNamespace(axis_names="xyz", devices=devices), axes)
+        group = topology.along(SimpleNamespace(axis_names="xyz", devices=devices), axes)
+        return topology.bandwidth(at, group)
 
     link = v5p.link_bandwidth
     assert speed(mesh, "y") == 2 * link  # once around
     assert speed(mesh, "x", "y", "z") == 6 * link == v5p.interconnect
     assert speed(mesh[:, :4], "y") == link  # half of the way: a line
+    assert topology.bandwidth(at, [mesh[0, y, 0] for y in (0, 4)]) == link  # every other device
     for chip in mesh[2:].flat:
         chip.slice_index = 1
     joined = SimpleNamespace(axis_names="xyz", devices=mesh)
     assert topology.crosses_slices(joined, "x") and not topology.crosses_slices(joined, "y")
-    assert topology.bandwidth(at, joined, "x", between=True) == topology.NETWORK["v5p"]
+    assert topology.seconds_between_slices(at, topology.NETWORK["v5p"]) == 1.0
     assert speed(mesh, "x") == link  # inside a slice: half of that dimension
+
+
+@pytest.mark.parametrize(
+    "name,members,kind,gathered,seconds",
+    [
+        # a host, one GPU of every host, whole hosts: what crosses is divided among their adapters
+        ("gpu:h100x32", range(8), "all-gather", 8.0, 7.0 / 450),
+        ("gpu:h100x32", range(0, 32, 8), "all-gather", 4.0, 3.0 / 50),
+        ("gpu:h100x32", range(32), "all-gather", 32.0, 28.0 / 450),
+        ("gpu:a100x32", range(32), "all-gather", 32.0, 24.0 / 8 / 25),
+        ("gpu:h100x32", range(32), "all-to-all", 32.0, 24.0 / 50),
+        ("gpu:h100x32", range(0, 16, 8), "collective-permute", 1.0, 1.0 / 50),
+        ("gpu:gb200x144", range(72), "all-gather", 72.0, 71.0 / 900),
+        ("gpu:gb200x144", range(144), "all-gather", 144.0, 143.0 / 900 - 1 / 900),
+    ],
+)
+def test_gpus_of_an_island_use_nvlink_and_islands_every_adapter(
+    name, members, kind, gathered, seconds
+):
+    """Of ``gathered`` GB a device sends all but its own part on a ring, as ``nbytes`` says."""
+    at = topology.parse(name)
+    group = [at.devices[i] for i in members]
+    nbytes = gathered * 1e9
+    if kind != "collective-permute":
+        nbytes *= (len(group) - 1) / len(group)
+    assert topology.seconds(at, group, kind, nbytes) == pytest.approx(seconds, rel=1e-6)
+
+
+def test_pieces_of_an_axis_take_the_links_of_the_axis():
+    at = topology.parse("gpu:h100x16")
+    devices = np.array(at.devices).reshape(2, 8)
+    mesh = SimpleNamespace(axis_names=("data", "fsdp"), devices=devices)
+    whole = collectives.Traffic("all-gather", "fsdp", 1, 450e9)
+    piece = collectives.Traffic("all-gather", "part of fsdp", 1, 225e9, (0, 2, 4, 6))
+    assert piece.where == "fsdp in groups of 4"
+    assert roofline.network([whole, piece], at, mesh) == {"fsdp": pytest.approx(1.5)}
 
 
 # --- Out of memory ------------------------------------------------------------------------------
@@ -231,7 +298,7 @@ def test_bubble_of_a_pipeline_is_in_the_bound(config, capsys):
     # simulated devices have neither memory nor network that bounds them
     share = without.flops / with_bubble.flops
     assert with_bubble.mfu_bound == pytest.approx(share * without.mfu_bound, rel=1e-6)
-    assert with_bubble.step_s == pytest.approx(without.step_s / share, rel=1e-6)
+    assert with_bubble.bound_s == pytest.approx(without.bound_s / share, rel=1e-6)
     report.show(with_bubble, make_console(every=1))
     assert "20.0% of a device's steps (4 microbatches)" in capsys.readouterr().out
 
