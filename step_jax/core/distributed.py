@@ -19,6 +19,7 @@ from jax._src import distributed  # the key-value client has no public name (jax
 from step_jax.core.errors import ConfigError, from_kind, kind_of
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_LOOPBACK = ("127.", "localhost:", "[::1]:")
 #: seconds after which the others notice that a process has died
 HEARTBEAT_SECONDS = 10
 # Longer than the slowest plausible write of one process's share, shorter than a wasted night.
@@ -28,9 +29,10 @@ TIMEOUT_S = 1200
 def join(multihost: bool = False) -> None:
     """Joins the other processes of this run, if there are any; call before touching a device.
 
-    Processes started by hand or by ``launch/local.py`` find each other by the variables
+    Processes started by hand or by :mod:`step_jax.launch.local` find each other by the variables
     ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``. On a cluster that JAX
-    knows (TPU pods, SLURM, Kubernetes, Open MPI) ``multihost`` finds them without.
+    knows (TPU pods, SLURM, Kubernetes, Open MPI) ``multihost`` finds them without. The coordinator
+    asks nobody for a password: it listens on the loopback interface alone if its address is there.
 
     Raises:
       ConfigError: only some of the variables are set, or the cluster is not one JAX knows.
@@ -44,7 +46,11 @@ def join(multihost: bool = False) -> None:
     if given:
         address, count, index = (os.environ[name] for name in _VARIABLES)
         jax.distributed.initialize(
-            address, int(count), int(index), heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+            address,
+            int(count),
+            int(index),
+            coordinator_bind_address=address if address.startswith(_LOOPBACK) else None,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
         return
     try:
