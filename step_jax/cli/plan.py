@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from step_jax.cli.arguments import loop_of
-from step_jax.core.command_line import load_config
+from step_jax.cli.arguments import load_recipe
 from step_jax.core.errors import ConfigError
-from step_jax.trainers import DEFAULT, Loop, find_loop, is_file
+from step_jax.trainers import DEFAULT, Loop
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Asked:
 def parse(argv: list[str]) -> Asked:
     files, options, overrides = _split(argv)
     _before_jax(options.topology or "")
-    loop, config = _load(files, overrides)
+    loop, config = load_recipe(files, overrides, prog="step-jax plan")
     return Asked(loop, config, Path(files[-1]).stem, options)
 
 
@@ -85,20 +84,6 @@ def _serve(asked: Asked, topology, console) -> None:
 
 def _file_name(recipe: str, topology) -> str:
     return f"{recipe}_{topology.name.replace(':', '_').replace(' ', '_')}"
-
-
-def _load(files: list[str], overrides: list[str]) -> tuple[Loop, Any]:
-    """(loop, configuration) of a recipe, whose key ``loop`` names the loop or its file."""
-    name = loop_of(files, overrides)
-    loop = find_loop(name or DEFAULT)
-    if name and is_file(name):  # what the file calls itself is what its configuration knows
-        overrides = [*overrides, "--loop", getattr(loop.Config, "loop", name)]
-    try:
-        return loop, load_config(loop.Config, [*files, *overrides], prog="step-jax plan").config
-    except ConfigError as error:
-        if name:
-            raise
-        raise ConfigError(f"{error}\n(read as of {DEFAULT}: the recipe has no `loop:`)") from None
 
 
 def _before_jax(topology: str) -> None:

@@ -44,11 +44,11 @@ class StopSignal:
                     return stop.exit_code
                 ...
 
-    The first signal asks for a stop, a second one ends the process at once (128 + signal number)
-    without saving, also while the main thread is blocked in a device call. In an interactive
-    process (a notebook, a prompt), which holds more than the run, a second SIGINT raises
-    KeyboardInterrupt instead. Signals are only caught if the block is entered in the main thread,
-    as Python demands.
+    The first signal asks for a stop, a second one to the same process ends it at once (128 + signal
+    number) without saving, also while the main thread is blocked in a device call. In an
+    interactive process (a notebook, a prompt), which holds more than the run, a second SIGINT
+    raises KeyboardInterrupt instead. Signals are only caught if the block is entered in the main
+    thread, as Python demands.
 
     With several processes the one that got the signal publishes it; a thread in everyone reports
     the step under way, and all stop after the highest of these. (Waiting for the training loops
@@ -61,6 +61,7 @@ class StopSignal:
         self._processes = Processes(f"stop/{next(_instances)}")
         self._alone = self._processes.count == 1
         self._signal = 0
+        self._heard = False  # whether one reached this process, not only another
         self._asked = threading.Event()
         self._decided = threading.Event()
         self._closing = False
@@ -154,7 +155,7 @@ class StopSignal:
     def _received(self, number: int) -> None:
         name = signal.Signals(number).name
         stays = self._interactive and number == signal.SIGINT  # see _in_main_thread
-        if self._asked.is_set() and self._signal:
+        if self._heard:
             if stays:
                 # Only this thread can count signals: the main thread is told of two as of one if it
                 # was not scheduled in between.
@@ -165,7 +166,10 @@ class StopSignal:
             sys.stderr.write(f"second signal ({name}): exiting without saving\n")
             sys.stderr.flush()
             os._exit(128 + number)
-        self._signal = self._signal or number
+        self._heard = True
+        if self._asked.is_set():  # a cluster signals all processes, and another was quicker to tell
+            return
+        self._signal = number
         code, second = self.exit_code, "a second one stops at once without saving"
         if not stays:
             second = f"then exit code {code}; a second signal exits at once without saving"
