@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -294,6 +295,28 @@ def test_every_slice_has_machines_for_its_chips():
     assert slices.parse("v5p:8x8x16").accelerator == "v5p-2048"
     names = [s.accelerator for s in found if s.accelerator]
     assert len(names) == len(set(names))  # a cloud's name says which shape
+
+
+def test_the_page_shows_the_table_of_exit_codes():
+    page = (ROOT / "docs" / "pods.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| (.*) \| (\w+) \|$", page, re.M)
+    assert {int(code): (meaning, again) for code, meaning, again in rows} == {
+        code: (end.meaning, end.again) for code, end in EXITS.items()
+    }
+
+
+def test_the_image_copies_what_is_there_and_installs_an_extra_that_is_there():
+    text = (ROOT / "launch" / "Dockerfile").read_text()
+    copied = [n for line in re.findall(r"^COPY (.*)$", text, re.M) for n in line.split()[:-1]]
+    let_through = (ROOT / ".dockerignore").read_text().splitlines()
+    for name in copied:
+        assert (ROOT / name).exists() and f"!{name}" in let_through
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert (
+        re.search(r"^ARG EXTRA=(\w+)$", text, re.M)[1]
+        in project["project"]["optional-dependencies"]
+    )
+    assert "ENTRYPOINT [" not in text
 
 
 def test_names_are_made_of_recipes():
