@@ -43,6 +43,8 @@ def join(multihost: bool = False) -> None:
         raise ConfigError(f"{', '.join(given)} is set and {', '.join(missing)} is not: set all")
     if jax.distributed.is_initialized() or not (given or multihost):
         return
+    # Its SIGTERM handler is runs.preemption's rival: it keeps the signal to itself.
+    jax.config.update("jax_enable_preemption_service", False)
     if given:
         address, count, index = (os.environ[name] for name in _VARIABLES)
         jax.distributed.initialize(

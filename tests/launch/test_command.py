@@ -41,8 +41,8 @@ def test_a_dry_run_prints_what_would_be_submitted_and_writes_nothing(tmp_path, c
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--parallel.data", "3"], "the mesh data=3 does not match the 2 devices"),
-        (["--parallel.data", "2", "--training.batch-size", "3"], "does not divide"),
+        (["--parallel.data", "3"], "the mesh data=3 x fsdp=-1 does not match the 2 devices"),
+        (["--parallel.data", "2", "--training.batch-size", "3"], "do not divide"),
     ],
 )
 def test_a_recipe_that_does_not_fit_is_refused_before_it_is_submitted(
