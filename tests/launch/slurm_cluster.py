@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,8 +57,14 @@ def missing() -> list[str]:
 
 
 @contextlib.contextmanager
-def cluster(folder: Path) -> Iterator[dict[str, str]]:
+def cluster() -> Iterator[dict[str, str]]:
     """Starts it, gives the environment of its clients, and stops it whatever happens."""
+    # In a place of its own: the path of a socket may have 107 characters.
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
+        yield from _started(Path(folder))
+
+
+def _started(folder: Path) -> Iterator[dict[str, str]]:
     conf, host = folder / "slurm.conf", socket.gethostname().partition(".")[0]
     conf.write_text(_CONF.format(folder=folder, host=host, nodes=NODES, ports=_free_ports(3)))
     (folder / "state").mkdir()
