@@ -46,6 +46,13 @@ class Job:
         """The command of one process whose recipe lies there."""
         return ["step-jax", self.loop, str(recipe)]
 
+    def supervised(self, recipe: str | Path, count: int = 1, python: str = "python") -> list[str]:
+        """The same with a supervisor on its machine, where nothing else goes by exit codes."""
+        words = [python, "-m", "step_jax.launch.local", str(count)]
+        words += ["--restarts", str(self.restarts.budget)]
+        words += ["--backoff", f"{self.restarts.backoff_s:g}"]
+        return [*words, "--", *self.words(recipe)]
+
 
 @dataclass(frozen=True)
 class Rendered:

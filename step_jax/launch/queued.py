@@ -93,9 +93,6 @@ class QueuedResources:
         login = ""
         if registry.endswith(".pkg.dev"):
             login = f"gcloud auth configure-docker {registry} --quiet\n"
-        supervisor = ["python", "-m", "step_jax.launch.local", "1"]
-        supervisor += ["--restarts", str(job.restarts.budget)]
-        supervisor += ["--backoff", f"{job.restarts.backoff_s:g}"]
         # The chips are devices of the host; on the machines of Cloud TPU a container gets them, and
         # the slice's network, in no other way.
         docker = ["docker", "run", "--rm", "--name", "step-jax", "--privileged", "--net", "host"]
@@ -103,7 +100,7 @@ class QueuedResources:
         docker += [word for name in job.environment for word in ("--env", name)]
         docker += ["--volume", f"{_HOME}:{_HOME}"]
         docker += [word for path in self.mounts for word in ("--volume", f"{path}:{path}")]
-        command = [*docker, self.image, *supervisor, "--", *job.words(f"{_HOME}/{RECIPE}")]
+        command = [*docker, self.image, *job.supervised(f"{_HOME}/{RECIPE}")]
         setup = "\n".join(self.setup)
         return f"""#!/bin/bash
 # {job.name}: made by `step-jax launch`

@@ -91,11 +91,11 @@ class SkyPilot:
             resources["infra"] = self.infra
         if self.image:
             resources["image_id"] = f"docker:{self.image}"
-        # A machine that is lost is replaced whatever these say.
-        again = codes("free") + codes("counted")
+        # A machine that is lost is replaced whatever these say. Of errors SkyPilot can count all
+        # or none, so it counts none and the supervisor on every machine does.
         resources["job_recovery"] = {
-            "max_restarts_on_errors": job.restarts.budget,
-            "recover_on_exit_codes": again,
+            "max_restarts_on_errors": 0,
+            "recover_on_exit_codes": codes("free"),
         }
         task: dict[str, Any] = {"name": job.name, "num_nodes": self.nodes, "resources": resources}
         task["envs"] = dict(job.environment)
@@ -115,5 +115,5 @@ class SkyPilot:
                 'export JAX_NUM_PROCESSES="$SKYPILOT_NUM_NODES"',
                 'export JAX_PROCESS_ID="$SKYPILOT_NODE_RANK"',
             ]
-        command = shlex.join(job.words(f"{_FOLDER}/{RECIPE}"))
+        command = shlex.join(job.supervised(f"{_FOLDER}/{RECIPE}"))
         return "\n".join([*lines, f"exec {command}", ""])

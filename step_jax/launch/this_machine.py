@@ -42,9 +42,9 @@ class Local:
                 f"--xla_force_host_platform_device_count={self.devices_per_process}"
             )
         words = ["env", *(f"{k}={v}" for k, v in environment.items())]
-        words += [sys.executable, "-m", "step_jax.launch.local", str(self.processes)]
-        words += ["--restarts", str(job.restarts.budget)]
-        words += ["--backoff", f"{job.restarts.backoff_s:g}"]
-        words += ["--ledger", str(job.folder / "restarts.jsonl"), "--"]
-        command = [sys.executable, "-m", "step_jax.cli", *job.words(job.folder / RECIPE)[1:]]
-        return Rendered({RECIPE: job.recipe}, words + command, "", foreground=True)
+        supervised = job.supervised(job.folder / RECIPE, self.processes, sys.executable)
+        cut = supervised.index("--")
+        words += [*supervised[:cut], "--ledger", str(job.folder / "restarts.jsonl"), "--"]
+        # The installed command may be of another environment than this one.
+        words += [sys.executable, "-m", "step_jax.cli", *supervised[cut + 2 :]]
+        return Rendered({RECIPE: job.recipe}, words, "", foreground=True)

@@ -16,7 +16,7 @@ from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2Jo
 from step_jax.cli.launch import submit
 from step_jax.core.errors import EXITS, ConfigError, StepError, exit_of
 from step_jax.launch import slices
-from step_jax.launch.job import Job, Rendered, check_name, codes, name_of
+from step_jax.launch.job import Job, Rendered, check_name, name_of
 from step_jax.launch.ranks import shell_code
 from step_jax.launch.supervisor import Restarts
 from step_jax.launch.target import Target, grace_s, load_target, longest_save
@@ -237,15 +237,15 @@ def test_a_task_of_skypilot_has_its_fields():
     task = yaml.safe_load(target("skypilot").place.render(job()).files["task.yaml"])
     assert set(task) == {"name", "num_nodes", "resources", "envs", "file_mounts", "run"}
     assert task["num_nodes"] == 2
-    assert task["resources"]["job_recovery"] == {
-        "max_restarts_on_errors": 3,
-        "recover_on_exit_codes": codes("free") + codes("counted"),
-    }
-    run = task["run"].replace("exec step-jax", "echo $JAX_COORDINATOR_ADDRESS $JAX_PROCESS_ID")
+    # SkyPilot recovers from these codes without end, and from none else
+    recovery = {"max_restarts_on_errors": 0, "recover_on_exit_codes": [42]}
+    assert task["resources"]["job_recovery"] == recovery
+    assert "step_jax.launch.local 1 --restarts 3 --backoff 5 -- step-jax pretrain" in task["run"]
+    run = task["run"].replace("exec python", "echo $JAX_COORDINATOR_ADDRESS $JAX_PROCESS_ID")
     env = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2"}
     env |= {"SKYPILOT_NODE_RANK": "1", "PATH": "/usr/bin:/bin"}
     done = subprocess.run(["bash", "-ec", run], env=env, capture_output=True, text=True)
-    assert done.stdout.startswith("10.0.0.1:8476 1 pretrain"), done.stderr
+    assert done.stdout.startswith("10.0.0.1:8476 1 -m"), done.stderr
 
 
 def test_the_local_place_starts_the_supervisor():
