@@ -35,7 +35,8 @@ def join(multihost: bool = False) -> None:
     asks nobody for a password: it listens on the loopback interface alone if its address is there.
 
     Raises:
-      ConfigError: only some of the variables are set, or the cluster is not one JAX knows.
+      ConfigError: only some of the variables are set, the cluster is not one JAX knows, or the
+        coordinator's port is in use.
     """
     given = [name for name in _VARIABLES if os.environ.get(name)]
     if given and len(given) < len(_VARIABLES):
@@ -45,22 +46,28 @@ def join(multihost: bool = False) -> None:
         return
     # Its SIGTERM handler is runs.preemption's rival: it keeps the signal to itself.
     jax.config.update("jax_enable_preemption_service", False)
+    arguments: dict[str, Any] = {}
     if given:
         address, count, index = (os.environ[name] for name in _VARIABLES)
-        jax.distributed.initialize(
-            address,
-            int(count),
-            int(index),
-            coordinator_bind_address=address if address.startswith(_LOOPBACK) else None,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        )
-        return
+        arguments = {
+            "coordinator_address": address,
+            "num_processes": int(count),
+            "process_id": int(index),
+            "coordinator_bind_address": address if address.startswith(_LOOPBACK) else None,
+        }
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **arguments)
     except ValueError as error:
         raise ConfigError(
             f"parallel.multihost is set, and JAX finds no cluster here ({error}); set "
             f"{', '.join(_VARIABLES)} instead"
+        ) from None
+    except jax.errors.JaxRuntimeError as error:
+        if "start RPC server" not in str(error):
+            raise
+        raise ConfigError(
+            f"the coordinator cannot listen on {arguments.get('coordinator_address', 'its port')}: "
+            f"the port is in use, or the address is not this machine's; {_VARIABLES[0]} names it"
         ) from None
 
 

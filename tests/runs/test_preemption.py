@@ -230,21 +230,28 @@ def test_a_signal_that_comes_after_anothers_request_is_no_second_one():
 
 
 def test_the_coordinator_of_local_processes_listens_on_the_loopback_address_alone():
+    """And a port that is in use is named."""
     code = """
 import os, socket
 from step_jax.core import distributed
+from step_jax.core.errors import ConfigError
 with socket.socket() as s:
     s.bind(("127.0.0.1", 0))
+    s.listen()
     port = s.getsockname()[1]
-os.environ |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "1",
-               "JAX_PROCESS_ID": "0"}
+    os.environ |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "1",
+                   "JAX_PROCESS_ID": "0"}
+    try:
+        distributed.join()
+    except ConfigError as error:
+        print(f"listen on 127.0.0.1:{port}: the port is in use" in str(error))
 distributed.join()
 for address in ("127.0.0.1", "127.0.0.2"):
     with socket.socket() as s:
         print(s.connect_ex((address, port)) == 0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.split() == ["True", "False"], done.stderr
+    assert done.stdout.split() == ["True", "True", "False"], done.stdout + done.stderr
 
 
 def test_handlers_are_put_back_and_flag_costs_little():
