@@ -130,6 +130,9 @@ esac
 echo "$count" > "$failures"
 echo "step-jax launch: start ${{SLURM_RESTART_COUNT:-0}} ended with exit code $code;" \\
   "failures in a row: $count; again: $again"
-if [ $again = yes ]; then scontrol requeue "$SLURM_JOB_ID" && sleep 60; fi
+if [ $again = yes ]; then
+  trap - TERM  # which ends this script once it is to be queued again
+  scontrol requeue "$SLURM_JOB_ID" && sleep 60
+fi
 exit "$code"
 """

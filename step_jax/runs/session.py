@@ -34,8 +34,9 @@ from step_jax.training.program import Program, Work
 from step_jax.training.state import TrainState
 from step_jax.training.step import check_skipped
 
-#: an evaluation, and what is compiled for it, may take so long before it counts as a hang
-_ASIDE_S = 3600.0
+#: how long what is no step may take before it counts as a hang: tokenising a corpus, and an
+#: evaluation with what is compiled for it
+_PREPARATION_S, _ASIDE_S = 86400.0, 3600.0
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class Session:
             stack.callback(self._stop.tell, None)
             name = rank_name(jax.process_index(), jax.process_count())
             self._watchdog = stack.enter_context(HangWatchdog(name=name))
+            self._watchdog.allow(_PREPARATION_S)
             self._checkpointer = stack.enter_context(
                 Checkpointer(self.directory.checkpoints, self._run.checkpoint, self.reporter.event)
             )
@@ -248,6 +250,7 @@ class Session:
             self.reporter.event(f"a branch of {self._branch.name} after step {self._finished}")
         for text in changed:
             self.reporter.event(text)
+        self._watchdog.start()
         self._clock = time.perf_counter()
 
     def recorded(self, step: int, name: str) -> bool:

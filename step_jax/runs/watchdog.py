@@ -27,7 +27,7 @@ class HangWatchdog:
       name: whose stacks they are, where several processes write to one output.
       floor_s: never shorter than this many seconds.
       factor: allowed multiple of the median interval of the last 64 beats.
-      first_s: allowance before the second beat, which includes compilation.
+      first_s: allowance before the second beat after `start`, which includes compilation.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class HangWatchdog:
         self._complaint = exit_timer.complaint(
             f"{self._name} makes no progress; this is where its threads are:"
         )
-        self._arm(time.monotonic(), self.limit_s)
+        self.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -79,6 +79,10 @@ class HangWatchdog:
         # Re-arming starts a C thread: once per hundredth of the limit is precise enough.
         if now - self._armed_at > self._armed_for / 100:
             self._arm(now, self.limit_s)
+
+    def start(self) -> None:
+        """Steps begin: the first has the allowance for it, whatever was allowed before."""
+        self._arm(time.monotonic(), self.limit_s)
 
     def allow(self, seconds: float) -> None:
         """The next beat may take so long: an evaluation, or the last save, is no step."""
