@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -167,7 +168,8 @@ def _end(ranks: list[subprocess.Popen]) -> None:
 
 
 def say(text: str) -> None:
-    print(f"step-jax launch: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # whoever listened may be gone; the ranks are not
+        print(f"step-jax launch: {text}", file=sys.stderr, flush=True)
 
 
 def send(ranks: list[subprocess.Popen], number: int) -> None:
@@ -230,7 +232,7 @@ _printing = threading.Lock()
 
 
 def _print_lines(pipe: IO[bytes], stream: IO[str], prefix: str) -> None:
-    for line in pipe:
-        with _printing:
+    for line in pipe:  # to the end, or the rank would wait for somebody to read
+        with _printing, contextlib.suppress(OSError):
             stream.write(prefix + line.decode(errors="replace").rstrip("\n") + "\n")
             stream.flush()

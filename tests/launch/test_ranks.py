@@ -155,6 +155,21 @@ def test_a_signal_reaches_every_rank_once_and_nothing_is_started_again(tmp_path,
     assert (tmp_path / "starts0").read_text() == "x"
 
 
+def test_ranks_go_on_when_nobody_reads_what_they_print_any_more(tmp_path):
+    code = "for n in range(20000): print(n, 'words' * 10)\nsys.exit(start % 2 * 42)"
+    ledger = tmp_path / "ledger.jsonl"
+    options = ["--backoff", "0", "--ledger", str(ledger)]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "step_jax.launch.local", "2", *options, "--",
+         *command(code, tmp_path)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
+    )  # fmt: skip
+    launcher.stdout.close()
+    launcher.stderr.close()
+    launcher.wait(timeout=40)
+    assert [json.loads(line)["code"] for line in ledger.read_text().splitlines()] == [42, 0]
+
+
 def test_the_ranks_of_a_killed_launcher_save_and_end(tmp_path):
     launcher = started(tmp_path)
     launcher.kill()
