@@ -4,7 +4,7 @@
 #   make test                    linter, formatting, types and tests, in the same environment
 #   make test-aot                everything that is compiled for TPUs (no TPU needed; an hour)
 #   make test-hopper             every GPU kernel compiled for Hopper (no GPU needed)
-#   make test-system             what needs packages of the system: the sandbox of programs
+#   make test-system             what needs packages of the system: the sandbox of programs, SLURM
 #   make lint                    formatting and types
 
 SHELL := /bin/bash
@@ -15,6 +15,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 HOPPER := $(VENV)-hopper
+SYSTEM := bubblewrap slurm-wlm munge
 # What is imported is compiled once and kept, whatever the environment says: tests and commands start
 # many processes. --no-compile: most of what is installed is never imported.
 export PYTHONDONTWRITEBYTECODE :=
@@ -42,11 +43,12 @@ test-hopper: $(HOPPER)/.installed
 	@$(HOPPER)/bin/python -m pytest -m hopper $(PYTEST_ARGS)
 
 test-system: $(VENV)/.installed-dev
-	@if ! command -v bwrap >/dev/null; then \
+	@if ! command -v bwrap >/dev/null || ! command -v munged >/dev/null \
+	    || ! command -v slurmctld >/dev/null; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    apt-get update -qq && apt-get install -qq -y bubblewrap; \
+	    apt-get update -qq && apt-get install -qq -y $(SYSTEM); \
 	  else \
-	    echo "make test-system needs bubblewrap. On Debian and Ubuntu: apt install bubblewrap" >&2; \
+	    echo "make test-system needs $(SYSTEM). On Debian and Ubuntu: apt install $(SYSTEM)" >&2; \
 	    exit 1; fi; fi
 	@$(BIN)/python -m pytest -m system $(PYTEST_ARGS)
 

@@ -27,8 +27,8 @@ from step_jax.trainers import LOOPS
 from step_jax.trainers.ablation import load_variants
 
 ROOT = Path(__file__).parents[1]
-PLACES = ("README.md", "docs", "configs", "launch", "notebooks", "benchmarks", "pallas_kernels",
-          "tests/planning/golden.py", "tests/runs/real/README.md")  # fmt: skip
+PLACES = ("README.md", "docs", "configs", "launch", "step_jax/launch", "notebooks", "benchmarks",
+          "pallas_kernels", "tests/planning/golden.py", "tests/runs/real/README.md")  # fmt: skip
 KINDS = {".md", ".yaml", ".py", ".ipynb"}
 RECIPE = "configs/quickstart.yaml"
 #: what a page writes where users put something of theirs -> something of ours
@@ -177,7 +177,9 @@ def test_commands_are_found_wherever_they_stand(tmp_path):
         ["step-jax", "runs", "DIR"],
         ["step-jax", "plan", "a.yaml", "--force"],
     ]
-    assert {"README.md", "docs/planning.md", "launch/local.py"} <= {file for file, _ in SHOWN}
+    assert {"README.md", "docs/planning.md", "step_jax/launch/local.py"} <= {
+        file for file, _ in SHOWN
+    }
 
 
 @pytest.mark.parametrize(

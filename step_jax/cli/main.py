@@ -9,17 +9,21 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from step_jax.core.errors import ConfigError, ExitCode, StepError
+from step_jax.core.errors import ConfigError, ExitCode, RestartRequested, StepError
 from step_jax.trainers import LOOPS, is_file
 
 #: besides the loops: name -> (module, help line). A module has ``parse(argv)``, which reads every
 #: word and does nothing else, and ``run(asked) -> int | None``, which does what was asked for.
 COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("step_jax.cli.plan", "compile a recipe for a pod: memory, speed, cost"),
+    "launch": ("step_jax.cli.launch", "run a recipe on a pod, a cluster or this machine"),
     "generate": ("step_jax.cli.generate", "write text with a trained model"),
     "export": ("step_jax.cli.export", "write a decoder as Hugging Face's libraries read it"),
     "sample-video": ("step_jax.cli.sample_video", "draw pictures and clips from prompts"),
@@ -89,8 +93,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"step-jax {__version__}")
         return ExitCode.OK
     try:
-        run, asked = read(argv)
-        return run(asked) or ExitCode.OK
+        with _restart_on_sigterm(argv[0]):
+            run, asked = read(argv)
+            return run(asked) or ExitCode.OK
     except StepError as error:
         if os.environ.get("STEP_JAX_TRACEBACK"):
             raise
@@ -104,6 +109,27 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno != errno.ENOSPC:
             raise
         return _report(f"disk full: {error}", ExitCode.DISK_FULL)
+
+
+@contextmanager
+def _restart_on_sigterm(name: str) -> Iterator[None]:
+    """A loop that is stopped before its run is open, while it is imported, wants to be restarted.
+
+    The first process of a container does not even end of a SIGTERM that it does not catch.
+    """
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or not (name in LOOPS or is_file(name)):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise RestartRequested("stopped before it began: start the same command to go on")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _report(message: str, code: int) -> int:

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from step_jax.cli.arguments import loop_of
-from step_jax.core.command_line import load_config
+from step_jax.cli.arguments import load_recipe
 from step_jax.core.errors import ConfigError
-from step_jax.trainers import DEFAULT, Loop, find_loop, is_file
+from step_jax.trainers import DEFAULT, Loop
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ def parse(argv: list[str]) -> Asked:
     if options.compare:
         return Asked(None, None, "", (), options)
     _before_jax(options.topology or "")
-    loop, config = _load(files, overrides)
+    loop, config = load_recipe(files, overrides, prog="step-jax plan")
     return Asked(loop, config, Path(files[-1]).stem, tuple(overrides), options)
 
 
@@ -135,20 +134,6 @@ def _price(text: str) -> tuple[float, str]:
             f"{text!r} is no price of a chip-hour with its unit, such as 4.2USD"
         )
     return float(found[1]), found[2]
-
-
-def _load(files: list[str], overrides: list[str]) -> tuple[Loop, Any]:
-    """(loop, configuration) of a recipe, whose key ``loop`` names the loop or its file."""
-    name = loop_of(files, overrides)
-    loop = find_loop(name or DEFAULT)
-    if name and is_file(name):  # what the file calls itself is what its configuration knows
-        overrides = [*overrides, "--loop", getattr(loop.Config, "loop", name)]
-    try:
-        return loop, load_config(loop.Config, [*files, *overrides], prog="step-jax plan").config
-    except ConfigError as error:
-        if name:
-            raise
-        raise ConfigError(f"{error}\n(read as of {DEFAULT}: the recipe has no `loop:`)") from None
 
 
 def _before_jax(topology: str) -> None:

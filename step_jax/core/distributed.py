@@ -19,6 +19,7 @@ from jax._src import distributed  # the key-value client has no public name (jax
 from step_jax.core.errors import ConfigError, from_kind, kind_of
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_LOOPBACK = ("127.", "localhost:", "[::1]:")
 #: seconds after which the others notice that a process has died
 HEARTBEAT_SECONDS = 10
 # Longer than the slowest plausible write of one process's share, shorter than a wasted night.
@@ -28,12 +29,14 @@ TIMEOUT_S = 1200
 def join(multihost: bool = False) -> None:
     """Joins the other processes of this run, if there are any; call before touching a device.
 
-    Processes started by hand or by ``launch/local.py`` find each other by the variables
+    Processes started by hand or by :mod:`step_jax.launch.local` find each other by the variables
     ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``. On a cluster that JAX
-    knows (TPU pods, SLURM, Kubernetes, Open MPI) ``multihost`` finds them without.
+    knows (TPU pods, SLURM, Kubernetes, Open MPI) ``multihost`` finds them without. The coordinator
+    asks nobody for a password: it listens on the loopback interface alone if its address is there.
 
     Raises:
-      ConfigError: only some of the variables are set, or the cluster is not one JAX knows.
+      ConfigError: only some of the variables are set, the cluster is not one JAX knows, or the
+        coordinator's port is in use.
     """
     given = [name for name in _VARIABLES if os.environ.get(name)]
     if given and len(given) < len(_VARIABLES):
@@ -41,18 +44,30 @@ def join(multihost: bool = False) -> None:
         raise ConfigError(f"{', '.join(given)} is set and {', '.join(missing)} is not: set all")
     if jax.distributed.is_initialized() or not (given or multihost):
         return
+    # Its SIGTERM handler is runs.preemption's rival: it keeps the signal to itself.
+    jax.config.update("jax_enable_preemption_service", False)
+    arguments: dict[str, Any] = {}
     if given:
         address, count, index = (os.environ[name] for name in _VARIABLES)
-        jax.distributed.initialize(
-            address, int(count), int(index), heartbeat_timeout_seconds=HEARTBEAT_SECONDS
-        )
-        return
+        arguments = {
+            "coordinator_address": address,
+            "num_processes": int(count),
+            "process_id": int(index),
+            "coordinator_bind_address": address if address.startswith(_LOOPBACK) else None,
+        }
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **arguments)
     except ValueError as error:
         raise ConfigError(
             f"parallel.multihost is set, and JAX finds no cluster here ({error}); set "
             f"{', '.join(_VARIABLES)} instead"
+        ) from None
+    except jax.errors.JaxRuntimeError as error:
+        if "start RPC server" not in str(error):
+            raise
+        raise ConfigError(
+            f"the coordinator cannot listen on {arguments.get('coordinator_address', 'its port')}: "
+            f"the port is in use, or the address is not this machine's; {_VARIABLES[0]} names it"
         ) from None
 
 

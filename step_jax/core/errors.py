@@ -7,18 +7,58 @@ the message without a traceback and exits with the code of the error.
 from __future__ import annotations
 
 import errno
+import signal
+from dataclasses import dataclass
+from typing import Literal
 
 
 class ExitCode:
-    """Process exit codes. A scheduler restarts a job only on ``RESTART`` and ``HANG``."""
+    """Process exit codes; ``EXITS`` says what they mean and what a launcher does about them."""
 
     OK = 0
     FAILURE = 1
-    RESTART = 42  # state saved (preemption): start the same command again
+    RESTART = 42
     DISK_FULL = 73  # EX_CANTCREAT of sysexits.h
     HANG = 75  # EX_TEMPFAIL of sysexits.h
-    CONFIG = 78  # EX_CONFIG of sysexits.h: never restart, the input must change
-    INTERRUPTED = 130  # 128 + SIGINT
+    CONFIG = 78  # EX_CONFIG of sysexits.h
+    ABORTED = 128 + signal.SIGABRT
+    INTERRUPTED = 128 + signal.SIGINT
+    KILLED = 128 + signal.SIGKILL
+    TERMINATED = 128 + signal.SIGTERM
+
+
+@dataclass(frozen=True)
+class Exit:
+    """What an exit code says.
+
+    again: whether a launcher starts the command again: ``free`` as often as it comes, ``counted``
+      out of a budget, ``never`` because the same would come of it.
+    """
+
+    meaning: str
+    again: Literal["free", "counted", "never"]
+
+
+#: The only table of exit codes: every launcher goes by it, and docs/pods.md shows it. A code above
+#: 128 that is not in it is a signal's and counts as ``LOST``.
+EXITS: dict[int, Exit] = {
+    ExitCode.OK: Exit("finished", "never"),
+    ExitCode.FAILURE: Exit("an error that the message names", "never"),
+    ExitCode.RESTART: Exit("the state is saved: start the same command again", "free"),
+    ExitCode.DISK_FULL: Exit("the disk is full", "never"),
+    ExitCode.HANG: Exit("a hang: the stacks of all threads are in the output", "counted"),
+    ExitCode.CONFIG: Exit("the configuration or the input must change", "never"),
+    ExitCode.INTERRUPTED: Exit("Ctrl-C", "never"),
+    ExitCode.ABORTED: Exit("another process or its machine was lost", "counted"),
+    ExitCode.KILLED: Exit("killed: by hand, after a grace, or for want of host memory", "counted"),
+    ExitCode.TERMINATED: Exit("ended by a second SIGTERM, or before it could save", "counted"),
+}
+LOST = Exit("ended by a signal", "counted")
+
+
+def exit_of(code: int) -> Exit:
+    """What an exit code says, in the shell's form: 128 + n for signal n."""
+    return EXITS.get(code, LOST if code > 128 else EXITS[ExitCode.FAILURE])
 
 
 class StepError(Exception):

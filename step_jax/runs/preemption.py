@@ -9,19 +9,25 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 
 from step_jax.core.distributed import TIMEOUT_S, Processes
-from step_jax.core.errors import ExitCode
+from step_jax.core.errors import ExitCode, RestartRequested
+from step_jax.runs import exit_timer
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _POLL_S = 0.5  # how late a process may learn that another one got a signal
 _AGREE_S = 0.02  # the same while the processes agree on a step
+#: how long a process whose main thread is in a compiler or waits for others may stay after all
+#: have agreed to leave
+_LEAVE_S = 10.0
+_TELL_S = 0.5  # the coordinator stays that long, for the others to read what was agreed
 _NOT_STARTED = -1
-_FINISHED = "finished"
+_PREPARING, _LEAVE, _FINISHED = "preparing", "leave", "finished"
 _instances = itertools.count()
 
 
@@ -33,8 +39,8 @@ def is_interactive() -> bool:
 class StopSignal:
     """Turns SIGTERM and SIGINT into a stop at one step that all processes agree on.
 
-    Use it in a ``with`` statement around the training loop, after ``jax.distributed.initialize``
-    (whose own SIGTERM handler it replaces) and in every process::
+    Use it in a ``with`` statement around the training loop in every process, after
+    ``jax.distributed.initialize``, or before it (``joined=False``) and then call `join`::
 
         with StopSignal() as stop, Checkpointer(...) as saver:
             for step in range(start, total):
@@ -44,11 +50,14 @@ class StopSignal:
                     return stop.exit_code
                 ...
 
-    The first signal asks for a stop, a second one ends the process at once (128 + signal number)
-    without saving, also while the main thread is blocked in a device call. In an interactive
-    process (a notebook, a prompt), which holds more than the run, a second SIGINT raises
-    KeyboardInterrupt instead. Signals are only caught if the block is entered in the main thread,
-    as Python demands.
+    The first signal asks for a stop, a second one to the same process ends it at once (128 + signal
+    number) without saving, also while the main thread is blocked in a device call. In an
+    interactive process (a notebook, a prompt), which holds more than the run, a second SIGINT
+    raises KeyboardInterrupt instead. Before the first call of `requested` there is nothing to save:
+    then a signal raises `RestartRequested` (or KeyboardInterrupt) in the main thread of all
+    processes, and those that do not get to it, in a compiler, end within 10 s with the same code.
+    Signals are only caught if the block is entered in the main
+    thread, as Python demands.
 
     With several processes the one that got the signal publishes it; a thread in everyone reports
     the step under way, and all stop after the highest of these. (Waiting for the training loops
@@ -56,11 +65,13 @@ class StopSignal:
     Until a signal arrives a call of `requested` only sets a number: no collective, no message.
     """
 
-    def __init__(self, on_event: Callable[[str], None] | None = None):
-        self._event = on_event or logging.getLogger("step_jax.preemption").warning
-        self._processes = Processes(f"stop/{next(_instances)}")
-        self._alone = self._processes.count == 1
+    def __init__(self, on_event: Callable[[str], None] | None = None, *, joined: bool = True):
+        self.tell(on_event)
+        self._processes: Processes | None = None
+        if joined:
+            self.join()
         self._signal = 0
+        self._heard = False  # whether one reached this process, not only another
         self._asked = threading.Event()
         self._decided = threading.Event()
         self._closing = False
@@ -70,9 +81,23 @@ class StopSignal:
         self._stop_at: int | None = None
         self._handlers: dict[int, Any] = {}
         self._interactive = is_interactive()
-        self._leaving: Literal["", "asked", "raised"] = ""  # by KeyboardInterrupt, once
+        self._leaving: Literal["", "asked", "now", "raised"] = ""  # by an exception, once
+        self._forced: exit_timer.CTimer | None = None
+        self._poked = False  # a signal that this process sent to its main thread is on its way
         self._reader, self._writer = -1, -1
         self._old_wakeup = -1
+
+    def join(self) -> None:
+        """The processes are known now, and stop together."""
+        self._processes = Processes(f"stop/{next(_instances)}")
+
+    def tell(self, on_event: Callable[[str], None] | None) -> None:
+        """What happens is told there from now on (None: to the log)."""
+        self._event = on_event or logging.getLogger("step_jax.preemption").warning
+
+    @property
+    def _alone(self) -> bool:
+        return self._processes is None or self._processes.count == 1
 
     @property
     def exit_code(self) -> int:
@@ -84,12 +109,13 @@ class StopSignal:
 
         Must be called with rising steps at the same places of the loop in every process.
         """
-        if self._alone:
-            return self._asked.is_set()
         with self._lock:
             if not self._reported:
                 self._current = step
-                return False
+                if not self._alone:
+                    return False
+        if self._alone:
+            return self._asked.is_set()
         if not self._decided.wait(TIMEOUT_S):
             raise TimeoutError(
                 f"a stop was requested but a process did not answer within {TIMEOUT_S} s"
@@ -120,26 +146,48 @@ class StopSignal:
         self._thread.join()
         os.close(self._reader)
         os.close(self._writer)
-        if not self._alone:
+        if self._forced is not None and self._alone:  # with others it may wait for them yet
+            self._forced.delete()
+        if self._processes is not None and not self._alone:
             # The others must not wait for a process that has left its loop.
             self._report(_FINISHED)
             if self._processes.index == 0 and not self._decided.is_set():
                 self._processes.publish("decision", _FINISHED)
 
     def _in_main_thread(self, number: int, _: Any) -> None:
-        if self._leaving == "asked":
-            self._leaving = "raised"
+        leaving, self._leaving = self._leaving, "raised" if self._leaving else ""
+        if leaving == "asked" or (leaving == "now" and self._signal == signal.SIGINT):
             raise KeyboardInterrupt
+        if leaving == "now":
+            raise RestartRequested("stopped before its first step: start the same command to go on")
+
+    @property
+    def _prepares(self) -> bool:
+        """Whether leaving at once loses nothing, in a process that holds nothing else."""
+        return self._current == _NOT_STARTED and not self._interactive
 
     def _report(self, state: str) -> None:
+        assert self._processes is not None
         with self._lock:
             if not self._reported:
                 self._reported = True
-                self._processes.publish(f"at/{self._processes.index}", state or str(self._current))
+                state = state or (_PREPARING if self._prepares else str(self._current))
+                self._processes.publish(f"at/{self._processes.index}", state)
+
+    def _leave(self) -> None:
+        """Ends the process without saving: by an exception, or soon by force."""
+        self._leaving, self._poked = "now", True
+        if exit_timer.available():
+            self._forced = exit_timer.CTimer("_exit", self.exit_code)
+            self._forced.set(_LEAVE_S)
+        # It also wakes the main thread if it sleeps or reads.
+        signal.pthread_kill(threading.main_thread().ident or 0, self._signal)
 
     def _watch(self) -> None:
         while not self._closing:
-            pause = None if self._alone else _AGREE_S if self._asked.is_set() else _POLL_S
+            # Until the processes are known this looks for them, too.
+            quiet = self._processes is not None and self._alone
+            pause = None if quiet else _AGREE_S if self._asked.is_set() else _POLL_S
             ready, _, _ = select.select([self._reader], [], [], pause)
             for number in os.read(self._reader, 64) if ready else b"":
                 if number in _SIGNALS:
@@ -152,9 +200,12 @@ class StopSignal:
                     return
 
     def _received(self, number: int) -> None:
+        if self._poked:
+            self._poked = False
+            return
         name = signal.Signals(number).name
         stays = self._interactive and number == signal.SIGINT  # see _in_main_thread
-        if self._asked.is_set() and self._signal:
+        if self._heard:
             if stays:
                 # Only this thread can count signals: the main thread is told of two as of one if it
                 # was not scheduled in between.
@@ -165,17 +216,25 @@ class StopSignal:
             sys.stderr.write(f"second signal ({name}): exiting without saving\n")
             sys.stderr.flush()
             os._exit(128 + number)
-        self._signal = self._signal or number
+        self._heard = True
+        if self._asked.is_set():  # a cluster signals all processes, and another was quicker to tell
+            return
+        self._signal = number
         code, second = self.exit_code, "a second one stops at once without saving"
         if not stays:
             second = f"then exit code {code}; a second signal exits at once without saving"
-        self._event(f"{name} received: saving at the next step, {second}")
-        if not self._alone:
-            self._processes.publish("request", str(number))
+        saving = "leaving before the first step" if self._prepares else "saving at the next step"
+        self._event(f"{name} received: {saving}, {second}")
         self._asked.set()
+        if self._alone:
+            if self._prepares:
+                self._leave()
+        elif self._processes is not None:
+            self._processes.publish("request", str(number))
 
     def _exchange(self) -> None:
         """One look at the messages of the other processes."""
+        assert self._processes is not None
         messages = self._processes.published()
         if "request" in messages and not self._asked.is_set():
             self._signal = int(messages["request"])
@@ -184,11 +243,18 @@ class StopSignal:
             self._report("")
         at = [v for k, v in messages.items() if k.startswith("at/")]
         if self._processes.index == 0 and len(at) == self._processes.count:
-            # A process that has finished its loop will not save: then all finish theirs.
-            decision = _FINISHED if _FINISHED in at else str(max(map(int, at)) + 1)
+            # A process that has finished its loop will not save: then all finish theirs. One that
+            # has not begun has nothing to save, and the others cannot step without it.
+            ways = (_FINISHED in at and _FINISHED) or (_PREPARING in at and _LEAVE)
+            decision = ways or str(max(map(int, at)) + 1)
             self._processes.publish("decision", decision)
             messages = {"decision": decision, **messages}
         if "decision" in messages:
-            if messages["decision"] != _FINISHED:
-                self._stop_at = int(messages["decision"])
+            decision = messages["decision"]
+            if decision not in (_FINISHED, _LEAVE):
+                self._stop_at = int(decision)
             self._decided.set()
+            if decision == _LEAVE:
+                if self._processes.index == 0:
+                    time.sleep(_TELL_S)
+                self._leave()

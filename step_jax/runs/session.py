@@ -22,6 +22,7 @@ from step_jax.core import checks, distributed, rng
 from step_jax.core.config import config_hash, to_plain
 from step_jax.core.errors import CheckpointError, ConfigError, ExitCode, RestartRequested
 from step_jax.core.sharding import Sharding
+from step_jax.runs.exit_timer import rank_name
 from step_jax.runs.history import Branch, check_rates, continue_configuration
 from step_jax.runs.metrics_log import read_metrics
 from step_jax.runs.preemption import StopSignal
@@ -32,6 +33,10 @@ from step_jax.runs.watchdog import HangWatchdog
 from step_jax.training.program import Program, Work
 from step_jax.training.state import TrainState
 from step_jax.training.step import check_skipped
+
+#: how long what is no step may take before it counts as a hang: tokenising a corpus, and an
+#: evaluation with what is compiled for it
+_PREPARATION_S, _ASIDE_S = 86400.0, 3600.0
 
 
 @dataclass(frozen=True)
@@ -83,12 +88,7 @@ class Session:
     def __init__(self, config: Any):
         """``config`` is the loop's whole configuration; its parts ``run`` and ``parallel`` act."""
         self.opened = time.perf_counter()
-        run, parallel = config.run, config.parallel
-        distributed.keep_compiled_programs()
-        distributed.join(parallel.multihost)
-        self.sharding = Sharding.build(parallel)
-        self.primary = jax.process_index() == 0
-        self._config, self._run = config, run
+        self._config, self._run = config, config.run
         self._stack = ExitStack()
         self._pending: tuple[int, Any, float, Work] | None = None
         self._leave = False
@@ -101,7 +101,15 @@ class Session:
         self.watch: Callable[[int, Mapping[str, float]], Iterable[str]] = lambda step, metrics: ()
 
     def __enter__(self) -> Session:
+        parallel = self._config.parallel
         with ExitStack() as stack:
+            # First of all: joining waits for others, and so may whatever comes after.
+            self._stop = stack.enter_context(StopSignal(joined=False))
+            distributed.keep_compiled_programs()
+            distributed.join(parallel.multihost)
+            self.sharding = Sharding.build(parallel)
+            self._stop.join()
+            self.primary = jax.process_index() == 0
             self.directory = stack.enter_context(
                 RunDirectory(self._run.directory, primary=self.primary)
             )
@@ -113,17 +121,21 @@ class Session:
                     resolved_config=to_plain(self._config),
                 )
             )
-            self._stop = stack.enter_context(StopSignal(self.reporter.event))
+            self._stop.tell(self.reporter.event)
+            stack.callback(self._stop.tell, None)
+            name = rank_name(jax.process_index(), jax.process_count())
+            self._watchdog = stack.enter_context(HangWatchdog(name=name))
+            self._watchdog.allow(_PREPARATION_S)
             self._checkpointer = stack.enter_context(
                 Checkpointer(self.directory.checkpoints, self._run.checkpoint, self.reporter.event)
             )
-            self._watchdog = stack.enter_context(HangWatchdog())
             self._profiler = ProfilerWindow(self._run.profile, self.directory.profile)
             stack.callback(self._profiler.close)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exc):
+        self._watchdog.allow(distributed.TIMEOUT_S)  # for the last save
         return self._stack.__exit__(*exc)
 
     # --- before the first step -----------------------------------------------------------------
@@ -238,6 +250,7 @@ class Session:
             self.reporter.event(f"a branch of {self._branch.name} after step {self._finished}")
         for text in changed:
             self.reporter.event(text)
+        self._watchdog.start()
         self._clock = time.perf_counter()
 
     def recorded(self, step: int, name: str) -> bool:
@@ -255,6 +268,7 @@ class Session:
           RestartRequested, KeyboardInterrupt: SIGTERM, SIGINT came; the state is saved.
         """
         if self._leave:
+            self._watchdog.allow(distributed.TIMEOUT_S)
             self._checkpointer.wait()
             if self._stop.exit_code == ExitCode.INTERRUPTED:
                 raise KeyboardInterrupt
@@ -323,6 +337,7 @@ class Session:
     def aside(self):
         """For work between two steps (an evaluation): it does not count as a step's time."""
         self.flush()
+        self._watchdog.allow(_ASIDE_S)
         yield
         self._watchdog.beat()
         self._clock = time.perf_counter()

@@ -59,25 +59,42 @@ class Sink(Protocol):
 
 
 class TensorBoard:
+    """Event files, written in the sink's own thread.
+
+    tensorboardX's ``SummaryWriter`` has a thread besides, which a full disk ends; what is written
+    then waits for it, and so does the end of the process, for ever.
+    """
+
     rewinds: ClassVar[bool] = True
+    _FLUSH_S = 10.0
 
     def __init__(self, run: RunInfo):
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
 
-        after = run.resumed_after
-        self.writer = SummaryWriter(
-            str(run.path / "tensorboard"),
-            flush_secs=10,
-            filename_suffix=f".{time.time_ns()}",  # its own names a second
-            purge_step=None if after is None else after + 1,
-        )
+        self._event, self._scalar = Event, scalar
+        folder = run.path / "tensorboard"
+        folder.mkdir(parents=True, exist_ok=True)
+        # Its own names tell files of one second apart by this alone.
+        self._writer = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        self._flushed = 0.0
+        if run.resumed_after is not None:  # what TensorBoard forgets from this step on
+            log = SessionLog(status=SessionLog.START)
+            self._add(run.resumed_after + 1, session_log=log)
+
+    def _add(self, step: int, **content: Any) -> None:
+        self._writer.write_event(self._event(step=step, wall_time=time.time(), **content))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
+            self._add(step, summary=self._scalar(name, value))
+        if time.monotonic() - self._flushed > self._FLUSH_S:
+            self._writer.flush()
+            self._flushed = time.monotonic()
 
     def close(self) -> None:
-        self.writer.close()
+        self._writer.close()
 
 
 class WandB:

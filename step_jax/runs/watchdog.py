@@ -3,58 +3,17 @@
 from __future__ import annotations
 
 import collections
-import ctypes
 import faulthandler
 import statistics
-import sys
 import time
 from typing import Any
 
 from step_jax.core.errors import ExitCode
+from step_jax.runs import exit_timer
 from step_jax.runs.preemption import is_interactive
 
+_NAME_S = 0.1  # between the line that says whose stacks follow, and the stacks
 _DUMP_S = 3  # time for the stack dump between the two timers
-
-
-class _SigEvent(ctypes.Structure):
-    # struct sigevent of 64-bit Linux (include/uapi/asm-generic/siginfo.h), SIGEV_THREAD variant.
-    _fields_ = [
-        ("value", ctypes.c_uint64),
-        ("signo", ctypes.c_int),
-        ("notify", ctypes.c_int),
-        ("function", ctypes.c_void_p),
-        ("attributes", ctypes.c_void_p),
-        ("padding", ctypes.c_char * 32),
-    ]
-
-
-class _TimerSpec(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_long) for n in ("every_s", "every_ns", "value_s", "value_ns")]
-
-
-class _ExitTimer:
-    """A POSIX timer whose C thread calls ``_exit(code)``: needs neither the GIL nor Python."""
-
-    _SIGEV_THREAD = 2
-    _CLOCK_MONOTONIC = 1
-
-    def __init__(self, code: int):
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        function = ctypes.cast(self._libc._exit, ctypes.c_void_p)
-        event = _SigEvent(value=code, notify=self._SIGEV_THREAD, function=function)
-        self._timer = ctypes.c_void_p()
-        if self._libc.timer_create(
-            self._CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(self._timer)
-        ):
-            raise OSError(ctypes.get_errno(), "timer_create failed")
-
-    def set(self, seconds: float) -> None:
-        """Fire after this many seconds; 0 disarms."""
-        spec = _TimerSpec(0, 0, int(seconds), int(seconds % 1 * 1e9))
-        self._libc.timer_settime(self._timer, 0, ctypes.byref(spec), None)
-
-    def delete(self) -> None:
-        self._libc.timer_delete(self._timer)
 
 
 class HangWatchdog:
@@ -65,31 +24,44 @@ class HangWatchdog:
     (a notebook) holds more than the run: there the stacks are all, and it goes on.
 
     Args:
+      name: whose stacks they are, where several processes write to one output.
       floor_s: never shorter than this many seconds.
       factor: allowed multiple of the median interval of the last 64 beats.
-      first_s: allowance before the second beat, which includes compilation.
+      first_s: allowance before the second beat after `start`, which includes compilation.
     """
 
-    def __init__(self, floor_s: float = 300.0, factor: float = 20.0, first_s: float = 3600.0):
+    def __init__(
+        self,
+        floor_s: float = 300.0,
+        factor: float = 20.0,
+        first_s: float = 3600.0,
+        name: str = "this process",
+    ):
         self._floor, self._factor, self._first = floor_s, factor, first_s
+        self._name = name
         self._intervals: collections.deque[float] = collections.deque(maxlen=64)
         self._last: float | None = None
         self._armed_at, self._armed_for = 0.0, 0.0
         self._exits = True
-        self._timer: _ExitTimer | None = None
+        self._exit: exit_timer.CTimer | None = None
+        self._complaint: exit_timer.CTimer | None = None
 
     def __enter__(self) -> HangWatchdog:
         self._exits = not is_interactive()
         # Elsewhere faulthandler's own exit (code 1) has to do.
-        linux = sys.platform == "linux"
-        self._timer = _ExitTimer(ExitCode.HANG) if linux and self._exits else None
-        self._arm(time.monotonic())
+        if exit_timer.available() and self._exits:
+            self._exit = exit_timer.CTimer("_exit", ExitCode.HANG)
+        self._complaint = exit_timer.complaint(
+            f"{self._name} makes no progress; this is where its threads are:"
+        )
+        self.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         faulthandler.cancel_dump_traceback_later()
-        if self._timer is not None:
-            self._timer.delete()
+        for timer in (self._exit, self._complaint):
+            if timer is not None:
+                timer.delete()
 
     @property
     def limit_s(self) -> float:
@@ -106,12 +78,24 @@ class HangWatchdog:
         self._last = now
         # Re-arming starts a C thread: once per hundredth of the limit is precise enough.
         if now - self._armed_at > self._armed_for / 100:
-            self._arm(now)
+            self._arm(now, self.limit_s)
 
-    def _arm(self, now: float) -> None:
-        limit = self.limit_s
+    def start(self) -> None:
+        """Steps begin: the first has the allowance for it, whatever was allowed before."""
+        self._arm(time.monotonic(), self.limit_s)
+
+    def allow(self, seconds: float) -> None:
+        """The next beat may take so long: an evaluation, or the last save, is no step."""
+        self._arm(time.monotonic(), max(seconds, self.limit_s))
+        self._armed_for = 0.0  # whatever comes next has the usual limit again
+
+    def _arm(self, now: float, limit: float) -> None:
         self._armed_at, self._armed_for = now, limit
         # Descriptor 2: sys.stderr itself may have none in notebooks and under test runners.
-        faulthandler.dump_traceback_later(limit, exit=self._exits and self._timer is None, file=2)
-        if self._timer is not None:
-            self._timer.set(limit + _DUMP_S)
+        faulthandler.dump_traceback_later(
+            limit + _NAME_S, exit=self._exits and self._exit is None, file=2
+        )
+        if self._complaint is not None:
+            self._complaint.set(limit)
+        if self._exit is not None:
+            self._exit.set(limit + _DUMP_S)

@@ -2,15 +2,25 @@
 
 import errno
 import importlib.util
+import os
 import resource
+import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
 
+from step_jax.cli import loop
 from step_jax.cli import main as cli
-from step_jax.core.errors import CheckpointError, ConfigError, DataError, RestartRequested
+from step_jax.core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ExitCode,
+    RestartRequested,
+)
 
 
 def test_help_is_cheap():
@@ -89,3 +99,16 @@ def test_every_export_resolves():
         assert getattr(step_jax, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
         step_jax.Trainer  # noqa: B018
+
+
+def test_sigterm_while_a_loop_is_being_read_asks_for_a_restart(monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def read_and_be_stopped(name, words):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    monkeypatch.setattr(loop, "parse", read_and_be_stopped)
+    assert cli.main(["pretrain", "x.yaml"]) == ExitCode.RESTART
+    assert "stopped before it began" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before

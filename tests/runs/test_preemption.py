@@ -152,6 +152,108 @@ with StopSignal(lambda e: None):
         run.kill()
 
 
+LEAVES = """
+import ctypes, os, sys, time
+import jax
+from step_jax.core import distributed
+from step_jax.core.errors import RestartRequested
+from step_jax.runs import preemption
+how, count, index, port = sys.argv[1], *map(int, sys.argv[2:5])
+preemption._LEAVE_S = 0.5 if how == "blocked" else 20
+try:
+    with preemption.StopSignal(lambda e: print(e, flush=True), joined=False) as stop:
+        if count > 1:
+            os.environ |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                           "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
+            distributed.join()
+            stop.join()
+        print("running", flush=True)
+        if how == "blocked":
+            libc, forever = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+            libc.pthread_mutex_lock(forever)
+            libc.pthread_mutex_lock(forever)
+        time.sleep(60)
+except RestartRequested as error:
+    print(error, flush=True)
+    sys.exit(error.exit_code)
+"""
+
+
+def start_leaving(how: str, count: int = 1) -> list[subprocess.Popen]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", LEAVES, how, str(count), str(i), str(port)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(count)
+    ]
+    wait_until_running(runs)
+    return runs
+
+
+@pytest.mark.parametrize("how", ["sleeping", "blocked"])
+def test_before_the_first_step_a_signal_ends_the_process_at_once(how):
+    """Also one whose main thread is in C, as in a compiler."""
+    runs = start_leaving(how)
+    runs[0].send_signal(signal.SIGTERM)
+    ((code, text),) = finish(runs, timeout=15)
+    assert code == 42, text
+    assert "SIGTERM received: leaving before the first step" in text
+    assert ("stopped before its first step" in text) == (how == "sleeping")
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("rank", [0, 1])
+def test_before_the_first_step_a_signal_to_one_of_two_ends_both(rank):
+    runs = start_leaving("sleeping", 2)
+    runs[rank].send_signal(signal.SIGTERM)
+    results = finish(runs, timeout=30)
+    assert [code for code, _ in results] == [42, 42], results
+
+
+def test_a_signal_that_comes_after_anothers_request_is_no_second_one():
+    """A cluster signals all processes, and one of them may be quicker to tell the others."""
+    with StopSignal(lambda e: None) as stop:
+        assert not stop.requested(0)
+        stop._signal = signal.SIGTERM  # as another process published it
+        stop._asked.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while not stop._heard and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert stop._heard and stop.requested(1)
+
+
+def test_the_coordinator_of_local_processes_listens_on_the_loopback_address_alone():
+    """And a port that is in use is named."""
+    code = """
+import os, socket
+from step_jax.core import distributed
+from step_jax.core.errors import ConfigError
+with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    s.listen()
+    port = s.getsockname()[1]
+    os.environ |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "1",
+                   "JAX_PROCESS_ID": "0"}
+    try:
+        distributed.join()
+    except ConfigError as error:
+        print(f"listen on 127.0.0.1:{port}: the port is in use" in str(error))
+distributed.join()
+for address in ("127.0.0.1", "127.0.0.2"):
+    with socket.socket() as s:
+        print(s.connect_ex((address, port)) == 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["True", "True", "False"], done.stdout + done.stderr
+
+
 def test_handlers_are_put_back_and_flag_costs_little():
     before = signal.getsignal(signal.SIGTERM)
     with StopSignal(lambda e: None) as stop:

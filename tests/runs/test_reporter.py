@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import subprocess
 import sys
 import threading
 import time
@@ -179,6 +180,23 @@ def test_tensorboard(run):
         reporter.evaluation(1, {"loss": 3.5}, name="held-out")
     (file,) = run.tensorboard.iterdir()
     assert b"loss" in file.read_bytes() and b"held-out/loss" in file.read_bytes()
+
+
+def test_a_full_disk_ends_tensorboards_file_and_neither_the_run_nor_its_exit(tmp_path):
+    code = f"""
+from tensorboardX import record_writer
+from step_jax.runs.reporter import LoggingConfig, Reporter
+from step_jax.runs.run_directory import RunDirectory
+record_writer.open_file = lambda path: open("/dev/full", "wb")
+with RunDirectory({str(tmp_path / "run")!r}) as run, Reporter(run, LoggingConfig()) as reporter:
+    for step in range(2000):
+        reporter.step(step, {{f"name{{n}}": 1.0 for n in range(20)}})
+print("left")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.endswith("left\n"), done.stderr
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "metrics sink tensorboard gave up: OSError: [Errno 28]" in log
 
 
 def test_slow_sink_drops_and_does_not_block():

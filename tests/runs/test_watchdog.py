@@ -24,13 +24,15 @@ import ctypes, time
 from step_jax.runs.watchdog import HangWatchdog
 def stuck_in_a_read():
     {HANGS[hang]}
-with HangWatchdog(floor_s=0.5, factor=2, first_s=0.5) as dog:
+with HangWatchdog(floor_s=0.5, factor=2, first_s=0.5, name="process 3 of 4, 100 %n") as dog:
     dog.beat()
     stuck_in_a_read()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=50)
     assert done.returncode == 75, done.stderr
-    assert b"stuck_in_a_read" in done.stderr
+    said = done.stderr.decode()
+    whose = "process 3 of 4, 100 %n makes no progress; this is where its threads are:"
+    assert said.index(whose) < said.index("stuck_in_a_read")
 
 
 def test_beats_keep_the_process_alive_and_leaving_disarms():
@@ -39,6 +41,23 @@ def test_beats_keep_the_process_alive_and_leaving_disarms():
             time.sleep(0.1)
             dog.beat()
     time.sleep(0.6)
+
+
+def test_an_evaluation_may_take_longer_and_the_steps_after_it_may_not():
+    code = """
+import time
+from step_jax.runs.watchdog import HangWatchdog
+with HangWatchdog(floor_s=0.3, factor=2, first_s=0.3) as dog:
+    for _ in range(3):
+        dog.beat()
+    dog.allow(60)
+    time.sleep(1)
+    dog.beat()
+    print("evaluated", flush=True)
+    time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=50)
+    assert (done.returncode, done.stdout) == (75, b"evaluated\n"), done.stderr
 
 
 def test_limit_follows_the_median():

@@ -191,7 +191,7 @@ def _environment(devices: int) -> dict[str, str]:
 @pytest.mark.slow
 def test_sigterm_saves_exits_42_and_two_processes_go_on(straight, tmp_path, text):
     """Two processes of 4 devices each; stopped by SIGTERM to one of them, then resumed."""
-    command = [sys.executable, str(ROOT / "launch" / "local.py"), "2", "--", sys.executable, "-m",
+    command = [sys.executable, "-m", "step_jax.launch.local", "2", "--", sys.executable, "-m",
                "step_jax.cli", "pretrain", recipe(tmp_path, text, "run", fsdp=8)]  # fmt: skip
     first = subprocess.Popen(
         [*command, "--training.steps", "100000"], env=_environment(4), cwd=tmp_path

@@ -1,0 +1,65 @@
+"""How a session is left where no step is under way: while it prepares, and in its last save."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from step_jax.core.errors import ExitCode
+from tests.runs.test_interactive import CELL
+
+ROOT = Path(__file__).parents[2]
+
+
+def started(code: str, tmp_path: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-u", "-c", f"import sys{CELL}{code}", str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+    )
+
+
+def test_sigterm_while_data_are_prepared_ends_the_run_at_once_with_the_code_for_a_restart(tmp_path):
+    run = started(
+        "from step_jax.core.errors import RestartRequested\n"
+        "try:\n"
+        "    loop(sys.argv[1], prepare=prepare)\n"
+        "except RestartRequested as error:\n"
+        "    print(error)\n"
+        "    sys.exit(error.exit_code)\n",
+        tmp_path,
+    )
+    for line in run.stdout:
+        if "preparing" in line:
+            break
+    begin = time.monotonic()
+    run.send_signal(signal.SIGTERM)
+    output, _ = run.communicate(timeout=30)
+    assert run.returncode == ExitCode.RESTART, output
+    assert "stopped before its first step" in output and "prepared" not in output
+    assert time.monotonic() - begin < 10
+
+
+def test_a_last_save_that_hangs_ends_the_process_with_its_stacks(tmp_path):
+    run = started(
+        "import functools\n"
+        "from step_jax.core import distributed\n"
+        "from step_jax.runs import session\n"
+        "session.HangWatchdog = functools.partial(session.HangWatchdog, floor_s=1, first_s=60)\n"
+        "distributed.TIMEOUT_S = 1\n"
+        "def never_done(self, *_):\n"
+        "    time.sleep(60)\n"
+        "session.Checkpointer.__exit__ = never_done\n"
+        "loop(sys.argv[1])\n",
+        tmp_path,
+    )
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == ExitCode.HANG, output
+    assert "makes no progress; this is where its threads are:" in output
+    assert "never_done" in output
