@@ -63,7 +63,7 @@ def test_what_needs_more_memory_than_a_chip_has_is_refused_with_both_figures(
     tmp_path, capsys, monkeypatch
 ):
     """The plan itself is tested where it is made (tests/planning)."""
-    plan = SimpleNamespace(fits=False, memory_compiler=20e9, memory_limit=17e9, step_s=1.0)
+    plan = SimpleNamespace(fits=False, memory_compiler=20e9, memory_limit=17e9, bound_s=1.0)
     monkeypatch.setattr(fit, "make_plan", lambda *_: plan)
     monkeypatch.setattr(fit, "program_for", lambda *_: None)
     place = SimpleNamespace(name="v5e:2x4")
