@@ -43,18 +43,15 @@ class Encoded(NamedTuple):
     cut: int = 0
 
 
-class Records(Protocol):
-    """What the records of a source are, and what becomes of them.
+class Readable(Protocol):
+    """What the records of a file are.
 
     fields: that are read of a record, as far as it has them.
-    key: JSON of what decides the documents, in the names of caches.
     may_be_cut: whether part of a document is a document.
     """
 
     @property
     def fields(self) -> tuple[str, ...]: ...
-    @property
-    def key(self) -> Sequence[Any]: ...
     @property
     def may_be_cut(self) -> bool: ...
 
@@ -66,6 +63,16 @@ class Records(Protocol):
 
     def file(self, text: str, name: str) -> Document | Skip:
         """The document of a whole text file, or of a record that is only text."""
+
+
+class Records(Readable, Protocol):
+    """Records that become tokens.
+
+    key: JSON of what decides the documents, in the names of caches.
+    """
+
+    @property
+    def key(self) -> Sequence[Any]: ...
 
     def words(self, document: Document) -> str:
         """The text of a document that a tokenizer is trained on."""
@@ -80,7 +87,7 @@ class Records(Protocol):
 
 
 def read_file(
-    file: SourceFile, records: Records, max_document_bytes: int
+    file: SourceFile, records: Readable, max_document_bytes: int
 ) -> Iterator[Document | Skip]:
     """Documents of one file in file order, and what was left out in their place.
 
@@ -109,7 +116,7 @@ def _limit(document: Document, max_bytes: int, may_be_cut: bool) -> Document | S
     return Document(document.name, kept, size - len(kept.encode()))
 
 
-def _read_text(file: SourceFile, records: Records) -> Iterator[Document | Skip]:
+def _read_text(file: SourceFile, records: Readable) -> Iterator[Document | Skip]:
     try:
         with open(file.path, "rb") as stream:
             head = stream.read(_SNIFF_BYTES)
@@ -129,7 +136,7 @@ def _read_text(file: SourceFile, records: Records) -> Iterator[Document | Skip]:
         yield Skip(file.name, "invalid_utf8", f"{error.reason} at byte {error.start}")
 
 
-def _read_jsonl(file: SourceFile, records: Records) -> Iterator[Document | Skip]:
+def _read_jsonl(file: SourceFile, records: Readable) -> Iterator[Document | Skip]:
     number = 0
     try:
         with _open_lines(file.path) as stream:
@@ -154,7 +161,7 @@ def _open_lines(path: Path):
     return open(path, "rb")
 
 
-def _json_record(line: bytes, name: str, records: Records, first: bool) -> Document | Skip:
+def _json_record(line: bytes, name: str, records: Readable, first: bool) -> Document | Skip:
     try:
         record = json.loads(line)
     except UnicodeDecodeError as error:
@@ -177,7 +184,7 @@ def _damaged(file: SourceFile, detail: object) -> DataError:
     )
 
 
-def _read_parquet(file: SourceFile, records: Records) -> Iterator[Document | Skip]:
+def _read_parquet(file: SourceFile, records: Readable) -> Iterator[Document | Skip]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -204,7 +211,7 @@ def _read_parquet(file: SourceFile, records: Records) -> Iterator[Document | Ski
                 row += 1
 
 
-def _read_arrow(file: SourceFile, records: Records) -> Iterator[Document | Skip]:
+def _read_arrow(file: SourceFile, records: Readable) -> Iterator[Document | Skip]:
     """Arrow IPC, stream or file layout: what Hugging Face `Dataset.save_to_disk` writes."""
     import pyarrow as pa
 
@@ -229,7 +236,7 @@ def _read_arrow(file: SourceFile, records: Records) -> Iterator[Document | Skip]
         raise _damaged(file, f"after row {row}: {error}") from error
 
 
-def _read_array_record(file: SourceFile, records: Records) -> Iterator[Document | Skip]:
+def _read_array_record(file: SourceFile, records: Readable) -> Iterator[Document | Skip]:
     """Records are UTF-8 text, or JSON objects with the fields."""
     from array_record.python.array_record_module import ArrayRecordReader
 
@@ -269,7 +276,7 @@ def _array_records(reader, indices: range) -> list[bytes | Exception]:
         return records
 
 
-def _array_record(record: bytes, name: str, records: Records) -> Document | Skip:
+def _array_record(record: bytes, name: str, records: Readable) -> Document | Skip:
     if record[:1] == b"{":
         try:
             fields = json.loads(record)
@@ -283,7 +290,7 @@ def _array_record(record: bytes, name: str, records: Records) -> Document | Skip
         return Skip(name, "invalid_utf8", f"{error.reason} at byte {error.start}", bad=True)
 
 
-_READERS: dict[str, Callable[[SourceFile, Records], Iterator[Document | Skip]]] = {
+_READERS: dict[str, Callable[[SourceFile, Readable], Iterator[Document | Skip]]] = {
     "text": _read_text,
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,

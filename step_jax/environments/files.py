@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,11 +11,10 @@ from step_jax.core import checks
 from step_jax.core.errors import ConfigError, DataError
 from step_jax.data.config import Source
 from step_jax.data.files import Skip, list_files, list_skips
-from step_jax.data.sources import Document, Encoded, read_file
+from step_jax.data.sources import Document, read_file
 from step_jax.environments.problems import Listed, Problem, Problems, Task
 from step_jax.environments.rewards import VerifierKind
 from step_jax.environments.verifiers import Verifier
-from step_jax.tokenizers.base import Tokenizer
 
 _MOST_BYTES = 2**24
 
@@ -80,11 +79,10 @@ class FileTask(Task):
 
 @dataclass(frozen=True)
 class _Records:
-    """Records of problems; see `data.sources.Records`. A document is JSON of a `Problem`."""
+    """Records of problems; see `data.sources.Readable`. A document is JSON of a `Problem`."""
 
     task: FileTask
     may_be_cut = False
-    key = ("problems",)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -133,17 +131,6 @@ class _Records:
 
     def file(self, text: str, name: str) -> Document | Skip:
         return Skip(name, "not_records", "a problem is a record of JSONL, Parquet or Arrow")
-
-    def words(self, document: Document) -> str:
-        raise NotImplementedError("problems train no tokenizer")
-
-    def tokens_key(self, tokenizer: Tokenizer) -> list[Any]:
-        raise NotImplementedError("problems are not cached as tokens")
-
-    def encode(
-        self, documents: Sequence[Document], tokenizer: Tokenizer
-    ) -> Sequence[Sequence[Encoded] | Skip]:
-        raise NotImplementedError("problems are not cached as tokens")
 
 
 def _without_null(value: Any) -> Any:
