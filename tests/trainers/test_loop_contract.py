@@ -297,7 +297,7 @@ def test_its_artifact_holds_the_model_as_it_was(case, straight):
         load_artifact(str(run), ONE, "critic")
 
 
-@mostly_slow("pretrain", "rl", "vae")
+@mostly_slow("rl", "vae")  # pretraining: tests/planning/test_plan.py
 def test_it_is_planned(case, places, tmp_path, capsys):
     path = case.write(tmp_path, **places)
     topology = ["--topology", "cpu:1", "--output", str(tmp_path / "plans")]

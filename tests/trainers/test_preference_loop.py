@@ -96,7 +96,7 @@ def test_a_run_that_goes_on_reads_what_it_kept_and_needs_no_reference_any_more(t
 
 
 def artifact_of(model, tokenizer) -> Artifact:
-    params = model.initialise(jax.random.key(0))
+    params = run(lambda: model.initialise(jax.random.key(0)))
     if isinstance(model, RewardModel):  # a fresh one is zero
         params = params.replace(score_D=np.linspace(-1, 1, 8, dtype=np.float32))
     tokenizer = chat_tokenizer(tokenizer, "plain")
