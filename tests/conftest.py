@@ -2,6 +2,7 @@
 
 import atexit
 import collections
+import gc
 import importlib.util
 import os
 import platform
@@ -16,6 +17,12 @@ if _COUNT not in os.environ.get("XLA_FLAGS", ""):
 
 # Eight devices meet on two cores: what is slow there, for a minute, is no deadlock.
 os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=300"
+# Tests and their commands run what they compile a few times: to optimise it costs more than it
+# gives.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# Tracing makes objects by the million that stay: to look for garbage among every 700 of them takes
+# a twentieth of the processor's time.
+gc.set_threshold(50_000, 20, 20)
 # What one test compiled, the next test and its commands need not compile again.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _programs = tempfile.mkdtemp(prefix="step_jax_programs_")
@@ -33,7 +40,8 @@ settings.load_profile("default")
 
 @pytest.fixture
 def topology(monkeypatch):
-    """Name, as ``v6e:2x2``, to the description of TPUs that can be compiled for without them."""
+    """Name, as ``v6e:2x2``, to the description of TPUs that can be compiled for without them, as
+    their users compile."""
     if importlib.util.find_spec("libtpu") is None:
         if (sys.platform, platform.machine()) != ("linux", "x86_64"):
             pytest.skip("libtpu is made for Linux on x86-64 only")
@@ -45,9 +53,13 @@ def topology(monkeypatch):
         "TPU_WORKER_HOSTNAMES": "localhost",
     }.items():
         monkeypatch.setenv(name, value)
+    import jax
     from jax.experimental import topologies
 
-    return lambda name: topologies.get_topology_desc(platform="tpu", topology_name=name)
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield lambda name: topologies.get_topology_desc(platform="tpu", topology_name=name)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 _LEFT_OUT: collections.Counter[str] = collections.Counter()

@@ -12,7 +12,7 @@ from step_jax.core.config import parse_config
 from step_jax.core.errors import DataError, ExitCode
 from step_jax.environments.cached import Coordinated
 from step_jax.environments.tasks import TaskConfig
-from tests.trainers.loops import fast_compile, run_loop
+from tests.trainers.loops import run_loop
 from tests.trainers.test_rl_loop import recipe
 
 ADDITION = ["--task.kind", "addition", "--task.digits", "1", "1"]
@@ -34,8 +34,7 @@ def test_accuracy_is_that_of_the_replies_that_are_kept(policy, tmp_path, capsys)
     flags = ["--problems", "3", "--samples", "4", "--max-new-tokens", "6", "--slots", "8"]
     (tmp_path / "ways.yaml").write_text(ROUNDS)
     ways = [str(tmp_path / "ways.yaml"), "--budgets", "2", "4"]
-    with fast_compile():
-        assert main(["solve", policy, *ways, *ADDITION, *flags, "--out", str(out)]) == ExitCode.OK
+    assert main(["solve", policy, *ways, *ADDITION, *flags, "--out", str(out)]) == ExitCode.OK
     lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     found = json.loads((out / "accuracy.json").read_text())
     assert len(lines) == 12 and len({line["content"] for line in lines}) == 3

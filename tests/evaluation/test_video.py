@@ -25,15 +25,13 @@ from step_jax.evaluation.video import (
 from step_jax.models.video.perceptual import Perceptual
 from tests.golden.make_step_video_golden import weight
 from tests.golden.make_video_metrics_golden import linear
-from tests.trainers.loops import fast_compile
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "video_metrics.npz"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    with fast_compile():
-        yield
+    yield
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from step_jax.models.layers.mlp import GELU
 from step_jax.models.video.dit import VideoDiT
 from step_jax.models.video.text_inputs import States
 from tests.models import small
-from tests.trainers.loops import fast_compile
 
 MEAN, DEVIATION = 1.5, 0.4  # of normal data, whose velocity is known
 
@@ -134,8 +133,7 @@ def drawn(chosen, sharding=None, **changes):
         "sharding": sharding or Sharding.build(MeshConfig(), jax.devices()[:1]),
         "scalars": {"fps": 8.0}, "first_NHWC": FIRST_NHWC[chosen].astype(np.float32),
     } | changes  # fmt: skip
-    with fast_compile():
-        return draw(small.params(MODEL), MODEL, texts, nothing, SIZE, SAMPLER, **given)
+    return draw(small.params(MODEL), MODEL, texts, nothing, SIZE, SAMPLER, **given)
 
 
 def test_a_sample_does_not_depend_on_what_is_drawn_with_it_nor_on_the_devices():

@@ -24,7 +24,6 @@ from step_jax.models.video.dit import VideoDiT
 from step_jax.models.video.text_inputs import States, Tower
 from step_jax.tokenizers.sentencepiece import train_sentencepiece
 from tests.models import numpy_oracles, small
-from tests.trainers.loops import fast_compile
 
 TEXTS = ["", "a red square moves left", "红色方块"]
 TOKENIZER = train_sentencepiece(["a red square moves left", "红色方块向左移动"] * 9, 310)
@@ -43,8 +42,7 @@ def artifact(model, seed: int = 0) -> Artifact:
 
 @pytest.fixture(scope="module")
 def of_decoder():
-    with fast_compile():
-        return encode(artifact(DECODER), TEXTS, 6, ONE)
+    return encode(artifact(DECODER), TEXTS, 6, ONE)
 
 
 def test_states_of_a_decoder_are_those_before_its_final_norm(of_decoder):
@@ -75,8 +73,7 @@ def test_states_of_a_decoder_are_those_before_its_final_norm(of_decoder):
 
 
 def test_states_are_read_from_disk_once_they_are_made(tmp_path, of_decoder, monkeypatch):
-    with fast_compile():
-        first = cached(tmp_path / "llm", artifact(DECODER), TEXTS, 6, ONE)
+    first = cached(tmp_path / "llm", artifact(DECODER), TEXTS, 6, ONE)
     np.testing.assert_array_equal(first.values, of_decoder.values)
     monkeypatch.setattr("step_jax.inference.text_states.encode", None)  # not called again
     again = cached(tmp_path / "llm", artifact(DECODER), TEXTS, 6, ONE)
@@ -115,17 +112,15 @@ def test_prompts_reach_a_trained_model_as_its_captions_did(of_decoder):
         "data": {"texts": {"made_by": {"clip": TOKENIZER.hash, "llm": encoder_hash(llm)}}},
     }
     trained = replace(artifact(model), meta=meta)
-    with fast_compile():
-        texts = of_prompts(trained, TEXTS, ONE, lambda *_: llm)
-        np.testing.assert_array_equal(texts["llm"].values, of_decoder.values)
-        np.testing.assert_array_equal(texts["clip"].values, token_rows(TOKENIZER, TEXTS, 6).values)
-        with pytest.raises(CheckpointError, match="was trained with another encoder llm"):
-            of_prompts(trained, TEXTS, ONE, lambda *_: artifact(DECODER, seed=1))
+    texts = of_prompts(trained, TEXTS, ONE, lambda *_: llm)
+    np.testing.assert_array_equal(texts["llm"].values, of_decoder.values)
+    np.testing.assert_array_equal(texts["clip"].values, token_rows(TOKENIZER, TEXTS, 6).values)
+    with pytest.raises(CheckpointError, match="was trained with another encoder llm"):
+        of_prompts(trained, TEXTS, ONE, lambda *_: artifact(DECODER, seed=1))
 
 
 def test_a_tower_of_another_model_is_an_encoder_and_a_model_without_one_is_none():
-    with fast_compile():
-        encoded = encode(artifact(DIT), TEXTS, 6, ONE)
+    encoded = encode(artifact(DIT), TEXTS, 6, ONE)
     assert encoded.values.shape == (3, 6, 8)
     assert np.abs(encoded.values[1] - encoded.values[2]).max() > 0.1
     with pytest.raises(CheckpointError, match="with 0 text towers: an encoder of texts is"):

@@ -5,6 +5,7 @@ Shape suffixes: B rows, T tokens.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -31,6 +32,7 @@ PROMPTS = np.asarray([7, 3, 9, 1], np.int32)
 STEPS = 3
 
 
+@functools.cache
 def steps(kind, implementation, sharding=None, cache_dtype=jnp.float32):
     """Outputs of the stack for ``STEPS`` single tokens after unequal prompts; row 1 has ended."""
     c = small.decoder(kind)
@@ -46,13 +48,13 @@ def steps(kind, implementation, sharding=None, cache_dtype=jnp.float32):
         positions_BT = jnp.where(index_1T < PROMPTS[:, None], index_1T, -1)
         cache = c.init_cache(4, 16, cache_dtype)
         _, cache, _ = hidden(p, tokens_BT[:, :9], positions_BT, cache, fresh=True)
-        out = []
-        for i in range(STEPS):
+
+        def step(cache, token_B):
             positions_B1 = jnp.where(jnp.arange(4) == 1, -1, cache.lengths_B)[:, None]
-            token_B1 = tokens_BT[:, 9 + i :][:, :1]
-            x_B1D, cache, _ = hidden(p, token_B1, positions_B1, cache, implementation)
-            out.append(x_B1D[:, 0])
-        return jnp.stack(out)
+            x_B1D, cache, _ = hidden(p, token_B[:, None], positions_B1, cache, implementation)
+            return cache, x_B1D[:, 0]
+
+        return jax.lax.scan(step, cache, tokens_BT[:, 9:].T)[1]
 
     p = small.params(c)
     if sharding is not None:

@@ -188,8 +188,12 @@ def test_prediction_heads_follow_their_equations():
 # --- cached decoding ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_cached_calls_equal_the_full_forward_pass():
-    """Every kind and window, rows of unequal lengths: prompt, a second piece, single tokens."""
+    """Every kind and window, rows of unequal lengths: prompt, a second piece, single tokens.
+
+    All in one stack; by default tests/inference/test_cached_decoding.py has every kind alone.
+    """
     kinds = [MHA(4, 8, window=3), "gqa", "mfa", MFA(3, 8, value="gated_key", window=4), "kr", "mla"]
     c = small.decoder(*kinds, repeat=2)
     p, T = small.params(c), 12

@@ -60,6 +60,7 @@ def check(mesh: str, *kinds, mtp=0):
 
 
 ALL = tuple(small.KINDS)
+SOME = ("gqa", "mla")  # where what is looked at is not theirs
 
 
 @pytest.mark.parametrize(
@@ -98,23 +99,30 @@ def in_loops(text: str, op: str):
     return [line for line in text.splitlines() if f" {op}(" in line and "/while/body/" in line]
 
 
-def test_fsdp_shards_every_matrix_and_gathers_one_layer_at_a_time():
-    compiled, (p, batch), (_, gradient) = on_mesh("fsdp8", *ALL, mtp=1)
+def test_fsdp_shards_every_matrix_of_every_kind():
     specs = problem(*ALL, mtp=1)[0].specs()
+    layout = small.on_mesh(**MESHES["fsdp8"]).params(specs)
+    for spec, how in zip(
+        jax.tree.leaves(specs, is_leaf=is_spec), jax.tree.leaves(layout), strict=True
+    ):
+        square = spec.axes[-2:] == (None, None)  # key reuse's (C, C)
+        pieces = 1 if spec.role == "vector" or square else 8
+        assert math.prod(how.shard_shape(spec.shape)) == spec.size // pieces, spec
+
+
+def test_fsdp_gathers_one_layer_at_a_time():
+    compiled, (p, batch), (_, gradient) = on_mesh("fsdp8", *SOME, mtp=1)
     for tree in (p, gradient):
-        for spec, a in zip(
-            jax.tree.leaves(specs, is_leaf=is_spec), jax.tree.leaves(tree), strict=True
-        ):
-            square = spec.axes[-2:] == (None, None)  # key reuse's (C, C)
-            pieces = 1 if spec.role == "vector" or square else 8
-            assert {s.data.size for s in a.addressable_shards} == {spec.size // pieces}, spec
+        for a in jax.tree.leaves(tree.groups):
+            pieces = 8 if a.ndim > 2 else 1  # the others are vectors of layers
+            assert {s.data.size for s in a.addressable_shards} == {a.size // pieces}
     assert all(s.data.shape[0] == 1 for s in batch["tokens"].addressable_shards)
     gathered = list(collectives(compiled.as_text(), "all-gather"))
     assert gathered and max(gathered) <= p.head_DV.size, "a stack of layers was gathered at once"
 
 
 def test_loss_adds_up_over_devices_once_not_per_chunk():
-    compiled, _, _ = on_mesh("fsdp8", *ALL, mtp=1)
+    compiled, _, _ = on_mesh("fsdp8", *SOME, mtp=1)
     head = f"[{small.WIDTH},{small.VOCAB}]"
     assert not [line for line in in_loops(compiled.as_text(), "all-reduce") if head in line]
 

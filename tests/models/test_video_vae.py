@@ -30,7 +30,6 @@ from step_jax.models.video.vae_layers import DownHead, UpHead
 from step_jax.models.video.vae_stream import Pieces, VideoCoder, tile_spans
 from tests.golden.make_step_video_golden import weight
 from tests.models.small import FAST_COMPILE
-from tests.trainers.loops import fast_compile
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "step_video_vae.npz"
 RELEASED = VideoVAE(
@@ -61,8 +60,7 @@ jit = functools.partial(jax.jit, compiler_options=FAST_COMPILE)
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    with fast_compile():
-        yield
+    yield
 
 
 def parameters(model: VideoVAE):

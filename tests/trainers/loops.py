@@ -40,10 +40,7 @@ def run_loop(
     ``cut_after``: the run dies right after this step.
     """
     last = {}
-    build, finished = Sharding.build, Session.finished
-
-    def on_some(parallel, chosen=None):
-        return build(parallel, jax.devices()[:devices] if chosen is None else chosen)
+    finished = Session.finished
 
     def watched(self, step, state, metrics, *rest, **named):
         last["state"] = jax.device_get(state)
@@ -52,8 +49,7 @@ def run_loop(
             self.flush()
             raise PowerCut
 
-    with pytest.MonkeyPatch.context() as patch, fast_compile():
-        patch.setattr(Sharding, "build", staticmethod(on_some))
+    with pytest.MonkeyPatch.context() as patch, on_devices(devices):
         patch.setattr(Session, "finished", watched)
         with pytest.raises(PowerCut) if cut_after else contextlib.nullcontext():
             assert main([command, recipe, *flags]) == 0
@@ -61,13 +57,16 @@ def run_loop(
 
 
 @contextlib.contextmanager
-def fast_compile():
-    """Half the compile time, for comparisons that do not depend on it."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
+def on_devices(count: int):
+    """Every mesh is one of the first devices, as if there were no others."""
+    build = Sharding.build
+
+    def on_some(parallel, chosen=None):
+        return build(parallel, jax.devices()[:count] if chosen is None else chosen)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Sharding, "build", staticmethod(on_some))
         yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def steps(run: Path) -> list[dict]:

@@ -27,6 +27,7 @@ from step_jax.trainers.ablation_table import Ablation, Row, Times, Tried, differ
 from step_jax.trainers.ablation_times import decoding_turn, filled_cache, in_turns, measure
 from step_jax.training.step import DivergedError
 from tests.models import small
+from tests.trainers.loops import on_devices
 
 ATTENTION = Path(__file__).parents[2] / "configs" / "ablations" / "attention"
 WIDE = ATTENTION.with_name("attention_wide")
@@ -231,6 +232,13 @@ def recipes(tmp_path):
     return directory
 
 
+@pytest.fixture
+def one_device():
+    with on_devices(1):
+        yield
+
+
+@pytest.mark.usefixtures("one_device")
 def test_trains_what_is_missing(recipes, tmp_path, capsys, monkeypatch):
     runs, started = tmp_path / "runs", []
 

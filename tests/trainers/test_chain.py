@@ -14,7 +14,7 @@ from step_jax.cli.main import main
 from step_jax.core.errors import ExitCode
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.interop.artifacts import load_artifact
-from tests.trainers.loops import fast_compile, run_loop, steps
+from tests.trainers.loops import run_loop, steps
 from tests.trainers.test_loop_contract import CASES, places  # noqa: F401 - a fixture
 
 ONE = Sharding.build(MeshConfig(), jax.devices()[:1])
@@ -97,8 +97,7 @@ def test_pictures_are_drawn_from_an_artifact_and_texts_are_not(tmp_path, places,
     picture = tmp_path / "drawn.png"
     prompts = ["the digit three and much more", "数字七"]
     options = ["--count", "2", "--sampler.steps", "2", "--output", str(picture)]
-    with fast_compile():
-        assert main(["sample-video", str(tmp_path / "run"), *prompts, *options]) == 0
+    assert main(["sample-video", str(tmp_path / "run"), *prompts, *options]) == 0
     assert Image.open(picture).size == (20, 20)  # two of each prompt, each with a frame
     out = capsys.readouterr().out
     assert "4 in " in out and "1 of 3 texts have more than 4 tokens and are cut" in out

@@ -31,7 +31,7 @@ from step_jax.trainers.reference import Compared, Reference, digest
 from tests.data.conftest import tokenizer, tokenizer_path
 from tests.data.test_conversations import assistant, user, write
 from tests.models.small import run
-from tests.trainers.loops import fast_compile, run_loop, steps
+from tests.trainers.loops import run_loop, steps
 from tests.trainers.test_loop_contract import CASES, DECODER, places
 
 ONE = Sharding.build(MeshConfig(), jax.devices()[:1])
@@ -88,15 +88,14 @@ def test_a_run_that_goes_on_reads_what_it_kept_and_needs_no_reference_any_more(t
     try:
         run_loop("preference", tuned.recipe, *steps)
         kept.write_bytes(kept.read_bytes()[:-1])
-        with fast_compile():
-            assert main(["preference", tuned.recipe, *steps]) == ExitCode.FAILURE
+        assert main(["preference", tuned.recipe, *steps]) == ExitCode.FAILURE
         assert "logprobs.npz is not what was written" in capsys.readouterr().err
     finally:
         base.rename(tuned.base)
 
 
 def artifact_of(model, tokenizer) -> Artifact:
-    params = model.initialise(jax.random.key(0))
+    params = run(lambda: model.initialise(jax.random.key(0)))
     if isinstance(model, RewardModel):  # a fresh one is zero
         params = params.replace(score_D=np.linspace(-1, 1, 8, dtype=np.float32))
     tokenizer = chat_tokenizer(tokenizer, "plain")
@@ -107,10 +106,9 @@ def artifact_of(model, tokenizer) -> Artifact:
 def test_answers_are_scored_by_a_reward_model_each_at_its_end(tokenizer):
     reward = artifact_of(RewardModel(small(tokenizer.vocab_size)), tokenizer)
     talks = [[user("fox 3?"), assistant("fox " * n)] for n in (1, 2, 5)]
-    with fast_compile():
-        scores = score(reward, talks, ONE, rows=2)
-        assert scores.shape == (3,) and len(set(scores.tolist())) == 3
-        np.testing.assert_allclose(score(reward, talks[2:], ONE, rows=1), scores[2:], rtol=1e-5)
+    scores = score(reward, talks, ONE, rows=2)
+    assert scores.shape == (3,) and len(set(scores.tolist())) == 3
+    np.testing.assert_allclose(score(reward, talks[2:], ONE, rows=1), scores[2:], rtol=1e-5)
     with pytest.raises(DataError, match="conversation 0 has .* tokens; the model's context is 48"):
         score(reward, [[user("fox " * 40), assistant("x")]], ONE)
     decoder = artifact_of(small(tokenizer.vocab_size), tokenizer)
@@ -122,8 +120,7 @@ def test_a_language_model_judges_by_its_reply(tokenizer):
     decoder = artifact_of(small(tokenizer.vocab_size), tokenizer)
     asks = generative(decoder, ONE, "{question} {first} {second}", rows=2)
     shown = [Shown("q", "a", "b"), Shown("q", "b", "a"), Shown("q", "a", "b")]
-    with fast_compile():
-        odds = asks(shown)
+    odds = asks(shown)
     assert odds[0] == pytest.approx(odds[2]) and odds[0] != odds[1]
     ids = encode_request(decoder.tokenizer, [user("q b a")])
     replies = [

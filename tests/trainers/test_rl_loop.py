@@ -37,7 +37,7 @@ model:
 tokenizer: {folder}/tokenizer
 optimizer: {{kind: adamw, learning_rate: 1e-2, schedule: {{kind: constant}}}}
 training: {{steps: 4, prompts: 4, samples: 4, updates: 2}}
-rollout: {{max_new_tokens: 6, max_prompt_tokens: 6, slots: 8{rollout}}}
+rollout: {{max_new_tokens: 6, max_prompt_tokens: 6, slots: 2{rollout}}}
 problems:
   task: {{kind: addition, digits: [1, 1]}}
   verifier: {{kind: format, thinking: {{open: '', close: '#'}}}}

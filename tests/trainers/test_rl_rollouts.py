@@ -13,7 +13,7 @@ from step_jax.environments.problems import Problem
 from step_jax.inference.engine import Stats
 from step_jax.inference.requests import Completion
 from step_jax.trainers.rl.config import Rollout
-from step_jax.trainers.rl.learning import places, trajectory
+from step_jax.trainers.rl.learning import SHORTEST, places, trajectory
 from step_jax.trainers.rl.rollouts import Rollouts
 from step_jax.trainers.rl.samples import Sample
 
@@ -181,6 +181,7 @@ def test_a_batch_as_arrays():
 
 def test_rows_get_few_lengths_none_of_them_a_quarter_too_long():
     got = [places(n, 1000, 1) for n in range(1, 1001)]
-    assert all(n <= T <= max(1.25 * n, n) for n, T in enumerate(got, 1))
-    assert len(set(got)) < 40 and got[-1] == 1000
+    assert all(n <= T <= max(1.25 * n, n + SHORTEST - 1) for n, T in enumerate(got, 1))
+    assert set(got[:12]) == {SHORTEST}
+    assert len(set(got)) < 30 and got[-1] == 1000
     assert all(places(n, 1000, 8) % 8 == 0 for n in range(1, 1000))

@@ -29,12 +29,14 @@ from step_jax.training.losses.text import routing_loss
 from step_jax.training.step import LossFn, LossOutput
 
 POLICY, CRITIC = "policy", "critic"
+#: Places that the rows of a batch come in: short texts would else be compiled for every length.
+SHORTEST = 16
 
 
 def places(longest: int, most: int, pieces: int) -> int:
     """How many places the rows of a batch get: few lengths, each compiled once, at most a quarter
-    too long; a multiple of the ``pieces`` that a sequence is cut into."""
-    step = 1 << max(0, (longest - 1).bit_length() - 3)
+    or ``SHORTEST`` too long; a multiple of the ``pieces`` that a sequence is cut into."""
+    step = max(SHORTEST, 1 << max(0, (longest - 1).bit_length() - 3))
     return -(-min(-(-longest // step) * step, most) // pieces) * pieces
 
 
