@@ -192,7 +192,8 @@ class _Estimator:
     def _known(self, variant: Any, ways: int) -> Program | None:
         """The program of a variant; one for all of them where the recipe fixes the batch."""
         count = _accumulation(variant)
-        fixed = getattr(getattr(variant, "training", None), "batch_size", None)
+        training = getattr(variant, "training", None)
+        fixed = isinstance(getattr(training, "batch_size", None), int)
         key = (1, None) if fixed else (ways, count)
         if key not in self._programs:
             whole = _with_accumulation(variant, 1) if fixed else variant
