@@ -42,6 +42,18 @@ def test_forecasts_of_runs_that_were_held_out(rows):
     assert len(off["experts"]) >= 3 and max(off["experts"]) <= 0.25
 
 
+def test_compiled_steps_of_published_runs_are_forecast_as_their_shapes_are(runs):
+    compiled = [run for run in runs if "compiled" in run]
+    assert compiled
+    for run in compiled:
+        counts, chip = run["compiled"], topology.CHIPS[run["chip"]]
+        at = topology.Topology("", run["platform"], chip, 1, 1, 1, (), ())
+        work = {tuple(name.split()): amount for name, amount in counts["layers"].items()}
+        found = forecast.forecast(work, counts["network"], at, "bfloat16")
+        assert counts["bound"] <= run["seconds"]
+        assert found.step == pytest.approx(run["seconds"], rel=0.15)
+
+
 def test_fit_follows_the_runs_that_it_has_seen(rows):
     for run, _, known, _ in rows:
         if run["name"] not in MISSED:
