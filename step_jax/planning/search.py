@@ -18,7 +18,7 @@ from step_jax.models.text.decoder import Decoder
 from step_jax.planning import estimate, forecast, roofline
 from step_jax.planning.compiled import Loop, check_rows, execution_of, extent
 from step_jax.planning.layers import PRODUCTS
-from step_jax.planning.plan import NOTHING_ELSE, Asked, Plan, make_plan, versions
+from step_jax.planning.plan import NO_REQUEST, Plan, Request, make_plan, versions
 from step_jax.planning.topology import Topology, paper_devices
 from step_jax.runs.console import Console, duration
 from step_jax.training.program import Program
@@ -265,7 +265,11 @@ def _proposal(variant: Any, flags: str, case: estimate.Case, topology: Topology)
 
 
 def search(
-    loop: Loop, config: Any, topology: Topology, asked: Asked = NOTHING_ELSE, compiled: bool = True
+    loop: Loop,
+    config: Any,
+    topology: Topology,
+    request: Request = NO_REQUEST,
+    compiled: bool = True,
 ) -> list[Proposal]:
     """The best proposals, those that fit first, then by time; the first few compiled.
 
@@ -293,15 +297,15 @@ def search(
     found.sort(key=lambda p: (p.nbytes > limit, p.step_s if p.nbytes <= limit else p.nbytes))
     best = found[:SHOWN]
     if compiled and not topology.on_paper:
-        plans = [(_compiled(loop, p, topology, asked), p) for p in best[:COMPILED]]
+        plans = [(_compiled(loop, p, topology, request), p) for p in best[:COMPILED]]
         plans.sort(key=lambda pair: (not pair[0].fits, _seconds(pair[0])))
         best[:COMPILED] = [replace(p, plan=plan) for plan, p in plans]
     return best + _as_it_stands(estimated, best)
 
 
-def _compiled(loop: Loop, p: Proposal, topology: Topology, asked: Asked) -> Plan:
-    flags = (*asked.flags, *p.flags.split())
-    return make_plan(loop, p.config, topology, replace(asked, flags=flags))
+def _compiled(loop: Loop, p: Proposal, topology: Topology, request: Request) -> Plan:
+    flags = (*request.flags, *p.flags.split())
+    return make_plan(loop, p.config, topology, replace(request, flags=flags))
 
 
 def _seconds(plan: Plan) -> float:
@@ -357,15 +361,15 @@ def show(proposals: list[Proposal], topology: Topology, console: Console) -> Non
     console.table(f"proposals for {topology.name}", rows)
 
 
-def save(proposals: list[Proposal], topology: Topology, asked: Asked, path: Path) -> None:
+def save(proposals: list[Proposal], topology: Topology, request: Request, path: Path) -> None:
     """Saves the ranking as JSON, and as Markdown beside it."""
     rows = rows_of(proposals)
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = {"recipe": asked.recipe, "topology": topology.name, "flags": list(asked.flags)}
+    head = {"recipe": request.recipe, "topology": topology.name, "flags": list(request.flags)}
     text = json.dumps(head | {"versions": versions(), "proposals": rows}, indent=1)
     path.write_text(text + "\n", encoding="utf-8")
     lines = [
-        f"# {asked.recipe} on {topology.name}",
+        f"# {request.recipe} on {topology.name}",
         "",
         "| | flags | GB of a device | step, s | range | MFU | tokens/s/chip | compiled |",
         "|---|---|---|---|---|---|---|---|",

@@ -28,11 +28,11 @@ def make(recipe: str, topology: str, flags: list[str]) -> dict[str, Any]:
     """The table of a recipe (a path from the repository's root) on a topology."""
     from step_jax.core.command_line import load_config
     from step_jax.planning import topology as topology_lib
-    from step_jax.planning.plan import Asked, make_plan
+    from step_jax.planning.plan import Request, make_plan
     from step_jax.trainers import pretrain
 
     config = load_config(pretrain.Config, [str(ROOT / recipe), *flags]).config
-    plan = make_plan(pretrain, config, topology_lib.parse(topology), Asked(Path(recipe).stem))
+    plan = make_plan(pretrain, config, topology_lib.parse(topology), Request(Path(recipe).stem))
     return {"recipe": recipe, "topology": topology, "flags": flags} | figures(plan)
 
 

@@ -57,7 +57,7 @@ def config(recipe):
 
 @pytest.fixture(scope="module")
 def plan(config):
-    return make_plan(pretrain, config, topology.parse("cpu:8"), plan_lib.Asked("small"))
+    return make_plan(pretrain, config, topology.parse("cpu:8"), plan_lib.Request("small"))
 
 
 def test_counts_of_the_compiled_step(plan):
