@@ -50,7 +50,8 @@ def run(asked: Asked) -> None:
     args = asked.options
     console = make_console(every=1)
     if asked.loop is None:
-        compare.show(*args.compare, console)
+        first, second = args.compare
+        compare.show(first, second, console)
         console.close()
         return
     if args.topology is None:
