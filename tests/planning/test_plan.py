@@ -136,13 +136,15 @@ def test_bad_input_is_refused(recipe, flags, words, capsys):
 
 def test_gpus_are_planned_on_paper_and_the_ranking_is_saved(recipe, tmp_path, capsys):
     argv = ["plan", str(recipe), "--topology", "gpu:h200x8", "--output", str(tmp_path)]
-    assert main(argv) == 0
+    assert main([*argv, "--price", "2USD"]) == 0
     text = capsys.readouterr().out
     assert "--parallel.fsdp" in text and "estimated" in text and "compiled:" not in text
     saved = json.loads((tmp_path / "small_gpu_h200x8_search.json").read_text())
     best, *others = saved["proposals"]
     assert best["tokens_per_s_per_chip"] == pytest.approx(16 * 128 / best["step_s"] / 8)
     assert best["fits"] is None  # nobody asked a compiler
+    assert best["chip_hours"] == pytest.approx(best["days"] * 24 * 8)
+    assert (best["cost"], saved["currency"]) == (pytest.approx(2 * best["chip_hours"]), "USD")
     assert all(best["step_s"] <= p["step_s"] for p in others)
     table = (tmp_path / "small_gpu_h200x8_search.md").read_text()
     assert table.count("\n|") == len(saved["proposals"]) + 2
