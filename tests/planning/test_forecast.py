@@ -68,6 +68,11 @@ def test_shares_of_the_peak_are_those_that_the_script_fits(runs):
         assert all(0 < share <= 1 for share in shares.values())
 
 
+def test_page_shows_what_the_script_reports():
+    page = plan_forecast.TABLE.parents[2] / "docs" / "planning.md"
+    assert plan_forecast.report() in page.read_text(encoding="utf-8")
+
+
 def test_fit_recovers_shares_that_made_the_times():
     """Times made by known shares, of runs that tell the kinds apart."""
     draw = np.random.default_rng(0)
