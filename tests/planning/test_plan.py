@@ -159,6 +159,23 @@ def test_plan_that_does_not_fit_says_what_would_help_and_no_days(plan, capsys):
     assert "none: the step does not fit" in text and "days" not in text
 
 
+def test_forecast_is_shown_and_drawn_by_layer_with_its_range_and_what_the_run_costs(
+    plan, tmp_path, capsys
+):
+    expected = dict(
+        step=5.0, low=4.5, high=5.5, layers={"mlp": 3.0, "attention": 1.5}, exposed=0.5, known=True
+    )
+    seen = replace(
+        plan, forecast=expected, rate=1234.0, mfu=0.4, price=2.0, cost=4000.0, currency="USD"
+    )
+    report.show(seen, make_console(every=1))
+    text = capsys.readouterr().out
+    for words in ("mlp", "3s (60%)", "5s, 4.5s to 5.5s", "1,234", "40.0%", "USD at 2 a chip-hour"):
+        assert words in text
+    assert "at least" not in text  # of a forecast nothing is a least time
+    assert report.draw(seen, tmp_path / "plan.png").stat().st_size > 10_000
+
+
 def test_memory_that_the_compiler_offers_is_the_limit(config):
     full = SimpleNamespace(overflow=LIBTPU)
     at = topology.Topology("", "tpu", topology.CHIPS["v5e"], 4, 4, 1, (2, 2), ())
