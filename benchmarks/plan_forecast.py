@@ -144,7 +144,6 @@ def compiled_counts(plan) -> dict[str, Any]:
         "traffic": plan.traffic,
         "network": plan.network_s,
         "bound": plan.bound_s,
-        "forecast": plan.forecast["step"],
         "fits": plan.fits,
         "versions": plan.versions,
     }

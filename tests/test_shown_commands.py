@@ -100,7 +100,7 @@ def check_step_jax(words: list[str]) -> None:
         assert cli.main(words) == 0
         return
     run, asked = cli.read(words)
-    if run is plan.run:
+    if run is plan.run and not asked.options.compare:
         check_topology(asked.options.topology)
     if words[0] == "ablate":
         load_variants(asked.paths, asked.overrides)

@@ -49,7 +49,8 @@ def run(asked: Asked) -> None:
     args = asked.options
     console = make_console(every=1)
     if asked.loop is None:
-        compare.show(*args.compare, console)
+        first, second = args.compare
+        compare.show(first, second, console)
         console.close()
         return
     if args.topology is None:
@@ -61,7 +62,7 @@ def run(asked: Asked) -> None:
     if args.search or topology.on_paper:
         _search(asked, topology, console)
         return
-    plan = make_plan(asked.loop, asked.config, topology, _beside(asked))
+    plan = make_plan(asked.loop, asked.config, topology, _request(asked))
     report.show(plan, console)
     name = _file_name(asked, topology)
     plan.save(args.output / f"{name}.json")
@@ -75,23 +76,23 @@ def run(asked: Asked) -> None:
         )
 
 
-def _beside(asked: Asked):
+def _request(asked: Asked):
     """What a plan is told beside configuration and topology."""
-    from step_jax.planning.plan import Asked as Beside
+    from step_jax.planning.plan import Request
 
     price, currency = asked.options.price or (None, None)
-    return Beside(asked.recipe, asked.flags, price, currency)
+    return Request(asked.recipe, asked.flags, price, currency)
 
 
 def _search(asked: Asked, topology, console) -> None:
     from step_jax.planning import search
 
-    args, beside = asked.options, _beside(asked)
+    args, request = asked.options, _request(asked)
     assert asked.loop is not None
-    found = search.search(asked.loop, asked.config, topology, beside, compiled=args.search)
+    found = search.search(asked.loop, asked.config, topology, request, compiled=args.search)
     search.show(found, topology, console)
     path = args.output / f"{_file_name(asked, topology)}_search.json"
-    search.save(found, topology, beside, path)
+    search.save(found, topology, request, path)
     console.line(f"saved: {path}, {path.with_suffix('.md')}")
     console.close()
 

@@ -93,7 +93,10 @@ def communication(
             entry = totals[kind, axes, tuple(piece)]
             entry[0] += times
             entry[1] += times * sent(kind, operand_bytes(computation, i), size)
-    rows = [Traffic(kind, axes, *entry, group) for (kind, axes, group), entry in totals.items()]
+    rows = [
+        Traffic(kind, axes, calls, nbytes, group)
+        for (kind, axes, group), (calls, nbytes) in totals.items()
+    ]
     return sorted(rows, key=lambda row: -row.nbytes)
 
 

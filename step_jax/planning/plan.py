@@ -149,7 +149,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """What a plan is made for beside a configuration and a topology.
 
     Attributes:
@@ -164,10 +164,10 @@ class Asked:
     currency: str | None = None
 
 
-NOTHING_ELSE = Asked()
+NO_REQUEST = Request()
 
 
-def make_plan(loop: Loop, config: Any, topology: Topology, asked: Asked = NOTHING_ELSE) -> Plan:
+def make_plan(loop: Loop, config: Any, topology: Topology, request: Request = NO_REQUEST) -> Plan:
     """Compiles the train step of a loop's configuration for a topology and takes stock of it.
 
     Raises:
@@ -175,11 +175,11 @@ def make_plan(loop: Loop, config: Any, topology: Topology, asked: Asked = NOTHIN
     """
     config = resolved(config, topology.count)
     compiled = compile_step(program_for(loop, config, topology), topology)
-    return take_stock(config, topology, compiled, asked)
+    return take_stock(config, topology, compiled, request)
 
 
 def take_stock(
-    config: Any, topology: Topology, compiled: Compiled, asked: Asked = NOTHING_ELSE
+    config: Any, topology: Topology, compiled: Compiled, request: Request = NO_REQUEST
 ) -> Plan:
     """The plan of a compiled step; ``config`` as ``resolved``."""
     program, module = compiled.program, parsed(compiled)
@@ -202,7 +202,7 @@ def take_stock(
     expected = forecast.forecast(ops.work, bound.network, topology, dtype)
     execution = execution_of(config)
     return Plan(
-        recipe=asked.recipe,
+        recipe=request.recipe,
         topology=topology.name,
         devices=topology.count,
         chips=topology.chips,
@@ -226,12 +226,12 @@ def take_stock(
         bound_s=bound.step,
         bound_by=bound.by,
         compile_cpu_s=compiled.compile_seconds,
-        flags=list(asked.flags),
+        flags=list(request.flags),
         versions=versions(),
         advice=advice(used.classes, config, extent(program.schema)[1]),
         notes=[*program.notes, *_notes(ops, endless, expected, topology)],
         **_expected(config, program, ops.flops),
-        **_run(program, topology, bound, expected, compiled, asked),
+        **_run(program, topology, bound, expected, compiled, request),
     )
 
 
@@ -277,7 +277,7 @@ def _run(
     bound: roofline.Bound,
     expected: forecast.Forecast | None,
     compiled: Compiled,
-    asked: Asked,
+    request: Request,
 ) -> dict[str, Any]:
     """The fields that follow from a step's time and the run's length."""
     work, steps = program.work, program.total_steps
@@ -303,9 +303,9 @@ def _run(
         work_per_day=days and work.count * SECONDS_PER_DAY / step_s,
         days=days,
         chip_hours=hours,
-        price=asked.price,
-        currency=asked.currency,
-        cost=hours and asked.price and hours * asked.price,
+        price=request.price,
+        currency=request.currency,
+        cost=hours and request.price and hours * request.price,
     )
 
 

@@ -18,9 +18,9 @@ from step_jax.models.text.decoder import Decoder
 from step_jax.planning import estimate, forecast, roofline
 from step_jax.planning.compiled import Loop, check_rows, execution_of, extent
 from step_jax.planning.layers import PRODUCTS
-from step_jax.planning.plan import NOTHING_ELSE, Asked, Plan, make_plan, versions
+from step_jax.planning.plan import NO_REQUEST, SECONDS_PER_DAY, Plan, Request, make_plan, versions
 from step_jax.planning.topology import Topology, paper_devices
-from step_jax.runs.console import Console, duration
+from step_jax.runs.console import Console, duration, si
 from step_jax.training.program import Program
 
 COMPILED = 2  # of the best few
@@ -47,6 +47,7 @@ class Proposal:
       low_s, high_s: the forecast's range.
       mfu: the model's operations at ``step_s`` over the peak.
       rate: tokens per second and chip.
+      days: of the recipe's whole run.
     """
 
     config: Any
@@ -58,6 +59,7 @@ class Proposal:
     high_s: float
     mfu: float
     rate: float
+    days: float
     plan: Plan | None = None
 
     @property
@@ -192,7 +194,8 @@ class _Estimator:
     def _known(self, variant: Any, ways: int) -> Program | None:
         """The program of a variant; one for all of them where the recipe fixes the batch."""
         count = _accumulation(variant)
-        fixed = getattr(getattr(variant, "training", None), "batch_size", None)
+        training = getattr(variant, "training", None)
+        fixed = isinstance(getattr(training, "batch_size", None), int)
         key = (1, None) if fixed else (ways, count)
         if key not in self._programs:
             whole = _with_accumulation(variant, 1) if fixed else variant
@@ -236,12 +239,15 @@ class _Estimator:
             abstract_batch(sharding, program.schema)
             case = estimate.case_of(program, variant.execution, sharding, held)
             assert case is not None, "search() refuses what has no estimates"
-            return _proposal(variant, _flags(variant, self.recipe), case, self.topology)
+            flags = _flags(variant, self.recipe)
+            return _proposal(variant, flags, case, self.topology, program.total_steps)
         except ConfigError:  # a size that does not divide
             return None
 
 
-def _proposal(variant: Any, flags: str, case: estimate.Case, topology: Topology) -> Proposal:
+def _proposal(
+    variant: Any, flags: str, case: estimate.Case, topology: Topology, steps: int
+) -> Proposal:
     dtype, mesh = case.execution.dtype, case.sharding.mesh
     work = estimate.work(case)
     flops = sum(amount for (_, kind), amount in work.items() if kind in PRODUCTS)
@@ -260,11 +266,16 @@ def _proposal(variant: Any, flags: str, case: estimate.Case, topology: Topology)
         high_s=step_s if expected is None else expected.high,
         mfu=needed / (step_s * roofline.peak(topology, dtype) * topology.count),
         rate=case.tokens / step_s / topology.chips,
+        days=steps * step_s / SECONDS_PER_DAY,
     )
 
 
 def search(
-    loop: Loop, config: Any, topology: Topology, asked: Asked = NOTHING_ELSE, compiled: bool = True
+    loop: Loop,
+    config: Any,
+    topology: Topology,
+    request: Request = NO_REQUEST,
+    compiled: bool = True,
 ) -> list[Proposal]:
     """The best proposals, those that fit first, then by time; the first few compiled.
 
@@ -292,15 +303,15 @@ def search(
     found.sort(key=lambda p: (p.nbytes > limit, p.step_s if p.nbytes <= limit else p.nbytes))
     best = found[:SHOWN]
     if compiled and not topology.on_paper:
-        plans = [(_compiled(loop, p, topology, asked), p) for p in best[:COMPILED]]
+        plans = [(_compiled(loop, p, topology, request), p) for p in best[:COMPILED]]
         plans.sort(key=lambda pair: (not pair[0].fits, _seconds(pair[0])))
         best[:COMPILED] = [replace(p, plan=plan) for plan, p in plans]
     return best + _as_it_stands(estimated, best)
 
 
-def _compiled(loop: Loop, p: Proposal, topology: Topology, asked: Asked) -> Plan:
-    flags = (*asked.flags, *p.flags.split())
-    return make_plan(loop, p.config, topology, replace(asked, flags=flags))
+def _compiled(loop: Loop, p: Proposal, topology: Topology, request: Request) -> Plan:
+    flags = (*request.flags, *p.flags.split())
+    return make_plan(loop, p.config, topology, replace(request, flags=flags))
 
 
 def _seconds(plan: Plan) -> float:
@@ -320,8 +331,11 @@ def _as_it_stands(estimated: _Estimator, best: list[Proposal]) -> list[Proposal]
     return [replace(proposal, flags="")]
 
 
-def rows_of(proposals: list[Proposal]) -> list[dict[str, Any]]:
+def rows_of(
+    proposals: list[Proposal], topology: Topology, request: Request
+) -> list[dict[str, Any]]:
     """The proposals as rows of plain values, the best first."""
+    hours = 24 * topology.chips
     return [
         {
             "rank": n,
@@ -336,6 +350,9 @@ def rows_of(proposals: list[Proposal]) -> list[dict[str, Any]]:
             "step_s_compiled": p.plan and _seconds(p.plan),
             "mfu": p.mfu,
             "tokens_per_s_per_chip": p.rate,
+            "days": p.days,
+            "chip_hours": p.days * hours,
+            "cost": request.price and p.days * hours * request.price,
         }
         for n, p in enumerate(proposals, 1)
     ]
@@ -348,6 +365,7 @@ def show(proposals: list[Proposal], topology: Topology, console: Console) -> Non
         text = f"{p.nbytes / 1e9:.3g} GB, {duration(p.step_s)} estimated"
         if topology.chip is not None:
             text += f" ({duration(p.low_s)} to {duration(p.high_s)}), MFU {p.mfu:.1%}"
+            text += f", {p.days:.3g} days"
         if p.plan is not None:
             fits = "fits" if p.plan.fits else "does not fit"
             text += f"; compiled: {p.plan.memory_compiler / 1e9:.3g} GB ({fits}), "
@@ -356,18 +374,30 @@ def show(proposals: list[Proposal], topology: Topology, console: Console) -> Non
     console.table(f"proposals for {topology.name}", rows)
 
 
-def save(proposals: list[Proposal], topology: Topology, asked: Asked, path: Path) -> None:
+def save(proposals: list[Proposal], topology: Topology, request: Request, path: Path) -> None:
     """Saves the ranking as JSON, and as Markdown beside it."""
-    rows = rows_of(proposals)
+    rows = rows_of(proposals, topology, request)
     path.parent.mkdir(parents=True, exist_ok=True)
-    head = {"recipe": asked.recipe, "topology": topology.name, "flags": list(asked.flags)}
-    text = json.dumps(head | {"versions": versions(), "proposals": rows}, indent=1)
+    head = {
+        "recipe": request.recipe,
+        "topology": topology.name,
+        "flags": list(request.flags),
+        "price": request.price,
+        "currency": request.currency,
+        "versions": versions(),
+    }
+    text = json.dumps(head | {"proposals": rows}, indent=1)
     path.write_text(text + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(_markdown(head, rows), encoding="utf-8")
+
+
+def _markdown(head: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     lines = [
-        f"# {asked.recipe} on {topology.name}",
+        f"# {head['recipe']} on {head['topology']}",
         "",
-        "| | flags | GB of a device | step, s | range | MFU | tokens/s/chip | compiled |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | flags | GB of a device | step, s | range | MFU | tokens/s/chip | days | chip-hours "
+        f"| cost{', ' + head['currency'] if head['currency'] else ''} | compiled |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         said = (
@@ -382,6 +412,7 @@ def save(proposals: list[Proposal], topology: Topology, asked: Asked, path: Path
             f"| {row['rank']} | {row['flags'] or 'as it stands'} "
             f"| {row['memory_estimate'] / 1e9:.1f} | {row['step_s']:.3g} "
             f"| {row['low_s']:.3g} to {row['high_s']:.3g} | {row['mfu']:.0%} "
-            f"| {row['tokens_per_s_per_chip']:,.0f} | {said} |"
+            f"| {row['tokens_per_s_per_chip']:,.0f} | {row['days']:.3g} | {si(row['chip_hours'])} "
+            f"| {si(row['cost']) if row['cost'] else ''} | {said} |"
         )
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return "\n".join(lines) + "\n"

@@ -169,8 +169,8 @@ def make_serving(
         length=length,
         prompt=prompt,
         prompts=ways,
-        read=stock(*_reading(decoding, params, ways, prompt), held),
-        write=stock(*_writing(decoding, params, slots), held + slots // ways * slot),
+        read=stock(*_reading(decoding, params, ways, prompt), read=held),
+        write=stock(*_writing(decoding, params, slots), read=held + slots // ways * slot),
     )
 
 
@@ -209,7 +209,7 @@ def _writing(decoding: Decoding, params, slots: int):
     return "advance", lowered
 
 
-def _half(name: str, lowered, read: float, *, topology: Topology, mesh, dtype: str) -> Half:
+def _half(name: str, lowered, *, read: float, topology: Topology, mesh, dtype: str) -> Half:
     """Takes stock of a program; a loop of unknown length, over tokens, counts one turn.
 
     Args:

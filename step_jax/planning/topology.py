@@ -69,12 +69,20 @@ class Topology:
 
 @dataclass(frozen=True)
 class PaperDevice:
-    """What stands for a device in a mesh where only shapes and layouts are asked for."""
+    """What stands for a device in a mesh where only shapes and layouts are asked for.
+
+    TPUs stand in a line: JAX lays a mesh out by where they are.
+    """
 
     id: int
     platform: str
     device_kind: str
     process_index: int = 0
+    core_on_chip: int = 0
+
+    @property
+    def coords(self) -> tuple[int, int, int]:
+        return (self.id, 0, 0)
 
 
 def paper_devices(platform: str, kind: str, count: int) -> list[PaperDevice]:

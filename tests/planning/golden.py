@@ -28,11 +28,11 @@ def make(recipe: str, topology: str, flags: list[str]) -> dict[str, Any]:
     """The table of a recipe (a path from the repository's root) on a topology."""
     from step_jax.core.command_line import load_config
     from step_jax.planning import topology as topology_lib
-    from step_jax.planning.plan import Asked, make_plan
+    from step_jax.planning.plan import Request, make_plan
     from step_jax.trainers import pretrain
 
     config = load_config(pretrain.Config, [str(ROOT / recipe), *flags]).config
-    plan = make_plan(pretrain, config, topology_lib.parse(topology), Asked(Path(recipe).stem))
+    plan = make_plan(pretrain, config, topology_lib.parse(topology), Request(Path(recipe).stem))
     return {"recipe": recipe, "topology": topology, "flags": flags} | figures(plan)
 
 
@@ -48,9 +48,18 @@ def figures(plan) -> dict[str, Any]:
         "flops": plan.flops,
         "flops_model": plan.flops_model,
         "kernels_without_cost": len(plan.kernels_without_cost),
-        "collectives": {f"{c['kind']} over {c['axes']}": c["nbytes"] for c in plan.collectives},
+        "collectives": _by_axes(plan.collectives),
         "compile_cpu_s": plan.compile_cpu_s,
     }
+
+
+def _by_axes(collectives: list[dict[str, Any]]) -> dict[str, float]:
+    """Bytes by kind and axes; groups of all sizes that are pieces of an axis together."""
+    found: dict[str, float] = {}
+    for c in collectives:
+        name = f"{c['kind']} over {c['axes']}"
+        found[name] = found.get(name, 0.0) + c["nbytes"]
+    return found
 
 
 def write(recipe: str, topology: str, flags: list[str]) -> Path:

@@ -42,6 +42,18 @@ def test_forecasts_of_runs_that_were_held_out(rows):
     assert len(off["experts"]) >= 3 and max(off["experts"]) <= 0.25
 
 
+def test_compiled_steps_of_published_runs_are_forecast_as_their_shapes_are(runs):
+    compiled = [run for run in runs if "compiled" in run]
+    assert compiled
+    for run in compiled:
+        counts, chip = run["compiled"], topology.CHIPS[run["chip"]]
+        at = topology.Topology("", run["platform"], chip, 1, 1, 1, (), ())
+        work = {tuple(name.split()): amount for name, amount in counts["layers"].items()}
+        found = forecast.forecast(work, counts["network"], at, "bfloat16")
+        assert counts["bound"] <= run["seconds"]
+        assert found.step == pytest.approx(run["seconds"], rel=0.15)
+
+
 def test_fit_follows_the_runs_that_it_has_seen(rows):
     for run, _, known, _ in rows:
         if run["name"] not in MISSED:
@@ -54,6 +66,11 @@ def test_shares_of_the_peak_are_those_that_the_script_fits(runs):
     assert plan_forecast.table(runs) == written
     for shares in (*efficiencies.CHIPS.values(), efficiencies.OTHER_CHIPS):
         assert all(0 < share <= 1 for share in shares.values())
+
+
+def test_page_shows_what_the_script_reports():
+    page = plan_forecast.TABLE.parents[2] / "docs" / "planning.md"
+    assert plan_forecast.report() in page.read_text(encoding="utf-8")
 
 
 def test_fit_recovers_shares_that_made_the_times():

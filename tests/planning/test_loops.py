@@ -179,11 +179,13 @@ def test_search_on_paper_knows_the_devices_that_an_optimizer_asks_for():
     assert found and all(p.plan is None for p in found)
 
 
-def test_batch_of_step_law_fits_every_mesh_that_is_tried():
+@pytest.mark.usefixtures("topology")
+@pytest.mark.parametrize("name", ["gpu:h200x8", "v5e:2x4"])
+def test_batch_of_step_law_fits_every_mesh_that_is_tried(name):
     config = load_file(pretrain.Config, TOYS / "pretrain.yaml")
     config = replace(config, training=Training(tokens=1e7))
-    at = topology.parse("gpu:h200x8")
-    for proposal in search.search(pretrain, config, at):
+    at = topology.parse(name)
+    for proposal in search.search(pretrain, config, at, compiled=False):
         again = program_for(pretrain, resolved(proposal.config, 8), at)
         case = estimate.case_of(again, proposal.config.execution)
         assert sum(estimate.memory(case).values()) == proposal.nbytes

@@ -57,7 +57,7 @@ def config(recipe):
 
 @pytest.fixture(scope="module")
 def plan(config):
-    return make_plan(pretrain, config, topology.parse("cpu:8"), plan_lib.Asked("small"))
+    return make_plan(pretrain, config, topology.parse("cpu:8"), plan_lib.Request("small"))
 
 
 def test_counts_of_the_compiled_step(plan):
@@ -136,13 +136,15 @@ def test_bad_input_is_refused(recipe, flags, words, capsys):
 
 def test_gpus_are_planned_on_paper_and_the_ranking_is_saved(recipe, tmp_path, capsys):
     argv = ["plan", str(recipe), "--topology", "gpu:h200x8", "--output", str(tmp_path)]
-    assert main(argv) == 0
+    assert main([*argv, "--price", "2USD"]) == 0
     text = capsys.readouterr().out
     assert "--parallel.fsdp" in text and "estimated" in text and "compiled:" not in text
     saved = json.loads((tmp_path / "small_gpu_h200x8_search.json").read_text())
     best, *others = saved["proposals"]
     assert best["tokens_per_s_per_chip"] == pytest.approx(16 * 128 / best["step_s"] / 8)
     assert best["fits"] is None  # nobody asked a compiler
+    assert best["chip_hours"] == pytest.approx(best["days"] * 24 * 8)
+    assert (best["cost"], saved["currency"]) == (pytest.approx(2 * best["chip_hours"]), "USD")
     assert all(best["step_s"] <= p["step_s"] for p in others)
     table = (tmp_path / "small_gpu_h200x8_search.md").read_text()
     assert table.count("\n|") == len(saved["proposals"]) + 2
@@ -155,6 +157,23 @@ def test_plan_that_does_not_fit_says_what_would_help_and_no_days(plan, capsys):
     report.show(too_large, make_console(every=1))
     text = capsys.readouterr().out
     assert "none: the step does not fit" in text and "days" not in text
+
+
+def test_forecast_is_shown_and_drawn_by_layer_with_its_range_and_what_the_run_costs(
+    plan, tmp_path, capsys
+):
+    expected = dict(
+        step=5.0, low=4.5, high=5.5, layers={"mlp": 3.0, "attention": 1.5}, exposed=0.5, known=True
+    )
+    seen = replace(
+        plan, forecast=expected, rate=1234.0, mfu=0.4, price=2.0, cost=4000.0, currency="USD"
+    )
+    report.show(seen, make_console(every=1))
+    text = capsys.readouterr().out
+    for words in ("mlp", "3s (60%)", "5s, 4.5s to 5.5s", "1,234", "40.0%", "USD at 2 a chip-hour"):
+        assert words in text
+    assert "at least" not in text  # of a forecast nothing is a least time
+    assert report.draw(seen, tmp_path / "plan.png").stat().st_size > 10_000
 
 
 def test_memory_that_the_compiler_offers_is_the_limit(config):
