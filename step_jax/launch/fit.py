@@ -52,6 +52,7 @@ def _check_tpu(
     if not compiled:
         return f"mesh and batch divide over {there.name}; submitting compiles and plans memory"
     plan = make_plan(loop, config, there, recipe)
+    assert plan.memory_limit is not None, "chips have one"
     need, have = (report.gigabytes(n) for n in (plan.memory_compiler, plan.memory_limit))
     if not plan.fits:
         search = f"step-jax plan {recipe} --topology {place.topology} --search"
