@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax._src import distributed  # the key-value client has no public name (jax 0.11, 0.12)
 
-from step_jax.core.errors import ConfigError, from_kind, kind_of
+from step_jax.core.errors import ConfigError, PeerLostError, from_kind, kind_of
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _LOOPBACK = ("127.", "localhost:", "[::1]:")
@@ -69,6 +69,22 @@ def join(multihost: bool = False) -> None:
             f"the coordinator cannot listen on {arguments.get('coordinator_address', 'its port')}: "
             f"the port is in use, or the address is not this machine's; {_VARIABLES[0]} names it"
         ) from None
+
+
+#: what a step of several processes fails of while all of them live
+_OF_ITS_OWN = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "FAILED_PRECONDITION")
+
+
+def peer_lost(error: BaseException | None) -> PeerLostError | None:
+    """What a failure of JAX means in a run of several processes: as a rule that one is gone.
+
+    A survivor hears of it by its collective, a moment before JAX's heartbeat would abort it.
+    """
+    own = not isinstance(error, jax.errors.JaxRuntimeError) or jax.process_count() == 1
+    if own or str(error).startswith(_OF_ITS_OWN):
+        return None
+    text = str(error).splitlines()[0]
+    return PeerLostError(f"another process is gone, or cannot be reached: {text}")
 
 
 def keep_compiled_programs() -> None:

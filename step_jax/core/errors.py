@@ -99,6 +99,12 @@ class HangError(StepError, RuntimeError):
     exit_code = ExitCode.HANG
 
 
+class PeerLostError(StepError, RuntimeError):
+    """Another process of the run, or its machine, is gone."""
+
+    exit_code = ExitCode.ABORTED
+
+
 def kind_of(error: BaseException, default: type[StepError] = StepError) -> str:
     """The name under which a failure travels to other processes and threads.
 

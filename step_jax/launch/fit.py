@@ -10,7 +10,7 @@ from step_jax.launch.queued import QueuedResources
 from step_jax.launch.target import Target
 from step_jax.planning import report, topology
 from step_jax.planning.compiled import program_for, resolved
-from step_jax.planning.plan import Asked, make_plan
+from step_jax.planning.plan import Request, make_plan
 from step_jax.runs.device_memory import DoesNotFit
 
 
@@ -51,8 +51,8 @@ def _check_tpu(
     program_for(loop, config, there)
     if not compiled:
         return f"mesh and batch divide over {there.name}; submitting compiles and plans memory"
-    plan = make_plan(loop, config, there, Asked(recipe))
-    assert plan.memory_limit is not None  # TPUs have one
+    plan = make_plan(loop, config, there, Request(recipe))
+    assert plan.memory_limit is not None, "chips have one"
     need, have = (report.gigabytes(n) for n in (plan.memory_compiler, plan.memory_limit))
     if not plan.fits:
         search = f"step-jax plan {recipe} --topology {place.topology} --search"

@@ -203,7 +203,7 @@ def _start(command: list[str], env: Mapping[str, str], *, piped: bool) -> subpro
         stdout=pipe,
         stderr=pipe,
         process_group=0,
-        preexec_fn=_die_with_parent,
+        preexec_fn=_die_with_parent if sys.platform == "linux" else None,
     )
 
 

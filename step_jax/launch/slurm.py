@@ -98,7 +98,7 @@ class Slurm:
         options |= {k: str(v) for k, v in given.items() if v is not None} | self.options
         directives = "\n".join(f"#SBATCH --{k}={v}" for k, v in options.items())
         environment = dict(job.environment)
-        if not self.gpus_per_node and self.devices_per_process > 1:
+        if not self.gpus_per_node:  # whatever the shell says from which the job is submitted
             flag = f"--xla_force_host_platform_device_count={self.devices_per_process}"
             environment["XLA_FLAGS"] = f"{environment.get('XLA_FLAGS', '')} {flag}".strip()
         # srun's code is the highest of its processes'. A process that is done waits for no others.

@@ -180,8 +180,8 @@ class StopSignal:
         if exit_timer.available():
             self._forced = exit_timer.CTimer("_exit", self.exit_code)
             self._forced.set(_LEAVE_S)
-        # It also wakes the main thread if it sleeps or reads.
-        signal.pthread_kill(threading.main_thread().ident or 0, self._signal)
+        if self._handlers:  # it also wakes the main thread if it sleeps or reads
+            signal.pthread_kill(threading.main_thread().ident or 0, self._signal)
 
     def _watch(self) -> None:
         while not self._closing:

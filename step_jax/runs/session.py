@@ -134,9 +134,12 @@ class Session:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *exc):
+    def __exit__(self, kind, error, trace):
         self._watchdog.allow(distributed.TIMEOUT_S)  # for the last save
-        return self._stack.__exit__(*exc)
+        lost = distributed.peer_lost(error)
+        self._stack.__exit__(kind, lost or error, trace)
+        if lost is not None:
+            raise lost from error
 
     # --- before the first step -----------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,3 +89,14 @@ def test_a_recipe_is_compiled_for_its_slice_before_it_is_submitted(tmp_path, cap
     assert pod["terminationGracePeriodSeconds"] == 30 + 2 * 45
     variables = {v["name"]: v["value"] for v in pod["containers"][0]["env"]}
     assert variables["MINE"] == "1" and variables["JAX_PLATFORMS"] == "tpu,cpu"
+
+
+@pytest.mark.parametrize("name", ["slurm", "skypilot", "gke", "queued"])
+def test_what_an_example_shows_fits_its_target(name, monkeypatch, capsys):
+    if name in ("gke", "queued") and importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu, which describes TPU slices, is not installed")
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "launch" / "targets" / f"{name}.yaml").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("#   step-jax launch")]
+    assert main(line.removeprefix("#   step-jax ").split()) == ExitCode.OK
+    assert "# mesh and batch divide" in capsys.readouterr().out

@@ -15,10 +15,10 @@ from step_jax.runs.metrics_log import read_metrics
 from tests.launch.slurm_cluster import ask, cluster, missing
 
 ROOT = Path(__file__).parents[2]
-STEPS = 400
+STEPS = 240
 RECIPE = f"""
 base: {ROOT}/configs/toys/pretrain.yaml
-run: {{directory: {{run}}, checkpoint: {{every_steps: 50}}, logging: {{sinks: []}}}}
+run: {{directory: {{run}}, checkpoint: {{every_steps: 40}}, logging: {{sinks: []}}}}
 model:
   width: 64
   layers:
@@ -120,15 +120,15 @@ def test_a_run_that_is_stopped_killed_and_preempted_ends_in_the_bits_of_an_undis
         ask(env, "sbatch", "--test-only", str(log.parent / "job.sh"))
         job = Job(env, run, log)
 
-        job.trained(20)
+        job.trained(15)
         ask(env, "scancel", "--signal=TERM", "--name=bits")
         job.started_again(1)
 
-        job.trained(40)
+        job.trained(30)
         os.kill(process_of(job.id, rank=1), 9)
         job.started_again(2)
 
-        job.trained(40)
+        job.trained(30)
         ask(env, "sbatch", "--partition=high", "--nodes=2", "--output=/dev/null", "--wrap=true")
         job.started_again(3)
 

@@ -9,7 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-from step_jax.core.errors import ExitCode
+import jax
+import pytest
+
+from step_jax.core import distributed
+from step_jax.core.errors import ExitCode, exit_of
 from tests.runs.test_interactive import CELL
 
 ROOT = Path(__file__).parents[2]
@@ -63,3 +67,23 @@ def test_a_last_save_that_hangs_ends_the_process_with_its_stacks(tmp_path):
     assert run.returncode == ExitCode.HANG, output
     assert "makes no progress; this is where its threads are:" in output
     assert "never_done" in output
+
+
+GLOO = "UNKNOWN: Gloo all-reduce failed: Read error [127.0.0.1]:56193: Connection reset by peer"
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "lost"),
+    [
+        (GLOO, 2, True),
+        ("UNAVAILABLE: The tasks have crashed. Task heartbeat timeouts", 2, True),
+        (GLOO, 1, False),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes", 2, False),
+    ],
+)
+def test_a_step_that_fails_of_a_lost_process_asks_for_a_restart(monkeypatch, text, count, lost):
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    found = distributed.peer_lost(jax.errors.JaxRuntimeError(text))
+    assert (found is not None) == lost
+    assert found is None or exit_of(found.exit_code).again == "counted"
+    assert distributed.peer_lost(None) is None and distributed.peer_lost(ValueError(text)) is None
