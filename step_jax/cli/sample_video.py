@@ -15,8 +15,9 @@ from step_jax.inference.flow import Sampler
 from step_jax.inference.text_states import Encoder
 
 _DESCRIPTION = """Draw pictures and clips: step-jax sample-video ARTIFACT "a prompt" ...
-ARTIFACT is RUN, RUN@STEP or hf:PATH, of which --encoders, --size and --vae must be named. Every prompt is a row of the file, whose ending (.mp4, .gif, .png) says
-what is written; a PNG has the frames of a clip side by side."""
+ARTIFACT is RUN, RUN@STEP or hf:PATH, with which go --encoders, --vae and --size. Every prompt is a
+row of the file, whose ending (.mp4, .gif, .png) says what is written; a PNG has the frames of a
+clip side by side."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,7 @@ def run(asked: tuple[str, SampleVideoConfig]) -> None:
     vae = config.vae or (data.vae if data else None)
     decoder = load_artifact(vae, sharding) if vae else None
     if config.size is None and data is None:
-        raise ConfigError(
-            f"{name} does not say what it learnt from: name a size of latents, --size"
-        )
+        raise ConfigError(f"{name} says no size of latents: name one, --size")
     size = config.size or data.buckets[0]
     prompts = [config.negative, *config.prompts]
     texts = text_states.of_prompts(

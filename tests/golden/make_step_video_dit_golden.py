@@ -106,7 +106,8 @@ def inputs(pictures: bool) -> dict[str, np.ndarray]:
         "latents_BFCHW": normal(2, F, SMALL["in_channels"], H, W),
         "llm_BSE": normal(2, LLM_TOKENS, llm),
         "clip_BSE": normal(2, CLIP_TOKENS, clip),
-        "time_B": np.array([0.3, 0.85], np.float32),
+        # angles of 1000 t are of float32 there: at 0.9 their rounding alone is 1e-5 of the output
+        "time_B": np.array([0.3, 0.05], np.float32),
     }
     if pictures:
         first = np.zeros_like(drawn["latents_BFCHW"])

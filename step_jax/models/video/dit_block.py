@@ -21,7 +21,6 @@ from step_jax.models.layers.initialisation import Initialisation
 from step_jax.models.layers.norm import Norm
 from step_jax.ops.attention import Mask
 
-
 #: Shift, scale and gate of attention, then of the MLP: shifts and scales of nothing, gates of 1.
 OPEN = ConstantRows((0.0, 0.0, 1.0, 0.0, 0.0, 1.0))
 
