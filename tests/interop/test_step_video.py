@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from step_jax.cli.main import main
@@ -22,7 +23,7 @@ from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.core.spec import count, map_names, map_specs
 from step_jax.inference import text_states
 from step_jax.interop.artifacts import InitFrom, load_artifact, starting_point
-from step_jax.interop.hf import step_video, step_video_vae
+from step_jax.interop.hf import save_hf, step_video, step_video_vae
 from step_jax.models.context import Execution
 from step_jax.models.layers.attention import MHA
 from step_jax.models.layers.mlp import GELU
@@ -35,6 +36,8 @@ from step_jax.trainers.diffusion import flow_matching
 from tests.golden import make_step_video_dit_golden as golden
 from tests.golden import make_step_video_golden as vae_golden
 from tests.models import small
+from tests.tokenizers.made import byte_level, ours
+from tests.trainers.loops import fast_compile, run_loop
 
 RECIPE = Path(__file__).parents[2] / "configs" / "video" / "step_video_30b.yaml"
 FORMS = ("t2v", "ti2v")
@@ -45,10 +48,13 @@ VAE = VideoVAE(
     decoder_blocks=2, temporal=(False, True),
 )  # fmt: skip
 SHAPES = np.load(golden.FILE)
+ONE = Sharding.build(MeshConfig(), jax.devices()[:1])
 
 
-def sharding() -> Sharding:
-    return Sharding.build(MeshConfig(fsdp=-1))
+@pytest.fixture
+def on_one_device(monkeypatch):
+    """Commands compute on the first, where arrays are turned without a compilation."""
+    monkeypatch.setattr(Sharding, "build", staticmethod(lambda *_: ONE))
 
 
 def keys(form: str) -> dict:
@@ -115,7 +121,7 @@ def test_full_size_autoencoder_has_the_tensors_of_the_released_class():
 
 
 def test_outputs_are_those_of_the_released_class(form, folder):
-    artifact = load_artifact(f"hf:{folder}", sharding())
+    artifact = load_artifact(f"hf:{folder}", ONE)
     model, given = artifact.model, {k: SHAPES[f"{form}/{k}"] for k in golden.inputs(form == "ti2v")}
 
     def patches(x_BFCHW):
@@ -143,6 +149,7 @@ def test_outputs_are_those_of_the_released_class(form, folder):
 # --- there and back ------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("on_one_device")
 def test_a_transformer_goes_out_as_it_came_in(form, folder, tmp_path):
     out = tmp_path / "out"
     assert main(["export", f"hf:{folder}", str(out), "--dtype", "float32"]) == 0
@@ -155,10 +162,11 @@ def test_a_transformer_goes_out_as_it_came_in(form, folder, tmp_path):
     assert {k: config[k] for k in keys(form).keys() - how} == {
         k: v for k, v in keys(form).items() if k not in how
     }
-    again = load_artifact(f"hf:{out}", sharding(), arrays=False)
-    assert again.model == load_artifact(f"hf:{folder}", sharding(), arrays=False).model
+    again = load_artifact(f"hf:{out}", ONE, arrays=False)
+    assert again.model == load_artifact(f"hf:{folder}", ONE, arrays=False).model
 
 
+@pytest.mark.usefixtures("on_one_device")
 def test_shards_have_the_names_that_diffusers_looks_for(folder, tmp_path):
     out = tmp_path / "out"
     assert main(["export", f"hf:{folder}", str(out), "--max-shard-gb", "0.001"]) == 0
@@ -166,7 +174,7 @@ def test_shards_have_the_names_that_diffusers_looks_for(folder, tmp_path):
     assert shards[0] == f"diffusion_pytorch_model-00001-of-{len(shards):05d}.safetensors"
     index = json.loads((out / f"{WEIGHTS}.index.json").read_text())
     assert set(index["weight_map"].values()) == set(shards)
-    load_artifact(f"hf:{out}", sharding())
+    load_artifact(f"hf:{out}", ONE)
 
 
 @pytest.fixture(scope="module")
@@ -181,13 +189,14 @@ def vae_folder(tmp_path_factory):
 
 def test_an_autoencoder_has_the_weights_that_the_released_outputs_were_made_with(vae_folder):
     """With which tests/models/test_video_vae.py has the released code's latents and clips."""
-    artifact = load_artifact(f"hf:{vae_folder}", sharding())
+    artifact = load_artifact(f"hf:{vae_folder}", ONE)
     assert artifact.model == VAE
     names = map_names(str, VAE.specs())
     wanted = map_specs(lambda s, name: vae_golden.weight(name, s.shape), VAE.specs(), names)
     jax.tree.map(np.testing.assert_array_equal, artifact.params, wanted)
 
 
+@pytest.mark.usefixtures("on_one_device")
 def test_an_autoencoder_goes_out_as_it_came_in(vae_folder, tmp_path):
     out = tmp_path / "out"
     assert main(["export", f"hf:{vae_folder}", str(out), "--dtype", "float32"]) == 0
@@ -202,12 +211,12 @@ def test_an_autoencoder_goes_out_as_it_came_in(vae_folder, tmp_path):
 
 def test_training_starts_from_a_folder(folder):
     init = InitFrom(f"hf:{folder}")
-    start = starting_point(None, init, sharding(), VideoDiT)
+    start = starting_point(None, init, ONE, VideoDiT)
     assert all(leaf is not None for leaf in jax.tree.leaves(start.params))
-    assert start.model == load_artifact(init.artifact, sharding(), arrays=False).model
+    assert start.model == load_artifact(init.artifact, ONE, arrays=False).model
     wider = replace(start.model, mlp=GELU(64))
     with pytest.raises(CheckpointError, match="blocks/mlp/up_DF"):
-        starting_point(wider, init, sharding(), VideoDiT)
+        starting_point(wider, init, ONE, VideoDiT)
 
 
 def test_a_fresh_released_form_starts_with_open_gates():
@@ -218,10 +227,64 @@ def test_a_fresh_released_form_starts_with_open_gates():
 
 
 def test_a_prompt_needs_the_encoders_and_a_size(folder, tmp_path):
-    artifact = load_artifact(f"hf:{folder}", sharding(), arrays=False)
+    artifact = load_artifact(f"hf:{folder}", ONE, arrays=False)
     with pytest.raises(ConfigError, match="does not say what makes its states clip"):
-        text_states.of_prompts(artifact, ["a cat"], sharding(), load_artifact)
+        text_states.of_prompts(artifact, ["a cat"], ONE, load_artifact)
     assert main(["sample-video", f"hf:{folder}", "a cat"]) != 0
+
+
+TUNING = """
+loop: diffusion
+run: {{directory: {run}}}
+init_from: {{artifact: "hf:{model}"}}
+data: {{kind: digits}}
+text: {{cache: {cache}, encoders: {encoders}}}
+training: {{steps: 1, batch_size: 8, ema_decay: null}}
+optimizer: {{kind: adamw, learning_rate: 1e-3, schedule: {{kind: constant}}}}
+execution: {{dtype: float32}}
+sample: {{count: 0}}
+"""
+
+
+@pytest.mark.slow  # compiles a loop, two encoders and a sampler
+def test_a_folder_is_tuned_drawn_from_and_written_back(tmp_path):
+    """With encoders that are folders too, of 32 numbers a token; pictures of one channel. Drawn and
+    written from several devices."""
+    pytest.importorskip("sklearn")
+    tokenizer = ours(byte_level())
+    tokenizer.save(tmp_path / "tokenizer")
+    attention = MHA(2, 16, position=Rope())
+    encoder = small.decoder(attention, repeat=1, vocab=tokenizer.vocab_size)
+    save_hf(
+        tmp_path / "llm", small.params(encoder), encoder, context_length=320,
+        tokenizer_folder=tmp_path / "tokenizer", dtype="float32",
+    )  # fmt: skip
+    config = keys("t2v") | {
+        "in_channels": 1, "out_channels": 1, "num_layers": 1, "caption_channels": [32, 32]
+    }  # fmt: skip
+    tensors, _ = step_video.layout(step_video.config_from_diffusers(config))
+    state = {t.name: golden.weight(t.name, t.their_shape) for t in tensors}
+    model = write(tmp_path / "model", config, state)
+    encoders = f"[{{name: clip, artifact: 'hf:{tmp_path / 'llm'}'}}, "
+    encoders += f"{{name: llm, artifact: 'hf:{tmp_path / 'llm'}'}}]"
+    recipe = tmp_path / "tuning.yaml"
+    places = {"run": tmp_path / "run", "model": model, "cache": tmp_path / "states"}
+    recipe.write_text(TUNING.format(**places, encoders=encoders))
+    run_loop("diffusion", str(recipe))
+    prompt = ["the digit three", "--size", "1", "8", "8", "--encoders", encoders]
+    options = ["--sampler.steps", "1", "--sampler.guidance", "3", "--output"]
+    with fast_compile():
+        drawn = str(tmp_path / "drawn.png")
+        assert main(["sample-video", f"hf:{model}", *prompt, *options, drawn]) == 0
+    assert Image.open(drawn).size == (8, 8)
+    out = tmp_path / "out"
+    assert main(["export", str(tmp_path / "run"), str(out), "--dtype", "float32"]) == 0
+    several = Sharding.build(MeshConfig(fsdp=-1))
+    tuned, again = (load_artifact(n, several) for n in (str(tmp_path / "run"), f"hf:{out}"))
+    jax.tree.map(np.testing.assert_array_equal, again.params, tuned.params)
+    assert replace(again.model, init=tuned.model.init) == tuned.model
+    moved = load_file(out / WEIGHTS)["proj_out.weight"]
+    assert np.abs(moved - state["proj_out.weight"]).max() > 1e-4
 
 
 # --- what does not fit ---------------------------------------------------------------------------
@@ -284,7 +347,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(tmp_path, damage, message):
     damage(state)
     folder = write(tmp_path / "in", keys("t2v"), state)
     with pytest.raises(CheckpointError, match=message):
-        load_artifact(f"hf:{folder}", sharding())
+        load_artifact(f"hf:{folder}", ONE)
 
 
 def test_autoencoders_that_do_not_fit_are_refused_by_name(vae_folder, tmp_path):
@@ -294,7 +357,7 @@ def test_autoencoders_that_do_not_fit_are_refused_by_name(vae_folder, tmp_path):
         (tmp_path / f"{name}.safetensors").unlink(missing_ok=True)
         save_file(state, tmp_path / f"{name}.safetensors")
         with pytest.raises(CheckpointError) as refused:
-            load_artifact(f"hf:{tmp_path}", sharding())
+            load_artifact(f"hf:{tmp_path}", ONE)
         return str(refused.value)
 
     one = {k: v for k, v in whole.items() if "patchify" not in k}
@@ -312,7 +375,7 @@ def test_autoencoders_that_do_not_fit_are_refused_by_name(vae_folder, tmp_path):
 def test_a_whole_pipeline_is_refused_with_the_folders_that_would_do(tmp_path):
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"several models .*transformer or hf:.*vae"):
-        load_artifact(f"hf:{tmp_path}", sharding())
+        load_artifact(f"hf:{tmp_path}", ONE)
 
 
 LLM = States("llm", 5, 320, "mlp")
