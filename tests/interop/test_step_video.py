@@ -35,6 +35,7 @@ from step_jax.models.video.vae import VideoVAE
 from step_jax.trainers.diffusion import flow_matching
 from tests.golden import make_step_video_dit_golden as golden
 from tests.golden import make_step_video_golden as vae_golden
+from tests.interop.test_hf_fields import possible, variants
 from tests.models import small
 from tests.tokenizers.made import byte_level, ours
 from tests.trainers.loops import fast_compile, run_loop
@@ -416,3 +417,41 @@ def test_autoencoders_that_the_class_does_not_compute_are_not_exported(change, m
     step_video_vae.check_released(replace(VAE, head_width=128))
     with pytest.raises(ConfigError, match=message):
         step_video_vae.check_released(replace(VAE, **change))
+
+
+#: What only training knows: the exported model is the same without it.
+OF_TRAINING = {"VideoDiT.init", "FanIn.gain", "MHA.output_rate"}
+
+
+def test_no_field_is_lost_on_the_way_out(form):
+    """A new field of the transformer that export does not know of fails here."""
+    base = step_video.config_from_diffusers(keys(form) | {"num_attention_heads": 2})
+    expected = step_video.config_to_diffusers(base)
+    written = set()
+    for field, other in variants(base, None):
+        if other == base or not possible(other):
+            continue
+        try:
+            config = step_video.config_to_diffusers(other)
+        except ConfigError:
+            assert field not in OF_TRAINING, field
+            continue
+        written.add(field)
+        assert (config == expected) == (field in OF_TRAINING), f"{field} is lost: {other}"
+    assert written >= {"VideoDiT.depth", "VideoDiT.channels", "States.width", *OF_TRAINING}
+
+
+def test_no_field_of_the_autoencoder_is_lost_on_the_way_out():
+    written = set()
+    for field, other in variants(VAE, None):
+        if other == VAE or not possible(other):
+            continue
+        try:
+            step_video_vae.check_released(other)
+        except ConfigError:
+            continue
+        written.add(field)
+        shapes = {t.name: t.their_shape for t in step_video_vae.layout(other)[0]}
+        assert step_video_vae.config_from_tensors(shapes) == other, f"{field} is lost"
+    fields = ("latents", "stem", "encoder_blocks", "decoder_blocks", "channels")
+    assert written >= {f"VideoVAE.{name}" for name in fields}
