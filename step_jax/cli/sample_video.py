@@ -96,9 +96,9 @@ def run(asked: tuple[str, SampleVideoConfig]) -> None:
     data = data_of(artifact) if "config" in artifact.meta else None
     vae = config.vae or (data.vae if data else None)
     decoder = load_artifact(vae, sharding) if vae else None
-    if config.size is None and data is None:
+    size = config.size or (data.buckets[0] if data else None)
+    if size is None:
         raise ConfigError(f"{name} says no size of latents: name one, --size")
-    size = config.size or data.buckets[0]
     prompts = [config.negative, *config.prompts]
     texts = text_states.of_prompts(
         artifact, prompts, sharding, load_artifact, print, encoders=config.encoders

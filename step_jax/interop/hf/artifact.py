@@ -42,19 +42,16 @@ def load_hf_artifact(path: str, sharding: Sharding, *, arrays: bool = True) -> A
             f"{folder} holds several models ({PIPELINE}): name the folder of one, such as "
             f"hf:{folder / 'transformer'} or hf:{folder / 'vae'}"
         )
+    model: Any
+    params: Any
     if step_video_vae.is_vae(folder):
         model, params = step_video_vae.load_vae(folder, sharding, arrays=arrays)
         return _of_video(path, folder, model, params)
     hf_config = read_config(folder)
     if hf_config.get("_class_name") == step_video.CLASS:
-        return _of_video(path, folder, *_transformer(folder, hf_config, sharding, arrays))
+        model, params = step_video.load_transformer(folder, hf_config, sharding, arrays=arrays)
+        return _of_video(path, folder, model, params)
     return _of_text(path, folder, hf_config, sharding, arrays)
-
-
-def _transformer(folder: Path, config, sharding: Sharding, arrays: bool):
-    if not arrays:
-        return step_video.config_from_diffusers(config), None
-    return step_video.load_transformer(folder, config, sharding)
 
 
 def _of_video(path: str, folder: Path, model: Any, params: Any) -> Artifact:

@@ -205,9 +205,14 @@ def _tensors(
 
 
 def load_transformer(
-    folder: Path, config: Mapping[str, Any], sharding: Sharding | None = None
-) -> tuple[VideoDiT, VideoDiTParams]:
-    """Configuration and parameters of a folder whose config.json is ``config``.
+    folder: Path,
+    config: Mapping[str, Any],
+    sharding: Sharding | None = None,
+    *,
+    arrays: bool = True,
+) -> tuple[VideoDiT, VideoDiTParams | None]:
+    """Configuration and parameters of a folder whose config.json is ``config``; None without
+    ``arrays``.
 
     Raises:
       CheckpointError: a file is missing or damaged, tensors are missing, unused, of another shape
@@ -215,6 +220,8 @@ def load_transformer(
       ConfigError: as ``config_from_diffusers``.
     """
     model = config_from_diffusers(config)
+    if not arrays:
+        return model, None
     tensors, _ = layout(model)
     return model, read_params(read_folder(folder, STEM), tensors, model.specs(), sharding)
 
