@@ -266,13 +266,12 @@ def test_a_folder_is_tuned_drawn_from_and_written_back(tmp_path):
     tensors, _ = step_video.layout(step_video.config_from_diffusers(config))
     state = {t.name: golden.weight(t.name, t.their_shape) for t in tensors}
     model = write(tmp_path / "model", config, state)
-    encoders = f"[{{name: clip, artifact: 'hf:{tmp_path / 'llm'}'}}, "
-    encoders += f"{{name: llm, artifact: 'hf:{tmp_path / 'llm'}'}}]"
+    encoders = [f"{{name: {name}, artifact: 'hf:{tmp_path / 'llm'}'}}" for name in ("clip", "llm")]
     recipe = tmp_path / "tuning.yaml"
     places = {"run": tmp_path / "run", "model": model, "cache": tmp_path / "states"}
-    recipe.write_text(TUNING.format(**places, encoders=encoders))
+    recipe.write_text(TUNING.format(**places, encoders=f"[{', '.join(encoders)}]"))
     run_loop("diffusion", str(recipe))
-    prompt = ["the digit three", "--size", "1", "8", "8", "--encoders", encoders]
+    prompt = ["the digit three", "--size", "1", "8", "8", "--encoders", *encoders]
     options = ["--sampler.steps", "1", "--sampler.guidance", "3", "--output"]
     with fast_compile():
         drawn = str(tmp_path / "drawn.png")
