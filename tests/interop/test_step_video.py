@@ -266,17 +266,18 @@ def test_a_folder_is_tuned_drawn_from_and_written_back(tmp_path):
     tensors, _ = step_video.layout(step_video.config_from_diffusers(config))
     state = {t.name: golden.weight(t.name, t.their_shape) for t in tensors}
     model = write(tmp_path / "model", config, state)
-    encoders = [f"{{name: {name}, artifact: 'hf:{tmp_path / 'llm'}'}}" for name in ("clip", "llm")]
+    each = [f"{{name: {name}, artifact: 'hf:{tmp_path / 'llm'}'}}" for name in ("clip", "llm")]
+    encoders = f"[{', '.join(each)}]"
     recipe = tmp_path / "tuning.yaml"
     places = {"run": tmp_path / "run", "model": model, "cache": tmp_path / "states"}
-    recipe.write_text(TUNING.format(**places, encoders=f"[{', '.join(encoders)}]"))
+    recipe.write_text(TUNING.format(**places, encoders=encoders))
     run_loop("diffusion", str(recipe))
-    prompt = ["the digit three", "--size", "1", "8", "8", "--encoders", *encoders]
+    prompt = ["the digit three", "--size", "1", "8", "8", "--encoders", encoders]
     options = ["--sampler.steps", "1", "--sampler.guidance", "3", "--output"]
     with fast_compile():
         drawn = str(tmp_path / "drawn.png")
         assert main(["sample-video", f"hf:{model}", *prompt, *options, drawn]) == 0
-    assert Image.open(drawn).size == (8, 8)
+    assert Image.open(drawn).size == (10, 10)  # with an edge
     out = tmp_path / "out"
     assert main(["export", str(tmp_path / "run"), str(out), "--dtype", "float32"]) == 0
     several = Sharding.build(MeshConfig(fsdp=-1))
