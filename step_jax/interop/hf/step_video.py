@@ -235,12 +235,13 @@ def save_transformer(
     max_shard_size: int = 5_000_000_000,
 ) -> Exported:
     """Writes a transformer as a new folder in the released layout; see ``save_hf``."""
+    config = config_to_diffusers(model)
     return write_folder(
         path,
         params,
         layout(model),
         dtype=dtype,
-        documents={"config.json": config_to_diffusers(model)},
+        documents={"config.json": config},
         stem=STEM,
         max_shard_size=max_shard_size,
         architecture=CLASS,
