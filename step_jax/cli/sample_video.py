@@ -12,10 +12,12 @@ from step_jax.core.command_line import load_config
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.inference.flow import Sampler
+from step_jax.inference.text_states import Encoder
 
 _DESCRIPTION = """Draw pictures and clips: step-jax sample-video ARTIFACT "a prompt" ...
-ARTIFACT is RUN or RUN@STEP. Every prompt is a row of the file, whose ending (.mp4, .gif, .png) says
-what is written; a PNG has the frames of a clip side by side."""
+ARTIFACT is RUN, RUN@STEP or hf:PATH, with which go --encoders, --vae and --size. Every prompt is a
+row of the file, whose ending (.mp4, .gif, .png) says what is written; a PNG has the frames of a
+clip side by side."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class SampleVideoConfig:
     first: a picture that the clips go on from, for a model that continues pictures.
     fps, motion: conditions that the model may read; ``fps`` is the file's too.
     vae: an artifact that decodes the latents; the run's own by default.
+    encoders: what makes the states that the model reads of a text; the run's own by default.
     seed: of the noise.
     zoom: side of a pixel in the file.
     output: the file.
@@ -42,6 +45,7 @@ class SampleVideoConfig:
     fps: float = 8.0
     motion: float = 5.0
     vae: str | None = None
+    encoders: tuple[Encoder, ...] = ()
     sampler: Sampler = field(default_factory=Sampler)
     seed: int = 0
     zoom: int = 1
@@ -89,12 +93,16 @@ def run(asked: tuple[str, SampleVideoConfig]) -> None:
     artifact = load_artifact(name, sharding)
     model = artifact.require(VideoDiT, "step-jax sample-video")
     check_guidance(artifact, config.sampler)
-    data = data_of(artifact)
-    vae = config.vae or data.vae
+    data = data_of(artifact) if "config" in artifact.meta else None
+    vae = config.vae or (data.vae if data else None)
     decoder = load_artifact(vae, sharding) if vae else None
-    size = config.size or data.buckets[0]
+    size = config.size or (data.buckets[0] if data else None)
+    if size is None:
+        raise ConfigError(f"{name} says no size of latents: name one, --size")
     prompts = [config.negative, *config.prompts]
-    texts = text_states.of_prompts(artifact, prompts, sharding, load_artifact, print)
+    texts = text_states.of_prompts(
+        artifact, prompts, sharding, load_artifact, print, encoders=config.encoders
+    )
     which = np.repeat(1 + np.arange(len(config.prompts)), config.count)
     clips_NFHWC = draw(
         artifact.params,

@@ -57,7 +57,18 @@ class Constant:
         return jnp.full(shape, self.value, dtype)
 
 
-Init = Normal | Constant
+@dataclass(frozen=True)
+class ConstantRows:
+    """A table whose row m is all ``values[m]``."""
+
+    values: tuple[float, ...]
+
+    def __call__(self, key, shape, dtype, layer=0):
+        rows = jnp.asarray(self.values, dtype).reshape(-1, *[1] * (len(shape) - 1))
+        return jnp.broadcast_to(rows, shape)
+
+
+Init = Normal | Constant | ConstantRows
 ZEROS = Constant(0.0)
 ONES = Constant(1.0)
 

@@ -9,7 +9,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from step_jax.checkpoint.artifact import Artifact
-from step_jax.core.errors import CheckpointError, DataError
+from step_jax.core.errors import CheckpointError, ConfigError, DataError
 from step_jax.core.files import write_whole
 from step_jax.core.sharding import Sharding
 from step_jax.data.captions import Encoded, hash_of, token_rows
@@ -25,9 +25,22 @@ from step_jax.models.context import Context
 from step_jax.models.text.decoder import Decoder
 from step_jax.models.tokens import Tokens
 from step_jax.models.video.dit import VideoDiT
-from step_jax.models.video.text_inputs import Tower
+from step_jax.models.video.text_inputs import States, Tower
 
 ROWS = 16  # texts of one call of an encoder
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A frozen encoder of texts, whose states are made once.
+
+    name: of the model's text input that reads its states.
+    artifact, part: a decoder, or a model with a text tower of its own.
+    """
+
+    name: str
+    artifact: str
+    part: str | None = None
 
 
 def encoder_hash(artifact: Artifact) -> str:
@@ -112,31 +125,51 @@ def of_prompts(
     sharding: Sharding,
     load: Callable[[str, Sharding, str | None], Artifact],
     report: Callable[[str], None] = lambda text: None,
+    encoders: Sequence[Encoder] = (),
 ) -> dict[str, Encoded]:
     """Prompts as each text input of a trained diffusion transformer is given them.
 
     Args:
       load: (name, sharding, part) -> the artifact of an encoder.
+      encoders: where they are; those that the model names by default.
 
     Raises:
-      CheckpointError: an encoder is not the one that the model was trained with.
+      ConfigError: nothing says where an encoder is.
+      CheckpointError: an encoder is not the one that the model was trained with, or one of states
+        of another width.
     """
-    encoders = {e["name"]: e for e in artifact.meta["config"]["text"]["encoders"]}
+    own = artifact.meta.get("config", {}).get("text", {}).get("encoders", ())
+    named = {e["name"]: Encoder(**e) for e in own} | {e.name: e for e in encoders}
+    trained_with = artifact.meta.get("data", {}).get("texts", {}).get("made_by", {})
     encoded = {}
     for t in artifact.model.text:
         if isinstance(t, Tower):
             encoded[t.name] = token_rows(artifact.tokenizer, prompts, t.tokens, report)
             continue
-        named = encoders[t.name]
-        encoder = load(named["artifact"], sharding, named["part"])
+        if t.name not in named:
+            raise ConfigError(
+                f"{artifact.name} does not say what makes its states {t.name}: name an artifact in "
+                "encoders"
+            )
+        encoder = load(named[t.name].artifact, sharding, named[t.name].part)
         encoded[t.name] = encode(encoder, prompts, t.tokens, sharding, report)
-        trained_with = artifact.meta["data"]["texts"]["made_by"][t.name]
-        if encoded[t.name].made_by != trained_with:
+        check_width(encoder.name, encoded[t.name], t)
+        made_by = encoded[t.name].made_by
+        if made_by != trained_with.get(t.name, made_by):
             raise CheckpointError(
-                f"{artifact.name} was trained with another encoder {t.name} ({trained_with[:12]}) "
-                f"than {encoder.name} is now ({encoded[t.name].made_by[:12]})"
+                f"{artifact.name} was trained with another encoder {t.name} "
+                f"({trained_with[t.name][:12]}) than {encoder.name} is now ({made_by[:12]})"
             )
     return encoded
+
+
+def check_width(encoder: str, encoded: Encoded, wanted: States) -> None:
+    """Raises ConfigError if an encoder's states have another width than a model reads."""
+    if (width := encoded.values.shape[-1]) != wanted.width:
+        raise ConfigError(
+            f"the states of {encoder} have width {width}; the model's input {wanted.name} reads "
+            f"{wanted.width}"
+        )
 
 
 def cached(

@@ -89,23 +89,26 @@ def our_name(name: str) -> str:
     return f"{resample}/{block[inside[0]]}" if inside else f"{resample}/conv_in"
 
 
+def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The value of a tensor of the released autoencoder, by its name there."""
+    path, _, last = name.rpartition(".")
+    ours = our_name(path)
+    norm = "norm" in ours.split("/")[-1]
+    if last == "bias":
+        return weight(f"{ours}/{'bias_C' if norm else 'bias_O'}", shape)
+    if norm:
+        return weight(f"{ours}/scale_C", shape)
+    O, I, *sides = shape  # noqa: E741
+    sides = [1] * (3 - len(sides)) + sides  # a convolution of single frames
+    drawn = weight(f"{ours}/weight_KKKIO", (*sides, I, O)).transpose(4, 3, 0, 1, 2)
+    return np.ascontiguousarray(drawn.reshape(shape))
+
+
 def fill(module, side: str) -> None:
     import torch
 
     for name, value in module.state_dict().items():
-        path, _, last = f"{side}.{name}".rpartition(".")
-        ours, shape = our_name(path), tuple(value.shape)
-        norm = "norm" in ours.split("/")[-1]
-        if last == "bias":
-            drawn = weight(f"{ours}/{'bias_C' if norm else 'bias_O'}", shape)
-        elif norm:
-            drawn = weight(f"{ours}/scale_C", shape)
-        else:
-            O, I, *sides = shape  # noqa: E741
-            sides = [1] * (3 - len(sides)) + sides  # a convolution of single frames
-            drawn = weight(f"{ours}/weight_KKKIO", (*sides, I, O)).transpose(4, 3, 0, 1, 2)
-            drawn = drawn.reshape(shape)
-        value.copy_(torch.from_numpy(np.array(drawn)))
+        value.copy_(torch.from_numpy(tensor(f"{side}.{name}", tuple(value.shape))))
 
 
 def main(checkout: Path) -> None:

@@ -258,16 +258,18 @@ def _explicit(block: Block) -> Block:
     return replace(block, attention=attention, mlp=mlp)
 
 
-def _check_same(ours: Decoder, theirs: Decoder, model_type: str) -> None:
-    def differences(a, b, path: str) -> Iterator[str]:
-        if a == b:
-            return
-        if is_dataclass(a) and type(a) is type(b):
-            for f in fields(a):
-                yield from differences(getattr(a, f.name), getattr(b, f.name), f"{path}.{f.name}")
-        else:
-            yield f"{path} is {a!r}, there {b!r}"
+def differences(a: Any, b: Any, path: str) -> Iterator[str]:
+    """What differs between two configurations, each in words."""
+    if a == b:
+        return
+    if is_dataclass(a) and type(a) is type(b):
+        for f in fields(a):
+            yield from differences(getattr(a, f.name), getattr(b, f.name), f"{path}.{f.name}")
+    else:
+        yield f"{path} is {a!r}, there {b!r}"
 
+
+def _check_same(ours: Decoder, theirs: Decoder, model_type: str) -> None:
     names = [f.name for f in fields(ours) if f.name not in ("layers", "init")]
     found = [
         d

@@ -1,7 +1,8 @@
 """Reading a checkpoint's folder: which files count, and what is wrong with one that is not whole.
 
 Which files: as `transformers` has it, ``model.safetensors``, or else the shards that
-``model.safetensors.index.json`` names. Nothing else in the folder is read.
+``model.safetensors.index.json`` names; `diffusers` has another stem than ``model``. Nothing else in
+the folder is read.
 
 The format of a .safetensors file: eight bytes with the header's length, little endian; the header,
 JSON from a tensor's name to its ``dtype``, ``shape`` and ``data_offsets``; the tensors' bytes.
@@ -21,8 +22,7 @@ import numpy as np
 
 from step_jax.core.errors import CheckpointError
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+STEM = "model"
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -62,30 +62,43 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise CheckpointError(f"{folder} {what}: give a folder with config.json and {SINGLE}")
+        raise CheckpointError(f"{folder} {what}: give a folder with config.json and weights")
     return _read_json(folder / "config.json")
 
 
-def read_folder(folder: Path) -> dict[str, Stored]:
+def single(stem: str) -> str:
+    """The file of all weights."""
+    return f"{stem}.safetensors"
+
+
+def index_of(stem: str) -> str:
+    """The file that says which shard has which weights."""
+    return f"{stem}.safetensors.index.json"
+
+
+def read_folder(folder: Path, stem: str = STEM) -> dict[str, Stored]:
     """The tensors of a folder by name; only headers are read.
+
+    Args:
+      stem: of the weights' files.
 
     Raises:
       CheckpointError: no weights, a damaged or missing file, or an index that does not fit.
     """
-    if (folder / SINGLE).exists():
-        return _read_header(folder / SINGLE)
-    if (folder / INDEX).exists():
-        return _read_shards(folder)
+    whole, index = single(stem), index_of(stem)
+    if (folder / whole).exists():
+        return _read_header(folder / whole)
+    if (folder / index).exists():
+        return _read_shards(folder, folder / index)
     others = sorted(p.name for p in folder.iterdir() if p.suffix in _WEIGHTS)
     instead = f"; it has {', '.join(others[:5])}, which are not read" if others else ""
-    raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}{instead}")
+    raise CheckpointError(f"{folder} has neither {whole} nor {index}{instead}")
 
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
 
 
-def _read_shards(folder: Path) -> dict[str, Stored]:
-    index = folder / INDEX
+def _read_shards(folder: Path, index: Path) -> dict[str, Stored]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map from tensors to files")
@@ -108,7 +121,7 @@ def _read_shards(folder: Path) -> dict[str, Stored]:
             raise CheckpointError(f"{folder} has {_few(twice)} twice: in {other} and in {file}")
         if stale := sorted(name for name in tensors if weight_map.get(name) != file):
             raise CheckpointError(
-                f"{folder / file} has {_few(stale)}, which {INDEX} does not look for there: "
+                f"{folder / file} has {_few(stale)}, which {index.name} does not look for there: "
                 "is the file of another checkpoint?"
             )
         out |= tensors

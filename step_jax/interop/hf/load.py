@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from step_jax.core.errors import CheckpointError
 from step_jax.core.sharding import MeshConfig, Sharding
-from step_jax.core.spec import ParamSpec, is_spec, path_name
+from step_jax.core.spec import ParamSpec, by_name, map_names
 from step_jax.interop.hf.families import config_from_hf, text_keys
 from step_jax.interop.hf.files import read_config, read_folder
 from step_jax.interop.hf.fp8 import check_quantization, dequantized
@@ -79,28 +79,46 @@ def params_from_hf(
         another shape or no float, or the first that holds NaN or infinite values.
       ConfigError: ``config`` has parameters without a tensor.
     """
-    tensors, specs = layout(config, rope_interleave)
-    _check_state(state, config, tensors, ignored)
+    tensors, _ = layout(config, rope_interleave)
+    _check_experts(state, tensors)
+    # Buffers that older versions of the library saved, and a head that is the embedding.
+    spare = {k for k in state if k.endswith("rotary_emb.inv_freq")}
+    if ignored is not None:
+        spare |= {k for k in state if ignored.match(k)}
+    if config.tied and "lm_head.weight" in state and _same_as_embedding(state):
+        spare.add("lm_head.weight")
+    return read_params(state, tensors, config.specs(), sharding, spare)
+
+
+def read_params(
+    state: Mapping[str, Any],
+    tensors: list[Tensor],
+    specs: Any,
+    sharding: Sharding | None = None,
+    spare: Collection[str] = (),
+) -> Any:
+    """The parameters of a table, each filled by its tensors; see :func:`params_from_hf`.
+
+    Args:
+      specs: the table, a tree of ParamSpec.
+      spare: names of tensors that may be there without being read.
+
+    Raises:
+      CheckpointError: as ``params_from_hf``.
+    """
+    _check_state(state, tensors, spare)
     if sharding is None:
         sharding = Sharding.build(MeshConfig(), jax.local_devices()[:1])
-    leaves = {path: _Leaf(spec, sharding) for path, spec in specs.items()}
+    leaves = {path: _Leaf(spec, sharding) for path, spec in by_name(specs).items()}
     for tensor in tensors:
         view = _float_view(state[tensor.name], tensor)
         for leaf, order in tensor.parts():
             leaves[leaf].fill(tensor, order, view)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: leaves[path_name(path)].array(), config.specs(), is_leaf=is_spec
-    )
+    return map_names(lambda name: leaves[name].array(), specs)
 
 
-def _check_state(state, config: Decoder, tensors: list[Tensor], ignored) -> None:
-    _check_experts(state, tensors)
-    # Buffers that older versions of the library saved, and a head that is the embedding.
-    unused = {k for k in state if not k.endswith("rotary_emb.inv_freq")} - {t.name for t in tensors}
-    if ignored is not None:
-        unused = {k for k in unused if not ignored.match(k)}
-    if config.tied and "lm_head.weight" in unused and _same_as_embedding(state):
-        unused.remove("lm_head.weight")
+def _check_state(state, tensors: list[Tensor], spare: Collection[str]) -> None:
+    unused = state.keys() - set(spare) - {t.name for t in tensors}
     problems = [f"missing {t.name} {t.their_shape}" for t in tensors if t.name not in state]
     problems += [f"unused {name} {tuple(state[name].shape)}" for name in sorted(unused)]
     for t in tensors:

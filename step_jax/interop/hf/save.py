@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -20,10 +20,10 @@ import numpy as np
 
 from step_jax.core.errors import CheckpointError, ConfigError
 from step_jax.core.files import sync_directory, write_synced
-from step_jax.core.spec import FLOAT32_ROLES, path_name
+from step_jax.core.spec import FLOAT32_ROLES, ParamSpec, path_name
 from step_jax.interop.hf.export import config_to_hf, family_of
 from step_jax.interop.hf.families import FAMILIES
-from step_jax.interop.hf.files import DTYPES, INDEX, SINGLE
+from step_jax.interop.hf.files import DTYPES, STEM, index_of, single
 from step_jax.interop.hf.tensors import Tensor, layout
 from step_jax.models.text.decoder import Decoder, DecoderParams
 
@@ -78,7 +78,8 @@ def params_to_hf(
       ConfigError: ``config`` has parameters without a tensor.
     """
     dtype = None if dtype is None else np.dtype(dtype)
-    return {e.name: e.read() for e in _entries(params, config, rope_interleave, dtype)}
+    tensors, specs = layout(config, rope_interleave)
+    return {e.name: e.read() for e in entries_of(params, tensors, specs, dtype)}
 
 
 def save_hf(
@@ -109,46 +110,87 @@ def save_hf(
         ``path`` exists and is not empty.
       CheckpointError: as ``params_to_hf``.
     """
-    path = Path(path).expanduser()
-    _check_arguments(path, config, dtype, context_length, bos_id, eos_ids, max_shard_size)
+    _check_arguments(config, context_length, bos_id, eos_ids)
     tokenizer = _tokenizer_files(tokenizer_folder)
     hf_config = config_to_hf(config) | _ids(bos_id, eos_ids)
     hf_config |= {"max_position_embeddings": context_length, "dtype": dtype, "torch_dtype": dtype}
-    entries = list(_entries(params, config, True, EXPORT_DTYPES[dtype]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    try:
-        _write_weights(temporary, entries, max_shard_size)
-        for file in tokenizer:
-            shutil.copyfile(file, temporary / file.name)
-        generation = {"_from_model_config": False, "do_sample": False, **_ids(bos_id, eos_ids)}
-        _write_json(temporary / "generation_config.json", generation)
-        _write_json(temporary / "config.json", hf_config)
-        sync_directory(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    generation = {"_from_model_config": False, "do_sample": False, **_ids(bos_id, eos_ids)}
     family = FAMILIES[family_of(config)]
-    return Exported(
-        folder=path,
-        files=tuple(sorted(p.name for p in path.iterdir())),
-        bytes=sum(e.bytes for e in entries),
+    return write_folder(
+        path,
+        params,
+        layout(config),
+        dtype=dtype,
+        documents={"generation_config.json": generation, "config.json": hf_config},
+        copied=tokenizer,
+        max_shard_size=max_shard_size,
         architecture=family.architecture,
         auto_class=family.auto_class,
         note=family.note,
     )
 
 
-def _check_arguments(path, config, dtype, context_length, bos_id, eos_ids, max_shard_size) -> None:
+def write_folder(
+    path: str | Path,
+    params: Any,
+    layout: tuple[list[Tensor], dict[str, ParamSpec]],
+    *,
+    dtype: str,
+    documents: Mapping[str, dict[str, Any]],
+    copied: Sequence[Path] = (),
+    stem: str = STEM,
+    max_shard_size: int,
+    architecture: str,
+    auto_class: str | None = None,
+    note: str = "",
+) -> Exported:
+    """Writes parameters as a new folder; see :func:`save_hf`.
+
+    Args:
+      layout: the tensors, and the specs of all leaves by path.
+      documents: JSON by the name of its file.
+      copied: files that go beside the weights as they are.
+      stem: of the weights' files.
+      architecture, auto_class, note: see ``Exported``.
+
+    Raises:
+      ConfigError, CheckpointError: as ``save_hf``.
+    """
+    path = Path(path).expanduser()
     if dtype not in EXPORT_DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; export as one of {', '.join(EXPORT_DTYPES)}")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(f"{path} is not empty: choose a new folder to export into")
-    for name, value in (("context_length", context_length), ("max_shard_size", max_shard_size)):
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
+    if max_shard_size < 1:
+        raise ConfigError(f"max_shard_size is {max_shard_size}; it must be at least 1")
+    entries = list(entries_of(params, *layout, EXPORT_DTYPES[dtype]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        _write_weights(temporary, entries, stem, max_shard_size)
+        for file in copied:
+            shutil.copyfile(file, temporary / file.name)
+        for name, content in documents.items():
+            write_synced(temporary / name, _json(content))
+        sync_directory(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return Exported(
+        folder=path,
+        files=tuple(sorted(p.name for p in path.iterdir())),
+        bytes=sum(e.bytes for e in entries),
+        architecture=architecture,
+        auto_class=auto_class,
+        note=note,
+    )
+
+
+def _check_arguments(config, context_length, bos_id, eos_ids) -> None:
+    if context_length < 1:
+        raise ConfigError(f"context_length is {context_length}; it must be at least 1")
     for name, value in (("bos_id", bos_id), *(("eos_ids", i) for i in eos_ids)):
         if value is not None and not 0 <= value < config.vocab:
             raise ConfigError(f"{name} has {value}; the vocabulary has {config.vocab} tokens")
@@ -180,15 +222,15 @@ def _tokenizer_files(folder: str | Path | None) -> list[Path]:
     return files
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_synced(path, (json.dumps(content, indent=2) + "\n").encode())
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 # --- tensors -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """A tensor to be written; ``read`` fetches it."""
 
     name: str
@@ -201,10 +243,10 @@ class _Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def _entries(
-    params: DecoderParams, config: Decoder, rope_interleave: bool, dtype: np.dtype | None
-) -> Iterator[_Entry]:
-    tensors, specs = layout(config, rope_interleave)
+def entries_of(
+    params: Any, tensors: list[Tensor], specs: dict[str, ParamSpec], dtype: np.dtype | None
+) -> Iterator[Entry]:
+    """The tensors that parameters are to be written as. Raises as ``params_to_hf``."""
     leaves = {path_name(path): a for path, a in jax.tree_util.tree_leaves_with_path(params)}
     _check_leaves(leaves, specs)
     for t in tensors:
@@ -212,7 +254,7 @@ def _entries(
         if to is None or t.specs[0].role in FLOAT32_ROLES:
             to = np.dtype(leaves[t.leaves[0]].dtype)
         read = functools.partial(_fetch, t, tuple(leaves[leaf] for leaf in t.leaves), to)
-        yield _Entry(t.name, t.their_shape, to, read)
+        yield Entry(t.name, t.their_shape, to, read)
 
 
 def _check_leaves(leaves: dict[str, Any], specs) -> None:
@@ -277,21 +319,23 @@ def _turn_there(leaves, place, *, axes, order, dtype):
 # --- files ---------------------------------------------------------------------------------------
 
 
-def _write_weights(folder: Path, entries: list[_Entry], max_shard_size: int) -> None:
+def _write_weights(folder: Path, entries: list[Entry], stem: str, max_shard_size: int) -> None:
     shards = list(_shards(entries, max_shard_size))
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    names = [SINGLE] if len(shards) == 1 else names
+    count = len(shards)
+    names = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = [single(stem)] if count == 1 else names
     for name, shard in zip(names, shards, strict=True):
         _write_safetensors(folder / name, shard)
     if len(shards) > 1:
         total = {"total_size": sum(e.bytes for e in entries)}
         where = {e.name: n for n, shard in zip(names, shards, strict=True) for e in shard}
-        _write_json(folder / INDEX, {"metadata": total, "weight_map": dict(sorted(where.items()))})
+        index = {"metadata": total, "weight_map": dict(sorted(where.items()))}
+        write_synced(folder / index_of(stem), _json(index))
 
 
-def _shards(entries: list[_Entry], limit: int) -> Iterator[list[_Entry]]:
+def _shards(entries: list[Entry], limit: int) -> Iterator[list[Entry]]:
     """The tensors in turn, as many as fit into a file; a larger one has its own."""
-    shard: list[_Entry] = []
+    shard: list[Entry] = []
     for entry in entries:
         if shard and sum(e.bytes for e in shard) + entry.bytes > limit:
             yield shard
@@ -300,7 +344,7 @@ def _shards(entries: list[_Entry], limit: int) -> Iterator[list[_Entry]]:
     yield shard
 
 
-def _write_safetensors(path: Path, entries: list[_Entry]) -> None:
+def _write_safetensors(path: Path, entries: list[Entry]) -> None:
     """One file, a tensor at a time; wide types first, so that each lies on a multiple of itself."""
     entries = sorted(entries, key=lambda e: -e.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}

@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-import jax
 import numpy as np
 
 from step_jax.core.errors import ConfigError
-from step_jax.core.spec import ParamSpec, is_spec, path_name
+from step_jax.core.spec import ParamSpec, by_name
 from step_jax.interop.hf.export import family_of
 from step_jax.interop.hf.families import mtp_depth, text_keys
 from step_jax.interop.hf.keys import Keys
@@ -101,6 +100,10 @@ _ROTATED = (
 )
 
 
+#: Of each of their axes in turn, the axes of ours that it is made of; none for an axis of one.
+Form = tuple[tuple[int, ...], ...]
+
+
 @dataclass(frozen=True)
 class Tensor:
     """One tensor of the other layout, and the leaves of ours it holds."""
@@ -110,6 +113,7 @@ class Tensor:
     specs: tuple[ParamSpec, ...]
     place: tuple[int, ...] = ()  # on the leaves' leading axes: layer, expert
     reorder: int = 0  # width of the neighbouring rotated coordinates at the last axis's end
+    form: Form | None = None  # None for what the parameter's role says
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -118,14 +122,25 @@ class Tensor:
         return (*shapes[0][:-1], sum(s[-1] for s in shapes))
 
     @property
-    def axes(self) -> tuple[int, ...]:
-        """Our axes in their order: what a matrix gives comes before what it reads."""
+    def made_of(self) -> Form:
+        """A matrix is two axes there, what it gives before what it reads, a vector one, and
+        experts may be stacked before them."""
+        if self.form is not None:
+            return self.form
         every, spec = tuple(range(len(self.shape))), self.specs[0]
-        if spec.role not in ("matrix", "head", "router"):
-            return every
+        if spec.role == "embedding":
+            return tuple((axis,) for axis in every)
         stack = spec.stacked - len(self.place)
+        leading = tuple((axis,) for axis in every[:stack])
+        if spec.role in ("vector", "balance"):
+            return (*leading, every[stack:])
         out = stack + spec.fan_in
-        return (*every[:stack], *every[out:], *every[stack:out])
+        return (*leading, every[out:], every[stack:out])
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Our axes in their order."""
+        return tuple(axis for ours in self.made_of for axis in ours)
 
     @property
     def apart(self) -> tuple[int, ...]:
@@ -134,15 +149,7 @@ class Tensor:
 
     @property
     def their_shape(self) -> tuple[int, ...]:
-        """A matrix is two axes there, a vector one, and experts may be stacked before them."""
-        spec = self.specs[0]
-        stack = spec.stacked - len(self.place)
-        if spec.role == "embedding":
-            return self.shape
-        if spec.role in ("vector", "balance"):
-            return (*self.shape[:stack], math.prod(self.shape[stack:]))
-        rows = math.prod(self.shape[stack : stack + spec.fan_in])
-        return (*self.shape[:stack], math.prod(self.shape[stack:]) // rows, rows)
+        return tuple(math.prod(self.shape[axis] for axis in ours) for ours in self.made_of)
 
     @property
     def order(self) -> np.ndarray:
@@ -192,10 +199,7 @@ def layout(
     Raises:
       ConfigError: parameters that the layout has no tensor for.
     """
-    specs = {
-        path_name(path): spec
-        for path, spec in jax.tree_util.tree_leaves_with_path(config.specs(), is_leaf=is_spec)
-    }
+    specs = by_name(config.specs())
     family = family_of(config)
     tensors = [
         Tensor(name, (leaf,), (specs[leaf],)) for name, leaf in _TOP.items() if leaf in specs
@@ -208,11 +212,16 @@ def layout(
                 layer = stack.layer(place[0])
                 full = f"model.layers.{layer}.{name.replace('#', str(place[-1]))}"
                 tensors.append(Tensor(full, leaves, its, place, reorder))
+    check_complete(tensors, specs)
+    return tensors, specs
+
+
+def check_complete(tensors: list[Tensor], specs: Mapping[str, ParamSpec]) -> None:
+    """Raises ConfigError for parameters that no tensor holds."""
     if homeless := specs.keys() - {leaf for t in tensors for leaf in t.leaves}:
         raise ConfigError(
             f"no Hugging Face tensor for the parameters {', '.join(sorted(homeless))}"
         )
-    return tensors, specs
 
 
 def left_out(hf_config: Mapping[str, Any]) -> re.Pattern:

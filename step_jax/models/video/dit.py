@@ -104,6 +104,8 @@ class VideoDiT:
       frames per second, a score of its motion.
     first_frame: the model continues pictures: latents of the first frame stand beside the noisy
       ones along the channels (arXiv 2503.11251).
+    unit_gates: the gates of a layer's branches are 1 + g of what the tables hold. The released
+      Step-Video's are g; of small ones, g - 1 would leave bfloat16 few digits.
     prediction: what comes out: the velocity, or the data, of which the velocity follows. At few
       dimensions per patch the data are learnt far sooner (arXiv 2511.13720).
     """
@@ -118,6 +120,7 @@ class VideoDiT:
     text: tuple[TextInput, ...] = ()
     scalars: tuple[Scalar, ...] = ()
     first_frame: bool = False
+    unit_gates: bool = True
     prediction: Literal["velocity", "data"] = "velocity"
     init: Initialisation = field(default_factory=FanIn)
 
@@ -147,7 +150,7 @@ class VideoDiT:
         """The layers, all of one stack."""
         a = self.attention
         cross = CrossAttention(a.heads, a.head_dim, a.qk_norm) if self.text else None
-        group = Group(self.depth, (ModulatedBlock(a, self.mlp, cross),))
+        group = Group(self.depth, (ModulatedBlock(a, self.mlp, cross, self.unit_gates),))
         return Trunk(self.width, (group,), NORM, self.init)
 
     def specs(self) -> VideoDiTParams:

@@ -13,13 +13,16 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from step_jax.core.spec import ZEROS, ParamSpec
+from step_jax.core.spec import ZEROS, ConstantRows, ParamSpec
 from step_jax.models.context import Context
 from step_jax.models.layers.block import Block
 from step_jax.models.layers.cross_attention import CrossAttention
 from step_jax.models.layers.initialisation import Initialisation
 from step_jax.models.layers.norm import Norm
 from step_jax.ops.attention import Mask
+
+#: Shift, scale and gate of attention, then of the MLP: shifts and scales of nothing, gates of 1.
+OPEN = ConstantRows((0.0, 0.0, 1.0, 0.0, 0.0, 1.0))
 
 
 @struct.dataclass
@@ -65,13 +68,17 @@ class ModulatedBlock(Block):
     stream itself, un-normalised, and adds to it without a gate.
 
     cross: None for a model that reads no text.
+    unit_gates: a gate is 1 + g of the tables' g, else g itself. Either way it starts as 1, so that
+      the last weights of the branches may start at zero.
     """
 
     cross: CrossAttention | None = None
+    unit_gates: bool = True
 
     def specs(self, width: int, norm: Norm, init: Initialisation) -> ModulatedBlockParams:
+        table = ZEROS if self.unit_gates else OPEN
         return ModulatedBlockParams(
-            modulation_MD=ParamSpec((6, width), (None, None), ZEROS, role="vector"),
+            modulation_MD=ParamSpec((6, width), (None, None), table, role="vector"),
             attention_norm_D=norm.specs(width),
             attention=self.attention.specs(width, init),
             cross=None if self.cross is None else self.cross.specs(width, init),
@@ -82,21 +89,20 @@ class ModulatedBlock(Block):
     def apply(
         self, p, norm: Norm, x_BTD, ctx: Context, cache=None, chosen_BTK=None, condition=None
     ):
-        """As of :class:`Block`; ``condition`` is a :class:`Condition`.
-
-        The gates are 1 + g: so the last weights of the branches may start at zero.
-        """
+        """As of :class:`Block`; ``condition`` is a :class:`Condition`."""
         c: Condition = condition
         table_BGMD = c.modulation_BGMD + p.modulation_MD.astype(x_BTD.dtype)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = c.of_tokens(table_BGMD)
+        if self.unit_gates:
+            gate_a, gate_m = 1 + gate_a, 1 + gate_m
         y_BTD = norm.apply(p.attention_norm_D, x_BTD) * (1 + scale_a) + shift_a
         y_BTD, cache = self.attention.apply(p.attention, y_BTD, ctx, cache)
-        x_BTD = ctx.constrain(x_BTD + (1 + gate_a) * y_BTD, "batch", "sequence", None)
+        x_BTD = ctx.constrain(x_BTD + gate_a * y_BTD, "batch", "sequence", None)
         if self.cross is not None:
             assert c.mask is not None  # a model that reads texts says which
             x_BTD = x_BTD + self.cross.apply(p.cross, x_BTD, c.text_BSD, c.mask, ctx)
             x_BTD = ctx.constrain(x_BTD, "batch", "sequence", None)
         y_BTD = norm.apply(p.mlp_norm_D, x_BTD) * (1 + scale_m) + shift_m
         y_BTD, stats = self.mlp.apply(p.mlp, y_BTD, ctx, chosen_BTK)
-        x_BTD = ctx.constrain(x_BTD + (1 + gate_m) * y_BTD, "batch", "sequence", None)
+        x_BTD = ctx.constrain(x_BTD + gate_m * y_BTD, "batch", "sequence", None)
         return x_BTD, cache, stats

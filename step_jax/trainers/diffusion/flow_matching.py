@@ -31,6 +31,7 @@ from step_jax.data.clips import (
 )
 from step_jax.data.config import TRAIN_TOKENIZER
 from step_jax.inference import text_states
+from step_jax.inference.text_states import Encoder
 from step_jax.interop.artifacts import InitFrom, Start, load_artifact, starting_point
 from step_jax.models.context import Execution
 from step_jax.models.video.dit import VideoDiT
@@ -52,19 +53,6 @@ from step_jax.training.program import Program, Work
 
 LEARNER = "model"
 UNIT = "clips"
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """A frozen text encoder, whose states are made once and kept on disk.
-
-    name: of the model's text input that reads them.
-    artifact, part: a decoder, or a model with a text tower of its own.
-    """
-
-    name: str
-    artifact: str
-    part: str | None = None
 
 
 @dataclass(frozen=True)
@@ -273,11 +261,7 @@ def bank_of(
         artifact = load_artifact(e.artifact, sharding, e.part)
         folder = config.text.cache / t.name
         encoded[t.name] = text_states.cached(folder, artifact, texts, t.tokens, sharding, report)
-        if (width := encoded[t.name].values.shape[-1]) != t.width:
-            raise ConfigError(
-                f"the states of {e.artifact} have width {width}; the model's input {t.name} reads "
-                f"{t.width}"
-            )
+        text_states.check_width(e.artifact, encoded[t.name], t)
     return TextBank(texts, encoded)
 
 
