@@ -5,7 +5,6 @@ Shape suffixes: B pairs, 2 winner and loser.
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,16 +23,17 @@ from step_jax.data.latents import Clip, LatentFolder, write_latents
 from step_jax.data.rendered import captions_of
 from step_jax.data.scenes import Scenes
 from step_jax.inference.flow import Sampler
-from step_jax.interop.artifacts import InitFrom, Start
+from step_jax.interop.artifacts import InitFrom, Start, load_artifact
 from step_jax.models.context import Execution
-from step_jax.models.video.dit import VideoDiT
 from step_jax.trainers import reference
 from step_jax.trainers.diffusion import pairs
 from step_jax.trainers.diffusion.pairs import PairData, PairMaker, best_and_worst
 from tests.models import small
-from tests.training.test_flow_preference import MODEL
 from tests.trainers.loops import run_loop, steps
+from tests.trainers.test_loop_contract import CASES
+from tests.training.test_flow_preference import MODEL
 
+CASE = {case.loop: case for case in CASES}
 ONE = Sharding.build(MeshConfig(), jax.devices()[:1])
 SCENES = Scenes(frames=1, height=16, width=16, count=1, background="plain")
 DATA = PairData(SCENES, "", ("shape",), captions=6, clips=3, sampler=Sampler(steps=2))
@@ -144,7 +144,9 @@ def test_both_clips_of_a_pair_have_one_text_and_share_their_noise_or_do_not(tmp_
     sides = []
     for name in ("winners", "losers"):
         captions = [captions_of(SCENES.draw(0, i))[i % 2] for i in range(5)]
-        clips = [Clip(rng.standard_normal((1, 2, 2, 3)), (text,), {"reward": 1}) for text in captions]
+        clips = [
+            Clip(rng.standard_normal((1, 2, 2, 3)), (text,), {"reward": 1}) for text in captions
+        ]
         write_latents(tmp_path / name, clips, "")
         side = LatentFolder.open(tmp_path / name)
         sides.append(
@@ -221,3 +223,81 @@ def test_a_model_that_draws_something_else_is_refused(maker):
         maker(model=replace(MODEL, channels=4))
     with pytest.raises(ConfigError, match="the model continues pictures"):
         maker(model=replace(MODEL, first_frame=True))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(folder, last state) of an undisturbed run of the loops' contract and of its reference."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_loop("diffusion", CASE["diffusion"].write(folder, name="drawn"))
+    return folder, run_loop("video-preference", recipe(folder, "whole"))
+
+
+def recipe(folder: Path, name: str, start: str = "") -> str:
+    places = {"drawn": folder / "drawn", "cache": folder / name / "cache"}
+    return CASE["video-preference"].write(folder, start, name, **places)
+
+
+@pytest.mark.slow
+def test_pairs_drawn_again_are_the_same_in_a_run_that_was_cut_off(whole):
+    """Its folder of pairs is another one, which a branch or a new start would not find filled."""
+    folder, state = whole
+    run_loop("video-preference", recipe(folder, "again"), cut_after=4)
+    again = run_loop("video-preference", recipe(folder, "again"))
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+    made = [
+        sorted(p.name for p in (folder / n / "cache/pairs").iterdir()) for n in ("whole", "again")
+    ]
+    assert made[0] == made[1] and len(made[0]) == 2  # two rounds, of two policies
+    for path in (folder / "whole/cache/pairs").glob("*/*/*"):
+        other = folder / "again" / path.relative_to(folder / "whole")
+        assert path.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.slow
+def test_the_reference_has_no_memory_and_no_part_in_the_state(whole):
+    folder, state = whole
+    assert set(state.learners) == {"model"} and state.learners["model"].average is None
+    meta = load_artifact(str(folder / "whole"), ONE, arrays=False).meta
+    drawn = load_artifact(str(folder / "drawn"), ONE)
+    pinned = {"name": f"{folder / 'drawn'}@6", "parameters": reference.digest(drawn.params)}
+    assert meta["reference"] == pinned
+
+
+@pytest.mark.slow
+def test_microbatches_change_nothing_and_independent_noise_does(whole):
+    folder, _ = whole
+    run_loop("video-preference", recipe(folder, "parts"), "--training.accumulation", "2")
+    for got, want in zip(steps(folder / "parts"), steps(folder / "whole"), strict=True):
+        assert got == pytest.approx(want, rel=2e-5, abs=1e-6)
+    apart = ["--loss.shared-noise", "false", "--training.steps", "1"]
+    run_loop("video-preference", recipe(folder, "apart"), *apart)
+    (one,), (first, *_) = steps(folder / "apart"), steps(folder / "whole")
+    assert one["error_winner"] == pytest.approx(first["error_winner"], rel=1e-5)
+    assert one["error_loser"] != pytest.approx(first["error_loser"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_policy_that_is_its_reference_prefers_nothing_yet(whole):
+    """The reference's errors are of the same noise at the same time as the policy's."""
+    folder, _ = whole
+    start = f"init_from: {{{{artifact: {folder / 'drawn'}}}}}\n"
+    run_loop("video-preference", recipe(folder, "start", start), "--training.steps", "1")
+    (first,) = steps(folder / "start")
+    assert first["loss"] == pytest.approx(np.log(2), abs=1e-4)
+    assert abs(first["reward_chosen"]) < 1e-4 and abs(first["reward_rejected"]) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_run_does_not_go_on_with_other_pairs(whole, capsys):
+    folder, _ = whole
+    more = ["--training.steps", "8", "--data.captions", "13"]
+    assert main(["video-preference", recipe(folder, "whole"), *more]) == ExitCode.FAILURE
+    assert "was made with other data: pairs" in capsys.readouterr().err
+
+
+def test_guided_pairs_need_a_model_that_learns_without_text(tmp_path, capsys):
+    flags = ["--text.dropout", "0", "--data.sampler.guidance", "3"]
+    code = main(["video-preference", recipe(tmp_path, "run"), *flags])
+    assert code == ExitCode.CONFIG
+    assert "data.sampler.guidance needs a model that also" in capsys.readouterr().err

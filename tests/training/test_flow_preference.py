@@ -115,7 +115,9 @@ def test_loss_and_gradient_are_those_of_float64(of, params, reference):
             expected(jax.tree.map(lambda a, d, s=s: a + s * d, p, way), batch(), ref)
             for s in (1e-5, -1e-5)
         )
-        along = sum(np.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (gradient, way)), strict=True))
+        along = sum(
+            np.vdot(g, d) for g, d in zip(*map(jax.tree.leaves, (gradient, way)), strict=True)
+        )
         assert along == pytest.approx((there - back) / 2e-5, rel=2e-4)
 
 
