@@ -303,7 +303,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     )
 
 
-@mostly_slow("pretrain", "sft", "rl", "preference", "diffusion", "vae", EXAMPLE)
+@mostly_slow("pretrain", "sft", "rl", "preference", "diffusion", "video-preference", "vae", EXAMPLE)
 def test_its_artifact_holds_the_model_as_it_was(case, straight):
     run, state = straight(case)
     artifact = load_artifact(str(run), ONE)

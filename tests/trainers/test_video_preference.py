@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from step_jax.cli.main import main
+from step_jax.core.config import to_plain
 from step_jax.core.errors import CheckpointError, ConfigError, DataError, ExitCode
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.data.captions import Encoded, TextBank, distinct
@@ -28,6 +29,7 @@ from step_jax.models.context import Execution
 from step_jax.trainers import reference
 from step_jax.trainers.diffusion import pairs
 from step_jax.trainers.diffusion.pairs import PairData, PairMaker, best_and_worst
+from step_jax.trainers.diffusion.sources import data_of
 from tests.models import small
 from tests.trainers.loops import run_loop, steps
 from tests.trainers.test_loop_contract import CASES
@@ -129,6 +131,13 @@ def test_pairs_that_are_gone_or_damaged_are_not_learnt_from(maker, tmp_path):
         one.open(name)
     with pytest.raises(DataError, match=r"is no folder of latents.*put them back"):
         one.open("0" * 64)
+
+
+def test_a_model_that_was_tuned_on_pairs_can_be_asked_what_it_learnt_from():
+    """By who draws with it, and by a student whose teacher it is."""
+    artifact = SimpleNamespace(name="run", meta={"config": {"data": to_plain(DATA)}})
+    assert data_of(artifact) == DATA
+    assert len(data_of(artifact).open(ONE, print).captions) == 6
 
 
 def test_rounds_begin_every_so_many_steps():
@@ -278,14 +287,16 @@ def test_microbatches_change_nothing_and_independent_noise_does(whole):
 
 
 @pytest.mark.slow
-def test_a_policy_that_is_its_reference_prefers_nothing_yet(whole):
+def test_a_policy_that_is_its_reference_prefers_nothing_and_learns_to(whole):
     """The reference's errors are of the same noise at the same time as the policy's."""
     folder, _ = whole
     start = f"init_from: {{{{artifact: {folder / 'drawn'}}}}}\n"
-    run_loop("video-preference", recipe(folder, "start", start), "--training.steps", "1")
-    (first,) = steps(folder / "start")
+    once = ["--data.refresh-every", "12", "--training.steps", "12"]
+    run_loop("video-preference", recipe(folder, "start", start), *once)
+    first, *_, last = steps(folder / "start")
     assert first["loss"] == pytest.approx(np.log(2), abs=1e-4)
     assert abs(first["reward_chosen"]) < 1e-4 and abs(first["reward_rejected"]) < 1e-4
+    assert last["reward_margin"] > 0 and last["loss"] < first["loss"]
 
 
 @pytest.mark.slow

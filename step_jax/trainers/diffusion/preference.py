@@ -222,63 +222,85 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             units={"loss": "preference loss"},
             meta={"data": maker.fingerprint, "guidable": can_be_guided, "reference": compared},
         )
-        learning, preview = built.learnings[LEARNER], Preview(
-            session, config, model, bank, asked, prompts
-        )  # fmt: skip
-        made_by, part = _text(session.carried.get("pairs")), process_rows(sharding, c.batch_size)
-        dataset = None
+        rounds = Rounds(config, session, maker, bank, model)
+        preview = Preview(session, config, model, bank, asked, prompts)
+        schema, part = schema_of(config, model), process_rows(sharding, c.batch_size)
+
+        def policy():
+            return built.learnings[LEARNER].view(state.learners[LEARNER].params)
+
+        if config.sample.every_steps and start == 0:
+            preview.draw(0, policy())
         for step in range(start, c.steps):
-            if config.data.begins(step) or dataset is None:
+            if rounds.change(step):
                 with session.aside():
-                    policy = learning.view(state.learners[LEARNER].params)
-                    if config.sample.every_steps and step == 0:
-                        preview.draw(0, policy)
-                    if config.data.begins(step):
-                        made_by = maker.drawn(policy, step)
-                    sides = maker.open(made_by)
-                    show_pairs(session, sides, step)
-                    dataset = dataset_of(config, sides, bank, model)
-            batch = to_mesh(sharding, schema_of(config, model), dataset.batch(step, *part))
+                    rounds.next(step, policy())
+            batch = to_mesh(sharding, schema, rounds.dataset.batch(step, *part))
             session.before(step)
             state, metrics = train_step(state, batch | {REFERENCE: reference(batch)})
-            carried = {"pairs": np.frombuffer(made_by.encode(), np.uint8)}
-            session.finished(step + 1, state, metrics, carried=lambda: carried)  # noqa: B023
+            session.finished(step + 1, state, metrics, carried=rounds.carried)
             if config.sample.due(step + 1, c.steps):
                 with session.aside():
-                    preview.draw(step + 1, learning.view(state.learners[LEARNER].params))
+                    preview.draw(step + 1, policy())
         session.flush()
-        return preview.finish(learning.view(state.learners[LEARNER].params))
+        return preview.finish(policy())
 
 
-def _text(carried: np.ndarray | None) -> str:
-    return "" if carried is None else carried.tobytes().decode()
+class Rounds:
+    """The pairs that each step learns from.
 
+    Attributes:
+      dataset: the batches of the round.
+    """
 
-def dataset_of(
-    config: Config, sides: list[LatentFolder], bank: TextBank, model: VideoDiT
-) -> PairDataset:
-    """The batches of a round of pairs."""
-    winners, losers = (
-        ClipDataset(
+    dataset: PairDataset
+
+    def __init__(
+        self,
+        config: Config,
+        session: Session,
+        maker: PairMaker,
+        bank: TextBank,
+        model: VideoDiT,
+    ):
+        self._config, self._session, self._maker = config, session, maker
+        self._bank, self._model = bank, model
+        self._made_by = ""
+
+    def change(self, step: int) -> bool:
+        """Whether other pairs than before are needed for the step with this 0-based number."""
+        return not self._made_by or self._config.data.begins(step)
+
+    def next(self, step: int, policy: Any) -> None:
+        """Has the policy draw a round, or goes on with the one that the checkpoint names."""
+        if begins := self._config.data.begins(step):
+            self._made_by = self._maker.drawn(policy, step)
+        else:
+            self._made_by = self._session.carried["pairs"].tobytes().decode()
+        sides = self._maker.open(self._made_by)
+        if begins and not self._session.recorded(step, "pairs"):
+            winners, losers = (float(np.mean(side.scalars["reward"])) for side in sides)
+            figures = {"pairs": float(len(sides[0].captions)), "winners": winners, "losers": losers}
+            self._session.reporter.evaluation(step, figures, "pairs")
+        self.dataset = PairDataset(
+            *map(self._batches, sides), shared_noise=self._config.loss.shared_noise
+        )
+
+    def carried(self) -> dict[str, np.ndarray]:
+        """What a checkpoint has of it."""
+        return {"pairs": np.frombuffer(self._made_by.encode(), np.uint8)}
+
+    def _batches(self, side: LatentFolder) -> ClipDataset:
+        config = self._config
+        return ClipDataset(
             side,
-            bank,
-            reads_of(model),
+            self._bank,
+            reads_of(self._model),
             rows={config.data.buckets[0]: config.training.batch_size},
             packs=None,
             seed=config.run.seed,
             dropout=config.text.dropout,
         )
-        for side in sides
-    )
-    return PairDataset(winners, losers, shared_noise=config.loss.shared_noise)
-
-
-def show_pairs(session: Session, sides: list[LatentFolder], step: int) -> None:
-    """Records how many pairs a round has and how far apart their rewards are."""
-    if not session.recorded(step, "pairs"):
-        winners, losers = (float(np.mean(side.scalars["reward"])) for side in sides)
-        figures = {"pairs": float(len(sides[0].captions)), "winners": winners, "losers": losers}
-        session.reporter.evaluation(step, figures, "pairs")
 
 
 def header(config: Config, built: Program, reference: str) -> dict[str, Any]:

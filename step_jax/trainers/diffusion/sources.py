@@ -184,12 +184,13 @@ class ReflowData:
         share_N = uniforms(self.noise_seed, "language", numbers)
         captions = [source.captions[int(i) % len(source.captions)] for i in numbers]
         prompts = [t[int(u * len(t))] for t, u in zip(captions, share_N, strict=True)]
-        distinct = [NO_TEXT, *dict.fromkeys(prompts)]
+        index = {NO_TEXT: 0}
+        which = [index.setdefault(prompt, len(index)) for prompt in prompts]
         clips = draw_each(
             teacher.params,
             teacher.model,
-            text_states.of_prompts(teacher, distinct, sharding, load_artifact, report),
-            np.array([distinct.index(prompt) for prompt in prompts]),
+            text_states.of_prompts(teacher, list(index), sharding, load_artifact, report),
+            np.array(which),
             self.size,
             self.sampler,
             seed=self.noise_seed,
