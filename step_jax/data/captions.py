@@ -92,6 +92,7 @@ class TextBank:
 
     Attributes:
       index: text -> its number; that of :data:`NO_TEXT` is 0.
+      encoded: of each input, all texts.
       fields: input -> the array of one text.
       fingerprint: of texts, tokenizers and encoders.
     """
@@ -100,7 +101,7 @@ class TextBank:
         """``texts`` as :func:`distinct`; ``encoded`` by input."""
         assert texts[0] == NO_TEXT
         self.index = {text: i for i, text in enumerate(texts)}
-        self._encoded = dict(encoded)
+        self.encoded = dict(encoded)
         self.fields = text_fields({name: e.values.shape[1:] for name, e in encoded.items()})
         self.fingerprint: dict[str, Any] = {
             "texts": hash_of(texts),
@@ -110,7 +111,7 @@ class TextBank:
     def texts(self, number: int) -> dict[str, tuple[np.ndarray, int]]:
         """Of each input, the array and the length of a text."""
         return {
-            name: (e.values[number], int(e.lengths_K[number])) for name, e in self._encoded.items()
+            name: (e.values[number], int(e.lengths_K[number])) for name, e in self.encoded.items()
         }
 
 

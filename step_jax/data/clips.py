@@ -158,6 +158,16 @@ def uniforms(seed: int, purpose: str, numbers_N: np.ndarray) -> np.ndarray:
     return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def check_same(fingerprint: Mapping[str, Any], saved: Mapping[str, Any], step: int) -> None:
+    """Raises CheckpointError unless the finished steps were made with the same data."""
+    changed = [k for k in {**saved, **fingerprint} if saved.get(k) != fingerprint.get(k)]
+    if changed:
+        raise CheckpointError(
+            f"step {step} was made with other data: {', '.join(sorted(changed))} differ. Set "
+            "them back, or start another run with init_from"
+        )
+
+
 class Drawn(NamedTuple):
     """Samples of a batch: of which clip, in which row, with which number; int64 arrays."""
 
@@ -257,14 +267,7 @@ class ClipDataset:
 
     def check(self, saved: Mapping[str, Any], step: int) -> None:
         """Raises CheckpointError if a run of other data is to be gone on with."""
-        changed = [
-            k for k in {**saved, **self.fingerprint} if saved.get(k) != self.fingerprint.get(k)
-        ]
-        if changed:
-            raise CheckpointError(
-                f"step {step} was made with other data: {', '.join(sorted(changed))} differ. Set "
-                "them back, or start another run with init_from"
-            )
+        check_same(self.fingerprint, saved, step)
 
     def text_of(self, drawn: Drawn) -> np.ndarray:
         """Which text of the bank each sample is shown: 0, no text, where its caption is dropped."""

@@ -8,7 +8,7 @@ Shape suffixes: N samples, T tokens, P numbers in a patch, F frames, H height, W
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,12 +20,14 @@ from step_jax.checkpoint.artifact import Artifact
 from step_jax.core import checks
 from step_jax.core.errors import CheckpointError, ConfigError
 from step_jax.core.sharding import Sharding
+from step_jax.data.captions import Encoded
 from step_jax.models.context import Execution
 from step_jax.models.video import flow
 from step_jax.models.video.dit import Rows, VideoDiT
 from step_jax.models.video.patches import Sizes, clip_of, grid, patches_of, places_of
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+ROWS = 64  # clips that are drawn at once where there are many
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,46 @@ def draw(
     compiled = _compiled(model, size, sampler, count + more, execution, sharding)
     latents_NTP = np.asarray(compiled(params, jax.random.key(seed), number, *arguments))[:count]
     return np.asarray(clip_of(latents_NTP, size, model.patch))
+
+
+def draw_each(
+    params,
+    model: VideoDiT,
+    texts: Mapping[str, Encoded],
+    which_N: np.ndarray,
+    size: Sizes,
+    sampler: Sampler,
+    *,
+    seed: int,
+    execution: Execution,
+    sharding: Sharding,
+    number: int = 0,
+) -> Iterator[np.ndarray]:
+    """Clips one after the other, float32 (F, H, W, C), of which ``ROWS`` at a time are drawn.
+
+    Args:
+      texts: of each input; the first is no text.
+      which_N: the text of each clip.
+    """
+    rows = min(ROWS, len(which_N))
+    nothing = np.zeros(rows, int)
+    for low in range(0, len(which_N), rows):
+        here = which_N[low : low + rows]
+        which = np.resize(here, rows)  # all draws are one program
+        clips_NFHWC = draw(
+            params,
+            model,
+            {name: (e.values[which], e.lengths_K[which]) for name, e in texts.items()},
+            {name: (e.values[nothing], e.lengths_K[nothing]) for name, e in texts.items()},
+            size,
+            sampler,
+            seed=seed,
+            number=number + low,
+            execution=execution,
+            sharding=sharding,
+            count=rows,
+        )
+        yield from clips_NFHWC[: len(here)]
 
 
 @functools.lru_cache(maxsize=8)

@@ -34,6 +34,10 @@ LOOPS: dict[str, tuple[str, str]] = {
         "step_jax.trainers.diffusion.flow_matching",
         "train a diffusion transformer on captioned pictures and clips",
     ),
+    "video-preference": (
+        "step_jax.trainers.diffusion.preference",
+        "tune a diffusion transformer on pairs of its own clips",
+    ),
     "vae": ("step_jax.trainers.diffusion.vae", "train a video autoencoder on clips"),
 }
 DEFAULT = "pretrain"

@@ -1,4 +1,4 @@
-"""Log-probabilities under a frozen reference policy, computed once and kept with the run.
+"""Frozen reference policies: their log-probabilities, computed once, or their parameters, pinned.
 
 ``reference/`` of a run directory holds ``logprobs.npz`` (for each source of the data set, then for
 what is held out of each: float32 (N, 2), see ``PreferenceDataset.reference``) and ``meta.json``:
@@ -26,7 +26,7 @@ from step_jax.core.files import write_whole
 from step_jax.core.sharding import Sharding
 from step_jax.data.batches import to_mesh
 from step_jax.data.preferences import PreferenceDataset
-from step_jax.interop.artifacts import InitFrom, Start, load_artifact
+from step_jax.interop.artifacts import HUGGING_FACE, InitFrom, Start, load_artifact
 from step_jax.models.context import Execution
 from step_jax.models.text.decoder import Decoder
 from step_jax.tokenizers.base import Tokenizer
@@ -198,6 +198,57 @@ def computed(
             found_NS[which_BK[rows, k]] = logprobs_BSK[rows, :, k]
         made.append(found_NS)
     return made
+
+
+def frozen_reference(
+    asked: str | None,
+    init: InitFrom | None,
+    begin: Start,
+    tokenizer: Tokenizer | None,
+    sharding: Sharding,
+    was: Mapping[str, str] | None,
+) -> tuple[Any, dict[str, str]]:
+    """The parameters of a reference that every step is compared with anew, and what pins them.
+
+    Args:
+      asked: its artifact; None for the run's start.
+      begin, tokenizer: of the policy.
+      was: what the finished steps were compared with, as this function told it.
+
+    Raises:
+      ConfigError: it is another model than the policy, or reads other tokens.
+      CheckpointError: see :func:`pinned`.
+    """
+    name, part = asked, None
+    if name is None:
+        assert init is not None  # see the loop's validate
+        name, part = (init.artifact if was is None else was["name"]), init.part
+    artifact = load_artifact(name, sharding, part)
+    if artifact.require(type(begin.model), "the reference") != begin.model:
+        raise ConfigError(
+            f"the reference {name} is another model than the policy: they are compared by one "
+            "forward pass"
+        )
+    if tokenizer is not None and artifact.tokenizer.hash != tokenizer.hash:
+        raise ConfigError(f"the reference {name} has another tokenizer than the policy")
+    if not name.startswith(HUGGING_FACE) and "@" not in name:
+        name = f"{name}@{artifact.step}"
+    return artifact.params, pinned(name, artifact.params, was)
+
+
+def pinned(name: str, params: Any, was: Mapping[str, str] | None) -> dict[str, str]:
+    """What a checkpoint says of a reference: its name, and the digest of its parameters.
+
+    Raises:
+      CheckpointError: it is not what the run's finished steps were compared with, ``was``.
+    """
+    found = {"name": name, "parameters": digest(params)}
+    if was is not None and was["parameters"] != found["parameters"]:
+        raise CheckpointError(
+            f"the reference policy is not the one that the finished steps were compared with: it "
+            f"was {was['name']}, and {name} has other parameters; set it back, or start a new run"
+        )
+    return found
 
 
 def digest(params: Any) -> str:

@@ -24,7 +24,8 @@ LEFT_OUT = {
     "rollout_wait_s",
 }
 LEFT_OUT |= {
-    f"{unit}_per_s" for unit in ("tokens", "clips", "frames", "packs", "answers", "rollout_tokens")
+    f"{unit}_per_s"
+    for unit in ("tokens", "clips", "pairs", "frames", "packs", "answers", "rollout_tokens")
 }
 
 

@@ -45,6 +45,23 @@ DECODER = """
         - attention: {{kind: mfa, heads: 2, head_dim: 8}}
           mlp: {{kind: swiglu, hidden: 32}}
 """
+TRANSFORMER = """
+  width: 16
+  depth: 2
+  channels: 3
+  patch: [1, 4, 4]
+  attention: {{kind: mha, heads: 2, head_dim: 8, position: {{kind: rope, axes: [4, 2, 2]}}}}
+  mlp: {{kind: gelu, hidden: 32}}
+  text:
+    - kind: tower
+      name: clip
+      tokens: 4
+      vocab: 320
+      width: 16
+      depth: 1
+      attention: {{kind: mha, heads: 2, head_dim: 8}}
+      mlp: {{kind: gelu, hidden: 16}}
+"""
 UNSAMPLED = "sample: {{tokens: 0}}\n"
 READS = f"""
 evaluation: {{{{every_steps: 0, tokens: 100}}}}
@@ -52,6 +69,7 @@ evaluation: {{{{every_steps: 0, tokens: 100}}}}
 """
 DATA = "data: {{{{path: {{{0}}}, vocab_size: 300, sequence_length: {1}, cache_dir: {{cache}}}}}}\n"
 TEXT, CHATS = DATA.format("text", 16), DATA.format("chats", 64)
+PICTURES = "frames: 1, height: 12, width: 12, count: 1, background: plain"
 PAIRS, VERDICTS = DATA.format("pairs", 64), DATA.format("verdicts", 64)
 
 
@@ -62,6 +80,7 @@ class Case:
     recipe: with ``model``; ``start`` is what stands in its place with ``init_from``.
     kind: of its model.
     steps: the setting of that name.
+    compared: the loop whose run it is compared with.
     eps: of AdamW, which makes a step of a full rate out of the last bits of a gradient that is 0:
       real and drawn clips pull the discriminator's last bias in opposite ways.
     """
@@ -71,6 +90,7 @@ class Case:
     rest: str
     kind: type
     steps: str = "training.steps"
+    compared: str = ""
     eps: float = 1e-8
 
     def write(self, folder: Path, start: str = "", name: str = "run", **places) -> str:
@@ -105,6 +125,7 @@ CASES = [
         + VERDICTS.replace("vocab_size: 300", "tokenizer: {base}/tokenizer")
         + READS,
         Decoder,
+        compared="pretrain",
     ),
     Case(
         "reward",
@@ -114,16 +135,24 @@ CASES = [
     ),
     Case(
         "diffusion",
-        "\n  width: 16\n  depth: 2\n  channels: 1\n  patch: [1, 4, 4]\n"
-        "  attention: {{kind: mha, heads: 2, head_dim: 8,\n"
-        "    position: {{kind: rope, axes: [4, 2, 2]}}}}\n"
-        "  mlp: {{kind: gelu, hidden: 32}}\n"
-        "  text: [{{kind: tower, name: clip, tokens: 4, vocab: 320, width: 16, depth: 1,\n"
-        "    attention: {{kind: mha, heads: 2, head_dim: 8}}, mlp: {{kind: gelu, hidden: 16}}}}]\n",
+        TRANSFORMER,
         "training: {{steps: 6, batch_size: 16}}\n"
+        f"data: {{{{kind: scenes, clips: 64, families: [{{{{{PICTURES}}}}}]}}}}\n"
         "sample: {{count: 0}}\n"
         "execution: {{dtype: float32}}\n",
         VideoDiT,
+    ),
+    Case(
+        "video-preference",
+        TRANSFORMER,
+        "training: {{steps: 6, batch_size: 16}}\nreference: {drawn}\n"
+        "text: {{tokenizer: {drawn}/tokenizer}}\n"
+        f"data: {{{{scenes: {{{{{PICTURES}}}}}, path: {{cache}}/pairs, reward: [shape], "
+        "captions: 12, clips: 3, refresh_every: 3, sampler: {{steps: 2}}}}\n"
+        "sample: {{count: 0}}\n"
+        "execution: {{dtype: float32}}\n",
+        VideoDiT,
+        compared="diffusion",
     ),
     Case(
         "vae",
@@ -139,6 +168,10 @@ CASES = [
     ),
     Case(EXAMPLE, DECODER + "  vocab: 14\n", "steps: 6\nrows: 8\nlength: 8\n", Decoder, "steps"),
 ]
+
+
+#: the loops that others are compared with, and what recipes call their undisturbed runs
+COMPARED = {"pretrain": "base", "diffusion": "drawn"}
 
 
 def mostly_slow(*quick: str):
@@ -182,9 +215,9 @@ def places(tmp_path_factory) -> dict[str, Path]:
                 if kind == "verdicts":
                     answers = {"completion": answers["chosen"], "label": i % 3 > 0}
                 file.write(json.dumps({"prompt": f"{asked} {i}?"} | answers) + "\n")
-    base = tmp_path_factory.mktemp("straight") / "run"  # the first of the loops, see `straight`
+    runs = {place: tmp_path_factory.mktemp("straight") / "run" for place in COMPARED.values()}
     names = ("text", "chats", "pairs", "verdicts", "tokenizer", "cache")
-    return {name: folder / name for name in names} | {"base": base}
+    return {name: folder / name for name in names} | runs
 
 
 @pytest.fixture(scope="session")
@@ -194,10 +227,10 @@ def straight(tmp_path_factory, places):
 
     def of(case: Case):
         if case.loop not in made:
-            first = case is CASES[0]
-            folder = places["base"].parent if first else tmp_path_factory.mktemp("straight")
-            if case.loop == "preference":
-                of(CASES[0])  # what it is compared with
+            place = COMPARED.get(case.loop)
+            folder = places[place].parent if place else tmp_path_factory.mktemp("straight")
+            if case.compared:
+                of(next(c for c in CASES if c.loop == case.compared))
             state = run_loop(case.loop, case.write(folder, **places))
             made[case.loop] = (folder / "run", state)
         return made[case.loop]
@@ -284,7 +317,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     )
 
 
-@mostly_slow("pretrain", "sft", "rl", "preference", "diffusion", "vae", EXAMPLE)
+@mostly_slow("pretrain", "sft", "rl", "preference", "diffusion", "video-preference", "vae", EXAMPLE)
 def test_its_artifact_holds_the_model_as_it_was(case, straight):
     run, state = straight(case)
     artifact = load_artifact(str(run), ONE)

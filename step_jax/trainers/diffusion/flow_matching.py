@@ -7,73 +7,43 @@ The loop is :func:`run`, read top to bottom.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
 
-from step_jax.checkpoint.artifact import Description
 from step_jax.core import checks
 from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
-from step_jax.core.sharding import MeshConfig, Sharding
+from step_jax.core.sharding import Sharding
 from step_jax.data.batches import process_rows, to_mesh
-from step_jax.data.captions import TextBank, distinct, text_fields, token_rows
-from step_jax.data.clips import (
-    ClipDataset,
-    Packs,
-    Reads,
-    Shape,
-    bucket_rows,
-    clip_schema,
-)
-from step_jax.data.config import TRAIN_TOKENIZER
-from step_jax.inference import text_states
-from step_jax.inference.text_states import Encoder
-from step_jax.interop.artifacts import InitFrom, Start, load_artifact, starting_point
-from step_jax.models.context import Execution
+from step_jax.data.captions import distinct, text_fields
+from step_jax.data.clips import ClipDataset, Packs, Shape, bucket_rows, clip_schema
+from step_jax.interop.artifacts import Start, starting_point
 from step_jax.models.video.dit import VideoDiT
 from step_jax.models.video.flops import tokens_of, train_flops
-from step_jax.models.video.flow import Flow
-from step_jax.models.video.text_inputs import States, Tower
-from step_jax.runs import plots
 from step_jax.runs.device_memory import fitting
-from step_jax.runs.session import RunConfig, Session
-from step_jax.tokenizers.base import Tokenizer
-from step_jax.tokenizers.files import load_tokenizer
-from step_jax.tokenizers.sentencepiece import train_sentencepiece
-from step_jax.trainers.diffusion.preview import Preview, Sample
+from step_jax.runs.session import Session
+from step_jax.trainers.diffusion.captioned import (
+    LEARNER,
+    CaptionedLoop,
+    bank_of,
+    check_inputs,
+    description,
+    guidable,
+    processor_of,
+    reads_of,
+    text_shapes,
+    tokenizer_of,
+)
+from step_jax.trainers.diffusion.preview import Preview
 from step_jax.trainers.diffusion.sources import ClipData, DigitsData
 from step_jax.training.learner import learn
 from step_jax.training.losses.flow import flow_matching
-from step_jax.training.optimizers.config import AdamW, OptimizerConfig, check_optimizer
+from step_jax.training.optimizers.config import check_optimizer
 from step_jax.training.program import Program, Work
 
-LEARNER = "model"
 UNIT = "clips"
-
-
-@dataclass(frozen=True)
-class Text:
-    """How captions reach the model.
-
-    dropout: share of the samples whose caption is left out, so that the model can be guided.
-    tokenizer: of a text tower that learns with the model: a file, or ``train`` to make one of the
-      captions. With ``init_from`` it comes with the artifact.
-    encoders: of the model's inputs that are states.
-    cache: folder in which the encoders' states are kept.
-    """
-
-    dropout: float = 0.1
-    tokenizer: str = TRAIN_TOKENIZER
-    encoders: tuple[Encoder, ...] = ()
-    cache: Path = Path("text_states")
-
-    def validate(self):
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"text.dropout is {self.dropout}; use a share in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -99,49 +69,21 @@ class Training:
             raise ConfigError(f"training.ema_decay is {self.ema_decay}; it must be below 1")
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(CaptionedLoop):
     """Train a text-conditioned flow-matching model on pictures or clips."""
 
-    run: RunConfig
     training: Training
-    model: VideoDiT | None = None
-    init_from: InitFrom | None = None
     data: ClipData = DigitsData()
-    text: Text = Text()
-    flow: Flow = Flow()
-    optimizer: OptimizerConfig = AdamW()
-    execution: Execution = Execution()
-    parallel: MeshConfig = MeshConfig(fsdp=-1)
-    sample: Sample = Sample()
     loop: Literal["diffusion"] = "diffusion"
 
     def validate(self):
-        if self.model is None and self.init_from is None:
-            raise ConfigError("give a model, or init_from: what to start from")
+        super().validate()
         if self.model is not None:
-            check_inputs(self.model, self)
             for size in self.data.buckets:
                 tokens_of(self.model, size)
-        if self.sample.sampler.guidance != 1 and not self.text.dropout and self.init_from is None:
-            raise ConfigError(
-                "sample.sampler.guidance needs a model that also learns without text: set "
-                "text.dropout above 0"
-            )
         check_optimizer(self.optimizer, self.training.steps)
         self.run.profile.check(self.training.steps)
-
-
-def check_inputs(model: VideoDiT, config: Config) -> None:
-    """Raises ConfigError unless each of the model's states has its encoder, and each encoder its
-    states."""
-    wanted = {t.name for t in model.text if isinstance(t, States)}
-    given = {e.name for e in config.text.encoders}
-    if wanted != given:
-        raise ConfigError(
-            f"the model reads states of {sorted(wanted) or 'no encoder'}, and text.encoders has "
-            f"{sorted(given) or 'none'}"
-        )
 
 
 def shapes_of(config: Config, model: VideoDiT, sharding: Sharding) -> list[Shape]:
@@ -153,11 +95,6 @@ def shapes_of(config: Config, model: VideoDiT, sharding: Sharding) -> list[Shape
     rows = bucket_rows(flops, c.batch_size, sharding.ways("batch") * c.accumulation)
     costliest = sorted(rows, key=lambda size: -flops[size] * rows[size])
     return [Shape(rows[size], tokens_of(model, size), 1, size) for size in costliest]
-
-
-def reads_of(model: VideoDiT) -> Reads:
-    """What the model reads of a clip."""
-    return Reads(model.patch, model.scalars, model.first_frame)
 
 
 def program(config: Config, sharding: Sharding) -> Program:
@@ -179,7 +116,6 @@ def make_program(config: Config, begin: Start, shape: Shape, sharding: Sharding)
         freeze=begin.freeze,
         lora=begin.lora,
     )
-    one = {t.name: (t.tokens,) if isinstance(t, Tower) else (t.tokens, t.width) for t in model.text}
 
     def loss(params, batch, key):
         return flow_matching(
@@ -201,7 +137,7 @@ def make_program(config: Config, begin: Start, shape: Shape, sharding: Sharding)
             shape,
             model.numbers,
             reads_of(model),
-            text_fields(one),
+            text_fields(text_shapes(model)),
             own_noise=config.data.noise_seed is not None,
         ),
         sharding,
@@ -215,65 +151,6 @@ def make_program(config: Config, begin: Start, shape: Shape, sharding: Sharding)
         ),
         seed=seed,
     )
-
-
-def tokenizer_of(config: Config, begin: Start, texts: list[str]) -> Tokenizer | None:
-    """That of the model's own text towers; None for a model that has none.
-
-    Raises:
-      ConfigError: it has more tokens than a tower knows.
-    """
-    towers = [t for t in begin.model.text if isinstance(t, Tower)]
-    if not towers:
-        return None
-    if "tokenizer" in begin.processor:
-        tokenizer = begin.tokenizer
-    elif config.text.tokenizer == TRAIN_TOKENIZER:
-        tokenizer = train_sentencepiece(texts[1:], towers[0].vocab)
-    else:
-        tokenizer = load_tokenizer(config.text.tokenizer)
-    for tower in towers:
-        if tower.vocab < tokenizer.vocab_size:
-            raise ConfigError(
-                f"the text tower {tower.name} has a vocab of {tower.vocab}, and its tokenizer "
-                f"{tokenizer.vocab_size} tokens"
-            )
-    return tokenizer
-
-
-def bank_of(
-    config: Config,
-    model: VideoDiT,
-    texts: list[str],
-    tokenizer: Tokenizer | None,
-    sharding: Sharding,
-    report: Callable[[str], None],
-) -> TextBank:
-    """All texts as each of the model's inputs is given them."""
-    encoders = {e.name: e for e in config.text.encoders}
-    encoded = {}
-    for t in model.text:
-        if isinstance(t, Tower):
-            assert tokenizer is not None
-            encoded[t.name] = token_rows(tokenizer, texts, t.tokens, report)
-            continue
-        e = encoders[t.name]
-        artifact = load_artifact(e.artifact, sharding, e.part)
-        folder = config.text.cache / t.name
-        encoded[t.name] = text_states.cached(folder, artifact, texts, t.tokens, sharding, report)
-        text_states.check_width(e.artifact, encoded[t.name], t)
-    return TextBank(texts, encoded)
-
-
-def guidable(config: Config, session: Session) -> bool:
-    """Whether the model learns without text as well, or did before."""
-    source = session.goes_on_from
-    if source is None and config.init_from is not None:
-        source = config.init_from.artifact
-    before = source is not None and load_artifact(source, session.sharding, arrays=False).meta.get(
-        "guidable", False
-    )
-    return before or config.text.dropout > 0
 
 
 def run(config: Config, force: bool = False) -> dict[str, float]:
@@ -320,17 +197,10 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             begin.given(LEARNER),
             check=lambda meta, step: dataset.check(meta["data"], step),
         )
-        processor = {} if tokenizer is None else {"tokenizer": tokenizer}
         session.describe(
             config,
-            Description(
-                config.loop,
-                {LEARNER: begin.part(average=c.ema_decay is not None)},
-                {name: part.hash for name, part in processor.items()},
-                dtype=config.execution.dtype,
-                origin=begin.origin,
-            ),
-            processor,
+            description(config.loop, config, begin, tokenizer, average=c.ema_decay is not None),
+            processor_of(tokenizer),
             header(config, built, dataset),
             units={"loss": "squared error of a number"},
             meta={"data": dataset.fingerprint, "guidable": guidable(config, session)},
@@ -349,7 +219,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
                 with session.aside():
                     preview.draw(step + 1, best(state.learners[LEARNER]))
         session.flush()
-        return finish(session, preview, best(state.learners[LEARNER]))
+        return preview.finish(best(state.learners[LEARNER]))
 
 
 def header(config: Config, built: Program, dataset: ClipDataset) -> dict[str, Any]:
@@ -366,12 +236,3 @@ def header(config: Config, built: Program, dataset: ClipDataset) -> dict[str, An
         "batches": "; ".join(buckets),
         "steps": config.training.steps,
     }
-
-
-def finish(session: Session, preview: Preview, params) -> dict[str, float]:
-    """What the model draws in the end, its figures, and the loss curve."""
-    result = preview.draw(session.total_steps, params)
-    if session.primary:
-        plots.plot_run(session.directory.path, session.directory.plots / "loss.png")
-    session.reporter.summary({"status": "done", **result})
-    return result

@@ -24,7 +24,7 @@ from step_jax.inference.flow import Sampler, draw
 from step_jax.interop.artifacts import load_artifact
 from step_jax.models.video.dit import VideoDiT
 from step_jax.models.video.patches import Sizes
-from step_jax.runs import media
+from step_jax.runs import media, plots
 from step_jax.runs.session import Session
 
 
@@ -112,6 +112,15 @@ class Preview:
             path = self._session.directory.samples / f"step_{step}"
             media.save_grid(clips_NFHWC, sample.count, path, sample.fps)
         return figures
+
+    def finish(self, params) -> dict[str, float]:
+        """What the model draws in the end, its figures, and the loss curve."""
+        session = self._session
+        result = self.draw(session.total_steps, params)
+        if session.primary:
+            plots.plot_run(session.directory.path, session.directory.plots / "loss.png")
+        session.reporter.summary({"status": "done", **result})
+        return result
 
     def _texts(self, numbers_N):
         texts = [self._bank.texts(int(n)) for n in numbers_N]

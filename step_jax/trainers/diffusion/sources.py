@@ -27,13 +27,13 @@ from step_jax.data.latents import MANIFEST, Clip, LatentFolder, write_latents
 from step_jax.data.rendered import RenderedClips
 from step_jax.data.scenes import Scenes
 from step_jax.inference import text_states
-from step_jax.inference.flow import Sampler, check_guidance, draw
+from step_jax.inference.flow import ROWS, Sampler, check_guidance, draw_each
 from step_jax.interop.artifacts import load_artifact
 from step_jax.models.video.dit import VideoDiT
 from step_jax.models.video.patches import Sizes
+from step_jax.trainers.diffusion.pairs import PairData
 
 Report = Callable[[str], None]
-ROWS = 64  # clips that are encoded, or drawn by a teacher, at once
 
 
 @dataclass(frozen=True)
@@ -184,26 +184,21 @@ class ReflowData:
         share_N = uniforms(self.noise_seed, "language", numbers)
         captions = [source.captions[int(i) % len(source.captions)] for i in numbers]
         prompts = [t[int(u * len(t))] for t, u in zip(captions, share_N, strict=True)]
-        distinct = [NO_TEXT, *dict.fromkeys(prompts)]
-        texts = text_states.of_prompts(teacher, distinct, sharding, load_artifact, report)
-        for low in range(0, self.clips, ROWS):
-            chosen = prompts[low : low + ROWS]
-            which = np.array([distinct.index(prompt) for prompt in chosen])
-            clips_NFHWC = draw(
-                teacher.params,
-                teacher.model,
-                {n: (e.values[which], e.lengths_K[which]) for n, e in texts.items()},
-                {n: (e.values[0 * which], e.lengths_K[0 * which]) for n, e in texts.items()},
-                self.size,
-                self.sampler,
-                seed=self.noise_seed,
-                number=low,
-                execution=teacher.execution,
-                sharding=sharding,
-                count=len(chosen),
-            )
-            for i, (clip_FHWC, prompt) in enumerate(zip(clips_NFHWC, chosen, strict=True)):
-                yield Clip(clip_FHWC, (prompt,), noise=low + i)
+        index = {NO_TEXT: 0}
+        which = [index.setdefault(prompt, len(index)) for prompt in prompts]
+        clips = draw_each(
+            teacher.params,
+            teacher.model,
+            text_states.of_prompts(teacher, list(index), sharding, load_artifact, report),
+            np.array(which),
+            self.size,
+            self.sampler,
+            seed=self.noise_seed,
+            execution=teacher.execution,
+            sharding=sharding,
+        )
+        for i, (clip_FHWC, prompt) in enumerate(zip(clips, prompts, strict=True)):
+            yield Clip(clip_FHWC, (prompt,), noise=i)
 
 
 ClipData = DigitsData | SceneData | LatentData | ReflowData
@@ -213,10 +208,10 @@ ClipData = DigitsData | SceneData | LatentData | ReflowData
 class _Held:
     """The part of a run's configuration that says what it learnt from."""
 
-    data: ClipData
+    data: ClipData | PairData
 
 
-def data_of(artifact: Artifact) -> ClipData:
+def data_of(artifact: Artifact) -> ClipData | PairData:
     """What a diffusion model learnt from."""
     text = yaml.safe_dump({"data": artifact.meta["config"]["data"]})
     return parse_config(_Held, text, f"{artifact.name}, data").data

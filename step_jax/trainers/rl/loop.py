@@ -21,7 +21,7 @@ import numpy as np
 from step_jax.checkpoint.artifact import Description, Part
 from step_jax.core import rng
 from step_jax.core import spec as spec_lib
-from step_jax.core.errors import CheckpointError, ConfigError
+from step_jax.core.errors import ConfigError
 from step_jax.core.files import write_whole
 from step_jax.core.sharding import Sharding
 from step_jax.data.batches import process_rows, to_mesh
@@ -39,7 +39,7 @@ from step_jax.runs.session import Session
 from step_jax.tokenizers.base import Tokenizer
 from step_jax.tokenizers.chat import encode_request
 from step_jax.tokenizers.files import load_tokenizer
-from step_jax.trainers.reference import digest
+from step_jax.trainers.reference import frozen_reference, pinned
 from step_jax.trainers.reward import as_reward_model
 from step_jax.trainers.rl import learning
 from step_jax.trainers.rl.config import Config
@@ -411,31 +411,10 @@ def reference_of(config: Config, begin: Begin, sharding: Sharding, saved: dict[s
         params = jax.jit(
             begin.policy.model.initialise, out_shardings=sharding.params(begin.policy.model.specs())
         )(key)
-        name = "the fresh model"
-    else:
-        asked, part = config.reference, None
-        if asked is None:
-            assert config.init_from is not None
-            asked, part = config.init_from.artifact, config.init_from.part
-        if was is not None and config.reference is None:
-            asked = was["name"]
-        artifact = load_artifact(asked, sharding, part)
-        if artifact.require(Decoder, "the reference") != begin.policy.model:
-            raise ConfigError(
-                f"the reference {asked} is another model than the policy: their log-probabilities "
-                "are compared token by token, by one forward pass"
-            )
-        if artifact.tokenizer.hash != begin.policy.tokenizer.hash:
-            raise ConfigError(f"the reference {asked} has another tokenizer than the policy")
-        params, name = artifact.params, asked
-        if not asked.startswith("hf:") and "@" not in asked:
-            name = f"{asked}@{artifact.step}"
-    found = {"name": name, "parameters": digest(params)}
-    if was is not None and was["parameters"] != found["parameters"]:
-        raise CheckpointError(
-            f"the reference policy is not the one that the finished steps were compared with: it "
-            f"was {was['name']}, and {name} has other parameters; set it back, or start a new run"
-        )
+        return params, {"reference": pinned("the fresh model", params, was)}
+    params, found = frozen_reference(
+        config.reference, config.init_from, begin.policy, begin.policy.tokenizer, sharding, was
+    )
     return params, {"reference": found}
 
 
