@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ def join(multihost: bool = False) -> None:
             "process_id": int(index),
             "coordinator_bind_address": address if address.startswith(_LOOPBACK) else None,
         }
+        if int(index) == 0:
+            _check_free(address)
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **arguments)
     except ValueError as error:
@@ -65,10 +68,28 @@ def join(multihost: bool = False) -> None:
     except jax.errors.JaxRuntimeError as error:
         if "start RPC server" not in str(error):
             raise
-        raise ConfigError(
-            f"the coordinator cannot listen on {arguments.get('coordinator_address', 'its port')}: "
-            f"the port is in use, or the address is not this machine's; {_VARIABLES[0]} names it"
-        ) from None
+        raise _not_free(arguments.get("coordinator_address", "its port")) from None
+
+
+def _check_free(address: str) -> None:
+    """Raises ConfigError if the coordinator's port is in use: JAX's own attempt may end in a
+    segmentation fault then (0.12)."""
+    host, _, port = address.rpartition(":")
+    listens_on = host.strip("[]") if address.startswith(_LOOPBACK) else ""
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    with socket.socket(family) as attempt:
+        attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of a run that just ended
+        try:
+            attempt.bind((listens_on, int(port)))
+        except (OSError, ValueError, OverflowError):
+            raise _not_free(address) from None
+
+
+def _not_free(address: str) -> ConfigError:
+    return ConfigError(
+        f"the coordinator cannot listen on {address}: the port is in use, or the address is not "
+        f"this machine's; {_VARIABLES[0]} names it"
+    )
 
 
 #: what a step of several processes fails of while all of them live

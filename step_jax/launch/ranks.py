@@ -128,7 +128,9 @@ def _wait(ranks: list[subprocess.Popen], signals: Signals) -> tuple[int | None, 
         if culprit is not None:
             if others := len(ranks) - len(ended):
                 say(f"rank {culprit} ended with exit code {ended[culprit]}: ending {others} more")
-            _end(ranks)
+            by_themselves = _end(ranks)
+            if ended[culprit] == ExitCode.ABORTED:  # it may have noticed the lost one first
+                culprit = _first_failed(by_themselves)
             return culprit, ""
         now = time.monotonic()
         if ended and first_end is None:
@@ -155,9 +157,13 @@ def _first_failed(ended: Mapping[int, int]) -> int | None:
     return min(failed, key=lambda i: (ended[i] == ExitCode.ABORTED, i), default=None)
 
 
-def _end(ranks: list[subprocess.Popen]) -> None:
-    """Waits a little for the ranks, asks them to stop, and ends them."""
+def _end(ranks: list[subprocess.Popen]) -> dict[int, int]:
+    """Waits a little for the ranks, asks them to stop, and ends them; ranks and exit codes of those
+    that were not asked."""
+    by_themselves: dict[int, int] = {}
     for number, seconds in ((None, _OWN_END_S), (signal.SIGTERM, _TERM_S), (signal.SIGKILL, None)):
+        if number == signal.SIGTERM:
+            by_themselves = _ended(ranks)
         if number is not None:
             send(ranks, number)
         deadline = None if seconds is None else time.monotonic() + seconds
@@ -165,6 +171,7 @@ def _end(ranks: list[subprocess.Popen]) -> None:
             if deadline is not None and time.monotonic() > deadline:
                 break
             time.sleep(_POLL_S)
+    return by_themselves
 
 
 def say(text: str) -> None:

@@ -67,8 +67,8 @@ def test_a_saved_stop_costs_no_budget_and_a_lost_machine_does(tmp_path):
     code, records = supervised(
         "if start <= 2: sys.exit(42)\n"
         "if start == 3:\n"
-        "    if rank: os.kill(os.getpid(), 9)\n"
-        "    time.sleep(0.2); os.abort()\n",
+        "    if rank: time.sleep(1); os.kill(os.getpid(), 9)\n"  # its machine; the other is first
+        "    os.abort()\n",
         tmp_path,
         budget=1,
     )
