@@ -4,18 +4,18 @@
 #   make test                    linter, formatting, types and tests, in the same environment
 #   make test-aot                everything that is compiled for TPUs (no TPU needed; an hour)
 #   make test-hopper             every GPU kernel compiled for Hopper (no GPU needed)
-#   make test-system             what needs packages of the system: the sandbox of programs, SLURM
+#   make test-system             what needs packages of the system: the sandbox of programs
+#   make test-slurm              a run on a SLURM cluster of two nodes on this machine (root)
 #   make lint                    formatting and types
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-aot test-hopper test-system lint clean
+.PHONY: help quickstart test test-aot test-hopper test-system test-slurm lint clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 HOPPER := $(VENV)-hopper
-SYSTEM := bubblewrap slurm-wlm munge
 # What is imported is compiled once and kept, whatever the environment says: tests and commands start
 # many processes. --no-compile: most of what is installed is never imported.
 export PYTHONDONTWRITEBYTECODE :=
@@ -43,14 +43,19 @@ test-hopper: $(HOPPER)/.installed
 	@$(HOPPER)/bin/python -m pytest -m hopper $(PYTEST_ARGS)
 
 test-system: $(VENV)/.installed-dev
-	@if ! command -v bwrap >/dev/null || ! command -v munged >/dev/null \
-	    || ! command -v slurmctld >/dev/null; then \
-	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    apt-get update -qq && apt-get install -qq -y $(SYSTEM); \
-	  else \
-	    echo "make test-system needs $(SYSTEM). On Debian and Ubuntu: apt install $(SYSTEM)" >&2; \
-	    exit 1; fi; fi
+	@$(call installed,bwrap,bubblewrap)
 	@$(BIN)/python -m pytest -m system $(PYTEST_ARGS)
+
+test-slurm: $(VENV)/.installed-dev
+	@$(call installed,slurmctld,slurm-wlm munge)
+	@$(BIN)/python -m pytest -m slurm tests/launch
+
+# If the command $(1) is not there, the system's packages $(2) are installed, by root alone.
+installed = if ! command -v $(1) >/dev/null; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && apt-get install -qq -y $(2); \
+	  else \
+	    echo "make $@ needs $(2). On Debian and Ubuntu: apt install $(2)" >&2; exit 1; fi; fi
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .
