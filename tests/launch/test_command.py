@@ -94,7 +94,7 @@ def test_a_recipe_is_compiled_for_its_slice_before_it_is_submitted(tmp_path, cap
 @pytest.mark.parametrize("name", ["slurm", "skypilot", "gke", "queued"])
 def test_what_an_example_shows_fits_its_target(name, monkeypatch, capsys):
     if name in ("gke", "queued") and importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu, which describes TPU slices, is not installed")
+        pytest.fail("libtpu is missing: pip install '.[dev]'")
     monkeypatch.chdir(ROOT)
     text = (ROOT / "launch" / "targets" / f"{name}.yaml").read_text()
     (line,) = [line for line in text.splitlines() if line.startswith("#   step-jax launch")]

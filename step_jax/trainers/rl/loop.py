@@ -198,11 +198,12 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         begin = begin_from(config, sharding, session.goes_on_from)
         tokenizer, policy = begin.policy.tokenizer, begin.policy.model
         chosen = implementations(policy, config.execution, config.rollout.context, sharding)
-        turns = stack.enter_context(Turns(config.tools, tokenizer)) if config.tools else None
+        # each with its own: held-out problems may be answered while a batch is written
+        turns, asides = (tools_of(config, tokenizer, stack) for _ in range(2))
         encode = encoder(config, tokenizer) if turns is None else turns.begin
         problems = config.problems.open()
         pool = stack.enter_context(config.problems.pool()) if session.primary else None
-        evaluate = HeldOut(config, session, policy, tokenizer, problems, encode, pool, turns)
+        evaluate = HeldOut(config, session, policy, tokenizer, problems, encode, pool, asides)
         engine, send = writer(config, policy, tokenizer, sharding)
         making = Rollouts(
             config.rollout,
@@ -228,18 +229,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         )
         reference, meta = reference_of(config, begin, sharding, saved)
         describe(session, config, begin, built, chosen, meta)
-        judge = jax.jit(
-            learning.make_judge(
-                config.how,
-                begin.models,
-                {name: how.view for name, how in built.learnings.items()},
-                config.execution,
-                sharding,
-                config.rollout.temperature,
-                old=keeps_old(config),
-            ),
-            out_shardings=sharding.replicated(),
-        )
+        judge = make_judge(config, begin, built)
         batch: dict[str, Any] = {}
         figures: dict[str, Any] = {}
         if session.carried:
@@ -300,6 +290,27 @@ def describe(session: Session, config: Config, begin: Begin, built: Program, cho
         header,
         units={"loss": "of the policy's objective", "reward": "mean of a batch's answers"},
         meta=meta,
+    )
+
+
+def tools_of(config: Config, tokenizer: Tokenizer, stack: ExitStack) -> Turns | None:
+    """The tools that replies may call, open until the run ends; None without."""
+    return None if config.tools is None else stack.enter_context(Turns(config.tools, tokenizer))
+
+
+def make_judge(config: Config, begin: Begin, built: Program):
+    """The compiled function of ``learning.make_judge``: what a batch is compared with."""
+    return jax.jit(
+        learning.make_judge(
+            config.how,
+            begin.models,
+            {name: how.view for name, how in built.learnings.items()},
+            config.execution,
+            built.sharding,
+            config.rollout.temperature,
+            old=keeps_old(config),
+        ),
+        out_shardings=built.sharding.replicated(),
     )
 
 
