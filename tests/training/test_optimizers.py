@@ -17,7 +17,6 @@ from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
 from step_jax.core.spec import Normal, ParamSpec
 from step_jax.training import scaling_laws
 from step_jax.training.learner import Learning
-from step_jax.training.optimizers import muon
 from step_jax.training.optimizers.build import decay_mask, group_labels, make_optimizer
 from step_jax.training.optimizers.config import AdamW, Muon
 from step_jax.training.schedules import Constant
@@ -183,44 +182,29 @@ def test_muon_on_a_mesh_is_the_update_of_one_device(mesh):
 
 
 @pytest.mark.parametrize(
-    ("layers", "mesh", "devices"),
+    ("shape", "mesh", "mine", "moves"),
     [
-        (16, MeshConfig(data=2, fsdp=4), ("data", "fsdp")),
-        (4, MeshConfig(data=2, fsdp=4), ("fsdp",)),
-        (6, MeshConfig(data=2, fsdp=4), ("data",)),
-        (4, MeshConfig(fsdp=4, tensor=2), ("fsdp",)),
-        (3, MeshConfig(data=2, fsdp=4), None),
+        ((16,), MeshConfig(data=2, fsdp=4), 2, ["all-to-all", "all-gather", "all-to-all"]),
+        ((3,), MeshConfig(data=2, fsdp=4), 1, ["all-to-all", "all-gather", "all-to-all"]),
+        ((8,), MeshConfig(fsdp=4, tensor=2), 1, ["all-to-all"] * 4),
+        ((4, 6), MeshConfig(expert=2, fsdp=2, tensor=2), 3, ["all-to-all"] * 4),
     ],
 )
-def test_matrices_are_split_over_the_devices_that_divide_them(layers, mesh, devices):
-    spec = ParamSpec((layers, 16, 32), ("layers", "embed", "mlp"), INIT)
+def test_each_device_orthogonalises_whole_matrices(shape, mesh, mine, moves):
+    """As few as can be, and nothing is sent inside the iteration."""
+    axes = ("layers", "experts")[: len(shape)]
+    specs = {"w": ParamSpec((*shape, 16, 32), (*axes, "embed", "mlp"), INIT)}
     sharding = Sharding(make_mesh(mesh))
-    layouts = muon._layouts(spec, sharding)
-    if devices is None:
-        assert layouts == []
-    else:
-        assert layouts[0].is_equivalent_to(sharding.named(spec.axes, spec.shape), 3)
-        assert layouts[-1].spec == jax.sharding.PartitionSpec(devices, None, None)
-
-
-def test_stacked_experts_stay_where_they_are():
-    spec = ParamSpec((4, 8, 16, 32), ("layers", "experts", "embed", "mlp"), INIT)
-    sharding = Sharding(make_mesh(MeshConfig(expert=2, fsdp=2, tensor=2)))
-    last = muon._layouts(spec, sharding)[-1]
-    assert last.spec == jax.sharding.PartitionSpec(("fsdp", "tensor"), ("expert",), None, None)
-
-
-def test_each_device_orthogonalises_whole_matrices():
-    specs = {"w": ParamSpec((8, 16, 32), ("layers", "embed", "mlp"), INIT)}
-    sharding = Sharding(make_mesh(MeshConfig(fsdp=4, tensor=2)))
     optimizer = make_optimizer(Muon(1e-2, SCHEDULE), specs, total_steps=1, sharding=sharding)
     abstract = spec_lib.abstract(specs, sharding.params(specs))
     state = jax.eval_shape(optimizer.direction.init, abstract)
     text = jax.jit(optimizer.direction.update).lower(abstract, state, abstract).compile().as_text()
-    assert "f32[16,16]" in text  # one whole Gram matrix a device
-    # Two moves there and two back, and nothing inside the iteration or gathered.
-    assert len(re.findall(r"= .* all-to-all\(", text)) == 4
-    assert " all-gather(" not in text and " collective-permute(" not in text
+    grams = re.findall(r"= f32\[([\d,]*)16,16\]\S* dot", text)
+    assert grams and set(grams) <= {f"{mine},", *([""] if mine == 1 else [])}
+    kinds = "all-to-all|all-gather|all-reduce|collective-permute|reduce-scatter"
+    sent = re.findall(rf"^ .*= .* ({kinds})\(", text, re.M)
+    assert [kind for kind in sent if kind != "all-reduce"] == moves  # sums are those of norms
+    assert not re.search(r"\[[\d,]*16,(16|32)\]\S* all-reduce\(", text)
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,12 @@ Shape suffixes: B stacked matrices (layers, experts), R rows, C columns.
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from step_jax.core.sharding import Sharding
 from step_jax.core.spec import ParamSpec, is_spec
@@ -92,9 +91,9 @@ def _iterate(x_BRC):
 def orthogonalize(specs, dtype, sharding: Sharding | None = None) -> optax.GradientTransformation:
     """Replaces every update of a ``matrix`` spec by 0.2 sqrt(max(R, C)) polar(update).
 
-    The matrix view is ``ParamSpec.matrix_shape``. On a mesh the stack of matrices is split over as
-    many devices as divide it, and each orthogonalises whole matrices (the idea of ZeRO-1): the
-    result does not depend on how the parameter is sharded. What travels is in ``dtype``.
+    The matrix view is ``ParamSpec.matrix_shape``. On a mesh the stack of matrices is dealt out to
+    all devices, each of which orthogonalises whole ones (the idea of ZeRO-1): the result does not
+    depend on how the parameter is sharded. What travels is in ``dtype``.
 
     Args:
       specs: tree of ParamSpec with the structure of the updates, which may hold
@@ -107,13 +106,15 @@ def orthogonalize(specs, dtype, sharding: Sharding | None = None) -> optax.Gradi
         if isinstance(update, optax.MaskedNode):
             return update
         batch, rows, columns = spec.matrix_shape
-        layouts = _layouts(spec, sharding)
         x = _scaled(update, tuple(range(len(batch), update.ndim)), dtype)
-        for layout in layouts:
-            x = jax.lax.with_sharding_constraint(x, layout)
-        x = _iterate(x.reshape(*batch, rows, columns)).reshape(spec.shape)
-        for layout in reversed(layouts):
-            x = jax.lax.with_sharding_constraint(x, layout)
+
+        def polar(x):
+            return _iterate(x.reshape(-1, rows, columns)).reshape(x.shape)
+
+        if sharding is not None and sharding.mesh.size > 1 and spec.stacked:
+            x = _dealt_out(polar, spec, sharding)(x)
+        else:  # a matrix that is not stacked keeps its layout: its products are split instead
+            x = polar(x)
         return x.astype(jnp.float32) * (0.2 * math.sqrt(max(rows, columns)))
 
     def update_fn(updates, state, params=None):
@@ -124,39 +125,44 @@ def orthogonalize(specs, dtype, sharding: Sharding | None = None) -> optax.Gradi
     return optax.GradientTransformation(optax.init_empty_state, update_fn)
 
 
-def _layouts(spec: ParamSpec, sharding: Sharding | None) -> list[NamedSharding]:
-    """The way from the parameter's own layout to one of whole matrices, one mesh axis at a time.
+def _dealt_out(f, spec: ParamSpec, sharding: Sharding):
+    """``f`` of a stack of whole matrices, (any number, ...) to the same shape, as a function of the
+    parameter in its own layout.
 
-    The partitioner turns the move of one mesh axis to another array axis into an all-to-all, but
-    the move of two at once into a gather of everything.
+    A device has pieces of many matrices and gets a few whole ones, by an all-to-all for every cut
+    axis of the matrix. The stack is filled up with zeros, which ``f`` shall leave alone, to a
+    multiple of the devices: to split it over those that divide it only would gather the rest, which
+    for 42 layers on 256 devices is everything. Devices that hold the same pieces share the stack.
     """
-    if sharding is None or sharding.mesh.size == 1 or not spec.stacked:
-        return []  # a matrix that is not stacked keeps its layout: its products are split instead
+    mesh = sharding.mesh
     entries = [
         () if e is None else (e,) if isinstance(e, str) else tuple(e)
         for e in sharding.spec(spec.axes, spec.shape)
     ]
-    taken = [axis for entry in entries[: spec.stacked] for axis in entry]
-    free = [a for a in sharding.mesh.axis_names if sharding.mesh.shape[a] > 1 and a not in taken]
-    moved = _dividing_axes(spec.shape[0] // sharding.size(*entries[0]), free, sharding)
-    if not moved:
-        return []
-    path: list[list] = [entries]
-    for axis in moved:
-        first, *rest = ([a for a in entry if a != axis] for entry in path[-1])
-        path.append([[*first, axis], *rest])
-    # Axes that do not divide the stack repeat the work instead.
-    path.append([e if i < spec.stacked else () for i, e in enumerate(path[-1])])
-    return [
-        NamedSharding(sharding.mesh, PartitionSpec(*(tuple(e) or None for e in p))) for p in path
-    ]
+    cut = [(dim, axes) for dim, axes in enumerate(entries[spec.stacked :], 1) if axes]
+    named = {axis for axes in entries for axis in axes}
+    alike = tuple(a for a in mesh.axis_names if mesh.shape[a] > 1 and a not in named)
+    ways = math.prod(mesh.shape[a] for _, axes in [*cut, (0, alike)] for a in axes)
 
+    def local(x):
+        whole = x.reshape(-1, *x.shape[spec.stacked :])
+        count = whole.shape[0]
+        whole = jnp.pad(whole, [(0, -count % ways), *[(0, 0)] * (whole.ndim - 1)])
+        for dim, axes in cut:
+            whole = jax.lax.all_to_all(whole, axes, 0, dim, tiled=True)
+        if alike:
+            mine = whole.shape[0] // math.prod(mesh.shape[a] for a in alike)
+            first = jax.lax.axis_index(alike) * mine
+            whole = f(jax.lax.dynamic_slice_in_dim(whole, first, mine))
+            whole = jax.lax.all_gather(whole, alike, tiled=True)
+        else:
+            whole = f(whole)
+        for dim, axes in reversed(cut):
+            whole = jax.lax.all_to_all(whole, axes, dim, 0, tiled=True)
+        return whole[:count].reshape(x.shape)
 
-def _dividing_axes(size: int, axes: list[str], sharding: Sharding) -> tuple[str, ...]:
-    """Those of ``axes`` that divide ``size``, as many devices as possible."""
-    subsets = (s for n in range(len(axes) + 1) for s in itertools.combinations(axes, n))
-    fitting = (s for s in subsets if size % sharding.size(*s) == 0)
-    return max(fitting, key=lambda s: sharding.size(*s))
+    layout = PartitionSpec(*(axes or None for axes in entries))
+    return jax.shard_map(local, mesh=mesh, in_specs=layout, out_specs=layout, check_vma=False)
 
 
 def scale_by_muon(
