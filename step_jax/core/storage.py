@@ -14,9 +14,12 @@ role. ``AWS_ENDPOINT_URL`` and ``AWS_REGION`` lead to other stores that speak S3
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -278,3 +281,13 @@ def _opened(scheme: str, bucket: str) -> Any:
         return ts.KvStore.open(_bucket(scheme, bucket), context=limits).result()
     except ValueError as error:
         raise ConfigError(f"{scheme}://{bucket} is no bucket: {_brief(str(error))}") from None
+
+
+def staged(objects: Objects, *names: str) -> Path:
+    """A folder of this process with copies of objects: those of these names, and below them."""
+    folder = Path(tempfile.mkdtemp(prefix="step_jax_")) / objects.name
+    atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
+    wanted = tuple(f"{name}/" for name in names)
+    found = [name for name in objects.list() if name in names or name.startswith(wanted)]
+    objects.download(folder, found)
+    return folder

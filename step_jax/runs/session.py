@@ -43,7 +43,8 @@ _PREPARATION_S, _ASIDE_S = 86400.0, 3600.0
 class RunConfig:
     """Where a run lives and how it starts.
 
-    directory: everything the run writes; starting it again there goes on after its last checkpoint.
+    directory: everything the run writes, a folder or ``gs://``, ``s3://``; starting it again there
+      goes on after its last checkpoint.
     branch_from: RUN or RUN@STEP: a new run goes on from the whole state of that one (parameters,
       averages, optimizer, place in the data), and may have another length or learning rate.
     seed: of parameters, data order and every random choice.
@@ -127,7 +128,12 @@ class Session:
             self._watchdog = stack.enter_context(HangWatchdog(name=name))
             self._watchdog.allow(_PREPARATION_S)
             self._checkpointer = stack.enter_context(
-                Checkpointer(self.directory.checkpoints, self._run.checkpoint, self.reporter.event)
+                Checkpointer(
+                    self.directory.checkpoints,
+                    self._run.checkpoint,
+                    self.reporter.event,
+                    self.directory.keep,
+                )
             )
             self._profiler = ProfilerWindow(self._run.profile, self.directory.profile)
             stack.callback(self._profiler.close)
@@ -147,8 +153,8 @@ class Session:
     def goes_on_from(self) -> str | None:
         """The artifact that this run's steps go on from, ``RUN`` or ``RUN@STEP``: the run itself,
         else the one that it is a branch of, else None."""
-        if has_steps(self.directory.path):
-            return str(self.directory.path)
+        if has_steps(self.directory.name):
+            return self.directory.name
         return self._run.branch_from
 
     def start(
@@ -192,7 +198,7 @@ class Session:
             raise CheckpointError(f"run.seed was {seed} and is {self._run.seed}: set it back")
         check(meta, step)
         if self._branch is None:
-            check_rates(program.learnings, meta["rates"], step, self.directory.path)
+            check_rates(program.learnings, meta["rates"], step, self.directory.name)
         state, _ = checkpoints.restore(step, program.state_like)
         self.carried = checkpoints.carried(step)
         self._finished = step

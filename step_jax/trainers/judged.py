@@ -152,7 +152,7 @@ def finish(
         }
     )
     report.event(
-        f"everything is in {directory.path}: the loss in plots/loss.png\n{go_on}\n"
-        f"compare runs: step-jax runs {directory.path.parent}"
+        f"everything is in {directory.name}: the loss in plots/loss.png\n{go_on}\n"
+        f"compare runs: step-jax runs {directory.parent}"
     )
     return figures

@@ -460,10 +460,10 @@ def finish(
         }
     )
     report.event(
-        f"everything is in {directory.path}: the loss in plots/loss.png, texts in samples/\n"
+        f"everything is in {directory.name}: the loss in plots/loss.png, texts in samples/\n"
         f"{go_on}\n"
-        f"score it:     step-jax eval {directory.path}\n"
-        f"compare runs: step-jax runs {directory.path.parent}"
+        f"score it:     step-jax eval {directory.name}\n"
+        f"compare runs: step-jax runs {directory.parent}"
     )
     return result
 
