@@ -86,7 +86,8 @@ def local(path: Path | str, what: str) -> Path:
     Raises:
       ConfigError: it is a URL, which ``what`` (a setting, a command's option) cannot be.
     """
-    if is_url(path):
+    # A Path has one of the two slashes left.
+    if is_url(path) or str(path).startswith(tuple(f"{scheme}:/" for scheme in DRIVERS)):
         raise ConfigError(
             f"{what} is {path}: only run directories, data.path and data.cache_dir may be in an "
             "object store. Give a folder"

@@ -19,8 +19,8 @@ from step_jax.runs.lease import BEAT_S, LOCK, Lease
 
 #: what no run reads back, and checkpoints, which are not in the folder
 _NOT_FETCHED = ("checkpoints", "tensorboard", "plots", "samples", "profile")
-#: the file that makes a folder whole, written last: without it the others are left out
-_COMMITS = "meta.json"
+#: folders that are left out without the file that is written last, and the file
+_WHOLE_OR_NOT, _COMMITS = ("heldout", "reference"), "meta.json"
 _EVERY_S = 30.0
 _SHARE = 20  # copying takes at most so small a part of the time
 _CLOSE_S = 60.0
@@ -108,5 +108,5 @@ def fetch(objects: Objects, folder: Path) -> None:
     names = [name for name in objects.list() if name.partition("/")[0] not in _NOT_FETCHED]
     names = [name for name in names if name != LOCK]
     whole = {name.rpartition("/")[0] for name in names if name.endswith(f"/{_COMMITS}")}
-    torn = {"heldout"} - whole
+    torn = set(_WHOLE_OR_NOT) - whole
     objects.download(folder, [name for name in names if name.partition("/")[0] not in torn])

@@ -42,7 +42,7 @@ def state_of(step: int) -> dict:
 
 def save(place: Objects, *steps: int, events=None, **settings) -> None:
     config = CheckpointConfig(**settings)
-    with Checkpointer(place, config, (events or []).append) as saver:
+    with Checkpointer(place, config, (events if events is not None else []).append) as saver:
         for step in steps:
             saver.save(step, state_of(step), {"step": step}, {"carried": np.array([step])})
             saver.wait()
