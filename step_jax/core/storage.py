@@ -31,6 +31,7 @@ from step_jax.core.errors import ConfigError, DiskFullError, StepError, StorageE
 DRIVERS = {"gs": "gcs", "s3": "s3"}
 #: A request that fails for the moment is made so often again, after 0.5 s, 1 s, 2 s ... 8 s.
 RETRIES = 6
+_FIRST_DELAY, _LAST_DELAY = "500ms", "8s"
 #: The generation of an object that is not there.
 ABSENT = b"\x02"
 _THREADS = 16
@@ -116,10 +117,11 @@ class Objects:
         if scheme not in DRIVERS:
             known = " and ".join(f"{name}://" for name in DRIVERS)
             raise ConfigError(f"{url}: the object stores that are known are {known}")
-        parts = path.strip("/").split("/") if path.strip("/") else []
+        path = path.rstrip("/")
+        parts = path.split("/") if path else []
         if not bucket or any(part in ("", ".", "..") for part in parts):
             raise ConfigError(f"{url}: write it as {scheme}://BUCKET/PATH")
-        return cls(scheme, bucket, "/".join(parts))
+        return cls(scheme, bucket, path)
 
     def __truediv__(self, name: str) -> Objects:
         return Objects(self.scheme, self.bucket, f"{self.path}/{name}" if self.path else name)
@@ -269,7 +271,11 @@ def context() -> Any:
         os.environ.setdefault(name, value)
     import tensorstore as ts
 
-    tries = {"max_retries": RETRIES, "initial_delay": "500ms", "max_delay": "8s"}
+    tries = {
+        "max_retries": RETRIES,
+        "initial_delay": _FIRST_DELAY,
+        "max_delay": _LAST_DELAY,
+    }
     return ts.Context({"gcs_request_retries": tries, "s3_request_retries": tries})
 
 

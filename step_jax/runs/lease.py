@@ -38,6 +38,7 @@ class Lease:
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
             "command": " ".join(sys.argv),
             "machine": _machine(),
+            "born": _born(os.getpid()),
             "token": uuid.uuid4().hex,
         }
 
@@ -50,7 +51,8 @@ class Lease:
         found = self._objects.generation(LOCK)
         if found != ABSENT:
             owner = owner_in(self._objects.get(LOCK) or b"")
-            if not _is_gone(owner) and self._beats(found):
+            lives = _lives(owner)
+            if lives or (lives is None and self._beats(found)):
                 raise ConfigError(self._refusal(owner))
         if not self._write(found):
             raise ConfigError(self._refusal(owner_in(self._objects.get(LOCK) or b"")))
@@ -112,11 +114,21 @@ def beats(owner: Mapping[str, Any]) -> bool:
     return abs(time.time() - owner.get("beat", 0)) < PATIENCE_S
 
 
-def _is_gone(owner: Mapping[str, Any]) -> bool:
-    """Whether the owner was a process of this machine that has ended."""
+def _lives(owner: Mapping[str, Any]) -> bool | None:
+    """Whether the owner's process runs, None where it is of another machine."""
     if owner.get("machine") != _machine() or not isinstance(owner.get("pid"), int):
-        return False
-    return not Path(f"/proc/{owner['pid']}").exists()
+        return None
+    born = _born(owner["pid"])
+    return born is not None and born == owner.get("born")
+
+
+def _born(pid: int) -> str | None:
+    """When a process began, in ticks since this machine did; None for one that has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
 
 
 def _machine() -> str:

@@ -1,4 +1,4 @@
-"""Steps in object stores: what commits one, what a killed save leaves, what is found and refused."""
+"""Steps in object stores: what commits one, what a kill leaves, what is found and refused."""
 
 from __future__ import annotations
 

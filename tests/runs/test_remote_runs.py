@@ -1,4 +1,4 @@
-"""Runs that live in an object store: killed, and gone on with by a machine that has only the URL."""
+"""Runs in an object store: killed, and gone on with by a machine that has only the URL."""
 
 from __future__ import annotations
 
