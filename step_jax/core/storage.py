@@ -14,14 +14,10 @@ role. ``AWS_ENDPOINT_URL`` and ``AWS_REGION`` lead to other stores that speak S3
 
 from __future__ import annotations
 
-import atexit
 import functools
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -227,6 +223,8 @@ class Objects:
 
 def together(do: Callable[[str], Any], names: Iterable[str]) -> list[Any]:
     """What a function gives for each name, several at once: a request is mostly waiting."""
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(do, names))
 
@@ -241,8 +239,8 @@ def failure(error: Exception, doing: str) -> StepError:
         if any(sign in words for sign in signs):
             return kind(f"cannot {doing}: {remedy} ({_brief(text)})")
     return StorageError(
-        f"cannot {doing}: the store did not answer, or failed, {RETRIES} times in a row "
-        f"({_brief(text)})"
+        f"cannot {doing}: the store failed or did not answer; what may pass was tried {RETRIES} "
+        f"times more ({_brief(text)})"
     )
 
 
@@ -292,6 +290,10 @@ def _opened(scheme: str, bucket: str) -> Any:
 
 def staged(objects: Objects, *names: str) -> Path:
     """A folder of this process with copies of objects: those of these names, and below them."""
+    import atexit
+    import shutil
+    import tempfile
+
     folder = Path(tempfile.mkdtemp(prefix="step_jax_")) / objects.name
     atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
     wanted = tuple(f"{name}/" for name in names)

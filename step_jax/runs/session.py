@@ -22,6 +22,7 @@ from step_jax.core import checks, distributed, rng
 from step_jax.core.config import config_hash, to_plain
 from step_jax.core.errors import CheckpointError, ConfigError, ExitCode, RestartRequested
 from step_jax.core.sharding import Sharding
+from step_jax.core.storage import Objects, is_url
 from step_jax.runs.exit_timer import rank_name
 from step_jax.runs.history import Branch, check_rates, continue_configuration
 from step_jax.runs.metrics_log import read_metrics
@@ -63,6 +64,8 @@ class RunConfig:
         if self.max_skipped < 0:
             raise ConfigError(f"max_skipped is {self.max_skipped}; it must be 0 or more")
         checks.seed(self.seed)
+        if is_url(self.directory):
+            Objects.at(self.directory)
 
 
 class Processor(Protocol):

@@ -17,7 +17,8 @@ from step_jax.core.storage import Objects
 from tests.object_stores import store
 
 
-@pytest.fixture(scope="module", params=["gs", "s3"])
+# moto takes ten times as long as fake-gcs-server.
+@pytest.fixture(scope="module", params=["gs", pytest.param("s3", marks=pytest.mark.system)])
 def bucket(request):
     with store(request.param) as url:
         yield url
@@ -98,7 +99,7 @@ def test_damage_to_any_object_is_found_and_the_older_step_is_used(place):
 
 
 def test_a_damaged_step_is_set_aside_when_the_run_reaches_it_again(place):
-    save(place, 1, 2, 3)
+    save(place, 1, 2, 3, keep=3)
     (place / "00000002").write("step.json", b"{}")
     events: list[str] = []
     with Checkpointer(place, on_event=events.append) as saver:

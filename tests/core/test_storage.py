@@ -67,7 +67,7 @@ def server(monkeypatch):
         (403, ConfigError, "PutObject", 1),
         (404, ConfigError, "no such bucket", 1),
         (429, StorageError, "asked too often", 3),
-        (503, StorageError, "times in a row", 3),
+        (503, StorageError, "failed or did not answer", 3),
         (507, DiskFullError, "quota", 1),
     ],
 )
