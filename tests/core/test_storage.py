@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -100,3 +102,19 @@ def test_no_url_is_taken_for_a_folder(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match="may be in an object store"):
             write_whole(wrong, "x")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_says_nothing_is_not_waited_for_without_end(server):
+    """In a process of its own: TensorStore reads its limits once."""
+    server.silent = True
+    code = (
+        "from step_jax.core import storage\n"
+        "storage.RETRIES, storage._LIMITS['TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS'] = 1, '1'\n"
+        "try:\n"
+        "    storage.Objects.at('s3://some-bucket/run').write('x', b'x')\n"
+        "except storage.StorageError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("cannot write s3://some-bucket/run/x"), done.stdout + done.stderr
+    assert server.asked >= 1
