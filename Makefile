@@ -2,6 +2,7 @@
 #   make quickstart              install, train a small model, sample from it
 #   make quickstart DATA=~/text  the same on your own text
 #   make test                    linter, formatting, types and tests, in the same environment
+#   make test-thorough           the same proofs on more meshes, kernels and loops (a quarter of an hour)
 #   make test-aot                everything that is compiled for TPUs (no TPU needed; an hour)
 #   make test-hopper             every GPU kernel compiled for Hopper (no GPU needed)
 #   make test-system             what needs packages of the system: the sandbox of programs
@@ -11,7 +12,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-aot test-hopper test-system test-slurm lint clean
+.PHONY: help quickstart test test-thorough test-aot test-hopper test-system test-slurm lint clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,6 +35,9 @@ quickstart: $(VENV)/.installed
 
 test: lint
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-thorough: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest -m 'thorough and not slow' $(PYTEST_ARGS)
 
 test-aot: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -m aot $(PYTEST_ARGS)

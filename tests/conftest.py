@@ -1,14 +1,13 @@
 """Runs before any test module: eight simulated CPU devices, no accelerator by accident."""
 
-import atexit
 import collections
 import gc
 import importlib.util
 import os
 import platform
-import shutil
 import sys
-import tempfile
+import time
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _COUNT = "--xla_force_host_platform_device_count"
@@ -23,11 +22,16 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Tracing makes objects by the million that stay: to look for garbage among every 700 of them takes
 # a twentieth of the processor's time.
 gc.set_threshold(50_000, 20, 20)
-# What one test compiled, the next test and its commands need not compile again.
+# What one test compiled, other tests, their commands and the next run of the tests need not compile
+# again: a second run takes a third of the first. JAX finds a program by its operations, flags and
+# versions; by the name of the machine here, as code for another processor would not run.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    _programs = tempfile.mkdtemp(prefix="step_jax_programs_")
-    atexit.register(shutil.rmtree, _programs, ignore_errors=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs
+    _programs = Path(__file__).parents[1] / ".pytest_cache" / "programs" / platform.node()
+    _programs.mkdir(parents=True, exist_ok=True)
+    for _path in _programs.iterdir():
+        if time.time() - _path.stat().st_mtime > 7 * 86400:
+            _path.unlink(missing_ok=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_programs)
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import pytest  # noqa: E402
@@ -68,7 +72,7 @@ _LEFT_OUT: collections.Counter[str] = collections.Counter()
 def pytest_deselected(items):
     """Counts what the selection by markers leaves out."""
     for item in items:
-        markers = ("slow", "aot", "hopper", "system", "slurm", "gpu")
+        markers = ("slow", "thorough", "aot", "hopper", "system", "slurm", "gpu")
         _LEFT_OUT.update([m for m in markers if item.get_closest_marker(m)][:1])
 
 

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/README.md"])
+PAGES = sorted(
+    [*(ROOT / "docs").glob("*.md"), ROOT / "benchmarks/README.md"]
+    + [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -69,3 +72,37 @@ def test_code_that_a_page_names_is_there(page):
         for word in filter(None, re.split(r"[, ]+", defined)):
             here = rf"^\s*(?:def |class )?{word.split('.')[-1]}\b"
             assert re.search(here, text, re.M), f"{page.name} names {word} of {name}"
+
+
+def templates(file: Path) -> list[str]:
+    """The texts of a file, with … for what is put into them."""
+
+    def text(node) -> str:
+        if isinstance(node, ast.Constant):
+            return str(node.value)
+        return "".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values)
+
+    nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    return [text(n) for n in nodes if isinstance(n, ast.JoinedStr | ast.Constant)]
+
+
+def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.M)
+    assert len(messages) > 20
+    said = [t for file in (ROOT / "step_jax").rglob("*.py") for t in templates(file)]
+    assert [m for m in messages if not any(m in text for text in said)] == []
+
+
+def test_every_page_of_the_docs_can_be_reached_from_the_readme():
+    found, new = set(), {ROOT / "README.md"}
+    while new:
+        found |= new
+        links = {
+            (page.parent / target).resolve()
+            for page in new
+            for target in re.findall(r"\]\(([^)#]+?\.md)(?:#[^)]*)?\)", page.read_text("utf-8"))
+            if "://" not in target
+        }
+        new = links - found
+    assert [p.name for p in PAGES if p not in found] == []

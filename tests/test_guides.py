@@ -80,13 +80,24 @@ def run(page: str) -> dict[str, object]:
     return module.__dict__
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)])
+LONG = ("docs/training.md", "docs/generation.md")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.thorough if page in LONG else ())
+        for page in PAGES
+        if blocks(page)
+    ],
+)
 def test_a_page_works_as_it_stands(page, folder, request):
     if page in ("docs/interop.md", "docs/tokenizers.md"):
         request.getfixturevalue("checkpoint")
     run(page)
 
 
+@pytest.mark.thorough
 def test_the_attention_kind_of_the_guide_decodes_as_it_trains():
     """Its cache, windows and rotations are those of the full forward pass."""
     import jax

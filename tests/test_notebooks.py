@@ -68,6 +68,7 @@ def shown(monkeypatch):
     return found
 
 
+@pytest.mark.thorough
 def test_the_ablation_runs_from_the_first_cell_to_the_last(checkout, shown, capsys):
     first, *others = cells(ROOT / "notebooks/attention_ablation.ipynb", "code")
     names: dict[str, object] = {}

@@ -132,7 +132,11 @@ echo "step-jax launch: start ${{SLURM_RESTART_COUNT:-0}} ended with exit code $c
   "failures in a row: $count; again: $again"
 if [ $again = yes ]; then
   trap - TERM  # which ends this script once it is to be queued again
-  scontrol requeue "$SLURM_JOB_ID" && sleep 60
+  for attempt in 1 2 3 4 5 6; do
+    scontrol requeue "$SLURM_JOB_ID" && sleep 60
+    echo "step-jax launch: not queued again yet (attempt $attempt)"  # a busy controller
+    sleep 10
+  done
 fi
 exit "$code"
 """

@@ -5,7 +5,6 @@ Shape suffixes: B rows, S the two sides of an example, T tokens of a half, K exa
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +19,8 @@ from step_jax.data.batches import to_mesh
 from step_jax.data.config import PreferenceConfig
 from step_jax.data.preferences import PreferenceDataset
 from step_jax.interop.artifacts import Start
-from step_jax.runs import plots
-from step_jax.runs.expert_alarm import ExpertAlarm
 from step_jax.runs.session import Session
-from step_jax.trainers.text import LEARNER, TextLoop, rows_read
+from step_jax.trainers.text import LEARNER, TextLoop, conclude, rows_read, take_steps
 from step_jax.training.program import Program
 from step_jax.training.step import LossFn
 
@@ -99,29 +96,15 @@ def train(
     Returns:
       The model's parameters to use.
     """
-    built = session.program
-    session.watch = ExpertAlarm(config.expert_health).check
-    best = built.learnings[LEARNER].best
-
-    def score(step: int):
-        if config.evaluation.due(step, built.total_steps):
-            with session.aside():
-                figures = evaluate(best(state.learners[LEARNER]), config.evaluation.tokens)
-                if figures:
-                    session.reporter.evaluation(step, figures, "heldout")
-
-    if not session.recorded(start, "heldout"):  # the run was killed while it was made
-        score(start)
-    batches = dataset.iterate(start)
-    for step in range(start, built.total_steps):
-        batch = to_mesh(session.sharding, built.schema, next(batches))
-        session.before(step)
-        state, metrics = train_step(state, batch)
-        session.finished(step + 1, state, metrics, batches.wait_seconds)
-        score(step + 1)
-    batches.close()
-    session.flush()
-    return best(state.learners[LEARNER])
+    return take_steps(
+        session,
+        config,
+        dataset,
+        train_step,
+        state,
+        start,
+        lambda params: evaluate(params, config.evaluation.tokens),
+    )
 
 
 def finish(
@@ -132,27 +115,7 @@ def finish(
     go_on: str,
 ) -> dict[str, float]:
     """Records the held-out figures, keeps the texts, draws the plot, and says where all is."""
-    report, directory = session.reporter, session.directory
     if figures:
-        report.evaluation(session.total_steps, figures, "final")
-    if session.primary:
-        if texts:
-            directory.samples.mkdir(exist_ok=True)
-            path = directory.samples / f"step_{session.total_steps}.txt"
-            path.write_text("\n\n".join(texts), encoding="utf-8")
-            report.event(f"sample:\n{texts[0]}")
-        plots.plot_run(directory.path, directory.plots / "loss.png")
-    counters = {f"data {name}": value for name, value in dataset.counters().items() if value}
-    report.summary(
-        {
-            "status": "done",
-            **{f"held-out {name}": value for name, value in figures.items()},
-            **counters,
-            "seconds": time.perf_counter() - session.opened,
-        }
-    )
-    report.event(
-        f"everything is in {directory.name}: the loss in plots/loss.png\n{go_on}\n"
-        f"compare runs: step-jax runs {directory.parent}"
-    )
+        session.reporter.evaluation(session.total_steps, figures, "final")
+    conclude(session, dataset, figures, texts, go_on)
     return figures

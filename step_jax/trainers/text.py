@@ -22,6 +22,7 @@ from step_jax.data import DataConfig, TextDataset
 from step_jax.data.batches import process_rows, to_mesh
 from step_jax.data.config import TRAIN_TOKENIZER
 from step_jax.data.packing import text_schema
+from step_jax.data.preferences import PreferenceDataset
 from step_jax.data.schema import Schema
 from step_jax.evaluation.attention_probe import beside, make_probe
 from step_jax.evaluation.heldout import make_evaluator
@@ -392,10 +393,8 @@ def train(session: Session, config: TextLoop, dataset: TextDataset, train_step, 
     Returns:
       (the model's parameters to use, what scores them).
     """
-    built = session.program
-    model = built.models[LEARNER]
-    session.watch = ExpertAlarm(config.expert_health).check
-    best, T = built.learnings[LEARNER].best, config.data.sequence_length
+    model = session.program.models[LEARNER]
+    T = config.data.sequence_length
     dataset.heldout = dataset.heldout.kept(
         session.directory.heldout, dataset.tokenizer, write=session.primary
     )
@@ -404,24 +403,52 @@ def train(session: Session, config: TextLoop, dataset: TextDataset, train_step, 
         evaluate = beside(evaluate, make_probe(model, config.execution, session.sharding, T))
     quick = dataset.heldout.subset(config.evaluation.tokens)
 
-    def score(step: int):
-        if config.evaluation.due(step, built.total_steps) and quick.documents:
+    def score(params) -> dict[str, float]:
+        figures = evaluate(params, quick) if quick.documents else {}
+        return figures | {"loss": figures["nll"]} if figures else {}
+
+    return take_steps(session, config, dataset, train_step, state, start, score), evaluate
+
+
+def take_steps(
+    session: Session,
+    config: TextLoop,
+    dataset: TextDataset | PreferenceDataset,
+    train_step,
+    state,
+    start: int,
+    score: Callable[[Any], dict[str, float]],
+):
+    """The steps that are left, scored when that is due.
+
+    Args:
+      score: parameters to held-out figures; none where nothing was held out.
+
+    Returns:
+      The model's parameters to use.
+    """
+    built = session.program
+    session.watch = ExpertAlarm(config.expert_health).check
+    best = built.learnings[LEARNER].best
+
+    def hold_out(step: int):
+        if config.evaluation.due(step, built.total_steps):
             with session.aside():
-                figures = evaluate(best(state.learners[LEARNER]), quick)
-                session.reporter.evaluation(step, figures | {"loss": figures["nll"]}, "heldout")
+                if figures := score(best(state.learners[LEARNER])):
+                    session.reporter.evaluation(step, figures, "heldout")
 
     if not session.recorded(start, "heldout"):  # the run was killed while it was made
-        score(start)
+        hold_out(start)
     batches = dataset.iterate(start)
     for step in range(start, built.total_steps):
         batch = to_mesh(session.sharding, built.schema, next(batches))
         session.before(step)
         state, metrics = train_step(state, batch)
         session.finished(step + 1, state, metrics, batches.wait_seconds)
-        score(step + 1)
+        hold_out(step + 1)
     batches.close()
     session.flush()
-    return best(state.learners[LEARNER]), evaluate
+    return best(state.learners[LEARNER])
 
 
 def finish(
@@ -433,39 +460,61 @@ def finish(
       texts: that the model wrote.
       go_on: a line that says how to have more of them.
     """
-    report, directory = session.reporter, session.directory
     result = evaluate(params, dataset.heldout) if dataset.heldout.documents else {}
     if result:
-        report.evaluation(session.total_steps, result | {"loss": result["nll"]}, "final")
+        final = result | {"loss": result["nll"]}
+        session.reporter.evaluation(session.total_steps, final, "final")
     baselines: dict[str, Any] = {}
     if dataset.heldout.lossy:
         baselines["held-out"] = f"not available: the tokenizer loses text ({dataset.heldout.lossy})"
     elif session.primary:
         baselines = dataset.heldout.compressed_bits_per_byte()
+    baselines = {f"{name} bits per byte": value for name, value in baselines.items()}
+    more = f"{go_on}\nscore it:     step-jax eval {session.directory.path}"
+    conclude(session, dataset, result, texts, more, baselines)
+    return result
+
+
+def conclude(
+    session: Session,
+    dataset: TextDataset | PreferenceDataset,
+    figures: dict[str, float],
+    texts: list[str],
+    go_on: str,
+    beside: dict[str, Any] | None = None,
+) -> None:
+    """Keeps the texts, draws the plot, sums up, and says where everything is.
+
+    Args:
+      figures: of what was held out.
+      texts: that the model wrote.
+      go_on: lines that say what can be done with the result.
+      beside: what the figures are compared with.
+    """
+    report, directory = session.reporter, session.directory
     if session.primary:
-        directory.samples.mkdir(exist_ok=True)
-        path = directory.samples / f"step_{session.total_steps}.txt"
-        path.write_text("\n\n".join(texts), encoding="utf-8")
-        for text in texts[:1]:
-            report.event(f"sample:\n{text}")
+        if texts:
+            directory.samples.mkdir(exist_ok=True)
+            path = directory.samples / f"step_{session.total_steps}.txt"
+            path.write_text("\n\n".join(texts), encoding="utf-8")
+            report.event(f"sample:\n{texts[0]}")
         plots.plot_run(directory.path, directory.plots / "loss.png")
     counters = {f"data {name}": value for name, value in dataset.counters().items() if value}
     report.summary(
         {
             "status": "done",
-            **{f"held-out {name}": value for name, value in result.items()},
-            **{f"{name} bits per byte": value for name, value in baselines.items()},
+            **{f"held-out {name}": value for name, value in figures.items()},
+            **(beside or {}),
             **counters,
             "seconds": time.perf_counter() - session.opened,
         }
     )
     report.event(
-        f"everything is in {directory.name}: the loss in plots/loss.png, texts in samples/\n"
+        f"everything is in {directory.name}: the loss in plots/loss.png"
+        f"{', texts in samples/' if texts else ''}\n"
         f"{go_on}\n"
-        f"score it:     step-jax eval {directory.name}\n"
         f"compare runs: step-jax runs {directory.parent}"
     )
-    return result
 
 
 def with_room(ids: list[int], prompt: str, context: int) -> list[int]:

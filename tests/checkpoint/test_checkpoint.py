@@ -90,6 +90,7 @@ def test_numpy_leaf_is_copied_at_the_call(tmp_path):
     np.testing.assert_array_equal(restored["replay"], np.arange(1000))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("inline", [False, True])  # True: as on accelerators
 @pytest.mark.parametrize("devices", [1, 8])
 def test_saved_values_are_those_of_the_call_although_buffers_are_donated(

@@ -203,6 +203,7 @@ def kill_loop(directory: Path, kills: int, seed: int) -> None:
     assert newest > kills // 2, "the kills came too early to mean anything"
 
 
+@pytest.mark.thorough
 def test_kill_9_during_saves_loses_nothing_committed(tmp_path):
     kill_loop(tmp_path, kills=3, seed=0)
 

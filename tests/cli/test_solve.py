@@ -29,6 +29,7 @@ def policy(tmp_path_factory):
     return str(folder / "run")
 
 
+@pytest.mark.thorough
 def test_accuracy_is_that_of_the_replies_that_are_kept(policy, tmp_path, capsys):
     out = tmp_path / "solved"
     flags = ["--problems", "3", "--samples", "4", "--max-new-tokens", "6", "--slots", "8"]

@@ -27,6 +27,7 @@ def on(**axes) -> Sharding:
     return Sharding.build(MeshConfig(**axes), jax.devices()[:8])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 @pytest.mark.parametrize("logical", [("embed", "mlp"), ("mlp", "embed")], ids=str)
 def test_gradients_are_the_sum_in_the_layout_of_the_parameter(axes, logical):

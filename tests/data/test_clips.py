@@ -235,6 +235,7 @@ def test_clips_that_do_not_go_together_are_refused(tmp_path, second, scalars, me
         write_latents(tmp_path, [], "")
 
 
+@pytest.mark.thorough
 def test_digits_are_pictures_of_one_frame_with_captions_in_two_languages():
     pytest.importorskip("sklearn")
     digits = Digits.load()

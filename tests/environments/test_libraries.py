@@ -12,6 +12,7 @@ from step_jax.environments.gym import GymTask, ReasoningGym
 from step_jax.environments.mathematics import Math
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("said", "answer", "score"),
     [

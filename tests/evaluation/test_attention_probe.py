@@ -35,6 +35,7 @@ def test_a_head_that_looks_where_a_score_is_about_scores_one():
     np.testing.assert_array_equal(scores["induction"], [0, 1, 0])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("alibi", [None, "linear"])
 def test_the_weights_are_those_that_values_are_multiplied_by(alibi):
     keys = jax.random.split(jax.random.key(0), 3)

@@ -39,6 +39,7 @@ def data(tmp_path):
     )
 
 
+@pytest.mark.thorough
 def test_bits_per_byte_are_not_given_where_the_tokenizer_loses_text(tmp_path, data, capsys):
     assert "bits_per_byte" in figures(3.0, 2.0, 5) and "bits_per_byte" not in figures(
         3.0, 2.0, None

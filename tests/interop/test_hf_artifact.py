@@ -20,6 +20,7 @@ def tokenizer():
     return ours(byte_level(), tokenizer_config=CHAT)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
 def test_every_stop_token_is_read_and_written_back(tmp_path, tokenizer, file):
     """<|im_end|> (2) ends a turn, <|endoftext|> (0) a document."""

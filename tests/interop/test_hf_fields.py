@@ -106,6 +106,7 @@ def possible(config) -> bool:
     return True
 
 
+@pytest.mark.thorough
 def test_no_field_is_lost_on_the_way_out():
     """A new field of any layer that export does not know of fails here."""
     fields, tried = set(), set()

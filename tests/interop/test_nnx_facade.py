@@ -73,6 +73,7 @@ def matrices(config: Decoder) -> int:
     return sum(spec.role == "matrix" for spec in jax.tree.leaves(config.specs().groups))
 
 
+@pytest.mark.thorough
 def test_equals_the_pure_functions_and_gives_the_parameters_back():
     """Packed rows too; two unlike blocks a turn, so the order of layers matters."""
     config = decoder(MFA_KR, LATENT, repeat=2)
@@ -92,6 +93,7 @@ def test_equals_the_pure_functions_and_gives_the_parameters_back():
     jax.tree.map(np.testing.assert_array_equal, module.params(), params)
 
 
+@pytest.mark.thorough
 def test_a_mixture_of_experts_gives_the_same_bits():
     """Routers in float32 choose the same experts; all else is in the dtype of every loop."""
     router = Router(2, score="sigmoid", bias=True)

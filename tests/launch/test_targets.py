@@ -190,11 +190,13 @@ def test_queued_resources_are_asked_for_by_the_clouds_names():
 
 @pytest.fixture
 def slurm_tools(tmp_path) -> Path:
-    """`srun` exits with what the file `code` says, `scontrol` notes what it is asked for."""
+    """`srun` exits with what the file `code` says; `scontrol` fails as often as `busy` has lines,
+    then notes what it is asked for; a script that is queued again is ended while it sleeps."""
+    busy = f"[ -s {tmp_path}/busy ] && sed -i 1d {tmp_path}/busy && exit 1"
     for name, text in {
         "srun": f"exit $(cat {tmp_path}/code)",
-        "scontrol": f'echo "$@" >> {tmp_path}/asked',
-        "sleep": "true",
+        "scontrol": f'{busy}\necho "$@" >> {tmp_path}/asked',
+        "sleep": "[ $1 = 60 ] && kill $PPID || true",
         "source": "true",
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
@@ -212,14 +214,19 @@ def run_slurm(tools: Path, code: int, restarts: int) -> bool:
     env = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
     env["SLURM_RESTART_COUNT"] = str(restarts)
     done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
     assert not asked.exists() or asked.read_text() == "requeue 7\n"
+    assert done.returncode == (-15 if asked.exists() else code), done.stderr
     return asked.exists()
 
 
 @pytest.mark.parametrize("code", sorted(EXITS))
 def test_a_slurm_script_goes_by_the_table_of_exit_codes(slurm_tools, code):
     assert run_slurm(slurm_tools, code, 0) == (EXITS[code].again != "never")
+
+
+def test_a_slurm_script_asks_a_busy_controller_again(slurm_tools):
+    (slurm_tools / "busy").write_text("1\n2\n3\n")
+    assert run_slurm(slurm_tools, 42, 0)
 
 
 def test_a_slurm_script_gives_up_after_its_budget_of_failures_in_a_row(slurm_tools):

@@ -59,6 +59,7 @@ def choices(seed: int, rows=8, tokens=16, favoured=3.0):
     return chosen_BTK
 
 
+@pytest.mark.thorough
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 99), st.integers(1, 9), st.sampled_from([1, 5, 6, 16, 50]))
 def test_an_expert_takes_the_first_tokens_of_every_piece(seed, room, piece):
@@ -157,6 +158,7 @@ def test_dropping_is_its_definition_with_every_exchange_and_mesh(short_pieces, l
     np.testing.assert_allclose(stats.square_E, square_E, rtol=1e-4)
 
 
+@pytest.mark.thorough
 def test_a_token_is_dropped_by_those_before_it_in_its_row_alone():
     p, batch = layer_params(MIXTURE), small.packed_batch()
     ctx = Context(Tokens.packed(batch), within_capacity=True, execution=small.execution())
@@ -171,6 +173,7 @@ def test_a_token_is_dropped_by_those_before_it_in_its_row_alone():
     np.testing.assert_allclose(f(padded_BTD)[0][text], y_BTD[text], atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_nothing_is_dropped_where_text_is_scored(monkeypatch):
     """All tokens to two experts of one shard, in several passes, gradients too."""
     monkeypatch.setattr(moe, "SMALLEST_PASS", 3)  # does not divide a device's 16 tokens

@@ -62,6 +62,7 @@ def steps(kind, implementation, sharding=None, cache_dtype=jnp.float32):
     return small.run(decode, p, tokens_BT)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "kind",
     [
@@ -76,6 +77,7 @@ def test_equals_plain_attention(kind):
     assert np.abs(expected).max() > 0.1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "kind, axes",
     [
@@ -90,6 +92,7 @@ def test_on_a_mesh(kind, axes):
     np.testing.assert_allclose(got, expected, atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.thorough
 def test_float8_cache():
     """Both read the same float8 numbers, the kernel without a copy in the compute dtype."""
     kind, dtype = KINDS["mfa_gated_key"], jnp.float8_e4m3fn

@@ -36,6 +36,7 @@ def assert_same(got, expected, tolerance):
     assert error <= tolerance, leaf
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "changes", [{"scan": False}, {"remat": "dots"}, {"remat": "full"}], ids=str
 )
@@ -116,6 +117,7 @@ def two_lengths(rng):
     return packed, stacked
 
 
+@pytest.mark.thorough
 def test_packed_equals_each_document_alone():
     """Loss and every gradient: RoPE, both ALiBi forms, windows, all kinds, two prediction heads."""
     c = small.decoder(
@@ -144,6 +146,7 @@ def test_packed_equals_each_document_alone():
 # --- multi-token prediction --------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_prediction_heads_follow_their_equations():
     """2412.19437, eq. 21-25, written out without packing: head k reads tokens i+k, gives i+k+1."""
     c = small.decoder("mfa", repeat=1, mtp=2)
@@ -229,6 +232,7 @@ def test_cached_calls_equal_the_full_forward_pass():
 # --- odds and ends -----------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("tied", [False, True])
 def test_loss_of_tokens_is_that_of_the_logits(tied):
     c = small.decoder("mfa", repeat=1, tied=tied)

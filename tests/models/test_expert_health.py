@@ -61,6 +61,7 @@ def report_of(c: Decoder, p, batch):
     return expert_health.report(c, p, stats)
 
 
+@pytest.mark.thorough
 def test_report_finds_the_odd_expert():
     c, batch = decoder(mtp=MTP(1, BLOCK)), small.packed_batch()
     p = small.params(c)
@@ -153,6 +154,7 @@ def test_an_exploding_expert_raises_the_alarm_before_the_loss_shows_it():
     assert first < apart[0]
 
 
+@pytest.mark.thorough
 def test_loads_move_the_selection_bias():
     """Overloaded experts' biases fall and idle ones' rise, by the rate, whatever the loss.
 

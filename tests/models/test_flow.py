@@ -76,6 +76,7 @@ def test_predicted_data_mean_the_velocity_that_leads_to_them():
     np.testing.assert_allclose(at_the_end, np.full(5, 1 / flow.LEAST_REST), rtol=1e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("density", [Uniform(), LogitNormal(), UShaped()])
 def test_min_snr_weights_errors_of_the_data_and_is_one_on_average(density):
     c = Flow(density, shift=3.0, min_snr=5.0)

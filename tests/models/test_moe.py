@@ -121,6 +121,7 @@ def test_layer_is_its_definition(router, experts):
     assert 0 < stats.confidence / 14 <= 1 and not stats.dropped_E.any()
 
 
+@pytest.mark.thorough
 def test_padding_goes_nowhere_and_counts_nowhere():
     c, batch = MIXTURE, small.packed_batch()
     p = small.map_specs(lambda s: np.full(s.shape, 0.1, np.float32), c.specs(small.WIDTH, Fixed(1)))
@@ -134,6 +135,7 @@ def test_padding_goes_nowhere_and_counts_nowhere():
     jax.tree.map(np.testing.assert_array_equal, stats, other_stats)
 
 
+@pytest.mark.thorough
 def test_balance_losses_of_an_even_and_a_skewed_load():
     c = Router(1, balance_loss=1.0, normalise=False)
     even_BTD, everyone = 50.0 * jnp.eye(4)[None], jnp.ones((1, 4), bool)
@@ -146,6 +148,7 @@ def test_balance_losses_of_an_even_and_a_skewed_load():
     assert float(groups.loss(in_group)) == pytest.approx(2.0)  # one of two groups takes all
 
 
+@pytest.mark.thorough
 def test_z_loss_is_the_squared_log_partition_and_has_its_gradient():
     c = Router(1, z_loss=1.0, normalise=False)
 
@@ -158,6 +161,7 @@ def test_z_loss_is_the_squared_log_partition_and_has_its_gradient():
     assert float(slope) == pytest.approx(100.0, rel=1e-3)
 
 
+@pytest.mark.thorough
 def test_frozen_router_learns_nothing():
     c = decoder(replace(MIXTURE, router=replace(ROUTER, frozen=True)), repeat=1)
     p, batch = small.params(c), small.packed_batch()
@@ -194,12 +198,14 @@ def equal_on_mesh(axes, moe: MoE, dense=1):
     assert error <= 1e-5, leaf
 
 
+@pytest.mark.thorough
 def test_experts_fsdp_tensor_equal_one_device():
     """Without the layer before them: ``slow`` has it, and test_parallel_equality.py its like."""
     c = replace(UNLIKE, exchange="gather", capacity=0.75)
     equal_on_mesh(PAIRS["expert2_fsdp2_tensor2"], c, dense=0)
 
 
+@pytest.mark.slow
 def test_experts_and_context_equal_one_device():
     c = replace(MIXTURE, exchange="ragged", capacity=0.75)
     equal_on_mesh(PAIRS["expert4_context2"], c, dense=0)
@@ -258,6 +264,7 @@ def test_any_load_is_exact_on_one_compiled_program():
             assert np.all(alive[favoured] > 0) and np.count_nonzero(alive) == len(favoured)
 
 
+@pytest.mark.thorough
 def test_routing_is_exported_and_replayed():
     c, batch = decoder(), small.packed_batch()
     p = small.params(c)

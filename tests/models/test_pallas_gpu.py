@@ -35,6 +35,7 @@ def gradients(sharding, **changes):
     return jax.make_jaxpr(step)(p, batch)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mesh", [{"data": 2, "expert": 2, "fsdp": 2}, {"data": 8}])
 def test_every_kernel_is_part_of_a_step(monkeypatch, mesh):
     monkeypatch.setattr(common, "unsupported", lambda device: None)

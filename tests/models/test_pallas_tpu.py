@@ -43,6 +43,7 @@ def one_device():
     return c, p, batch, small.run(small.loss_and_gradient(c, attention="xla"), p, batch)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "mesh",
     [

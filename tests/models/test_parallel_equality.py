@@ -63,6 +63,7 @@ ALL = tuple(small.KINDS)
 SOME = ("gqa", "mla")  # where what is looked at is not theirs
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "mesh", [pytest.param("fsdp8", marks=pytest.mark.slow), "data2_context2_tensor2"]
 )
@@ -70,6 +71,7 @@ def test_every_kind_equals_one_device(mesh):
     check(mesh, *ALL, mtp=1)
 
 
+@pytest.mark.slow
 def test_ring_equals_one_device():
     check("ring4_tensor2", "mha", "gqa")
 
@@ -110,6 +112,7 @@ def test_fsdp_shards_every_matrix_of_every_kind():
         assert math.prod(how.shard_shape(spec.shape)) == spec.size // pieces, spec
 
 
+@pytest.mark.thorough
 def test_fsdp_gathers_one_layer_at_a_time():
     compiled, (p, batch), (_, gradient) = on_mesh("fsdp8", *SOME, mtp=1)
     for tree in (p, gradient):

@@ -120,6 +120,7 @@ def check(model: str, case: str):
         assert error <= 1e-5, leaf
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("model,case", FAST)
 def test_equals_no_pipeline(model, case):
     check(model, case)
@@ -191,6 +192,7 @@ def test_idle_steps_keep_only_what_a_stage_was_handed():
 # --- what is not pipelined -----------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 def test_cached_and_recorded_calls_run_without_the_pipeline():
     sharding = on(pipeline=2, fsdp=4)
     c, p, batch = problem("mixed")
@@ -222,6 +224,7 @@ def test_layers_outside_are_whole_and_those_inside_are_split():
     assert p.groups[1][0].attention.query_DNH.spec[0] == "pipeline"
 
 
+@pytest.mark.thorough
 def test_a_condition_travels_with_its_rows():
     c = VideoDiT(32, 2, MHA(4, 8, position=None), SwiGLU(48), 2, text=(States("llm", 8, 3),))
     p, rng = small.params(c), np.random.default_rng(0)

@@ -76,6 +76,7 @@ def test_rope_scaling_slows_down_what_turns_seldom():
     np.testing.assert_array_equal(rotated(slow, Q, 100)[..., 0], rotated(plain, Q, 100)[..., 0])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("axes,theta", [((8, 8), 100.0), ((64, 32, 32), 1e4), ((6, 4, 2), 1e4)])
 def test_places_of_several_axes_rotate_a_piece_of_the_head_each(axes, theta):
     """Step-Video's convention in complex numbers: in piece a, of width w, coordinates i and

@@ -152,6 +152,7 @@ SOME = ("gqa", "kr", "mla")
 GATHERED = {"data": 2, "context": 2, "tensor": 2}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "names,repeat,axes,changes",
     [
@@ -176,6 +177,7 @@ def test_blocks_and_places_on_eight_devices_equal_one(names, repeat, axes, chang
     assert_equal(f(*args), one_device(*names, repeat=repeat))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "changes",
     [{"scan": False}, pytest.param({"attention": "reference"}, marks=pytest.mark.slow)],
@@ -187,6 +189,7 @@ def test_blocks_and_places_are_the_same_however_layers_are_run(changes):
     assert_equal(got, one_device(*SOME))
 
 
+@pytest.mark.thorough
 def test_a_block_changes_what_is_computed():
     """Else all of the above could compare causal rows."""
     _, p, batch = problem(*SOME)
@@ -195,6 +198,7 @@ def test_a_block_changes_what_is_computed():
     assert abs(loss - one_device(*SOME)[0]) > 1e-3 * abs(loss)
 
 
+@pytest.mark.thorough
 def test_a_picture_goes_through_the_cache_as_one_call():
     """Text, a picture as one block, text token by token; one kind has a window within the block."""
     axes = Rope(THETA, axes=(2, 2))

@@ -224,6 +224,7 @@ def test_seventeen_frames_become_three(frames, latents):
     assert model.latent_frames(model.frames(latents)) == latents
 
 
+@pytest.mark.thorough
 def test_chunks_are_independent_and_what_is_beyond_the_end_is_the_last_frame(small):
     params, clip_THWC, mean, _ = small
 
@@ -239,6 +240,7 @@ def test_chunks_are_independent_and_what_is_beyond_the_end_is_the_last_frame(sma
     np.testing.assert_allclose(short, filled, **CLOSE)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("pieces", [Pieces(), Pieces(latent_frames=1)], ids=["chunks", "frames"])
 def test_a_stream_is_the_whole_clip(small, pieces):
     params, clip_THWC, mean, logvar = small

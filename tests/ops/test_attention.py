@@ -140,6 +140,7 @@ def test_xla_equals_reference_equals_definition(case):
         assert not np.any(o[-1]) and not any(np.any(g[-1]) for g in grads)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("in_order", [True, False])
 def test_large_blocks_are_worked_off_in_parts(monkeypatch, in_order):
     """Two blocks of 128 in three parts of 43 each, the last one filled up."""
@@ -158,6 +159,7 @@ def test_large_blocks_are_worked_off_in_parts(monkeypatch, in_order):
         assert relative(got, expected) <= 1e-6
 
 
+@pytest.mark.thorough
 def test_parts_within_a_shard_map(monkeypatch):
     """With the check of what varies over the mesh."""
     monkeypatch.setattr(ops, "MOST_ROWS", 48)
@@ -174,6 +176,7 @@ def test_parts_within_a_shard_map(monkeypatch):
         assert relative(a, b) <= 1e-6
 
 
+@pytest.mark.thorough
 def test_memory_is_linear_in_the_tokens(monkeypatch):
     """Twice the tokens take twice the memory once a block is larger than a part."""
     monkeypatch.setattr(ops, "MOST_ROWS", 64)

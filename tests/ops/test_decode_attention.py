@@ -13,6 +13,7 @@ from tests.devices import AMPERE, BLACKWELL, CPU, HOPPER, TPU
 from tests.pallas_kernels.decode_oracle import Case, attention, paged
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "case, window, page",
     [

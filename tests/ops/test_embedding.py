@@ -27,6 +27,7 @@ def problem():
     return table_VD, tokens_BT, g_BTD
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_cut_table_is_as_a_whole_one(axes):
     table_VD, tokens_BT, g_BTD = problem()

@@ -65,6 +65,7 @@ def assert_near(got, expected, bound):
 ROWS, GROUPS = 1200, 5  # two tiles of 512 rows, some of 128 and some of 32
 
 
+@pytest.mark.thorough
 @settings(max_examples=12, phases=[Phase.explicit, Phase.generate])
 @example([0, 0, 0, 0, 0], 0)
 @example([0, 0, ROWS, 0, 0], 0)
@@ -115,6 +116,7 @@ def test_rows_of_no_group_may_hold_anything(name):
     assert_near(compiled(name)(x, w, sizes, cotangent), expected, 1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("name", ANYWHERE)
 def test_inside_shard_map_checkpoint_and_scan(name, check):

@@ -20,6 +20,7 @@ def as_complex(x_BTNH, positions_BT, frequency_F):
     return jnp.concatenate([z.real, z.imag, x_BTNH[..., 2 * F :]], axis=-1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("pairs", [6, 4])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2**-7)])
 def test_values_and_gradients(pairs, dtype, tolerance):

@@ -33,6 +33,7 @@ def judged(f):
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("chunks,T", [(1, 16), (8, 15)])
 def test_equals_full_logits_with_gradients(chunks, T):
     args = problem(T=T)

@@ -30,6 +30,7 @@ def interpreted(monkeypatch):
     return functools.partial(ops.cross_entropy, z_loss=Z, implementation="pallas_tpu")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "B,T,D,V",
     [

@@ -64,12 +64,14 @@ def test_equals_the_oracle(name):
     assert not got[empty].any()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("reuse", [False, True])
 def test_bfloat16(reuse):
     got, expected = run(Case((700, 3), 768, heads=8, reuse=reuse, dtype=ml_dtypes.bfloat16))
     np.testing.assert_allclose(got, expected, atol=1e-2)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("reuse", [False, True])
 @pytest.mark.parametrize("page", [None, 64])
 def test_float8_cache_with_scales(reuse, page):
@@ -98,6 +100,7 @@ def test_float8_cache_with_scales(reuse, page):
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
+@pytest.mark.thorough
 def test_a_slice_of_the_query_heads():
     """A device of a tensor axis wider than the key heads holds all keys and some queries."""
     case = Case((90, 40), 96, heads=8, kv_heads=2)
@@ -135,6 +138,7 @@ def test_lengths_are_not_compiled_in():
     assert len(traces) == 1
 
 
+@pytest.mark.thorough
 @settings(max_examples=6)
 @given(
     lengths=st.lists(st.integers(0, 400), min_size=1, max_size=3),
@@ -160,6 +164,7 @@ def slots_read(lengths, slots, block, window=None):
     return int(plan.start_B1[-1]) * block
 
 
+@pytest.mark.thorough
 @settings(max_examples=15)
 @given(
     lengths=st.lists(st.integers(0, 5000), min_size=1, max_size=5),

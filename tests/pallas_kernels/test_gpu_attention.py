@@ -84,14 +84,17 @@ def check(shape, gradients=True, detect_races=False, **options):
             assert error < 3 * 2**-9 * size, f"{name}: relative error {error / size:.4f}"
 
 
+@pytest.mark.thorough
 def test_causal_forward_and_gradients():
     check({"T": 256})
 
 
+@pytest.mark.thorough
 def test_width_256_forward():
     check({"T": 128, "H": 256}, gradients=False)
 
 
+@pytest.mark.thorough
 def test_full_forward():
     check({"T": 128, "S": 256}, gradients=False, causal=False)
 
@@ -191,6 +194,7 @@ def test_refuses_other_dtypes():
         mfa_attention(q_BTNH.astype(jnp.float16), k_BSH, v_BSH, scale=1.0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("gradients", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_as_implementation_of_attention(monkeypatch, gradients):
     """Several key heads, a window, packed documents with padding, no whole tiles."""

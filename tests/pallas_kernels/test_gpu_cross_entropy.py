@@ -71,10 +71,12 @@ def check(N, D, V, **options):
     return got
 
 
+@pytest.mark.thorough
 def test_loss_and_gradients_with_tokens_that_fill_no_tile():
     check(40, 64, 384)
 
 
+@pytest.mark.thorough
 def test_large_logits_stay_finite():
     check(20, 64, 128, scale=300.0)
 

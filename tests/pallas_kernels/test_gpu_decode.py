@@ -58,6 +58,7 @@ CASES = {
 QUICK = ("mfa", "key reuse")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
 )
@@ -132,6 +133,7 @@ def test_rotated_keys_with_values_of_their_own():
         np.testing.assert_allclose(np.asarray(got, np.float64), expected, atol=BFLOAT16)
 
 
+@pytest.mark.thorough
 def test_partial_results_have_indices_of_their_own():
     """No two pairs of a split and a row that it has tiles of share ``split + row``."""
     lengths_B = jnp.asarray([700, 0, 65, 300, 1, 0], jnp.int32)

@@ -42,14 +42,17 @@ def check(sizes, rows, D=128, F=128, fill=None):
     return got
 
 
+@pytest.mark.thorough
 def test_ragged_and_empty_groups_with_rows_left_over():
     check([0, 70, 0, 3, 55, 0], 200, fill=np.nan)
 
 
+@pytest.mark.slow
 def test_groups_that_begin_and_end_anywhere_in_a_step():
     check([1, 8, 7, 112, 64], 192)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("sizes", [[0, 0], [0, 128]])
 def test_all_rows_in_one_group_or_none(sizes):
     check(sizes, 128)

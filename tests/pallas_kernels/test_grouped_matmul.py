@@ -24,6 +24,7 @@ def compiled():
     return jax.jit(functools.partial(value_and_gradients, lambda x, w, s: interpreted(x, w, s)))
 
 
+@pytest.mark.thorough
 @settings(max_examples=3, phases=[Phase.explicit, Phase.generate])
 @example([0, 0, 0, 0])
 @example([0, ROWS, 0, 0])
@@ -41,12 +42,14 @@ def test_equals_the_definition(sizes):
     assert not np.any(got[0][sum(sizes) :]) and not np.any(got[1][sum(sizes) :])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("rows", [1, 7, 40, 100])
 def test_few_rows_and_odd_widths(rows):
     arrays = inputs([rows // 3, 0, rows // 2], rows, D=24, F=136)
     assert_near(value_and_gradients(interpreted, *arrays), definition(*arrays), 1e-6)
 
 
+@pytest.mark.thorough
 def test_widths_are_cut_into_blocks_and_chunks(monkeypatch):
     monkeypatch.setattr(kernel, "CHUNK", 128 * 128)
     monkeypatch.setattr(kernel, "VMEM_BYTES", 2**21)
@@ -69,6 +72,7 @@ def test_rows_of_no_group_may_hold_anything():
     assert_near(compiled()(x, w, sizes, cotangent), expected, 1e-6)
 
 
+@pytest.mark.thorough
 def test_bfloat16_is_accumulated_in_float32():
     arrays = inputs([200, 0, 300, 56], 556, dtype=jnp.bfloat16, D=128, F=128)
     got = compiled()(*arrays)

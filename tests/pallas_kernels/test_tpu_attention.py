@@ -125,6 +125,7 @@ def check(inputs, positions, segments, pattern, scale=0.2, bound=2e-6, **options
 NONE = (None, None)
 
 
+@pytest.mark.thorough
 @settings(max_examples=5, phases=[Phase.explicit, Phase.generate])
 @given(
     st.integers(1, 400),
@@ -145,7 +146,7 @@ def test_packed_rows_of_any_length(T, heads, widths, window, lengths, seed):
         assert not np.any(x.transpose(0, 3, 1, 2, 4)[padding_BT])
 
 
-@pytest.mark.parametrize("window", [None, 130])
+@pytest.mark.parametrize("window", [None, pytest.param(130, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_one_document(causal, window):
     T = 384
@@ -171,6 +172,7 @@ def test_a_part_of_the_queries_sees_what_it_would_see_in_the_whole_row():
         np.testing.assert_allclose(got[i], whole[i][..., part, :], rtol=0, atol=2e-6)
 
 
+@pytest.mark.thorough
 def test_keys_of_a_cache_with_empty_slots():
     """More keys than queries, out of order, some slots empty; a query that precedes all keys."""
     rng = np.random.default_rng(3)
@@ -181,6 +183,7 @@ def test_keys_of_a_cache_with_empty_slots():
     assert not np.any(got[0][1, :, :, :2])
 
 
+@pytest.mark.thorough
 def test_nobody_sees_anything():
     positions, segments = packed([[]], 200)
     inputs = arrays(4, 1, 1, 2, 200, 200, 64, 64)
@@ -188,6 +191,7 @@ def test_nobody_sees_anything():
     assert not any(np.any(got[i]) for i in (0, 2, 3, 4))
 
 
+@pytest.mark.thorough
 def test_large_scores_choose_one_key_and_stay_finite():
     T = 256
     inputs = arrays(5, 1, 1, 1, T, T, 64, 64)
@@ -195,6 +199,7 @@ def test_large_scores_choose_one_key_and_stay_finite():
     check(inputs, (in_a_row(1, T),) * 2, NONE, Pattern(in_order=True), scale=1e3, bound=5e-3)
 
 
+@pytest.mark.thorough
 def test_bfloat16_is_as_near_as_bfloat16_is():
     T = 256
     inputs = arrays(6, 1, 1, 2, T, T, 256, 256, jnp.bfloat16)
@@ -216,6 +221,7 @@ def splash(q, k, v, do):
     return o, *back(do)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [pytest.param(128, marks=pytest.mark.slow), 256])
 def test_errors_in_bfloat16_beside_splash_attention(width):
     """Root mean square errors at most 1.5 times those of the public kernel."""
@@ -239,6 +245,7 @@ def test_errors_in_bfloat16_beside_splash_attention(width):
         assert error <= 1.5 * bound, (name, error / bound)
 
 
+@pytest.mark.thorough
 def test_the_log_sum_exp_has_a_gradient():
     T = 200
     q, k, v, _ = arrays(7, 1, 1, 2, T, T, 64, 64)

@@ -212,6 +212,7 @@ def run(tmp_path_factory):
     return recipe, more
 
 
+@pytest.mark.thorough
 def test_run_from_an_artifact_is_planned_without_its_arrays(run, tmp_path, monkeypatch):
     def restored(*_, **__):
         raise AssertionError("a plan loads no arrays")

@@ -39,6 +39,7 @@ def recipe(tmp_path, head: int = 32):
     return path
 
 
+@pytest.mark.thorough
 def test_halves_do_the_models_operations_and_the_command_saves_them(tmp_path, capsys):
     path = recipe(tmp_path)
     command = ["plan", str(path), "--topology", "cpu:1", "--serve", "--output", str(tmp_path)]

@@ -150,6 +150,7 @@ def test_a_second_interrupt_leaves_at_once_and_the_process_stays(prompt, tmp_pat
     prompt.wait_for("finished at 4")
 
 
+@pytest.mark.thorough
 def test_a_hang_shows_its_stacks_and_the_process_stays(prompt):
     prompt.type("from step_jax.runs.watchdog import HangWatchdog")
     prompt.type("with HangWatchdog(0.2, 2, 0.2): time.sleep(5)")

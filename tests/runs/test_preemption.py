@@ -196,6 +196,7 @@ def start_leaving(how: str, count: int = 1) -> list[subprocess.Popen]:
     return runs
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", ["sleeping", "blocked"])
 def test_before_the_first_step_a_signal_ends_the_process_at_once(how):
     """Also one whose main thread is in C, as in a compiler."""
@@ -207,6 +208,7 @@ def test_before_the_first_step_a_signal_ends_the_process_at_once(how):
     assert ("stopped before its first step" in text) == (how == "sleeping")
 
 
+@pytest.mark.thorough
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("rank", [0, 1])
 def test_before_the_first_step_a_signal_to_one_of_two_ends_both(rank):
@@ -306,6 +308,7 @@ def test_signal_to_one_of_two_processes_stops_both_at_one_step(tmp_path, rank):
     assert verify(tmp_path) == {step: []}
 
 
+@pytest.mark.thorough
 @pytest.mark.multiprocess
 def test_other_process_count_and_common_fall_back(tmp_path):
     """Two processes save, one goes on; its step is damaged, so two go on from the older one."""

@@ -17,6 +17,7 @@ HANGS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("hang", HANGS)
 def test_hang_dumps_stacks_and_exits_75(hang):
     code = f"""

@@ -29,6 +29,7 @@ def started(code: str, tmp_path: Path) -> subprocess.Popen:
     )
 
 
+@pytest.mark.thorough
 def test_sigterm_while_data_are_prepared_ends_the_run_at_once_with_the_code_for_a_restart(tmp_path):
     run = started(
         "from step_jax.core.errors import RestartRequested\n"
@@ -50,6 +51,7 @@ def test_sigterm_while_data_are_prepared_ends_the_run_at_once_with_the_code_for_
     assert time.monotonic() - begin < 10
 
 
+@pytest.mark.thorough
 def test_a_last_save_that_hangs_ends_the_process_with_its_stacks(tmp_path):
     run = started(
         "import functools\n"

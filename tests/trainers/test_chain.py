@@ -47,6 +47,7 @@ def test_a_policy_writes_and_is_scored_with_the_tokenizer_it_started_from(chain,
     assert "held-out documents of the run" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_a_policy_is_trained_on_as_a_language_model(chain, places, tmp_path):  # noqa: F811
     _, policy = chain
     start = f"init_from: {{{{artifact: {policy}@4, part: policy}}}}\n"
@@ -91,6 +92,7 @@ def test_an_export_is_an_artifact_again(tmp_path, places, capsys):  # noqa: F811
     assert "is not empty" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_pictures_are_drawn_from_an_artifact_and_texts_are_not(tmp_path, places, chain, capsys):  # noqa: F811
     pytest.importorskip("sklearn")
     run_loop("diffusion", DIFFUSION.write(tmp_path, **places), "--text.dropout", "0")
@@ -142,6 +144,7 @@ def test_parameters_that_do_not_fit_are_named(chain, places, tmp_path, capsys): 
     assert "init_from.fresh" in message
 
 
+@pytest.mark.thorough
 def test_adapters_are_trained_and_added_to_what_is_loaded(chain, places, tmp_path):  # noqa: F811
     start = (
         (

@@ -174,15 +174,13 @@ CASES = [
 COMPARED = {"pretrain": "base", "diffusion": "drawn"}
 
 
-def mostly_slow(*quick: str):
+def loops(*quick: str, thorough: tuple[str, ...] = ()):
     """Every loop, of which only these are tried in every run of the tests: what is proven is a part
     that loops share, and the others could break it only by not using it."""
+    marks = {loop: () for loop in quick} | {loop: pytest.mark.thorough for loop in thorough}
     return pytest.mark.parametrize(
         "case",
-        [
-            pytest.param(case, marks=() if case.loop in quick else pytest.mark.slow)
-            for case in CASES
-        ],
+        [pytest.param(case, marks=marks.get(case.loop, pytest.mark.slow)) for case in CASES],
         ids=[Path(case.loop).stem for case in CASES],
     )
 
@@ -250,7 +248,7 @@ def test_every_loop_of_the_table_is_here():
     assert {case.loop for case in CASES} == {*LOOPS, EXAMPLE}
 
 
-@mostly_slow("pretrain", "sft", "rl", "preference", "diffusion", "vae", EXAMPLE)
+@loops("pretrain", "sft", "rl", "diffusion", EXAMPLE, thorough=("preference", "vae"))
 def test_a_resumed_run_ends_in_the_same_bits(case, straight, places, tmp_path):
     """From what an undisturbed run had saved by step 2, which is what a death after step 3 leaves.
 
@@ -264,7 +262,7 @@ def test_a_resumed_run_ends_in_the_same_bits(case, straight, places, tmp_path):
     assert [r["step"] for r in steps(run)] == [1, 2, 3, 4, 5, 6]
 
 
-@mostly_slow("rl")
+@loops("rl")
 def test_a_branch_goes_on_from_the_whole_state_of_another_run(case, straight, places, tmp_path):
     run, state = straight(case)
     branch = case.write(tmp_path, **places)
@@ -274,7 +272,7 @@ def test_a_branch_goes_on_from_the_whole_state_of_another_run(case, straight, pl
     assert load_artifact(str(tmp_path / "run"), ONE).meta["artifact"]["origin"] == f"all of {run}@4"
 
 
-@mostly_slow("pretrain", "diffusion")
+@loops("pretrain", thorough=("diffusion",))
 def test_a_mesh_changes_nothing(case, straight, places, tmp_path):
     run, _ = straight(case)
     mesh = ["--parallel.data", "2", "--parallel.fsdp", "2", "--parallel.tensor", "2"]
@@ -317,7 +315,14 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     )
 
 
-@mostly_slow("pretrain", "sft", "rl", "preference", "diffusion", "video-preference", "vae", EXAMPLE)
+@loops(
+    "pretrain",
+    "sft",
+    "rl",
+    "diffusion",
+    EXAMPLE,
+    thorough=("preference", "video-preference", "vae"),
+)
 def test_its_artifact_holds_the_model_as_it_was(case, straight):
     run, state = straight(case)
     artifact = load_artifact(str(run), ONE)
@@ -333,7 +338,7 @@ def test_its_artifact_holds_the_model_as_it_was(case, straight):
         load_artifact(str(run), ONE, "critic")
 
 
-@mostly_slow("rl", "vae")  # pretraining: tests/planning/test_plan.py
+@loops("rl", thorough=("vae",))  # pretraining: tests/planning/test_plan.py
 def test_it_is_planned(case, places, tmp_path, capsys):
     path = case.write(tmp_path, **places)
     topology = ["--topology", "cpu:1", "--output", str(tmp_path / "plans")]
@@ -351,9 +356,11 @@ def test_it_is_planned(case, places, tmp_path, capsys):
             case,
             source,
             id=f"{Path(case.loop).stem}-from_{Path(source.loop).stem}",
-            marks=()
-            if source.loop == "pretrain" and case.loop in ("sft", "rl", "diffusion")
-            else pytest.mark.slow,
+            marks=pytest.mark.slow
+            if source.loop != "pretrain"
+            else {"sft": (), "diffusion": (), "rl": pytest.mark.thorough}.get(
+                case.loop, pytest.mark.slow
+            ),
         )
         for case in CASES
         for source in CASES
@@ -394,7 +401,7 @@ def test_every_result_can_be_given_to_every_loop_of_its_kind(
     assert mine.model == trained.model
 
 
-@mostly_slow("sft")
+@loops("sft")
 def test_what_is_frozen_stays_and_needs_no_moments(case, straight, places, tmp_path):
     run, _ = straight(case)
     patterns = {Decoder: "groups", RewardModel: "decoder/groups", VideoVAE: "encoder"}

@@ -65,6 +65,7 @@ def tuned(tmp_path_factory, places):
     return SimpleNamespace(base=folder / "base", preference=folder / "preference", recipe=path)
 
 
+@pytest.mark.thorough
 def test_the_reference_is_the_start_and_adapters_alone_move_away_from_it(tuned):
     first, _, last = steps(tuned.preference)
     for side in ("chosen", "rejected"):
@@ -82,6 +83,7 @@ def test_the_reference_is_the_start_and_adapters_alone_move_away_from_it(tuned):
     assert {"loss", "reward_accuracy", "reward_margin"} <= set(scores["final", 3])
 
 
+@pytest.mark.thorough
 def test_a_run_that_goes_on_reads_what_it_kept_and_needs_no_reference_any_more(tuned, capsys):
     base, steps = tuned.base.rename(tuned.base.with_name("away")), ["--training.steps", "4"]
     kept = tuned.preference / "reference" / "logprobs.npz"
@@ -103,6 +105,7 @@ def artifact_of(model, tokenizer) -> Artifact:
     return Artifact("mine", Path(), model, params, processor, 48, "float32", 1, {})
 
 
+@pytest.mark.thorough
 def test_answers_are_scored_by_a_reward_model_each_at_its_end(tokenizer):
     reward = artifact_of(RewardModel(small(tokenizer.vocab_size)), tokenizer)
     talks = [[user("fox 3?"), assistant("fox " * n)] for n in (1, 2, 5)]

@@ -40,6 +40,7 @@ def straight(tmp_path_factory, text) -> Path:
     return tmp / "run"
 
 
+@pytest.mark.thorough
 def test_stopped_and_resumed_bit_for_bit(straight, tmp_path, text):
     path = with_experts(tmp_path, text)
     assert main(["pretrain", path, "--training.steps", "4"]) == 0
@@ -56,6 +57,7 @@ def test_resumed_with_its_experts_on_other_devices(straight, tmp_path, text):
     np.testing.assert_allclose([got[i] for i in want], [want[i] for i in want], rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_a_checkpoint_of_another_number_of_experts_is_refused(
     straight,
     tmp_path,

@@ -113,6 +113,7 @@ def test_an_algorithms_loss_and_gradient_are_its_papers(name):
         assert 0 < metrics["masked_share"] < 1
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "truncated"])
 def test_an_algorithms_loss_and_gradient_are_those_of_trl(name):
     g = {key: a.astype(np.float32) for key, a in GOLDEN.items()}
@@ -385,6 +386,7 @@ def stepped(how: Algorithm, t: Trajectory, accumulation: int):
     return [-state.learners[name].params["w"] for name in names], metrics
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["grpo", "rloo", "mis_po"])
 def test_accumulation_changes_nothing(name):
     """One of each reduction; several parts, two learners."""

@@ -69,6 +69,7 @@ def test_a_rollout_of_unequal_prompts_becomes_texts_and_choices():
     trajectory.check(t)
 
 
+@pytest.mark.thorough
 def test_log_probs_of_a_real_rollout_are_those_of_one_pass_over_its_texts():
     """Prompts of unequal lengths, rows that stop early: every choice stands at its place."""
     model, execution = small.decoder("gqa", repeat=1, vocab=7), Execution(dtype="float32")

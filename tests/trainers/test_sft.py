@@ -67,6 +67,7 @@ def first_step(model, rows, accumulation=1) -> dict[str, float]:
     return {name: float(metrics[name]) for name in names}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("mlp", "accumulation"),
     [pytest.param("dense", 1, marks=pytest.mark.slow), ("experts", 2)],
@@ -122,6 +123,7 @@ def records(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.thorough
 def test_a_fine_tuned_model_answers_with_the_template_that_it_was_trained_with(chain, capsys):
     text, chat = chain
     tokenizer = load_tokenizer(chat / "tokenizer")
@@ -165,6 +167,7 @@ def test_adapters_are_trained_on_conversations_and_nothing_else_is(chain, places
     assert [r["step"] for r in steps(tmp_path / "run")] == [1, 2, 3]
 
 
+@pytest.mark.thorough
 def test_a_fine_tuned_model_is_exported_with_its_template(chain, tmp_path):
     pytest.importorskip("safetensors")
     assert main(["export", str(chain[1]), str(tmp_path / "out")]) == 0

@@ -91,6 +91,7 @@ def pack(of_packs):
     return of_packs([[0, 1, 2]])
 
 
+@pytest.mark.thorough
 def test_a_pack_learns_what_its_samples_learn_alone(of_packs, pack):
     """Loss and every gradient: nothing passes between samples, each has its own time and text."""
     alone = [of_packs([[i]]) for i in range(3)]
@@ -103,6 +104,7 @@ def test_a_pack_learns_what_its_samples_learn_alone(of_packs, pack):
     assert alone[0][0][0] != alone[1][0][0]
 
 
+@pytest.mark.thorough
 def test_a_batch_of_one_size_learns_what_packs_learn(of_packs, of_bucket, params):
     """Rows without segments, in which a sample is a whole row: a batch of 2 and batches of 1."""
     rows = batch([[0], [0]], LENGTHS[0], 1, packed=False)
@@ -130,6 +132,7 @@ def test_the_loss_is_the_weighted_squared_error_of_the_velocity(of_bucket):
     assert total == pytest.approx(np.sum(weight[:, 0] * squared), rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_an_error_of_predicted_data_is_one_of_the_velocity_they_mean():
     """Of predictions of zero again, from a model that reads no text."""
     model = VideoDiT(8, 1, MHA(1, 8, position=None), GELU(8), 3, prediction="data")

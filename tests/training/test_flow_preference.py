@@ -98,6 +98,7 @@ def expected(p, rows, reference) -> float:
     return float(np.mean(np.log1p(np.exp(-inside))) + HOW.velocity * e[:, 0].mean())
 
 
+@pytest.mark.thorough
 def test_loss_and_gradient_are_those_of_float64(of, params, reference):
     """The gradient in three directions through all parameters, by differences of the oracle."""
     (loss, metrics), gradient = of(batch())

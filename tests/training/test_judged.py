@@ -106,6 +106,7 @@ def first_step(how, mlp: str, batch, accumulation: int) -> dict[str, float]:
     return {k: float(v) for k, v in metrics.items() if "weight" not in k}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("loss", "mlp"),
     [

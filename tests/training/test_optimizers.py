@@ -159,6 +159,7 @@ MESHES = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("mesh", MESHES)
 def test_muon_on_a_mesh_is_the_update_of_one_device(mesh):
     sharding = Sharding(make_mesh(MESHES[mesh]))

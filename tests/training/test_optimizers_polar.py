@@ -22,6 +22,7 @@ def singular_values(x):
     return np.linalg.svd(np.asarray(x, np.float64), compute_uv=False)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("shape", [(32, 32), (24, 80), (80, 24), (1, 16), (16, 1)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-5), ("float16", 3e-3)])
 def test_equals_the_recurrence_in_float64(shape, dtype, tolerance):
@@ -69,6 +70,7 @@ def test_does_not_depend_on_the_scale():
         np.testing.assert_allclose(scaled, polar_factor(jnp.asarray(g), jnp.float16), atol=5e-3)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_zero_and_rank_one(dtype):
     assert not np.any(polar_factor(jnp.zeros((2, 8, 4)), jnp.dtype(dtype)))

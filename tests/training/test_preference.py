@@ -260,6 +260,7 @@ def trained(how, batch, accumulation):
     return -state.learners["policy"].params["w"], metrics
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["dpo", "orpo", "kto"])
 def test_microbatches_and_padding_change_nothing(name):
     how = PREFERENCES[name]
@@ -304,6 +305,7 @@ def test_a_policy_that_is_its_reference_has_no_accuracy_and_the_loss_of_chance()
     assert out.metrics["reward_accuracy"][0] == 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", HOWS)
 def test_extremes_are_finite(name):
     """Certain answers (0), and impossible ones (-400 a token), in every combination."""

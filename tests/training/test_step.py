@@ -125,6 +125,7 @@ def test_accumulation_equals_the_large_batch(accumulation):
     equal(expected, mean, atol=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("accumulation", [1, 4])
 def test_a_part_alone_counts_with_its_coefficient(accumulation):
     params, batch = arrays()
@@ -263,6 +264,7 @@ def test_the_average_is_warm_from_the_start():
     equal(state.learners["model"].average, average, atol=1e-6)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("kind", "accumulation"), [("loss", 1), ("gradient", 2), ("weight", 1)])
 def test_non_finite_steps_change_nothing_but_counters(kind, accumulation):
     def loss(params, rows, key):

@@ -13,8 +13,8 @@ from pathlib import Path
 from step_jax.checkpoint.artifact import Description
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
-from step_jax.data.captions import TextBank, token_rows
-from step_jax.data.clips import Reads
+from step_jax.data.captions import TextBank, distinct, token_rows
+from step_jax.data.clips import ClipSource, Reads
 from step_jax.data.config import TRAIN_TOKENIZER
 from step_jax.inference import text_states
 from step_jax.inference.text_states import Encoder
@@ -102,6 +102,21 @@ def text_shapes(model: VideoDiT) -> dict[str, tuple[int, ...]]:
     return {
         t.name: (t.tokens,) if isinstance(t, Tower) else (t.tokens, t.width) for t in model.text
     }
+
+
+def read_texts(
+    config: CaptionedLoop,
+    begin: Start,
+    source: ClipSource,
+    sharding: Sharding,
+    report: Callable[[str], None],
+) -> tuple[Tokenizer | None, TextBank]:
+    """(the tokenizer of the model's own text towers, every text that training and samples use)."""
+    captions = distinct(source.captions)
+    tokenizer = tokenizer_of(config, begin, captions)
+    sampled = (*config.sample.prompts_of(source), *config.sample.unwanted)
+    texts = distinct([*source.captions, *((prompt,) for prompt in sampled)])
+    return tokenizer, bank_of(config, begin.model, texts, tokenizer, sharding, report)
 
 
 def tokenizer_of(config: CaptionedLoop, begin: Start, texts: list[str]) -> Tokenizer | None:

@@ -17,7 +17,7 @@ from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import Sharding
 from step_jax.data.batches import process_rows, to_mesh
-from step_jax.data.captions import distinct, text_fields
+from step_jax.data.captions import text_fields
 from step_jax.data.clips import ClipDataset, Packs, Shape, bucket_rows, clip_schema
 from step_jax.interop.artifacts import Start, starting_point
 from step_jax.models.video.dit import VideoDiT
@@ -27,14 +27,13 @@ from step_jax.runs.session import Session
 from step_jax.trainers.diffusion.captioned import (
     LEARNER,
     CaptionedLoop,
-    bank_of,
     check_inputs,
     description,
     guidable,
     processor_of,
+    read_texts,
     reads_of,
     text_shapes,
-    tokenizer_of,
 )
 from step_jax.trainers.diffusion.preview import Preview
 from step_jax.trainers.diffusion.sources import ClipData, DigitsData
@@ -171,10 +170,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             raise ConfigError(
                 f"the data have {source.channels} channels, the model {begin.model.channels}"
             )
-        prompts = config.sample.prompts or source.prompts
-        texts = distinct([*source.captions, *((p,) for p in (*prompts, *config.sample.unwanted))])
-        tokenizer = tokenizer_of(config, begin, distinct(source.captions))
-        bank = bank_of(config, begin.model, texts, tokenizer, sharding, report)
+        tokenizer, bank = read_texts(config, begin, source, sharding, report)
         shapes = shapes_of(config, begin.model, sharding)
         dataset = ClipDataset(
             source,
@@ -206,7 +202,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             meta={"data": dataset.fingerprint, "guidable": guidable(config, session)},
         )
         best = built.learnings[LEARNER].best
-        preview = Preview(session, config, begin.model, bank, source, prompts)
+        preview = Preview(session, config, begin.model, bank, source)
         for step in range(start, c.steps):
             shape = dataset.shape_at(step)
             schema, part = programs[shape].schema, process_rows(sharding, shape.rows)

@@ -23,7 +23,7 @@ from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import Sharding
 from step_jax.data.batches import microbatches, process_rows, to_mesh
-from step_jax.data.captions import TextBank, distinct, text_fields
+from step_jax.data.captions import TextBank, text_fields
 from step_jax.data.clip_pairs import PairDataset, pair_schema
 from step_jax.data.clips import ClipDataset, Shape, check_same, clip_schema
 from step_jax.data.latents import LatentFolder
@@ -36,14 +36,13 @@ from step_jax.runs.session import Session
 from step_jax.trainers.diffusion.captioned import (
     LEARNER,
     CaptionedLoop,
-    bank_of,
     check_inputs,
     description,
     guidable,
     processor_of,
+    read_texts,
     reads_of,
     text_shapes,
-    tokenizer_of,
 )
 from step_jax.trainers.diffusion.pairs import PairData, PairMaker
 from step_jax.trainers.diffusion.preview import Preview
@@ -195,10 +194,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
                 "data.sampler.guidance needs a model that also learns without text: set it to 1"
             )
         asked = config.data.open(sharding, report)
-        prompts = config.sample.prompts or asked.prompts
-        texts = distinct([*asked.captions, *((p,) for p in (*prompts, *config.sample.unwanted))])
-        tokenizer = tokenizer_of(config, begin, distinct(asked.captions))
-        bank = bank_of(config, model, texts, tokenizer, sharding, report)
+        tokenizer, bank = read_texts(config, begin, asked, sharding, report)
         maker = PairMaker(config.data, asked, model, bank, config.execution, sharding, report)
         built = make_program(config, begin, sharding)
         train_step = fitting(built.compile, jax.local_devices()[0], force)
@@ -223,7 +219,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             meta={"data": maker.fingerprint, "guidable": can_be_guided, "reference": compared},
         )
         rounds = Rounds(config, session, maker, bank, model)
-        preview = Preview(session, config, model, bank, asked, prompts)
+        preview = Preview(session, config, model, bank, asked)
         schema, part = schema_of(config, model), process_rows(sharding, c.batch_size)
 
         def policy():

@@ -58,6 +58,9 @@ class Sample:
     def unwanted(self) -> tuple[str, ...]:
         return (self.negative,) if self.negative else ()
 
+    def prompts_of(self, source: ClipSource) -> tuple[str, ...]:
+        return self.prompts or source.prompts
+
     def due(self, step: int, total: int) -> bool:
         return bool(self.every_steps) and step % self.every_steps == 0 and step < total
 
@@ -72,11 +75,11 @@ class Preview:
         model: VideoDiT,
         bank: TextBank,
         source: ClipSource,
-        prompts: tuple[str, ...],
     ):
         self._session, self._config, self._model = session, config, model
-        self._bank, self._source, self._prompts = bank, source, prompts
+        self._bank, self._source = bank, source
         sample: Sample = config.sample
+        self._prompts = sample.prompts_of(source)
         self._size = sample.size or config.data.buckets[0]
         vae = config.data.vae
         self._vae = None if vae is None else load_artifact(vae, session.sharding)
