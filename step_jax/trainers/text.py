@@ -470,7 +470,7 @@ def finish(
     elif session.primary:
         baselines = dataset.heldout.compressed_bits_per_byte()
     baselines = {f"{name} bits per byte": value for name, value in baselines.items()}
-    more = f"{go_on}\nscore it:     step-jax eval {session.directory.path}"
+    more = f"{go_on}\nscore it:     step-jax eval {session.directory.name}"
     conclude(session, dataset, result, texts, more, baselines)
     return result
 

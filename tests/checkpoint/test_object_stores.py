@@ -18,7 +18,7 @@ from tests.object_stores import store
 
 
 # moto takes ten times as long as fake-gcs-server.
-@pytest.fixture(scope="module", params=["gs", pytest.param("s3", marks=pytest.mark.system)])
+@pytest.fixture(scope="module", params=["gs", pytest.param("s3", marks=pytest.mark.thorough)])
 def bucket(request):
     with store(request.param) as url:
         yield url
