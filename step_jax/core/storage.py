@@ -31,11 +31,11 @@ _FIRST_DELAY, _LAST_DELAY = "500ms", "8s"
 #: The generation of an object that is not there.
 ABSENT = b"\x02"
 _THREADS = 16
-#: A connection that takes longer, or over which nothing comes for so long, is a failed request.
+#: A connection that takes longer, or over which so little comes for so long, is a failed request.
 _LIMITS = {
     "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": "20",
     "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "60",
-    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
+    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1000",
 }
 #: words of TensorStore's errors -> what is wrong and what to do about it
 _REASONS: tuple[tuple[tuple[str, ...], type[StepError], str], ...] = (

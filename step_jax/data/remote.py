@@ -38,14 +38,15 @@ def copy_source(objects: Objects, folder: Path) -> None:
     Raises:
       DataError: there is none.
     """
-    names = objects.list()
+    names, remembered = objects.list(), _KNOWN
     if not names:
         if not objects.path or objects.parent.generation(objects.name) == ABSENT:
             raise DataError(f"data path {objects} does not exist: there is no object of that name")
-        objects, folder, names = objects.parent, folder.parent, [objects.name]
+        names, remembered = [objects.name], f".{objects.name}{_KNOWN}"
+        objects, folder = objects.parent, folder.parent
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
-        memo = folder / f".{'+'.join(names)[:80]}{_KNOWN}" if len(names) == 1 else folder / _KNOWN
+        memo = folder / remembered
         try:
             known = json.loads(memo.read_bytes())
         except (OSError, ValueError):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -27,14 +29,14 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.asked += 1
         while self.server.silent:
-            if threading.Event().wait(0.1):
-                return
+            time.sleep(0.1)
         self.rfile.read(int(self.headers.get("content-length", 0)))
         body = b"<Error><Code>Refused</Code></Error>"
         self.send_response(self.server.status)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.wfile.write(body)
 
     do_PUT = do_POST = do_DELETE = do_HEAD = do_GET
 

@@ -37,7 +37,11 @@ def killed(function, when):
     return dying
 
 if moment == "step":
-    Session.finished = killed(Session.finished, lambda self, n, *_: n == step)
+    def of_step(self, n, *_):
+        if n == step:
+            self._checkpointer.wait()  # which checkpoint is there shall not be chance
+        return n == step
+    Session.finished = killed(Session.finished, of_step)
 elif moment == "arrays":
     remote_arrays.join = killed(remote_arrays.join, lambda place: int(place.parent.name) == step)
 elif moment == "commit":
