@@ -85,8 +85,10 @@ class Lease:
     def _write(self, instead_of: bytes) -> bool:
         content = json.dumps(self._owner | {"beat": time.time()}).encode()
         made = self._objects.write(LOCK, content, instead_of=instead_of)
-        if made is None and self._objects.get(LOCK) == content:
-            made = self._objects.generation(LOCK)  # it was written, and the answer got lost
+        if made is None:
+            there = owner_in(self._objects.get(LOCK) or b"")
+            if there.get("token") == self._owner["token"]:  # written, and the answer got lost
+                made = self._objects.generation(LOCK)
         if made is not None:
             self._generation = made
         return made is not None

@@ -44,7 +44,11 @@ class Mirror:
           ConfigError: the store cannot be written, or another process has the lock.
         """
         self._lease.take()
-        fetch(self._objects, self._folder)
+        try:
+            fetch(self._objects, self._folder)
+        except BaseException:
+            self._lease.release()
+            raise
         self._known = self._files()
         self._thread.start()
 
@@ -82,7 +86,7 @@ class Mirror:
                         self._lease.renew()
                     continue
                 self.sync()
-            except StepError:
+            except (StepError, OSError):
                 pass  # the next checkpoint, or the end, says so if it lasts
             took = time.monotonic() - started
             due = time.monotonic() + max(_EVERY_S, _SHARE * took)

@@ -11,7 +11,7 @@ from step_jax.core.errors import CheckpointError, ConfigError
 from step_jax.core.storage import Objects
 from step_jax.runs import lease as lease_lib
 from step_jax.runs.lease import LOCK, Lease
-from step_jax.runs.metrics_log import MetricsLog
+from step_jax.runs.metrics_log import MetricsLog, read_metrics
 from step_jax.runs.mirror import fetch
 from step_jax.runs.run_directory import RunDirectory
 from tests.object_stores import store
@@ -57,6 +57,17 @@ def test_an_owner_that_writes_its_lock_is_waited_for_no_longer_and_one_that_does
     assert place.list() == []
 
 
+def test_an_answer_that_got_lost_does_not_cost_the_lock(place):
+    lease = Lease(place)
+    lease.take()
+    before = lease._generation
+    lease.renew()
+    lease._generation = before  # as if the store had written it and its answer never came
+    lease.renew()
+    lease.release()
+    assert place.list() == []
+
+
 def test_a_living_owner_on_another_machine_refuses_others(place, monkeypatch):
     owner = elsewhere(Lease(place))
     owner.take()
@@ -96,6 +107,7 @@ def test_what_a_run_wrote_is_there_for_the_next_machine(place, tmp_path):
     with RunDirectory(str(place)) as second:
         steps = [json.loads(line)["step"] for line in second.metrics.read_text().splitlines()]
         assert steps == [1, 2] and second.identity.read_text() == identity
+        assert [record["step"] for record in read_metrics(str(place))] == [1, 2]
         assert not second.plots.exists(), "what no run reads back is not fetched"
         assert not second.heldout.exists(), "documents without meta.json are not whole"
     assert place.read("plots/loss.png") == b"picture"
