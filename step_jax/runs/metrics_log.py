@@ -110,9 +110,10 @@ class MetricsLog:
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """The records of a ``metrics.jsonl`` (or of the run directory that holds it), oldest first.
 
-    The directory may be a URL. Torn and foreign lines are left out; a run may be writing the file at
-    the moment. What was done twice, because a kill came between its record and the next checkpoint, is there once, as it was
-    done last: a step, an evaluation of one name at one step, the summary.
+    The directory may be a URL. Torn and foreign lines are left out; a run may be writing the file
+    at the moment. What was done twice, because a kill came between its record and the next
+    checkpoint, is there once, as it was done last: a step, an evaluation of one name at one step,
+    the summary.
     """
     path = staged(Objects.at(str(path)), "metrics.jsonl") if is_url(path) else Path(path)
     file = path / "metrics.jsonl" if path.is_dir() else path
