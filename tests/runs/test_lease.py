@@ -90,6 +90,15 @@ def test_a_killed_process_of_this_machine_is_followed_at_once(place, monkeypatch
     assert time.monotonic() - begin < 100
 
 
+def test_a_run_that_cannot_write_is_refused_before_it_begins_and_leaves_nothing_here(
+    bucket, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(ConfigError, match="cannot write s3://no-such-bucket-there/run/lock: there"):
+        RunDirectory("s3://no-such-bucket-there/run").__enter__()
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_run_wrote_is_there_for_the_next_machine(place, tmp_path):
     with RunDirectory(str(place)) as first:
         log = MetricsLog(first.metrics)
