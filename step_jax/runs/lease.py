@@ -22,6 +22,7 @@ from step_jax.core.errors import CheckpointError, ConfigError
 from step_jax.core.storage import ABSENT, Objects
 
 LOCK = "lock"
+_PROBE = "may-write"
 BEAT_S = 10.0
 PATIENCE_S = 60.0
 
@@ -54,8 +55,12 @@ class Lease:
             lives = _lives(owner)
             if lives or (lives is None and self._beats(found)):
                 raise ConfigError(self._refusal(owner))
-        if not self._write(found):
-            raise ConfigError(self._refusal(owner_in(self._objects.get(LOCK) or b"")))
+        if self._write(found):
+            return
+        if self._objects.generation(LOCK) == ABSENT:  # so too fails a condition without a bucket
+            self._objects.write(_PROBE, b"")
+            self._objects.delete([_PROBE])
+        raise ConfigError(self._refusal(owner_in(self._objects.get(LOCK) or b"")))
 
     def _beats(self, generation: bytes) -> bool:
         """Whether the owner writes its lock again."""
