@@ -94,7 +94,9 @@ def test_a_run_that_cannot_write_is_refused_before_it_begins_and_leaves_nothing_
     bucket, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with pytest.raises(ConfigError, match="cannot write s3://no-such-bucket-there/run/lock: there"):
+    with pytest.raises(
+        ConfigError, match="no-such-bucket-there/run/may-write: there is no such bucket"
+    ):
         RunDirectory("s3://no-such-bucket-there/run").__enter__()
     assert not list(tmp_path.iterdir())
 
