@@ -50,11 +50,14 @@ class Upload:
             for name, array in opened.items():
                 target = array.result()
                 for index, values in self._pieces[name][1]:
-                    copies.append(target[index].write(values).copy)
+                    part = target[index]
+                    # Nobody changes them until the end: TensorStore need not hold copies.
+                    written = part.write(values, can_reference_source_data_indefinitely=True)
+                    copies.append(written.copy)
             for copy in copies:
                 copy.result()
-            self._pieces = {}
             transaction.commit_async().result()
+            self._pieces = {}
         except Exception as error:  # noqa: BLE001 - TensorStore has one for every status
             raise storage.failure(error, f"write the arrays in {_shown(self._base)}") from error
 

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from step_jax.checkpoint import CheckpointConfig, Checkpointer, CorruptCheckpoint, verify
+from step_jax.checkpoint import (
+    CheckpointConfig,
+    Checkpointer,
+    CorruptCheckpoint,
+    remote_arrays,
+    verify,
+)
 from step_jax.cli.main import main
 from step_jax.core.errors import CheckpointError, ConfigError, StorageError
 from step_jax.core.storage import Objects
@@ -66,6 +72,15 @@ def test_steps_are_saved_kept_and_restored_as_on_a_disk(place, capsys):
     assert verify(str(place)) == {2: [], 3: []}
     assert main(["checkpoints", "verify", str(place.parent)]) == 0
     assert "verified" in capsys.readouterr().out
+
+
+def test_large_arrays_are_written_in_parts_and_read_a_few_at_a_time(place, monkeypatch):
+    monkeypatch.setattr(remote_arrays, "_CHUNK_BYTES", 24)
+    monkeypatch.setattr(remote_arrays, "_READ_BYTES", 40)
+    assert remote_arrays._chunk((4, 6), 4) == [1, 6] and remote_arrays._chunk((7, 5), 4) == [1, 5]
+    assert remote_arrays._chunk((11,), 4) == [1] and remote_arrays._chunk((), 4) == []
+    save(place, 1)
+    assert_holds(place, 1)
 
 
 def test_what_has_no_manifest_is_no_step_and_goes_at_the_next_start(place):
