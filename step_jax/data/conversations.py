@@ -15,7 +15,8 @@ from step_jax.core.errors import DataError
 from step_jax.data.files import Skip
 from step_jax.data.sources import Document, Encoded
 from step_jax.tokenizers.base import Tokenizer
-from step_jax.tokenizers.chat import Taught, check_messages, encode_chat
+from step_jax.tokenizers.chat import Taught, encode_chat
+from step_jax.tokenizers.template import check_messages
 
 #: what else a record may have would change what is said or learned, and nothing here reads it
 UNREAD = (

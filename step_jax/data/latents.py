@@ -7,10 +7,11 @@ Shape suffixes: N clips, F frames, H height, W width, C channels.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-import io
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,9 @@ class Clip(NamedTuple):
 
 
 def write_latents(folder: Path | str, clips: Iterable[Clip], made_by: str) -> None:
-    """Writes clips as a folder of latents; the manifest comes last, so a cut-off write is none.
+    """Writes clips as a folder of latents, one clip in memory at a time.
+
+    The manifest comes last, so a cut-off write is none.
 
     Args:
       made_by: hash of the autoencoder, "" for pixels as they are.
@@ -51,38 +54,74 @@ def write_latents(folder: Path | str, clips: Iterable[Clip], made_by: str) -> No
       DataError: no clip, or clips of unlike channels or with unlike scalars.
     """
     folder = Path(folder)
-    arrays: dict[tuple[int, ...], list[np.ndarray]] = {}
+    folder.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
-    for i, clip in enumerate(clips):
-        size = clip.latents_FHWC.shape[:3]
-        rows = arrays.setdefault(size, [])
-        entries.append(
-            {
-                "size": size,
-                "row": len(rows),
-                "captions": clip.captions,
-                "scalars": dict(clip.scalars),
-                "noise": clip.noise,
-            }
-        )
-        rows.append(np.asarray(clip.latents_FHWC, np.float32))
-        first = next(iter(arrays.values()))[0]
-        if (
-            rows[-1].shape[3] != first.shape[3]
-            or entries[-1]["scalars"].keys() != entries[0]["scalars"].keys()
-        ):
-            raise DataError(f"clip {i} has other channels or scalars than the first")
-    if not entries:
-        raise DataError(f"no clip to write to {folder}")
-    files = {}
-    for size, rows in arrays.items():
-        buffer = io.BytesIO()
-        np.save(buffer, np.stack(rows))
-        name = "_".join(map(str, size)) + ".npy"
-        write_whole(folder / name, buffer.getvalue())
-        files[name] = hashlib.sha256(buffer.getvalue()).hexdigest()
+    with contextlib.ExitStack() as stack:
+        rows: dict[tuple[int, ...], _Rows] = {}
+        channels = None
+        for i, clip in enumerate(clips):
+            *size, width = clip.latents_FHWC.shape
+            channels = channels or width
+            if width != channels or (
+                entries and clip.scalars.keys() != entries[0]["scalars"].keys()
+            ):
+                raise DataError(f"clip {i} has other channels or scalars than the first")
+            key = tuple(size)
+            if key not in rows:
+                path = folder / ("_".join(map(str, key)) + ".npy")
+                rows[key] = stack.enter_context(_Rows(path, (*key, width)))
+            entries.append(
+                {
+                    "size": key,
+                    "row": rows[key].append(clip.latents_FHWC),
+                    "captions": clip.captions,
+                    "scalars": dict(clip.scalars),
+                    "noise": clip.noise,
+                }
+            )
+        if not entries:
+            raise DataError(f"no clip to write to {folder}")
+        for file in rows.values():
+            file.finish()
+    files = {file.path.name: _digest(file.path) for file in rows.values()}
     manifest = {"format": FORMAT, "made_by": made_by, "files": files, "clips": entries}
     write_whole(folder / MANIFEST, json.dumps(manifest, ensure_ascii=False))
+
+
+class _Rows:
+    """A .npy file of float32 that grows row by row; in its place once it is finished."""
+
+    def __init__(self, path: Path, row: tuple[int, ...]):
+        self.path, self._row, self._count = path, row, 0
+
+    def __enter__(self) -> _Rows:
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._file = open(self._temporary, "wb")
+        self._write_header()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def append(self, a: np.ndarray) -> int:
+        """Writes a row; returns its number."""
+        self._file.write(np.ascontiguousarray(a, np.float32).tobytes())
+        self._count += 1
+        return self._count - 1
+
+    def finish(self) -> None:
+        self._file.seek(0)
+        self._write_header()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        os.replace(self._temporary, self.path)
+
+    def _write_header(self) -> None:
+        """NumPy leaves room in it for a first axis that grows."""
+        shape = (self._count, *self._row)
+        facts = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "shape": shape}
+        np.lib.format.write_array_header_1_0(self._file, facts | {"fortran_order": False})
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ from step_jax.data.packing import Batch, FitPlan, Pieces
 from step_jax.data.schema import Field, Schema
 from step_jax.data.sources import Document, Encoded
 from step_jax.tokenizers.base import Tokenizer
-from step_jax.tokenizers.chat import Taught, check_messages, encode_answer
+from step_jax.tokenizers.chat import Taught, encode_answer
+from step_jax.tokenizers.template import check_messages
 
 _NOTHING = Encoded(np.zeros(0, np.int32), b"", np.zeros(0, bool))
 _SIDES = ("chosen", "rejected")

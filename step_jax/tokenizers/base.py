@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import abc
 import functools
-import hashlib
-import json
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from step_jax.core.errors import DataError
 from step_jax.core.files import write_whole
-
-if TYPE_CHECKING:
-    from step_jax.tokenizers.chat import ChatTemplate
+from step_jax.tokenizers.template import ChatTemplate
 
 #: Every file that a folder of a tokenizer may hold; the first two are the tokenizers themselves.
 FILES = (
@@ -281,11 +276,3 @@ def _check_text(text: str) -> None:
             f"character {error.start} of the text is {text[error.start]!r}, half of a surrogate "
             f"pair or a byte that is not UTF-8, near {near!r}: a tokenizer reads Unicode text only"
         ) from error
-
-
-def digest(*parts: bytes | object) -> str:
-    """SHA-256, hex, of bytes and of JSON values; of one part of bytes that of a file."""
-    whole = hashlib.sha256()
-    for part in parts:
-        whole.update(part if isinstance(part, bytes) else json.dumps(part).encode())
-    return whole.hexdigest()

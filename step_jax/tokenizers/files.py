@@ -70,16 +70,17 @@ def chat_tokenizer(tokenizer: Tokenizer, which: str) -> Tokenizer:
     Raises:
       DataError: there is no such template, or it does not work with this tokenizer.
     """
-    from step_jax.tokenizers.chat import BUILT_IN, ChatTemplate, end_of_answer
+    from step_jax.tokenizers.chat import BUILT_IN, built_in, end_of_answer, variables_of
+    from step_jax.tokenizers.template import ChatTemplate
 
     own, files = tokenizer.chat_template, dict(tokenizer.files)
     if which == "auto" and own is not None:
         template = own
     elif which in ("auto", *BUILT_IN):
-        template = ChatTemplate.built_in("plain" if which == "auto" else which, tokenizer)
+        template = built_in("plain" if which == "auto" else which, tokenizer)
     else:
         source = read_file(Path(which).expanduser(), _REMEDY_TEMPLATE)
-        variables = ChatTemplate.variables_of(tokenizer) | (own.variables if own else {})
+        variables = variables_of(tokenizer) | (own.variables if own else {})
         template = ChatTemplate(source.decode(errors="replace"), variables, which)
     if template is not own:
         files["chat_template.jinja"] = template.source.encode()

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from step_jax.core.digest import digest
 from step_jax.core.errors import ConfigError, DataError
-from step_jax.tokenizers.base import SPACE_MARK, Tokenizer, digest
-from step_jax.tokenizers.chat import ChatTemplate
+from step_jax.tokenizers.base import SPACE_MARK, Tokenizer
 from step_jax.tokenizers.special_tokens import SpecialTokens, parse_object
+from step_jax.tokenizers.template import ChatTemplate
 
 
 class HuggingFaceTokenizer(Tokenizer):

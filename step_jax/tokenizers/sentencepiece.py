@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from step_jax.core.digest import digest
 from step_jax.core.errors import ConfigError, DataError
-from step_jax.tokenizers.base import SPACE_MARK, Tokenizer, digest
-from step_jax.tokenizers.chat import ChatTemplate
+from step_jax.tokenizers.base import SPACE_MARK, Tokenizer
 from step_jax.tokenizers.special_tokens import SpecialTokens
+from step_jax.tokenizers.template import ChatTemplate
 
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 # The model would write a literal space mark as a space, so it is written as these bytes.

@@ -168,7 +168,7 @@ def reference_of(
     if kept is not None and compared.goes_on:
         return kept
     model, params = compared.loaded(sharding)
-    facts |= {"parameters": digest(params)}
+    facts |= {"parameters": digest_of_params(params)}
     if kept is not None and kept.facts == facts:
         return kept
     report(f"computing the log-probabilities of all answers under {compared.name}")
@@ -242,7 +242,7 @@ def pinned(name: str, params: Any, was: Mapping[str, str] | None) -> dict[str, s
     Raises:
       CheckpointError: it is not what the run's finished steps were compared with, ``was``.
     """
-    found = {"name": name, "parameters": digest(params)}
+    found = {"name": name, "parameters": digest_of_params(params)}
     if was is not None and was["parameters"] != found["parameters"]:
         raise CheckpointError(
             f"the reference policy is not the one that the finished steps were compared with: it "
@@ -251,7 +251,7 @@ def pinned(name: str, params: Any, was: Mapping[str, str] | None) -> dict[str, s
     return found
 
 
-def digest(params: Any) -> str:
+def digest_of_params(params: Any) -> str:
     """Of the bits of float32 parameters; the same on every mesh, since integers add up exactly."""
 
     @jax.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -215,6 +216,7 @@ def test_a_folder_of_latents_gives_back_what_was_written(tmp_path):
         np.testing.assert_array_equal(folder.latents(i), made.latents(i))
     with pytest.raises(DataError, match=r"of another autoencoder \(vae\) than the one given"):
         LatentFolder.open(tmp_path, "other")
+    assert not list(tmp_path.glob(".*"))  # nothing is left beside
     file = tmp_path / "2_2_4.npy"
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     with pytest.raises(DataError, match=r"damaged files \['2_2_4.npy'\]"):
@@ -233,6 +235,24 @@ def test_clips_that_do_not_go_together_are_refused(tmp_path, second, scalars, me
         write_latents(tmp_path, clips, "")
     with pytest.raises(DataError, match="no clip to write"):
         write_latents(tmp_path, [], "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_clips_are_written_one_at_a_time(tmp_path):
+    """Of 64 clips of a megabyte, each gone before the one after the next is made."""
+    alive = []
+
+    def made():
+        for i in range(64):
+            latents = np.full((1, 256, 256, 4), i, np.float32)
+            alive.append(weakref.ref(latents))
+            yield Clip(latents, (str(i),))
+            del latents
+            assert sum(ref() is not None for ref in alive) <= 1
+
+    write_latents(tmp_path, made(), "")
+    folder = LatentFolder.open(tmp_path)
+    assert [folder.latents(i)[0, 0, 0, 0] for i in range(64)] == list(range(64))
 
 
 @pytest.mark.thorough

@@ -10,7 +10,7 @@ from step_jax.environments.arithmetic import Addition, ChainSum, Countdown
 from step_jax.environments.files import FileTask
 from step_jax.environments.replies import Thinking
 from step_jax.environments.verifiers import Exact, Numeric
-from step_jax.tokenizers.chat import ChatTemplate
+from step_jax.tokenizers.chat import built_in
 from tests.tokenizers.made import byte_level, ours
 
 NATIVE = [Addition(), Addition(digits=(3, 9)), ChainSum(), Countdown(),
@@ -93,7 +93,7 @@ def test_what_a_chat_template_makes_of_a_solution_is_scored_as_right():
         task = ChainSum(thinking=thinking)
         problem = task.open(0.1).train(0, 0)
         for name in ("chatml", "plain"):
-            template = ChatTemplate.built_in(name, tokenizer)
+            template = built_in(name, tokenizer)
             ((text, (answer,)),) = template.answers(problem.solved(thinking)["messages"])
             reply = text[answer.start :].strip().removesuffix("<|im_end|>")
             assert task.verifier.score(reply, problem.record) == 1.0, reply

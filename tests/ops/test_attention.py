@@ -261,8 +261,8 @@ def ring(mesh, q, k, v, mask, alibi=None, scale=SCALE):
     [
         (5, None, SCALE, 2e-6, "causal"),
         (None, "sqrt", 50.0, 5e-6, "causal"),
-        (3, "linear", SCALE, 2e-6, "blocks"),
-        (3, "linear", SCALE, 2e-6, "both ways"),
+        pytest.param(3, "linear", SCALE, 2e-6, "blocks", marks=pytest.mark.thorough),
+        pytest.param(3, "linear", SCALE, 2e-6, "both ways", marks=pytest.mark.thorough),
     ],
 )
 def test_ring_equals_reference(window, alibi, scale, bound, sees):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from step_jax.core.errors import DataError
-from step_jax.tokenizers import chat
-from step_jax.tokenizers.chat import ChatTemplate, encode_chat
+from step_jax.tokenizers import chat, template_process
+from step_jax.tokenizers.chat import built_in, encode_chat
+from step_jax.tokenizers.template import ChatTemplate
 from tests.tokenizers.made import byte_level, metaspace, ours
 
 ASK = {"role": "user", "content": "the fox?"}
@@ -43,7 +44,7 @@ def said(tokenizer, made, messages) -> list[str]:
 
 
 def test_chatml_marks_every_answer_and_its_end(qwen_like):
-    made = ChatTemplate.built_in("chatml", qwen_like)
+    made = built_in("chatml", qwen_like)
     system = {"role": "system", "content": "be kind"}
     ((text, answers),) = made.answers([system, ASK, SAY, ASK, SAY])
     assert text == (
@@ -57,32 +58,32 @@ def test_chatml_marks_every_answer_and_its_end(qwen_like):
 
 
 def test_plain_needs_an_end_token_only(qwen_like):
-    made = ChatTemplate.built_in("plain", qwen_like)
+    made = built_in("plain", qwen_like)
     ((text, ((_, ((a, b),)),)),) = made.answers([ASK, SAY])
     assert text == "User: the fox?\n\nAssistant: yes<|im_end|>\n\n"
     assert text[a:b] == " yes<|im_end|>" and text[:a] == made.render(
         [ASK], add_generation_prompt=True
     )
     with pytest.raises(DataError, match="plain writes: an end-of-text token"):
-        ChatTemplate.built_in("plain", ours(byte_level()))
+        built_in("plain", ours(byte_level()))
 
 
 def test_plain_works_with_a_trained_sentencepiece(tokenizer):
-    made = ChatTemplate.built_in("plain", tokenizer)
+    made = built_in("plain", tokenizer)
     ((ids, mask),) = encode_chat(tokenizer, made, [ASK, SAY])
     assert tokenizer.decode(ids) == "User: the fox?\n\nAssistant: yes\n\n"
     assert tokenizer.decode(ids[mask]) == " yes" and ids[mask][-1] == tokenizer.eos_id
     with pytest.raises(DataError, match="chatml writes: <|im_start|> and"):
-        ChatTemplate.built_in("chatml", tokenizer)
+        built_in("chatml", tokenizer)
     with pytest.raises(DataError, match="no chat template 'llama'; there are chatml, plain"):
-        ChatTemplate.built_in("llama", tokenizer)
+        built_in("llama", tokenizer)
 
 
 def test_built_in_templates_take_text_only(qwen_like):
     picture = {"role": "user", "content": [{"type": "image", "url": "x"}]}
     for name in chat.BUILT_IN:
         with pytest.raises(DataError, match=f"{name} takes text content only"):
-            ChatTemplate.built_in(name, qwen_like).render([picture])
+            built_in(name, qwen_like).render([picture])
 
 
 PREFIXES = """\
@@ -173,7 +174,7 @@ def test_built_in_templates_write_thoughts_calls_and_tools(qwen_like, name):
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
     messages = [ASK, {"role": "assistant", "content": None, "tool_calls": [call]}]
     messages += [{"role": "tool", "content": "4"}, SAY | {"reasoning_content": "it says 4"}]
-    made = ChatTemplate.built_in(name, qwen_like)
+    made = built_in(name, qwen_like)
     texts = said(qwen_like, made, messages)
     function = '{"name": "add", "arguments": {"a": 2}}'
     assert [function in texts[0], "it says 4" in texts[1], len(texts)] == [True, True, 2]
@@ -248,11 +249,11 @@ def test_what_a_template_may_not_do_is_named(source, message):
     ],
 )
 def test_a_template_without_end_is_stopped_and_the_next_call_works(source, monkeypatch):
-    monkeypatch.setattr(chat, "MAX_SECONDS", 1.0)
+    monkeypatch.setattr(template_process, "MAX_SECONDS", 1.0)
     made = template("{% if eternal %}" + source + "{% endif %}done")
     with pytest.raises(DataError, match="mine.jinja did not end within 1 s"):
         made.render([ASK], eternal=True, n=9)
-    monkeypatch.setattr(chat, "MAX_SECONDS", 10.0)
+    monkeypatch.setattr(template_process, "MAX_SECONDS", 10.0)
     assert made.render([ASK], eternal=False) == "done"
 
 
@@ -276,8 +277,8 @@ def test_long_conversations_and_many_threads_are_served():
 def test_a_copy_elsewhere_and_a_killed_process_start_anew():
     made = template("a")
     assert made.render([ASK]) == "a"
-    made._worker._process.kill()
-    made._worker._process.wait()
+    made._process._process.kill()
+    made._process._process.wait()
     assert made.render([ASK]) == "a"
     assert pickle.loads(pickle.dumps(made)).render([ASK]) == "a"
 
@@ -286,7 +287,7 @@ def test_a_template_s_process_gets_no_secrets_and_ends_with_its_owner(monkeypatc
     monkeypatch.setenv("HF_TOKEN", "secret")
     made = template("a")
     made.render([ASK])
-    process = made._worker._process
+    process = made._process._process
     with open(f"/proc/{process.pid}/environ", "rb") as file:
         assert b"secret" not in file.read()
     del made

@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from step_jax.tokenizers.chat import ChatTemplate, encode_chat
+from step_jax.tokenizers.chat import encode_chat
 from step_jax.tokenizers.files import load_tokenizer
+from step_jax.tokenizers.template import ChatTemplate
 
 FOLDER = Path(__file__).parents[1] / "golden/chat_tokenizer"
 EXPECTED = json.loads((FOLDER / "expected.json").read_text())

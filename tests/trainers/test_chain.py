@@ -34,6 +34,7 @@ def chain(tmp_path_factory, places):  # noqa: F811
     return folder / "text", folder / "policy"
 
 
+@pytest.mark.thorough
 def test_a_policy_writes_and_is_scored_with_the_tokenizer_it_started_from(chain, places, capsys):  # noqa: F811
     text, policy = chain
     assert main(["generate", str(policy), "--prompt", "3", "12", "--max-new-tokens", "2"]) == 0

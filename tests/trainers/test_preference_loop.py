@@ -27,7 +27,7 @@ from step_jax.models.text.reward import RewardModel
 from step_jax.models.tokens import Tokens
 from step_jax.tokenizers.chat import encode_answer, encode_request
 from step_jax.tokenizers.files import chat_tokenizer
-from step_jax.trainers.reference import Compared, Reference, digest
+from step_jax.trainers.reference import Compared, Reference, digest_of_params
 from tests.data.conftest import tokenizer, tokenizer_path
 from tests.data.test_conversations import assistant, user, write
 from tests.models.small import run
@@ -167,7 +167,7 @@ def test_parameters_have_one_digest_on_every_mesh_and_another_after_any_change()
     swapped = a.copy()
     swapped[[0, 1]] = a[[1, 0]]
     made = [
-        digest({"w": jax.device_put(x, s.named(("embed", "mlp"), x.shape))})
+        digest_of_params({"w": jax.device_put(x, s.named(("embed", "mlp"), x.shape))})
         for x, s in ((a, ONE), (a, eight), (swapped, ONE), (np.nextafter(a, 9), ONE))
     ]
     assert made[0] == made[1] and len(set(made)) == 3

@@ -334,6 +334,7 @@ def test_ratios_that_overflow_leave_a_finite_gradient():
 # --- Whole batches --------------------------------------------------------------------------------
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_padding_and_order_change_nothing(name):
     """From rewards to gradients; what stands in the padding is nonsense, and not finite."""

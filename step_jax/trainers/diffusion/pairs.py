@@ -30,7 +30,7 @@ from step_jax.interop.artifacts import load_artifact
 from step_jax.models.context import Execution
 from step_jax.models.video.dit import VideoDiT
 from step_jax.models.video.patches import Sizes
-from step_jax.trainers.reference import digest
+from step_jax.trainers.reference import digest_of_params
 
 Statement = Literal["colour", "shape", "count", "motion", "camera", "all"]
 SIDES = ("winners", "losers")
@@ -161,7 +161,7 @@ class PairMaker:
           DataError: no caption's clips differ in their reward.
         """
         number = self._data.round(step)
-        facts = (digest(params), self._model, self._made, self._execution.dtype, number)
+        facts = (digest_of_params(params), self._model, self._made, self._execution.dtype, number)
         made_by = hashlib.sha256(repr(facts).encode()).hexdigest()
         folder = self._folder(made_by)
         if not (folder / SIDES[-1] / MANIFEST).exists():  # it is written last
