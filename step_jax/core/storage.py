@@ -60,8 +60,10 @@ _REASONS: tuple[tuple[tuple[str, ...], type[StepError], str], ...] = (
     (
         ("permission_denied", "'403'", "accessdenied"),
         ConfigError,
-        "who asks may not do that there: a run must read, write, list and delete objects "
-        "(roles/storage.objectUser; s3:GetObject, PutObject, DeleteObject, ListBucket)",
+        "who asks may not do that there (a run must read, write, list and delete objects: "
+        "roles/storage.objectUser; s3:GetObject, PutObject, DeleteObject, ListBucket), or brought "
+        "no credentials (gcloud auth application-default login; AWS_ACCESS_KEY_ID and "
+        "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)",
     ),
     (
         ("not_found", "'404'", "nosuchbucket"),
