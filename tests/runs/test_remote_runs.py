@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,11 +15,25 @@ from step_jax.checkpoint import Checkpointer, verify
 from step_jax.cli.main import main
 from step_jax.core.storage import Objects, staged
 from tests.object_stores import store
-from tests.trainers.loops import steps
+from tests.trainers.loops import run_loop, steps
 from tests.trainers.test_pretrain import RECIPE, ROOT, WORDS
 
-pytestmark = [pytest.mark.system]
 STEPS = 12
+COUNTING = """
+run: {{directory: {run}, checkpoint: {{every_steps: 2}}, logging: {{sinks: []}}}}
+model:
+  width: 16
+  vocab: 14
+  layers:
+    - repeat: 1
+      blocks:
+        - attention: {{kind: mfa, heads: 2, head_dim: 8}}
+          mlp: {{kind: swiglu, hidden: 32}}
+optimizer: {{kind: adamw, learning_rate: 1e-2, schedule: {{kind: constant}}}}
+steps: 5
+rows: 8
+length: 8
+"""
 #: Dies of SIGKILL in the moment that is asked for: when a step is trained, when a checkpoint's
 #: arrays are there and nothing joins them, or when all of it is but the manifest.
 CHILD = """
@@ -48,6 +63,22 @@ elif moment == "commit":
     places.InBucket.commit = killed(places.InBucket.commit, lambda self, n, entries: n == step)
 sys.exit(main(sys.argv[3:]))
 """
+
+
+def test_a_loop_that_is_cut_goes_on_in_a_store_and_ends_as_on_a_disk(tmp_path):
+    """In one process; those that are killed are below, for minutes."""
+    loop, written = str(ROOT / "docs" / "examples" / "counting.py"), tmp_path / "recipe.yaml"
+    written.write_text(COUNTING.format(run=tmp_path / "run"))
+    straight = run_loop(loop, str(written))
+    with store("gs") as bucket:
+        url = f"{bucket}/runs/counting"
+        written.write_text(COUNTING.format(run=url))
+        run_loop(loop, str(written), cut_after=3)
+        assert verify(f"{url}/checkpoints") == {2: []}
+        again = run_loop(loop, str(written))
+        jax.tree.map(np.testing.assert_array_equal, again, straight)
+        run = staged(Objects.at(url), "metrics.jsonl", "lock")
+        assert steps(run) == steps(tmp_path / "run") and not (run / "lock").exists()
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +129,7 @@ def weights(checkpoints) -> dict[str, np.ndarray]:
     return arrays.read(saver._step_dir(STEPS), like)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
 def test_a_run_in_a_store_killed_three_times_ends_as_one_on_a_disk(
     scheme, recipe, undisturbed, tmp_path, capsys
@@ -139,6 +171,7 @@ def read_by_commands(url: str, capsys) -> None:
         assert answer in capsys.readouterr().out
 
 
+@pytest.mark.system
 @pytest.mark.multiprocess
 def test_two_processes_write_one_run_in_a_store(recipe, undisturbed, tmp_path):
     with store("s3") as bucket:
