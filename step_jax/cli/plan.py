@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import os
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from step_jax.trainers import DEFAULT, Loop
 
 @dataclass(frozen=True)
 class Asked:
-    """A loop, its configuration, the recipe's name, the flags that changed it and our own options.
+    """A loop, its configuration, the recipe's name, the flags that changed it, our own options, and
+    the command as it was given.
 
     Of a comparison there are options alone.
     """
@@ -28,19 +30,21 @@ class Asked:
     recipe: str
     flags: tuple[str, ...]
     options: argparse.Namespace
+    command: str
 
 
 def parse(argv: list[str]) -> Asked:
     files, options, overrides = _split(argv)
+    command = shlex.join(["step-jax", "plan", *argv])
     if options.compare:
-        return Asked(None, None, "", (), options)
+        return Asked(None, None, "", (), options, command)
     _before_jax(options.topology or "")
     loop, config = load_recipe(files, overrides, prog="step-jax plan")
-    return Asked(loop, config, Path(files[-1]).stem, tuple(overrides), options)
+    return Asked(loop, config, Path(files[-1]).stem, tuple(overrides), options, command)
 
 
 def run(asked: Asked) -> None:
-    from step_jax.planning import compare, report
+    from step_jax.planning import compare, page, report
     from step_jax.planning import topology as topology_lib
     from step_jax.planning.plan import make_plan
     from step_jax.runs.console import make_console
@@ -67,7 +71,8 @@ def run(asked: Asked) -> None:
     name = _file_name(asked, topology)
     plan.save(args.output / f"{name}.json")
     picture = report.draw(plan, args.output / f"{name}.png")
-    console.line(f"saved: {args.output / name}.json, {picture}")
+    looked_at = page.write(plan, args.output / f"{name}.html", asked.command)
+    console.line(f"saved: {args.output / name}.json, {picture}, {looked_at}")
     console.close()
     if not plan.fits and not args.force:
         raise DoesNotFit(

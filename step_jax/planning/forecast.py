@@ -74,12 +74,13 @@ def combine(
 
 
 def forecast(
-    work: Work, network: Mapping[str, float], topology: Topology, dtype: str
+    work: Work, network: Mapping[str, float], topology: Topology, dtype: str, least: float = 0.0
 ) -> Forecast | None:
     """The forecast of a step's work on one device; None for simulated devices.
 
     Args:
       network: mesh axes -> seconds, see ``roofline.network``.
+      least: seconds that no step can beat, nor any end of the range.
     """
     if topology.chip is None:
         return None
@@ -87,7 +88,8 @@ def forecast(
     at_peak = ideal(work, topology, dtype)
     exposed = EXPOSED[topology.platform]
     layers, alone = combine(at_peak, sum(network.values()), reached, exposed)
-    step = sum(layers.values()) + alone
+    step = max(sum(layers.values()) + alone, least)
     has_experts = any(kind == "experts" and amount for (_, kind), amount in work.items())
     spread = SPREAD["experts" if has_experts else "dense"] * (1 if known else 2)
-    return Forecast(step, step / (1 + spread), step * (1 + spread), layers, alone, known)
+    low, high = max(step / (1 + spread), least), step * (1 + spread)
+    return Forecast(step, low, high, layers, alone, known)

@@ -199,7 +199,7 @@ def take_stock(
     )
     state_bytes = estimate.held_bytes(program, program.sharding).touched
     bound = roofline.bound(ops.flops, state_bytes, sent, topology, mesh, dtype)
-    expected = forecast.forecast(ops.work, bound.network, topology, dtype)
+    expected = forecast.forecast(ops.work, bound.network, topology, dtype, bound.step)
     execution = execution_of(config)
     return Plan(
         recipe=request.recipe,

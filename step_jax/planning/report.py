@@ -16,6 +16,8 @@ from step_jax.runs.device_memory import DoesNotFit
 
 #: Okabe-Ito, which colour-blind readers can tell apart.
 _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#999999")
+#: Of the layers of a forecast, the longest first: not the colours of memory.
+_LAYERS = ("#08306B", "#2171B5", "#4292C6", "#6BAED6")
 _INK, _MUTED = "#222222", "#6b7280"
 
 
@@ -23,26 +25,48 @@ def gigabytes(nbytes: float) -> str:
     return f"{nbytes / 1e9:.3g} GB"
 
 
-def show(plan: Plan, console: Console) -> None:
-    """Prints the plan as tables."""
-    console.table(f"{plan.recipe or 'recipe'} on {plan.topology}", _what(plan))
-    console.table("memory of a device at its fullest moment", _memory(plan))
-    console.table("operations and communication of a device and step", _work(plan))
-    console.table("the least time: what no step can beat", _bound(plan))
+def title(plan: Plan) -> str:
+    return f"{plan.recipe or 'recipe'} on {plan.topology}"
+
+
+def verdict(plan: Plan) -> str:
+    """The plan in a sentence."""
+    if not plan.fits:
+        return f"does not fit: {plan.overflow}"
+    step = f"a step of at least {duration(plan.bound_s)}, bound by {plan.bound_by}"
     if plan.forecast is not None:
-        console.table("forecast: by what published runs reached of their chips", _forecast(plan))
-    console.table("the run", _run(plan))
+        f = plan.forecast
+        step = f"a step of about {duration(f['step'])} ({duration(f['low'])} to "
+        step += f"{duration(f['high'])}); none is below {duration(plan.bound_s)}"
+    return f"fits, with {step}"
+
+
+def tables(plan: Plan) -> list[tuple[str, dict[str, str]]]:
+    """What there is to say of a plan: (title, rows)."""
+    found = [
+        (title(plan), _what(plan)),
+        ("memory of a device at its fullest moment", _memory(plan)),
+        ("operations and communication of a device and step", _work(plan)),
+        ("the least time: what no step can beat", _bound(plan)),
+    ]
+    if plan.forecast is not None:
+        found.append(("forecast: by what published runs reached of their chips", _forecast(plan)))
+    found.append(("the run", _run(plan)))
+    if not plan.fits:
+        buffers = [Buffer(**b) for b in plan.buffers[:8]]
+        found.append(("the largest buffers", _buffers(buffers)))
+    return found
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Prints the plan as tables; of one that does not fit what would help."""
+    for name, rows in tables(plan):
+        console.table(name, rows)
     for note in plan.notes:
         console.line(f"note: {note}")
     if not plan.fits:
-        show_overflow(plan, console)
-
-
-def show_overflow(plan: Plan, console: Console) -> None:
-    """Names the largest buffers of a plan that does not fit, and what would help."""
-    console.table("the largest buffers", _buffers([Buffer(**b) for b in plan.buffers[:8]]))
-    for line in plan.advice:
-        console.line(f"would help: {line}")
+        for line in plan.advice:
+            console.line(f"would help: {line}")
 
 
 def _buffers(buffers: list[Buffer]) -> dict[str, str]:
@@ -178,7 +202,14 @@ def _run(plan: Plan) -> dict[str, str]:
 
 
 def draw(plan: Plan, path: Path) -> Path:
-    """Saves a picture: memory by class against the limit, and the times a step is bound by."""
+    """Saves the picture of a plan."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure(plan).savefig(path)
+    return path
+
+
+def figure(plan: Plan) -> Any:
+    """A picture: memory by class against the limit, and the times a step is bound by."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -191,9 +222,7 @@ def draw(plan: Plan, path: Path) -> Path:
     )
     _draw_memory(plan, above)
     _draw_time(plan, below)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path
+    return figure
 
 
 def _draw_memory(plan: Plan, axes: Any) -> None:
@@ -241,7 +270,8 @@ def _draw_forecast(forecast: dict[str, Any], y: int, axes: Any) -> None:
     parts = sorted(forecast["layers"].items(), key=lambda item: -item[1])
     left = 0.0
     for n, (name, seconds) in enumerate([*parts, ("network", forecast["exposed"])]):
-        axes.barh(y, seconds, left=left, color=_COLOURS[n % len(_COLOURS)], height=0.6)
+        colour = _COLOURS[-1] if n == len(parts) else _LAYERS[min(n, len(_LAYERS) - 1)]
+        axes.barh(y, seconds, left=left, color=colour, height=0.6)
         if seconds >= 0.08 * forecast["high"]:
             axes.text(left, y, f" {name}", va="center", fontsize=7, color="white")
         left += seconds

@@ -253,7 +253,7 @@ def _proposal(
     flops = sum(amount for (_, kind), amount in work.items() if kind in PRODUCTS)
     sent = estimate.sent(case, topology)
     bound = roofline.bound(flops, case.held.touched, sent, topology, mesh, dtype)
-    expected = forecast.forecast(work, bound.network, topology, dtype)
+    expected = forecast.forecast(work, bound.network, topology, dtype, bound.step)
     step_s = bound.step if expected is None else expected.step
     needed = case.tokens * estimate.train_flops(case.model, case.sequence)
     return Proposal(

@@ -111,3 +111,11 @@ def test_chip_without_a_published_run_has_a_wider_range():
     assert known.known and not unknown.known
     assert unknown.high / unknown.step > known.high / known.step
     assert forecast.forecast(work, {}, topology.parse("cpu:1"), "bfloat16") is None
+
+
+def test_no_end_of_the_range_is_below_what_no_step_can_beat():
+    at, work = topology.parse("v5p:2x2x1"), {("mlp", "dense"): 1e15}
+    free = forecast.forecast(work, {"fsdp": 1.0}, at, "bfloat16")
+    bound = forecast.forecast(work, {"fsdp": 1.0}, at, "bfloat16", least=free.step)
+    assert free.low < free.step
+    assert (bound.low, bound.step, bound.high) == (free.step, free.step, free.high)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,6 +109,11 @@ def test_command_prints_saves_and_draws(recipe, tmp_path, capsys):
     assert saved["flags"] == flags and saved["versions"]["jax"] == jax.__version__
     assert saved["layers"] and all(row["amount"] > 0 for row in saved["layers"])
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    page = (tmp_path / f"{name}.html").read_text(encoding="utf-8")
+    assert "compiler's total" in html.unescape(page) and "<svg" in page
+    assert f"step-jax plan {recipe}" in html.unescape(page) and "fits, with a step" in page
+    # In itself: what it names of elsewhere are the names of formats.
+    assert not re.findall(r"(?:src|href)=[\"'](?!#)", page.replace("xlink:href", "href"))
     compared = tmp_path / f"{name}.json"
     assert main(["plan", "--compare", str(compared), str(compared)]) == 0
     assert "+0.0%" in capsys.readouterr().out
