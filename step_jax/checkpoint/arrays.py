@@ -1,4 +1,4 @@
-"""Array trees on disk: the only file that knows Orbax.
+"""Array trees on disk: the only file that knows Orbax. In object stores: ``remote_arrays``.
 
 A state is written as one flat dictionary {dotted leaf path: array}. The files therefore do not
 depend on Python classes, and a part of a state ("params") can be read alone.
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from step_jax.checkpoint.errors import CheckpointError, CheckpointMismatch
+from step_jax.core.storage import Objects
 
 ARRAYS = "arrays"
 _SHOWN = 20
@@ -145,18 +146,33 @@ def _context() -> Any:
     return context
 
 
-def start_write(path: Path, flat: dict[str, Any]) -> Any:
-    """Write arrays; returns Orbax's response, whose ``.result()`` waits for the files.
+def start_write(path: Path | Objects, flat: dict[str, Any]) -> Any:
+    """Write arrays; returns what has a ``.result()`` that waits for the files.
 
     On return JAX arrays may be donated; NumPy arrays must stay as they are until the end.
-    Collective: every process calls it, from its main thread if there are several.
+    Collective: every process calls it, from its main thread if there are several. Once all have
+    written, one calls `join`.
     """
+    stored = {name: x for name, x in flat.items() if x.size}  # Orbax rejects empty arrays
+    if isinstance(path, Objects):
+        return _remote().start_write(path / ARRAYS, stored)
     with _context():
-        stored = {name: x for name, x in flat.items() if x.size}  # Orbax rejects empty arrays
         return _orbax().save_async(str(path), stored, checkpointable_name=ARRAYS)
 
 
-def read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+def join(path: Path | Objects) -> None:
+    """Make one set of arrays of what the processes have written; Orbax has done it itself."""
+    if isinstance(path, Objects):
+        _remote().join(path / ARRAYS)
+
+
+def _remote() -> Any:
+    from step_jax.checkpoint import remote_arrays  # TensorStore: not before it is needed
+
+    return remote_arrays
+
+
+def read(path: Path | Objects, wanted: dict[str, Any]) -> dict[str, Any]:
     """Read the named leaves: on their ``.sharding``, or as NumPy arrays where it is None.
 
     Shapes and dtypes must have been checked before: Orbax casts silently.
@@ -173,6 +189,11 @@ def read(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     request = {n: x for n, x in request.items() if n not in empty}
     if not request:
         return empty
+    if isinstance(path, Objects):
+        return {**_remote().read((path / ARRAYS).spec, request), **empty}
+    if not (path / ARRAYS / "_METADATA").exists():  # a step that was copied from an object store
+        base = {"driver": "file", "path": f"{path / ARRAYS}/"}
+        return {**_remote().read(base, request), **empty}
     with _context():
         loaded = _orbax().load(str(path), request, checkpointable_name=ARRAYS)
     return {**loaded, **empty}

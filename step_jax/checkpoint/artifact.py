@@ -21,6 +21,7 @@ from step_jax.core import spec as spec_lib
 from step_jax.core.config import parse_config, to_plain
 from step_jax.core.errors import CheckpointError, ConfigError
 from step_jax.core.sharding import Sharding
+from step_jax.core.storage import Objects, is_url, staged
 from step_jax.models.context import ComputeDtype, Execution
 from step_jax.models.kinds import Model
 from step_jax.tokenizers.files import load_tokenizer
@@ -75,7 +76,7 @@ class Artifact:
 
     Attributes:
       name: what it was asked for as.
-      directory: where it lies.
+      directory: where it lies, or a copy of it here.
       model: its configuration.
       params: float32, laid out on the mesh; the moving average if the run kept one. None if they
         were left out.
@@ -132,17 +133,22 @@ class Artifact:
         return self.model
 
 
-def split_name(name: str) -> tuple[Path, int | None]:
+def split_name(name: str) -> tuple[Path | Objects, int | None]:
     """(run directory, step or None) of ``RUN`` or ``RUN@STEP``.
 
     Raises:
       ConfigError: it is no run, or the step is no number.
     """
     text, at, step = name.rpartition("@")
-    if not at or Path(name).expanduser().exists():
+    if not at or (not is_url(name) and Path(name).expanduser().exists()):
         text, step = name, ""
     if step and not step.isdecimal():
         raise ConfigError(f"{name}: after @ comes the number of a step, not {step!r}")
+    number = int(step) if step else None
+    if is_url(text):
+        if not has_steps(text):
+            raise ConfigError(f"{text} has no checkpoints: give the URL of a run, RUN or RUN@STEP")
+        return Objects.at(text), number
     path = Path(text).expanduser()
     if not (path / "checkpoints").is_dir():
         what = "has no checkpoints/ folder" if path.is_dir() else "does not exist"
@@ -150,32 +156,35 @@ def split_name(name: str) -> tuple[Path, int | None]:
         if path.parent.name == "checkpoints":
             hint = f" (one step of a run is {path.parent.parent}@{path.name.lstrip('0') or 0})"
         raise ConfigError(f"{text} {what}: give the directory of a run, RUN or RUN@STEP{hint}")
-    return path, int(step) if step else None
+    return path, number
 
 
-def has_steps(run: Path) -> bool:
-    """Whether a run directory has anything to go on from."""
-    return bool(committed_steps(run / "checkpoints"))
+def has_steps(run: str) -> bool:
+    """Whether a run directory, or its URL, has anything to go on from."""
+    return bool(committed_steps((Objects.at(run) if is_url(run) else Path(run)) / "checkpoints"))
 
 
 def open_run(name: str) -> tuple[Path, Checkpointer, int]:
     """(directory, checkpoints, step) of ``RUN`` at its newest verified step, or of ``RUN@STEP``.
 
-    A run that is still going may be read: nothing is written or removed.
+    A run that is still going may be read: nothing is written or removed. Of a run in an object
+    store the directory is a copy of what its artifacts need.
 
     Raises:
       ConfigError: ``name`` is no run.
       CheckpointError: no verified step, or none of that number.
     """
-    directory, step = split_name(name)
-    checkpointer = Checkpointer(directory / "checkpoints")
+    run, step = split_name(name)
+    checkpointer = Checkpointer(run / "checkpoints")
     if step is None:
         step = checkpointer.latest()
         if step is None:
-            raise CheckpointError(f"{directory} has no verified checkpoint to load")
+            raise CheckpointError(f"{run} has no verified checkpoint to load")
     elif step not in (steps := checkpointer.steps()):
-        raise CheckpointError(f"{directory} has no step {step}; there are: {steps}")
-    return directory, checkpointer, step
+        raise CheckpointError(f"{run} has no step {step}; there are: {steps}")
+    if isinstance(run, Objects):
+        run = staged(run, "heldout", *PROCESSORS)
+    return run, checkpointer, step
 
 
 def load_run(

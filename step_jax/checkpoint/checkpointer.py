@@ -9,11 +9,9 @@ import logging
 import math
 import os
 import queue
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,22 +23,20 @@ from step_jax.checkpoint.errors import (
     CorruptCheckpoint,
     NonFiniteState,
 )
+from step_jax.checkpoint.manifest import Place
+from step_jax.checkpoint.places import steps_at
 from step_jax.core.distributed import Processes
 from step_jax.core.errors import (
     CheckpointError,
-    ConfigError,
-    DiskFullError,
     RestartRequested,
     StepError,
     from_kind,
     kind_of,
 )
-from step_jax.core.files import sync_directory, write_synced
+from step_jax.core.storage import Objects
 
 _INFO = "step.json"
 _CARRIED = "carried"  # where the host's arrays hang beside the state's
-_UNFINISHED = ".tmp-"
-_DELETED = ".old-"
 _instances = itertools.count()
 
 
@@ -58,7 +54,7 @@ class _Save:
     finite: Any = None
     error: Exception | None = None
 
-    def start(self, path: Path) -> None:
+    def start(self, path: Place) -> None:
         try:
             self.finite = arrays.all_finite(self.flat)
             self.response = arrays.start_write(path, self.flat)
@@ -81,24 +77,27 @@ class Checkpointer:
     block is left by ``sys.exit`` or `RestartRequested`: a lost save never ends in a clean exit.
 
     Args:
-      directory: on a file system that all processes share.
+      directory: on a file system that all processes share, or ``gs://``, ``s3://``.
       config: interval and retention.
       on_event: gets one line per event (saved, failed, damaged); may be called from a thread.
+      before_commit: called by process 0, perhaps in a thread, when all of a step is written and
+        before it exists; if it raises, the save has failed.
+
+    Raises:
+      ConfigError: a URL of an object store that is not known.
     """
 
     def __init__(
         self,
-        directory: str | os.PathLike,
+        directory: str | os.PathLike | Objects,
         config: CheckpointConfig | None = None,
         on_event: Callable[[str], None] | None = None,
+        before_commit: Callable[[], None] = lambda: None,
     ):
-        if "://" in str(directory):
-            raise ConfigError(
-                f"checkpoint directory {directory}: object stores are not supported directly; "
-                "mount the bucket (gcsfuse, s3fs) and give the mounted path"
-            )
         self.config = config or CheckpointConfig()
-        self._directory = Path(directory).absolute()
+        self._saved = steps_at(directory)
+        self._directory = self._saved.root
+        self._before_commit = before_commit
         self._event = on_event or logging.getLogger("step_jax.checkpoint").warning
         self._processes = Processes(f"checkpoint/{next(_instances)}")
         self._rounds = itertools.count()
@@ -117,15 +116,9 @@ class Checkpointer:
     # -- saving ---------------------------------------------------------------------------------
 
     def __enter__(self) -> Checkpointer:
-        def clean(_: list) -> None:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            for path in self._directory.iterdir():
-                if path.name.startswith((_UNFINISHED, _DELETED)):
-                    if path.name.startswith(_UNFINISHED):
-                        self._event(f"checkpoint: removing unfinished save {path.name}")
-                    shutil.rmtree(path)
-
-        self._processes.together(self._key("open"), lambda: None, clean)
+        self._processes.together(
+            self._key("open"), lambda: None, lambda _: self._saved.clean(self._event)
+        )
         self._open = True
         # One thread for all saves: starting one hands it the GIL, for 20 ms in a busy moment.
         self._worker = threading.Thread(target=self._work, name="checkpoint")
@@ -184,7 +177,7 @@ class Checkpointer:
         jax.block_until_ready(flat)  # what is waited for here is training, not saving
         job = _Save(self._key("save"), step, flat, info, time.perf_counter())
         try:
-            self._check_space(job)
+            self._prepare(job)
         except Exception as e:  # noqa: BLE001 - reported, and raised when it counts
             self._failed(job, e)
             self._raise_if_hopeless()
@@ -195,7 +188,7 @@ class Checkpointer:
         # from devices before the next donation, or to meet other processes in a collective.
         snapshot = self._snapshot.take(flat) if self._processes.count == 1 else None
         if snapshot is None:
-            job.start(self._unfinished(step))
+            job.start(self._saved.unfinished(step))
         else:
             job.flat = snapshot
         job.stall = time.perf_counter() - job.started
@@ -220,22 +213,18 @@ class Checkpointer:
         if self._failure is not None and self._failures >= self.config.max_failures:
             raise self._failure
 
-    def _check_space(self, job: _Save) -> None:
+    def _prepare(self, job: _Save) -> None:
         size = arrays.nbytes(job.flat)
         need = size + size // 50 + (64 << 10)  # array index, metadata, manifest
 
-        def check(_: list) -> None:
-            free = shutil.disk_usage(self._directory).free
-            if free < need:
-                raise DiskFullError(
-                    f"{self._directory} has {free / 1e6:.1f} MB free and the state needs "
-                    f"{need / 1e6:.1f} MB: free some space, or lower checkpoint.keep"
-                )
+        def prepare(_: list) -> None:
+            if name := self._saved.prepare(job.step, need):
+                self._say_aside(job.step, name)
 
-        self._processes.together(f"{job.key}/space", lambda: None, check)
+        self._processes.together(f"{job.key}/prepared", lambda: None, prepare)
 
     def _finish(self, job: _Save) -> None:
-        path = self._unfinished(job.step)
+        path = self._saved.unfinished(job.step)
 
         def write() -> None:
             if job.response is None and job.error is None:
@@ -243,13 +232,14 @@ class Checkpointer:
             job.finish()
 
         def describe(_: list) -> list[str]:
-            write_synced(path / _INFO, json.dumps(job.info).encode())
+            arrays.join(path)
+            self._saved.write(job.step, _INFO, json.dumps(job.info).encode())
             return manifest.list_files(path)
 
         def commit(parts: list) -> None:
             entries = {name: entry for part in parts for name, entry in part.items()}
-            manifest.write_manifest(path, job.step, entries)
-            self._publish(job.step)
+            self._before_commit()
+            self._publish(job.step, entries)
 
         everyone = self._processes
         try:
@@ -282,30 +272,26 @@ class Checkpointer:
         self._failure.__cause__ = error
         if self._processes.index == 0:
             self._event(f"{message} (failure {self._failures} of {self.config.max_failures})")
-            for path in self._directory.glob(f"{self._unfinished(job.step).name}*"):
-                shutil.rmtree(path, ignore_errors=True)
+            try:
+                self._saved.discard(job.step)
+            except StepError as e:  # the store that fails; the next start removes it
+                self._event(f"checkpoint: step {job.step} could not be removed: {e}")
 
-    def _publish(self, step: int) -> None:
-        """The atomic commit: before the rename the step does not exist, after it it is whole."""
-        target = self._step_dir(step)
-        if target.exists():
+    def _publish(self, step: int, entries: dict[str, manifest.Entry]) -> None:
+        if step in manifest.committed_steps(self._directory):
             self._set_aside(step)
-        os.rename(self._unfinished(step), target)
-        sync_directory(self._directory)
+        self._saved.commit(step, entries)
         for later in manifest.committed_steps(self._directory):
             if later > step:  # the run restarted from an older step: this branch is the run now
                 self._set_aside(later)
 
     def _set_aside(self, step: int) -> None:
-        source = self._step_dir(step)
-        for k in itertools.count():
-            target = source.with_name(f"{source.name}.aside-{k}")
-            if not target.exists():
-                break
-        os.rename(source, target)
+        self._say_aside(step, self._saved.set_aside(step))
+
+    def _say_aside(self, step: int, name: str) -> None:
         why = "damaged" if step in self._damaged else "the run went on from an older step"
         self._damaged.discard(step)
-        self._event(f"checkpoint: old step {step} set aside as {target.name} ({why})")
+        self._event(f"checkpoint: old step {step} set aside as {name} ({why})")
 
     def _retain(self, newest: int) -> None:
         """Delete what the policy does not keep; only ever called after ``newest`` is verified."""
@@ -314,12 +300,9 @@ class Checkpointer:
         for step in steps[: -self.config.keep]:
             if step == newest or (every and step % every == 0):
                 continue
-            doomed = self._directory / f"{_DELETED}{manifest.step_name(step)}"
             try:
-                # Renamed first: a half-deleted step must not look like a damaged one.
-                os.rename(self._step_dir(step), doomed)
-                shutil.rmtree(doomed)
-            except OSError as e:
+                self._saved.delete(step)
+            except (OSError, StepError) as e:
                 self._event(f"checkpoint: could not delete old step {step}: {e}")
 
     # -- restoring ------------------------------------------------------------------------------
@@ -400,7 +383,7 @@ class Checkpointer:
             raise CorruptCheckpoint(
                 f"checkpoint {self._step_dir(step)} is damaged: {_brief(problems)}"
             )
-        return json.loads((self._step_dir(step) / _INFO).read_bytes())
+        return json.loads(manifest.read_file(self._step_dir(step), _INFO))
 
     def _problems(self, step: int) -> list[str]:
         """What is wrong with a step; checksums are computed once as long as no file changes."""
@@ -430,11 +413,8 @@ class Checkpointer:
         self._damaged.add(step)
         return problems
 
-    def _step_dir(self, step: int) -> Path:
+    def _step_dir(self, step: int) -> Place:
         return self._directory / manifest.step_name(step)
-
-    def _unfinished(self, step: int) -> Path:
-        return self._directory / f"{_UNFINISHED}{manifest.step_name(step)}"
 
     def _key(self, purpose: str) -> str:
         return f"{purpose}/{next(self._rounds)}"

@@ -12,6 +12,7 @@ from step_jax.core import checks
 from step_jax.core.command_line import load_config
 from step_jax.core.errors import ConfigError
 from step_jax.core.files import write_whole
+from step_jax.core.storage import local
 from step_jax.environments.problems import Problem
 from step_jax.environments.replies import Thinking
 from step_jax.environments.tasks import TaskConfig
@@ -52,7 +53,7 @@ def parse(argv: list[str]) -> ProblemsConfig:
 
 def run(config: ProblemsConfig) -> None:
     problems = config.open()
-    out = Path(config.out).expanduser()
+    out = local(config.out, "--out")
     train = [problems.train(config.seed, index) for index in range(config.count)]
     if train[0].answer is None:
         raise ConfigError(f"{train[0].name} has no worked answers to write, only a verifier")

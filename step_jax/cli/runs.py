@@ -62,9 +62,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "directories",
         nargs="+",
-        type=Path,
         metavar="DIR",
-        help="run directories, or directories that hold them",
+        help="run directories, or directories that hold them; URLs as well",
     )
     parser.add_argument("--plot", type=Path, metavar="OUT.png", help="overlay the curves")
     parser.add_argument("--metric", default="loss", help="what to plot (default: loss)")
@@ -77,12 +76,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise
 
 
-def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Run directories among ``paths`` and below them, in order of name, each once."""
+def find_runs(names: Sequence[Path | str]) -> list[Path]:
+    """Run directories among ``names`` and below them, in order of name, each once.
+
+    Of those in object stores: copies of what is shown of them.
+    """
+    from step_jax.core.storage import Objects, is_url, staged
+
     found: dict[Path, None] = {}
-    for path in paths:
+    for name in names:
+        if is_url(name):
+            objects, shown = Objects.at(str(name)), ("metrics.jsonl", "config.yaml", "lock")
+            files = [f for f in objects.list() if f.rpartition("/")[2] in shown]
+            path = staged(objects, *files)
+        else:
+            path = Path(name)
         if not path.exists():
-            raise ConfigError(f"no such directory: {path}")
+            raise ConfigError(f"no such directory: {name}")
         below = [path] if (path / "metrics.jsonl").exists() else path.rglob("metrics.jsonl")
         for item in sorted(below):
             found[item.parent if item.name == "metrics.jsonl" else item] = None

@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from step_jax.cli.arguments import artifact_and_options
@@ -19,6 +18,7 @@ from step_jax.core.command_line import load_config
 from step_jax.core.errors import ConfigError
 from step_jax.core.files import write_whole
 from step_jax.core.sharding import MeshConfig, Sharding
+from step_jax.core.storage import local
 from step_jax.environments.pacore import Round
 from step_jax.environments.pool import Pool
 from step_jax.environments.problems import Problem
@@ -269,7 +269,7 @@ def _write(
     from step_jax.evaluation.accuracy import measure
     from step_jax.runs.plots import plot_spending
 
-    out = Path(config.out).expanduser()
+    out = local(config.out, "--out")
     ks = sorted({2**i for i in range(samples.count.bit_length())} | {samples.count})
     found = measure(samples, ks)
     write_whole(

@@ -36,6 +36,7 @@ import yaml
 
 from step_jax.core import yaml_strict
 from step_jax.core.errors import ConfigError
+from step_jax.core.storage import local
 from step_jax.core.yaml_strict import (
     COMMAND_LINE,
     DEFAULT,
@@ -364,7 +365,7 @@ def scalar(declared: Any, node: Scalar) -> Any:
     if declared is str:
         return text
     if declared is Path:
-        return Path(text).expanduser()
+        return local(text, "a path of the configuration")
     if isinstance(declared, type) and issubclass(declared, enum.Enum):
         return next((m for m in declared if str(m.value) == text), _BAD)
     return _BAD

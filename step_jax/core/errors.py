@@ -87,6 +87,10 @@ class DiskFullError(StepError, OSError):
     exit_code = ExitCode.DISK_FULL
 
 
+class StorageError(StepError, RuntimeError):
+    """An object store does not answer, or refuses for the time being."""
+
+
 class RestartRequested(StepError):
     """The run saved its state and wants to be started again (preemption)."""
 

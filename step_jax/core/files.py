@@ -6,6 +6,8 @@ import os
 import socket
 from pathlib import Path
 
+from step_jax.core.storage import local
+
 
 def write_whole(path: Path | str, content: str | bytes) -> None:
     """Puts a file in place at once: written beside, flushed to the device, renamed.
@@ -13,7 +15,7 @@ def write_whole(path: Path | str, content: str | bytes) -> None:
     Raises:
       OSError: as the file system says; nothing is left beside.
     """
-    path = Path(path)
+    path = local(path, "a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:

@@ -53,6 +53,7 @@ from step_jax.data.files import (
     stamp_of,
 )
 from step_jax.data.left_out import in_words, no_text, too_many_bad
+from step_jax.data.remote import obtain, publish
 from step_jax.data.sources import Document, Encoded, Records, read_file
 from step_jax.data.split import Choice, choose, split_documents
 from step_jax.data.texts import Texts
@@ -251,9 +252,12 @@ def _tokenizer(
     options = [config.vocab_size, config.heldout_fraction, config.max_document_bytes]
     path = config.cache_path / f"tokenizer-{_key(keys, weights, fields, options)}"
     with _lock(path, report):
-        if not (path / "tokenizer.model").exists():
+        kept, model = config.kept(path.name), path / "tokenizer.model"
+        if not model.exists() and not (kept and obtain(kept, path)):
             report(f"training a tokenizer of {config.vocab_size} pieces")
             _train(listings, config.vocab_size, config, choice).save(path)
+            if kept:
+                publish(path, kept)
     return load_tokenizer(path)
 
 
@@ -337,10 +341,14 @@ def _prepare_source(
     root = os.path.abspath(root_of(source))
     skipped = config.cache_path / f"skipped-{_key(root, source.format, options)}.jsonl"
     with _lock(directory, report):
-        cache = _open(directory)
+        kept, cache = config.kept(directory.name), _open(directory)
+        if cache is None and kept and obtain(kept, directory):
+            cache = _open(directory)
         if cache is None:
             report(f"tokenising {source.path} ({len(listing.files)} files)")
             _write(directory, listing, config, tokenizer, choice)
+            if kept:
+                publish(directory, kept)
             cache = _open(directory)
         if cache is None:
             raise DataError(f"{directory} was written but cannot be read back; check the disk")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from step_jax.core.errors import ConfigError
+from step_jax.core.storage import Objects, is_url
 from step_jax.core.text import is_utf8, printable
 
 PYTHON_STDLIB = "python:stdlib"
@@ -74,7 +75,8 @@ class DataConfig:
       max_bad_records: records that cannot be read before preparation stops with an error.
       max_document_bytes: a longer document is cut there; the cut bytes are counted.
       cache_dir: where tokenised corpora are kept; default ``$XDG_CACHE_HOME/step_jax`` or
-        ``~/.cache/step_jax``.
+        ``~/.cache/step_jax``. With ``gs://`` or ``s3://`` they are kept there too, and machines
+        that have none yet copy them.
     """
 
     #: what stands instead of each other, each with the keys that belong to it
@@ -108,6 +110,9 @@ class DataConfig:
         for path in (source.path for source in self._all_sources):
             if not is_utf8(path):
                 raise ConfigError(f"{printable(path)!r} is not UTF-8: rename the file or folder")
+        for name in (*(source.path for source in self._all_sources), self.cache_dir):
+            if name is not None and is_url(name):
+                Objects.at(name)
         if self.sequence_length < 2:
             raise ConfigError(f"sequence_length is {self.sequence_length}; it must be >= 2")
         if not 0 <= self.heldout_fraction < 1:
@@ -180,11 +185,22 @@ class DataConfig:
 
     @property
     def cache_path(self) -> Path:
-        """Folder of the tokenised corpora and trained tokenizers."""
-        if self.cache_dir is not None:
+        """Folder of the tokenised corpora and trained tokenizers on this machine."""
+        if self.cache_dir is not None and not is_url(self.cache_dir):
             return Path(self.cache_dir).expanduser()
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return Path(base).expanduser() / "step_jax"
+        return cache_home()
+
+    def kept(self, name: str) -> Objects | None:
+        """Where a folder of the cache is kept for other machines, None if nowhere."""
+        if self.cache_dir is None or not is_url(self.cache_dir):
+            return None
+        return Objects.at(self.cache_dir) / name
+
+
+def cache_home() -> Path:
+    """Where corpora are kept on this machine if no other folder is named."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "step_jax"
 
 
 @dataclass(frozen=True)

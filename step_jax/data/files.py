@@ -17,8 +17,10 @@ import xxhash
 
 from step_jax.core.errors import DataError
 from step_jax.core.files import write_whole
+from step_jax.core.storage import Objects, is_url
 from step_jax.core.text import printable
-from step_jax.data.config import PYTHON_STDLIB, Source
+from step_jax.data.config import PYTHON_STDLIB, Source, cache_home
+from step_jax.data.remote import copy_of, copy_source
 
 CACHE_TAG = "CACHEDIR.TAG"
 #: The standard tag of cache folders (bford.info/cachedir), which backup programs know too.
@@ -83,7 +85,9 @@ def stamp_of(path: Path) -> Stamp:
 
 
 def root_of(source: Source) -> Path:
-    """The file or folder that a source names."""
+    """The file or folder that a source names; of one in an object store, where its copy lies."""
+    if is_url(source.path):
+        return copy_of(Objects.at(source.path), cache_home())
     stdlib = source.path == PYTHON_STDLIB
     return Path(sysconfig.get_path("stdlib") if stdlib else source.path).expanduser()
 
@@ -98,6 +102,8 @@ def list_files(source: Source) -> tuple[list[SourceFile], list[Skip]]:
       DataError: the path does not exist, is a run directory, or holds no file.
     """
     root = root_of(source)
+    if is_url(source.path):
+        copy_source(Objects.at(source.path), root)
     try:
         is_file, exists = root.is_file(), root.exists()
     except OSError as error:  # no permission on the way there

@@ -26,6 +26,7 @@ import xxhash
 from step_jax.core import checks
 from step_jax.core.errors import ConfigError, DataError
 from step_jax.core.files import write_whole
+from step_jax.core.storage import local
 from step_jax.core.text import is_utf8, printable
 from step_jax.data.config import DataConfig
 from step_jax.data.files import Skip, list_skips
@@ -137,6 +138,7 @@ def prepare_clips(config: ClipFiles, report: Report = lambda message: None) -> V
     _check_budget(config, skips)
     key = _key(config, records, skips)
     home = DataConfig(cache_dir=config.cache_dir).cache_path
+    local(config.cache_dir or home, "cache_dir of clips")
     folder = home / f"clips-{key}"
     if not (folder / _META).exists():
         _write(folder, config, records, skips, report)
@@ -149,7 +151,7 @@ def list_records(config: ClipFiles) -> tuple[list[Record], list[Skip]]:
     Raises:
       DataError: the path does not exist.
     """
-    root = Path(config.path).expanduser()
+    root = local(config.path, "the clips' path")
     if not root.exists():
         raise DataError(
             f"the clips' path {config.path!r} does not exist: give a folder, or a .jsonl file with "

@@ -219,7 +219,7 @@ def _refuse(
     branch: Branch | None,
 ) -> None:
     free = (*MAY_CHANGE, *_LENGTH, *(_OF_A_BRANCH if branch else ()))
-    run = branch.name if branch else directory.path
+    run = branch.name if branch else directory.name
     told = {key: f"{key} was {was} and is {now}" for key, was, now in changed}
     fixed = [line for key, line in told.items() if not _is_under(key, free)]
     if fixed:

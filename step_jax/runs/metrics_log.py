@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from step_jax.core.files import write_whole
+from step_jax.core.storage import Objects, is_url, staged
 
 _SYNC_SECONDS = 30.0
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -109,11 +110,12 @@ class MetricsLog:
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """The records of a ``metrics.jsonl`` (or of the run directory that holds it), oldest first.
 
-    Torn and foreign lines are left out; a run may be writing the file at the moment. What was done
-    twice, because a kill came between its record and the next checkpoint, is there once, as it was
-    done last: a step, an evaluation of one name at one step, the summary.
+    The directory may be a URL. Torn and foreign lines are left out; a run may be writing the file
+    at the moment. What was done twice, because a kill came between its record and the next
+    checkpoint, is there once, as it was done last: a step, an evaluation of one name at one step,
+    the summary.
     """
-    path = Path(path)
+    path = staged(Objects.at(str(path)), "metrics.jsonl") if is_url(path) else Path(path)
     file = path / "metrics.jsonl" if path.is_dir() else path
     records = [record for line in _lines(file) if (record := _parse(line)) is not None]
     last = {_subject(record): i for i, record in enumerate(records)}

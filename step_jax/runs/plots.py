@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from step_jax.core.storage import local
 from step_jax.runs.console import si
 from step_jax.runs.metrics_log import read_metrics, work_unit
 
@@ -442,7 +443,7 @@ def plot_spending(
 
 
 def _save(figure: Any, out: Path | str) -> Path:
-    out = Path(out)
+    out = local(out, "where to draw to")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp")
     figure.savefig(temporary, format="png")

@@ -8,14 +8,19 @@ import itertools
 import json
 import os
 import re
+import shutil
 import socket
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
 
-from step_jax.core.errors import ConfigError
+from step_jax.core.errors import ConfigError, RestartRequested, StepError
 from step_jax.core.files import write_whole
+from step_jax.core.storage import Objects, is_url
+from step_jax.runs.lease import beats, owner_in
+from step_jax.runs.mirror import Mirror, fetch
 
 _held: set[Path] = set()  # record locks do not exclude the process that holds them
 
@@ -23,11 +28,18 @@ _held: set[Path] = set()  # record locks do not exclude the process that holds t
 class RunDirectory:
     """Where a run keeps everything, locked while the context is open.
 
-    The lock is a POSIX record lock on ``lock``: the kernel drops it when the owner dies, however it
-    dies, and child processes do not inherit it. So the directory of a killed run can be taken over
-    at once, and one in use cannot be.
+    A directory may be in an object store (``gs://``, ``s3://``). It is then a folder of this
+    process that is copied there as it grows (:mod:`step_jax.runs.mirror`), and all but ``name``,
+    ``parent`` and ``checkpoints`` is in that folder.
+
+    On a file system the lock is a POSIX record lock on ``lock``: the kernel drops it when the owner
+    dies, however it dies, and child processes do not inherit it. So the directory of a killed run
+    can be taken over at once, and one in use cannot be. In an object store it is a
+    :class:`~step_jax.runs.lease.Lease`.
 
     Attributes:
+      name: the directory as people and commands name it.
+      parent: where directories of other runs may lie, named so too.
       path: the directory.
       config: the resolved configuration (``config.yaml``).
       metrics: ``metrics.jsonl``, see :mod:`step_jax.runs.metrics_log`.
@@ -41,18 +53,25 @@ class RunDirectory:
     def __init__(self, path: Path | str, *, primary: bool = True):
         """
         Args:
-          path: the directory; it is made if it does not exist.
+          path: the directory, or its URL; it is made if it does not exist.
           primary: whether this process owns the directory (process 0 of a run). The others read
             paths from the object and neither lock nor write.
         """
-        self.path = Path(path).expanduser()
+        self._objects = Objects.at(str(path)) if is_url(path) else None
+        self._mirror: Mirror | None = None
+        if self._objects:
+            self.path = Path(tempfile.mkdtemp(prefix="step_jax_")) / self._objects.name
+            self.name, self.parent = str(self._objects), str(self._objects.parent)
+        else:
+            self.path = Path(path).expanduser()
+            self.name, self.parent = str(self.path), str(self.path.parent)
         self.primary = primary
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
         self.log = self.path / "log.txt"
         self.heldout = self.path / "heldout"
         self.identity = self.path / "identity"
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = (self._objects or self.path) / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.plots = self.path / "plots"
         self.samples = self.path / "samples"
@@ -62,8 +81,34 @@ class RunDirectory:
 
     def __enter__(self) -> RunDirectory:
         """Take the lock. Raises ConfigError naming the owner if another run has it."""
-        if not self.primary:
-            return self
+        if self._objects:
+            self._fetch(self._objects)
+        elif self.primary:
+            self._lock()
+        if self.primary and not self.identity.exists():
+            name = re.sub(r"[^A-Za-z0-9_.-]+", "_", self.path.resolve().name)[:40]
+            write_whole(self.identity, f"{name}-{uuid.uuid4().hex[:8]}")
+        return self
+
+    def _fetch(self, objects: Objects) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if self.primary:
+                self._mirror = Mirror(objects, self.path)
+                self._mirror.open()
+            else:
+                fetch(objects, self.path)
+        except BaseException:
+            shutil.rmtree(self.path.parent, ignore_errors=True)
+            raise
+
+    def keep(self) -> None:
+        """Called before a checkpoint is committed: what was written up to then outlives this
+        machine. Raises StepError if it does not."""
+        if self._mirror:
+            self._mirror.sync()
+
+    def _lock(self) -> None:
         identity = self._lock_file.resolve()
         if identity in _held:  # ask before opening: closing any descriptor drops the lock
             raise ConfigError(self._refusal(descriptor=None))
@@ -98,10 +143,6 @@ class RunDirectory:
         os.pwrite(descriptor, json.dumps(owner).encode(), 0)
         self._descriptor = descriptor
         _held.add(identity)
-        if not self.identity.exists():
-            name = re.sub(r"[^A-Za-z0-9_.-]+", "_", self.path.resolve().name)[:40]
-            write_whole(self.identity, f"{name}-{uuid.uuid4().hex[:8]}")
-        return self
 
     def _refusal(self, descriptor: int | None) -> str:
         try:
@@ -115,13 +156,26 @@ class RunDirectory:
             "stop that run or choose another directory"
         )
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if self._objects:
+            self._leave(error)
         if self._descriptor is None:
             return
         os.ftruncate(self._descriptor, 0)
         os.close(self._descriptor)  # drops the lock
         self._descriptor = None
         _held.discard(self._lock_file.resolve())
+
+    def _leave(self, error: BaseException | None) -> None:
+        try:
+            if self._mirror:
+                self._mirror.close()
+        except StepError:
+            # What ended the run is not masked by what came of it.
+            if error is None or isinstance(error, SystemExit | RestartRequested):
+                raise
+        finally:
+            shutil.rmtree(self.path.parent, ignore_errors=True)
 
     def write_config(self, yaml_text: str) -> Path | None:
         """Store the resolved configuration.
@@ -146,6 +200,12 @@ def is_locked(path: Path | str) -> bool:
     """Whether a run has the directory at the moment."""
     if (Path(path) / "lock").resolve() in _held:
         return True
+    try:
+        owner = owner_in((Path(path) / "lock").read_bytes())
+    except OSError:
+        return False
+    if "beat" in owner:  # a copy of that of an object store
+        return beats(owner)
     try:
         descriptor = os.open(Path(path) / "lock", os.O_RDWR)
     except OSError:

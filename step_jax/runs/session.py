@@ -22,6 +22,7 @@ from step_jax.core import checks, distributed, rng
 from step_jax.core.config import config_hash, to_plain
 from step_jax.core.errors import CheckpointError, ConfigError, ExitCode, RestartRequested
 from step_jax.core.sharding import Sharding
+from step_jax.core.storage import Objects, is_url
 from step_jax.runs.exit_timer import rank_name
 from step_jax.runs.history import Branch, check_rates, continue_configuration
 from step_jax.runs.metrics_log import read_metrics
@@ -43,7 +44,8 @@ _PREPARATION_S, _ASIDE_S = 86400.0, 3600.0
 class RunConfig:
     """Where a run lives and how it starts.
 
-    directory: everything the run writes; starting it again there goes on after its last checkpoint.
+    directory: everything the run writes, a folder or ``gs://``, ``s3://``; starting it again there
+      goes on after its last checkpoint.
     branch_from: RUN or RUN@STEP: a new run goes on from the whole state of that one (parameters,
       averages, optimizer, place in the data), and may have another length or learning rate.
     seed: of parameters, data order and every random choice.
@@ -62,6 +64,8 @@ class RunConfig:
         if self.max_skipped < 0:
             raise ConfigError(f"max_skipped is {self.max_skipped}; it must be 0 or more")
         checks.seed(self.seed)
+        if is_url(self.directory):
+            Objects.at(self.directory)
 
 
 class Processor(Protocol):
@@ -127,7 +131,12 @@ class Session:
             self._watchdog = stack.enter_context(HangWatchdog(name=name))
             self._watchdog.allow(_PREPARATION_S)
             self._checkpointer = stack.enter_context(
-                Checkpointer(self.directory.checkpoints, self._run.checkpoint, self.reporter.event)
+                Checkpointer(
+                    self.directory.checkpoints,
+                    self._run.checkpoint,
+                    self.reporter.event,
+                    self.directory.keep,
+                )
             )
             self._profiler = ProfilerWindow(self._run.profile, self.directory.profile)
             stack.callback(self._profiler.close)
@@ -147,8 +156,8 @@ class Session:
     def goes_on_from(self) -> str | None:
         """The artifact that this run's steps go on from, ``RUN`` or ``RUN@STEP``: the run itself,
         else the one that it is a branch of, else None."""
-        if has_steps(self.directory.path):
-            return str(self.directory.path)
+        if has_steps(self.directory.name):
+            return self.directory.name
         return self._run.branch_from
 
     def start(
@@ -192,7 +201,7 @@ class Session:
             raise CheckpointError(f"run.seed was {seed} and is {self._run.seed}: set it back")
         check(meta, step)
         if self._branch is None:
-            check_rates(program.learnings, meta["rates"], step, self.directory.path)
+            check_rates(program.learnings, meta["rates"], step, self.directory.name)
         state, _ = checkpoints.restore(step, program.state_like)
         self.carried = checkpoints.carried(step)
         self._finished = step

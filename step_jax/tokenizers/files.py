@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from step_jax.core.errors import DataError
+from step_jax.core.storage import local
 from step_jax.tokenizers.base import FILES, Tokenizer
 from step_jax.tokenizers.special_tokens import generation_of, parse_object
 
@@ -31,7 +32,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
       DataError: there is none, or a file of it is damaged; says what was found and what is missing.
     """
-    path = Path(path).expanduser()
+    path = local(path, "the tokenizer")
     if not path.is_dir():
         if path.suffix not in (".model", ".json"):
             state = "is no tokenizer" if path.exists() else "does not exist"

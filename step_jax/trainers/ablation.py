@@ -24,6 +24,7 @@ from step_jax.core.config import load_file
 from step_jax.core.errors import ConfigError
 from step_jax.core.files import write_whole
 from step_jax.core.spec import count
+from step_jax.core.storage import local
 from step_jax.data.config import TRAIN_TOKENIZER
 from step_jax.models.text.facts import with_vocabulary
 from step_jax.runs.history import outcome
@@ -87,7 +88,7 @@ class Plan:
     def of_seed(self, name: str, value: str | None, seed: int) -> pretrain.Config:
         """The run of a variant with a seed, in a directory of its own."""
         config = self.variants[name][value]
-        directory = Path(config.run.directory) / name
+        directory = local(config.run.directory, "run.directory of an ablation") / name
         if self.search is not None and value is not None:
             directory /= self.search.folder(value)
         run = replace(config.run, directory=str(directory / f"seed_{seed}"), seed=seed)

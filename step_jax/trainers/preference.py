@@ -170,5 +170,5 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             dataset,
             evaluate(params, None),
             text.write_answers(config, config.sample, sharding, dataset.tokenizer, params),
-            f"talk to it:   step-jax generate {session.directory.path} --chat --prompt 'Hello!'",
+            f"talk to it:   step-jax generate {session.directory.name} --chat --prompt 'Hello!'",
         )

@@ -92,7 +92,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             evaluate,
             params,
             write_samples(config, sharding, dataset.tokenizer, params),
-            f"write more:   step-jax generate {session.directory.path} --prompt 'import os'",
+            f"write more:   step-jax generate {session.directory.name} --prompt 'import os'",
         )
 
 

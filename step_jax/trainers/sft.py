@@ -76,5 +76,5 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             evaluate,
             params,
             text.write_answers(config, config.sample, sharding, dataset.tokenizer, params),
-            f"talk to it:   step-jax generate {session.directory.path} --chat --prompt 'Hello!'",
+            f"talk to it:   step-jax generate {session.directory.name} --chat --prompt 'Hello!'",
         )

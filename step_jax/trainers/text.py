@@ -470,7 +470,7 @@ def finish(
     elif session.primary:
         baselines = dataset.heldout.compressed_bits_per_byte()
     baselines = {f"{name} bits per byte": value for name, value in baselines.items()}
-    more = f"{go_on}\nscore it:     step-jax eval {session.directory.path}"
+    more = f"{go_on}\nscore it:     step-jax eval {session.directory.name}"
     conclude(session, dataset, result, texts, more, baselines)
     return result
 
@@ -510,10 +510,10 @@ def conclude(
         }
     )
     report.event(
-        f"everything is in {directory.path}: the loss in plots/loss.png"
+        f"everything is in {directory.name}: the loss in plots/loss.png"
         f"{', texts in samples/' if texts else ''}\n"
         f"{go_on}\n"
-        f"compare runs: step-jax runs {directory.path.parent}"
+        f"compare runs: step-jax runs {directory.parent}"
     )
 
 

@@ -278,12 +278,12 @@ def test_unsavable_input_is_named(tmp_path, state, meta, match):
             saver.save(1, state, meta)
 
 
-def test_empty_directory_and_object_store_are_clear(tmp_path):
+def test_empty_directory_and_unknown_store_are_clear(tmp_path):
     assert Checkpointer(tmp_path / "none").latest() is None
     with pytest.raises(CheckpointError, match="no verified checkpoint"):
         Checkpointer(tmp_path / "none").restore(None, {})
-    with pytest.raises(ConfigError, match="mount the bucket"):
-        Checkpointer("gs://bucket/run")
+    with pytest.raises(ConfigError, match="gs:// and s3://"):
+        Checkpointer("azure://bucket/run")
     with pytest.raises(ConfigError, match="checkpoint.keep must be at least 1"):
         CheckpointConfig(keep=0)
 

@@ -277,7 +277,7 @@ def test_disk_that_fills_up_during_the_write(small_disk, monkeypatch):
             saver.save(1, BIG, {})
             saver.wait()
             (small_disk / "filler").write_bytes(bytes(3_500_000))
-            monkeypatch.setattr(Checkpointer, "_check_space", lambda self, job: None)
+            monkeypatch.setattr(Checkpointer, "_prepare", lambda self, job: None)
             saver.save(2, BIG, {})
     assert error.value.exit_code == 73
     assert verify(directory) == {1: []}

@@ -21,6 +21,7 @@ import numpy as np
 from step_jax.core.errors import CheckpointError, ConfigError
 from step_jax.core.files import sync_directory, write_synced
 from step_jax.core.spec import FLOAT32_ROLES, ParamSpec, path_name
+from step_jax.core.storage import local
 from step_jax.interop.hf.export import config_to_hf, family_of
 from step_jax.interop.hf.families import FAMILIES
 from step_jax.interop.hf.files import DTYPES, STEM, index_of, single
@@ -156,7 +157,7 @@ def write_folder(
     Raises:
       ConfigError, CheckpointError: as ``save_hf``.
     """
-    path = Path(path).expanduser()
+    path = local(path, "where to export to")
     if dtype not in EXPORT_DTYPES:
         raise ConfigError(f"dtype is {dtype!r}; export as one of {', '.join(EXPORT_DTYPES)}")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
