@@ -20,6 +20,7 @@ import sys
 
 from pallas_kernels.tpu import block_sizes
 from pallas_kernels.tpu.aot import TOPOLOGIES
+from pallas_kernels.tpu.chips import CHIPS, MIB
 from pallas_kernels.tpu.schedule import measure
 from pallas_kernels.tpu.visits import Pattern, candidates
 
@@ -66,11 +67,10 @@ def best(chip: str, direction: str, options: list[dict], other: dict) -> dict:
 def main():
     table = dict(block_sizes.table())
     for chip in sys.argv[1:] or TOPOLOGIES:
-        kind = TOPOLOGIES[chip][1]
-        chunk = CHUNK[block_sizes.CHIPS[kind].vmem // block_sizes.MIB]
+        chunk = CHUNK[CHIPS[chip].vmem // MIB]
         backward = [entry | {"chunk": chunk} for entry in BACKWARD]
         forward = best(chip, "forward", FORWARD, {"backward": backward[0]})
-        table[kind] = {
+        table[chip] = {
             "forward": forward,
             "backward": best(chip, "backward", backward, {"forward": forward}),
         }

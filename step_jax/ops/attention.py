@@ -335,7 +335,7 @@ def pallas_tpu(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi, device):
         mask.kv_segments_BS,
         pattern=Pattern(mask.causal, mask.window, mask.in_order),
         scale=scale,
-        chip=device.device_kind,
+        chip=registry.tpu_chip(device),
     )
     return o_BKGTV
 
@@ -429,7 +429,7 @@ def _pallas_tpu_unsupported(problem: Problem, device) -> str | None:
         problem.value_width,
         jnp.dtype(problem.dtype).itemsize,
     )
-    return block_sizes.unsupported(device.device_kind, shape, problem.dtype)
+    return block_sizes.unsupported(registry.tpu_chip(device), shape, problem.dtype)
 
 
 def _pallas_gpu_unsupported(problem: Problem, device) -> str | None:
