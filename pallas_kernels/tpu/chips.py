@@ -19,11 +19,18 @@ class Chip:
     """One JAX device.
 
     vmem: bytes of vector memory of a core. cores: tensor cores, on which a grid's parallel
-    dimensions are shared out.
+    dimensions are shared out. units: matrix units of a core; side: of one, in numbers.
     """
 
     vmem: int
+    units: int
+    side: int
     cores: int = 1
+
+    @property
+    def products(self) -> int:
+        """Multiply-adds of 16 bits that a core can do in a cycle."""
+        return self.units * self.side**2
 
     @property
     def most(self) -> int:
@@ -46,10 +53,10 @@ ANYWHERE = 16 * MIB
 TABLES = MIB * 3 // 4
 #: By the name that people use.
 CHIPS = {
-    "v5e": Chip(vmem=128 * MIB),
-    "v5p": Chip(vmem=64 * MIB, cores=2),
-    "v6e": Chip(vmem=128 * MIB),
-    "tpu7x": Chip(vmem=64 * MIB),
+    "v5e": Chip(vmem=128 * MIB, units=4, side=128),
+    "v5p": Chip(vmem=64 * MIB, units=4, side=128, cores=2),
+    "v6e": Chip(vmem=128 * MIB, units=2, side=256),
+    "tpu7x": Chip(vmem=64 * MIB, units=2, side=256),
 }
 
 

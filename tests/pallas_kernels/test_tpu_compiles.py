@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels.tpu import aot, block_sizes, schedule
+from pallas_kernels.tpu import aot, block_sizes, schedule, work
 from pallas_kernels.tpu.attention import attention
 from pallas_kernels.tpu.block_sizes import BackwardSizes, ForwardSizes, Shape
 from pallas_kernels.tpu.chips import CHIPS
-from pallas_kernels.tpu.tune_block_sizes import useful
 from pallas_kernels.tpu.visits import Pattern, candidates
+from pallas_kernels.tpu.work import Work
 
 STEP3 = Shape(64, 32768, 32768, 256, 256, itemsize=2)
 
@@ -130,7 +130,6 @@ def test_blocks_beyond_the_diagonal_and_the_window_are_no_candidates():
         (q, kv) for q in range(8) for kv in range(8) if 0 <= q - kv <= 2
     }
     assert len(candidates(Pattern(in_order=False), 1024, 1024, 128, 128)[0]) == 64
-    assert useful(128, 128) > useful(1024, 1024) > 0.85
 
 
 NAMES = "MATMUL, MATPUSH, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU"
@@ -164,6 +163,44 @@ def test_a_schedule_counts_the_loops_of_the_visit_without_a_mask():
     assert s.bundles == 2 + 4 * 3 + 1 and s.moves == 4 * 2
     assert s.matrix == (4 * 3 + 2) / (15 * 2) and s.vector == (4 * 4 + 1) / (15 * 4)
     assert s.power == 5 / 15 and s.vmem == 0x3000
+    # the masked region, and the bundle of a step before the visit's
+    assert (s.masked, s.result, s.step) == (1, 2, 0)
+
+
+def test_a_share_of_the_peak_counts_products_and_not_the_bundles_that_start_them():
+    """A v5p multiplies 4 x 128 x 128 a cycle: a visit of 8,192 such cycles in 7,632 bundles."""
+    counts = dict.fromkeys(("matrix", "vector", "power", "moves", "vmem", "result", "step"), 0)
+    s = schedule.Schedule(**counts, bundles=7632, masked=9000)
+    visit = 8192 * 4 * 128**2
+    full = Work(useful=20 * visit, visit=visit, whole=20, masked=0, results=0, pieces=2)
+    assert full.share("v5p", s) == 1
+    assert full.share("v5p", dataclasses.replace(s, bundles=16384)) == 0.5
+    # one column for two cores; a masked visit that is half useful; a cost of every step
+    assert dataclasses.replace(full, pieces=1).share("v5p", s) == 0.5
+    half = Work(useful=visit / 2, visit=visit, whole=0, masked=1, results=0, pieces=2)
+    assert half.share("v5p", s) == 4096 / 9000
+    assert full.share("v5p", dataclasses.replace(s, step=8192, result=99)) == 0.5
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_the_work_of_a_row_is_its_unmasked_products(chip):
+    tokens, of_128, of_256 = 4096, *(work.attention(chip, 64, 4096, w) for w in (128, 256))
+    pairs = tokens * (tokens + 1) // 2
+    for kernel, products in (("attention_forward", 2), ("attention_backward", 5)):
+        w = of_256[kernel]
+        assert w.useful == products * 256 * 64 * pairs
+        assert 0.7 < w.useful / (w.visit * (w.whole + w.masked)) < 1
+        # a unit of 256 is half empty at width 128
+        filled = of_128[kernel].useful / (of_128[kernel].visit * sum(visits(of_128[kernel])))
+        assert filled == pytest.approx(
+            w.useful / (w.visit * sum(visits(w))) * (0.5 if CHIPS[chip].side == 256 else 1)
+        )
+    for w in work.grouped_matmul(chip, 131072, 4096, 1536, 128).values():
+        assert w.useful == w.visit * w.whole and w.pieces % CHIPS[chip].cores == 0
+
+
+def visits(w: Work):
+    return w.whole, w.masked
 
 
 def over_queries(compiled, heads: int, tokens: int, width: int) -> float:
