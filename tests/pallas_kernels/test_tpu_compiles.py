@@ -15,6 +15,7 @@ from pallas_kernels.tpu.block_sizes import BackwardSizes, ForwardSizes, Shape
 from pallas_kernels.tpu.chips import CHIPS
 from pallas_kernels.tpu.visits import Pattern, candidates
 from pallas_kernels.tpu.work import Work
+from step_jax.core import hardware
 
 STEP3 = Shape(64, 32768, 32768, 256, 256, itemsize=2)
 
@@ -180,6 +181,12 @@ def test_a_share_of_the_peak_counts_products_and_not_the_bundles_that_start_them
     half = Work(useful=visit / 2, visit=visit, whole=0, masked=1, results=0, pieces=2)
     assert half.share("v5p", s) == 4096 / 9000
     assert full.share("v5p", dataclasses.replace(s, step=8192, result=99)) == 0.5
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_products_of_a_cycle_make_the_peak_at_a_clock_that_can_be(chip):
+    hertz = hardware.CHIPS[chip].bf16 / (2 * CHIPS[chip].products * CHIPS[chip].cores)
+    assert 1.4e9 < hertz < 2.3e9
 
 
 @pytest.mark.parametrize("chip", CHIPS)
