@@ -38,7 +38,7 @@ def test_the_table_fits_every_shape(chip, shape):
         assert padded.queries % s.q_block == 0 and padded.keys % s.kv_block == 0
         # less than a lane tile of padding a block
         assert padded.queries - shape.queries < 128 * (padded.queries // s.q_block)
-        assert s.vmem(padded) <= CHIPS[chip].budget
+        assert s.vmem(padded) < 0.95 * CHIPS[chip].most
 
 
 @given(st.sampled_from(list(CHIPS)), st.integers(1, 70_000), st.sampled_from(block_sizes.WIDTHS))
@@ -68,7 +68,7 @@ GOOD = (ForwardSizes(1, 512, 512, 512), BackwardSizes(1, 512, 512, 4096))
         ),
         (
             {"backward": {"chunk": 65536}},
-            "backward: .*needs about .* MiB .* may have 48 MiB of a tpu7x",
+            "backward: .*needs about .* MiB .* may have 56 MiB of a tpu7x",
         ),
         ({"forward": {"q_block": 100}}, "multiples of 128"),
         ({"forward": {"heads": 3}}, "3 heads at a time do not divide 64"),
