@@ -33,6 +33,7 @@ def mfa_attention(
     causal=True,
     window=None,
     segments_BT=None,
+    positions_BT=None,
     device=None,
     interpret=None,
 ):
@@ -50,6 +51,8 @@ def mfa_attention(
       segments_BT: int32 documents of a packed row; a query sees only its own document, which is
         the unbroken run of one number around it (a number that comes back later is another
         document). None for one document. Needs ``causal``.
+      positions_BT: int32, rising within a document, by which a window is measured; None where each
+        token is one position after the last.
       device: one of those compiled for; None for the default.
       interpret: ``plgpu.InterpretGPUParams()`` to run on a CPU.
 
@@ -59,16 +62,16 @@ def mfa_attention(
     Raises:
       ValueError: a shape, dtype, mask or platform that the kernels do not support.
     """
-    _check(q_BTNH, k_BSH, v_BSH, causal, window, segments_BT)
+    _check(q_BTNH, k_BSH, v_BSH, causal, window, segments_BT, positions_BT)
     check_device("attention", device, interpret)
     mask = Mask(causal=causal, bounded=window is not None or segments_BT is not None)
     first_BT, last_BS = (
-        bounds(q_BTNH.shape[:2], window, segments_BT) if mask.bounded else (None,) * 2
+        bounds(q_BTNH.shape[:2], window, segments_BT, positions_BT) if mask.bounded else (None,) * 2
     )
     return _attention(q_BTNH, k_BSH, v_BSH, first_BT, last_BS, float(scale), mask, interpret)
 
 
-def bounds(shape, window: int | None, segments_BT):
+def bounds(shape, window: int | None, segments_BT, positions_BT=None):
     """First key of each query and last query of each key, int32 (B, T), non-decreasing."""
     B, T = shape
     index_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
@@ -81,9 +84,24 @@ def bounds(shape, window: int | None, segments_BT):
         first_BT = lax.cummax(jnp.where(starts_BT, index_BT, 0), axis=1)
         last_BT = lax.cummin(jnp.where(ends_BT, index_BT, T - 1), axis=1, reverse=True)
     if window is not None:
-        first_BT = jnp.maximum(first_BT, index_BT - (window - 1))
-        last_BT = jnp.minimum(last_BT, index_BT + (window - 1))
+        near = index_BT - (window - 1), index_BT + (window - 1)
+        if positions_BT is not None:
+            near = _within(window, segments_BT, positions_BT)
+        first_BT, last_BT = jnp.maximum(first_BT, near[0]), jnp.minimum(last_BT, near[1])
     return first_BT, last_BT
+
+
+def _within(window: int, segments_BT, positions_BT):
+    """First and last token of the row that is fewer than ``window`` positions from each token."""
+    # the documents laid out one after the other, each a window from the last
+    step_BT = jnp.maximum(jnp.diff(positions_BT, axis=1), 0)
+    if segments_BT is not None:
+        step_BT = jnp.where(segments_BT[:, 1:] == segments_BT[:, :-1], step_BT, window)
+    place_BT = jnp.pad(jnp.cumsum(step_BT, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    search = jax.vmap(jnp.searchsorted, in_axes=(0, 0))
+    first_BT = search(place_BT, place_BT - (window - 1))
+    # the first token that is too far, less one
+    return first_BT, search(place_BT, place_BT + window) - 1
 
 
 def head_groups(heads: int, blocks: int) -> int:
@@ -122,7 +140,7 @@ def _attention_bwd(scale, mask, interpret, saved, do_BTNH):
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _check(q_BTNH, k_BSH, v_BSH, causal, window, segments_BT) -> None:
+def _check(q_BTNH, k_BSH, v_BSH, causal, window, segments_BT, positions_BT) -> None:
     """Refuses what the kernels do not support."""
     if q_BTNH.ndim != 4 or k_BSH.ndim != 3:
         raise ValueError(
@@ -148,5 +166,6 @@ def _check(q_BTNH, k_BSH, v_BSH, causal, window, segments_BT) -> None:
         raise ValueError("a window or segments need causal=True")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
-    if segments_BT is not None and segments_BT.shape != (B, T):
-        raise ValueError(f"segments must be ({B}, {T}), got {segments_BT.shape}")
+    for name, array in (("segments", segments_BT), ("positions", positions_BT)):
+        if array is not None and array.shape != (B, T):
+            raise ValueError(f"{name} must be ({B}, {T}), got {array.shape}")

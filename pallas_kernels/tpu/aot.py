@@ -20,13 +20,8 @@ from pallas_kernels.tpu.cross_entropy import cross_entropy
 from pallas_kernels.tpu.grouped_matmul import grouped_matmul
 from pallas_kernels.tpu.visits import Pattern
 
-#: chip -> (smallest topology to compile for, its ``device_kind``)
-TOPOLOGIES = {
-    "v5e": ("v5e:2x2", "TPU v5 lite"),
-    "v5p": ("v5p:2x2x1", "TPU v5"),
-    "v6e": ("v6e:2x2", "TPU v6 lite"),
-    "tpu7x": ("tpu7x:2x2x1", "TPU7x"),
-}
+#: chip -> smallest topology to compile for
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 #: what libtpu wants to know where there is no TPU
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -37,9 +32,14 @@ ENVIRONMENT = {
 }
 
 
+def device(chip: str) -> jax.Device:
+    """One of the chip, which is not there."""
+    name = TOPOLOGIES[chip]
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
+
+
 def _mesh(chip: str) -> Mesh:
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip][0])
-    return Mesh(np.array(topology.devices[:1]), ("x",))
+    return Mesh(np.array([device(chip)]), ("x",))
 
 
 @contextlib.contextmanager
@@ -61,9 +61,8 @@ def compile_attention(chip, heads, tokens, width, sizes=None, backward=True, pac
     One row of ``heads`` query heads on one key head; causal and in order. ``sizes``: entries of
     ``block_sizes.json`` to use instead of the table's.
     """
-    kind = TOPOLOGIES[chip][1]
     if sizes is not None:
-        block_sizes.table()[kind].update(sizes)
+        block_sizes.table()[chip].update(sizes)
 
     def step(q, k, v, do, positions, segments):
         def forward(q, k, v):
@@ -77,7 +76,7 @@ def compile_attention(chip, heads, tokens, width, sizes=None, backward=True, pac
                 *documents,
                 pattern=Pattern(in_order=True),
                 scale=width**-0.5,
-                chip=kind,
+                chip=chip,
             )[0]
 
         if not backward:
@@ -96,7 +95,7 @@ def compile_grouped_matmul(chip, rows, width, result, groups):
     """The compiled (x, w, sizes, dy) -> result and gradients of both, in bfloat16."""
 
     def step(x_MD, w_EDF, sizes_E, dy_MF):
-        y_MF, back = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes_E), x_MD, w_EDF)
+        y_MF, back = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes_E, chip=chip), x_MD, w_EDF)
         return y_MF, back(dy_MF)
 
     with arrays(chip) as array:
@@ -117,7 +116,7 @@ def compile_cross_entropy(chip, tokens, width, vocabulary):
 
     def step(x_ND, w_DV, target_N, weight_N):
         def loss(x_ND, w_DV):
-            return cross_entropy(x_ND, w_DV, target_N, weight_N, 0.0)[0]
+            return cross_entropy(x_ND, w_DV, target_N, weight_N, 0.0, chip=chip)[0]
 
         return jax.value_and_grad(loss, argnums=(0, 1))(x_ND, w_DV)
 

@@ -21,15 +21,8 @@ import numpy as np
 from pallas_kernels.tpu import block_sizes
 from pallas_kernels.tpu.attention_backward import backward_of_chunk
 from pallas_kernels.tpu.attention_forward import forward
-from pallas_kernels.tpu.visits import (
-    MAX_KEY_BLOCKS,
-    MAX_QUERY_BLOCKS,
-    NO_KEY,
-    NO_QUERY,
-    Pattern,
-    candidates,
-    plan,
-)
+from pallas_kernels.tpu.chips import CHIPS, TABLES
+from pallas_kernels.tpu.visits import NO_KEY, NO_QUERY, Pattern, candidates, plan
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ def attention(
         is one document.
       pattern: causality and window.
       scale: of the scores; positive.
-      chip: ``jax.Device.device_kind`` of what is compiled for.
+      chip: what is compiled for, a key of ``chips.CHIPS``.
       sizes: block sizes; None for the table's.
       interpret: as in ``pallas_call``.
 
@@ -159,26 +152,39 @@ def _tokens(arrays, shape):
     )
 
 
-def _visits(static: _Static, arrays_B1T, s, shape, blocks: range | None = None):
-    """See ``visits.plan``; ``blocks`` of keys: only those, else all, with every query visited."""
-    q_C, kv_C = candidates(static.pattern, shape.queries, shape.keys, s.q_block, s.kv_block)
-    if shape.queries // s.q_block > MAX_QUERY_BLOCKS or shape.keys // s.kv_block > MAX_KEY_BLOCKS:
-        raise ValueError(
-            f"TPU attention: {s} cuts {shape.queries} queries and {shape.keys} keys into more than "
-            f"{MAX_QUERY_BLOCKS} or {MAX_KEY_BLOCKS} blocks, the most a visit can name"
-        )
-    if blocks is None:
-        keep_C = np.diff(q_C, prepend=-1) != 0
-    else:
-        inside_C = (kv_C >= blocks.start) & (kv_C < blocks.stop)
-        if not inside_C.any():  # nobody may look at these keys, yet their gradients are written
-            q_C, kv_C, inside_C = q_C[:1] * 0, kv_C[:1] * 0 + blocks.start, np.ones(1, bool)
-        q_C, kv_C = q_C[inside_C], kv_C[inside_C]
-        keep_C = np.arange(q_C.size) == 0
+def _visits(static: _Static, arrays_B1T, s, pairs, keep_C):
+    """See ``visits.plan``; ``pairs``: (query block_C, key block_C) of candidates."""
     arrays = (x[:, 0] for x in arrays_B1T)
-    visits_BW, steps = plan(static.pattern, (q_C, kv_C, s.q_block, s.kv_block, keep_C), *arrays)
+    visits_BW, steps = plan(static.pattern, (*pairs, s.q_block, s.kv_block, keep_C), *arrays)
     # in-order rows of one document visit all candidates: a static grid
-    return visits_BW, steps if static.packed or not static.pattern.in_order else q_C.size
+    return visits_BW, steps if static.packed or not static.pattern.in_order else pairs[0].size
+
+
+def _most_visits(rows: int) -> int:
+    """Of a row, such that the tables of all rows fit the scalar memory."""
+    return max(TABLES // (4 * rows), 1)
+
+
+def _of_queries(q_C, most: int):
+    """Ranges of query blocks, each of at most ``most`` candidates or one block: (first, last + 1,
+    the candidates' slice). All are one range but for very long rows."""
+    count_Q, ranges, first = np.bincount(q_C), [], 0
+    end_Q = np.cumsum(count_Q)
+    while first < count_Q.size:
+        done = end_Q[first] - count_Q[first]
+        last = max(int(np.searchsorted(end_Q, done + most, side="right")), first + 1)
+        ranges.append((first, last, slice(int(done), int(end_Q[last - 1]))))
+        first = last
+    return ranges
+
+
+def _of_keys(q_C, kv_C, blocks: range):
+    """(candidates, which are kept) of a chunk of keys; at least one: a gradient must be written."""
+    inside_C = (kv_C >= blocks.start) & (kv_C < blocks.stop)
+    if not inside_C.any():  # nobody may look at these keys
+        q_C, kv_C, inside_C = q_C[:1] * 0, kv_C[:1] * 0 + blocks.start, np.ones(1, bool)
+    pairs = q_C[inside_C], kv_C[inside_C]
+    return pairs, np.arange(pairs[0].size) == 0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -195,21 +201,34 @@ def _shape(q_BKGTH, v_BKSV, s):
 
 def _forward(static: _Static, q_BKGTH, k_BKSH, v_BKSV, arrays):
     s = static.sizes[0]
-    T, shape = q_BKGTH.shape[3], _shape(q_BKGTH, v_BKSV, s)
-    arrays_B1T = _tokens(arrays, shape)
-    o_BKGTV, lse_BKG1T = forward(
-        _visits(static, arrays_B1T, s, shape),
-        arrays_B1T,
+    (B, _, _, T, _), shape = q_BKGTH.shape, _shape(q_BKGTH, v_BKSV, s)
+    q_C, kv_C = candidates(static.pattern, shape.queries, shape.keys, s.q_block, s.kv_block)
+    padded = (
         _pad(q_BKGTH, shape.queries, 3),
         _pad(k_BKSH, shape.keys, 2),
         _pad(v_BKSV, shape.keys, 2),
-        exponent=static.scale * math.log2(math.e),
-        pattern=static.pattern,
-        sizes=s,
-        vmem=s.vmem(shape),
-        interpret=static.interpret,
     )
-    o_BKGTV, lse_BKG1T = o_BKGTV[..., :T, :], lse_BKG1T[..., :T]
+    tokens, results = _tokens(arrays, shape), []
+    for first, last, mine in _of_queries(q_C, _most_visits(B)):
+        rows = slice(first * s.q_block, last * s.q_block)
+        these = (*(x[:, :, rows] for x in tokens[:2]), *tokens[2:])
+        pairs = q_C[mine] - first, kv_C[mine]
+        keep_C = np.diff(pairs[0], prepend=-1) != 0  # every query is visited
+        results.append(
+            forward(
+                _visits(static, these, s, pairs, keep_C),
+                these,
+                padded[0][:, :, :, rows],
+                *padded[1:],
+                exponent=static.scale * math.log2(math.e),
+                pattern=static.pattern,
+                sizes=s,
+                vmem=CHIPS[static.chip].limit(s.vmem(shape)),
+                interpret=static.interpret,
+            )
+        )
+    o_BKGTV = jnp.concatenate([o for o, _ in results], axis=3)[..., :T, :]
+    lse_BKG1T = jnp.concatenate([lse for _, lse in results], axis=4)[..., :T]
     saved = (q_BKGTH, k_BKSH, v_BKSV, arrays, o_BKGTV, lse_BKG1T)
     return (o_BKGTV, lse_BKG1T[..., 0, :] * math.log(2)), saved
 
@@ -218,7 +237,7 @@ def _backward(static: _Static, saved, gradients):
     q_BKGTH, k_BKSH, v_BKSV, arrays, o_BKGTV, lse_BKG1T = saved
     do_BKGTV, dlse_BKGT = gradients
     s, dtype = static.sizes[1], q_BKGTH.dtype
-    (_, _, G, T, _), S, shape = q_BKGTH.shape, k_BKSH.shape[2], _shape(q_BKGTH, v_BKSV, s)
+    (B, _, G, T, _), S, shape = q_BKGTH.shape, k_BKSH.shape[2], _shape(q_BKGTH, v_BKSV, s)
     # sum over keys of p * dp, from the output instead of the scores
     mean_BKGT = jnp.sum(do_BKGTV.astype(jnp.float32) * o_BKGTV.astype(jnp.float32), axis=-1)
     mean_BKG1T = (mean_BKGT - dlse_BKGT)[..., None, :]
@@ -226,14 +245,15 @@ def _backward(static: _Static, saved, gradients):
     q_BKGTH, do_BKGTV = (_pad(x, shape.queries, 3) for x in (q_BKGTH, do_BKGTV))
     k_BKSH, v_BKSV = (_pad(x, shape.keys, 2) for x in (k_BKSH, v_BKSV))
     lse_BKG1T, mean_BKG1T = (_pad(x, shape.queries, 4) for x in (lse_BKG1T, mean_BKG1T))
-    one_chunk = s.chunk >= shape.keys
-    dq_BKGTH = jnp.zeros(q_BKGTH.shape, dtype if one_chunk else jnp.float32)
+    last = shape.keys // s.kv_block
+    per_chunk = min(s.chunk // s.kv_block, max(_most_visits(B) // (shape.queries // s.q_block), 1))
+    dq_BKGTH = jnp.zeros(q_BKGTH.shape, dtype if per_chunk >= last else jnp.float32)
+    pairs = candidates(static.pattern, shape.queries, shape.keys, s.q_block, s.kv_block)
     dk, dv = [], []
-    per_chunk, last = s.chunk // s.kv_block, shape.keys // s.kv_block
     for start in range(0, last, per_chunk):
         blocks = range(start, min(start + per_chunk, last))
         dq_BKGTH, dk_BKXSH, dv_BKXSV = backward_of_chunk(
-            _visits(static, arrays_B1T, s, shape, blocks),
+            _visits(static, arrays_B1T, s, *_of_keys(*pairs, blocks)),
             arrays_B1T,
             q_BKGTH,
             k_BKSH,
@@ -248,7 +268,7 @@ def _backward(static: _Static, saved, gradients):
             pattern=static.pattern,
             sizes=s,
             parts=block_sizes.parts(static.chip, G),
-            vmem=s.vmem(shape),
+            vmem=CHIPS[static.chip].limit(s.vmem(shape)),
             interpret=static.interpret,
         )
         dk.append((dk_BKXSH.sum(axis=2) * static.scale).astype(dtype))

@@ -63,12 +63,13 @@ def _kernel(
     def compute(masked: bool):
         S = k_ref.shape[2]
         for start in range(0, S, inner):
-            keys = slice(start, start + inner)
+            count = min(inner, S - start)
+            keys = slice(start, start + count)
             k_SH, v_SV = k_ref[0, 0, keys], v_ref[0, 0, keys]
             if masked:
-                same_TS = across(column(q_segments_ref[0]), inner) == kv_segments_ref[0, :, keys]
+                same_TS = across(column(q_segments_ref[0]), count) == kv_segments_ref[0, :, keys]
                 distance_TS = (
-                    across(column(q_positions_ref[0]), inner) - kv_positions_ref[0, :, keys]
+                    across(column(q_positions_ref[0]), count) - kv_positions_ref[0, :, keys]
                 )
                 allowed_TS = same_TS & pattern.may_see(distance_TS)
             for g in range(heads):
@@ -77,9 +78,9 @@ def _kernel(
                     s_TS = jnp.where(allowed_TS, s_TS, HIDDEN)
                 before_TL = max_ref[g]
                 max_TL = jnp.maximum(before_TL, jnp.max(s_TS, axis=1, keepdims=True))
-                p_TS = jnp.exp2((s_TS - across(max_TL, inner)) * exponent)
+                p_TS = jnp.exp2((s_TS - across(max_TL, count)) * exponent)
                 alpha_TL = jnp.exp2((before_TL - max_TL) * exponent)
-                parts = [p_TS[:, i : i + LANES] for i in range(0, inner, LANES)]
+                parts = [p_TS[:, i : i + LANES] for i in range(0, count, LANES)]
                 sum_ref[g] = sum_ref[g] * alpha_TL + functools.reduce(jnp.add, parts)
                 o_TV = product(p_TS.astype(v_SV.dtype), v_SV, (1, 0))
                 acc_ref[g] = acc_ref[g] * across(alpha_TL, o_TV.shape[1]) + o_TV

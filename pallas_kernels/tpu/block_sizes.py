@@ -3,42 +3,26 @@
 Shape suffixes: none; there are no arrays here.
 
 ``block_sizes.json`` holds, for each chip, the largest sizes to use; :func:`fit` makes them divide a
-shape. ``python -m pallas_kernels.tpu.tune_block_sizes`` regenerates it.
+shape, and smaller where they would not fit. ``python -m pallas_kernels.tpu.tune_block_sizes``
+regenerates it.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from pallas_kernels.tpu import chips
+from pallas_kernels.tpu.chips import CHIPS, MIB
+from pallas_kernels.tpu.visits import MAX_KEY_BLOCKS, MAX_QUERY_BLOCKS
 
 TABLE = Path(__file__).with_name("block_sizes.json")
 WIDTHS = (64, 128, 192, 256)
 LANES = 128
-MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Chip:
-    """vmem: bytes of vector memory a core has. cores: tensor cores of one JAX device."""
-
-    vmem: int
-    cores: int = 1
-
-    @property
-    def vmem_limit(self) -> int:
-        """What a kernel may use; the rest is the compiler's."""
-        return self.vmem * 15 // 16
-
-
-#: by ``jax.Device.device_kind``
-CHIPS = {
-    "TPU v5 lite": Chip(vmem=128 * MIB),
-    "TPU v5": Chip(vmem=64 * MIB, cores=2),
-    "TPU v6 lite": Chip(vmem=128 * MIB),
-    "TPU7x": Chip(vmem=64 * MIB),
-}
 
 
 @dataclass(frozen=True)
@@ -59,7 +43,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class ForwardSizes:
-    """heads * q_block rows of queries meet kv_block keys, kv_inner at a time."""
+    """heads * q_block rows of queries meet kv_block keys, at most kv_inner at a time."""
 
     heads: int
     q_block: int
@@ -102,8 +86,8 @@ def table() -> dict[str, dict[str, dict[str, int]]]:
 
 def unsupported(chip: str, shape: Shape, dtype: str) -> str | None:
     """Why the kernels cannot do this, or None."""
-    if chip not in CHIPS:
-        return f"the device {chip!r} is none of {', '.join(CHIPS)}"
+    if reason := chips.unsupported(chip):
+        return reason
     if dtype not in ("bfloat16", "float32"):
         return f"the dtype {dtype} is neither bfloat16 nor float32"
     if shape.width not in WIDTHS or shape.value_width not in WIDTHS:
@@ -125,30 +109,57 @@ def _even(length: int, block: int) -> int:
     return -(-length // (pieces * LANES)) * LANES
 
 
-def _divisor(n: int, limit: int, of: int = 1) -> int:
-    """The largest divisor of ``n``, multiple of ``of`` and at most ``limit``; else ``of``."""
-    return max((d for d in range(of, n + 1, of) if n % d == 0 and d <= limit), default=of)
+def _divisor(n: int, limit: int) -> int:
+    """The largest divisor of ``n`` that is at most ``limit``; 1 if the limit is less."""
+    return max((d for d in range(1, n + 1) if n % d == 0 and d <= limit), default=1)
+
+
+def _forward(chip: str, shape: Shape, most: dict[str, int]) -> ForwardSizes:
+    q_block, kv_block = _even(shape.queries, most["q_block"]), _even(shape.keys, most["kv_block"])
+    heads = _divisor(shape.groups, most["rows"] // q_block)
+    # pieces of about one length: a last one of 128 keys would leave the units idle
+    return ForwardSizes(heads, q_block, kv_block, _even(kv_block, most["kv_inner"]))
+
+
+def _backward(chip: str, shape: Shape, most: dict[str, int]) -> BackwardSizes:
+    q_block, kv_block = _even(shape.queries, most["q_block"]), _even(shape.keys, most["kv_block"])
+    blocks = -(-shape.keys // kv_block)
+    chunk = kv_block * min(blocks, max(1, most["chunk"] // kv_block))
+    heads = _divisor(_heads_of_part(chip, shape.groups), most["rows"] // q_block)
+    return BackwardSizes(heads, q_block, kv_block, chunk)
+
+
+def _room(chip: str) -> int:
+    """Bytes that blocks may need: the estimate counts scores, which are most of what is added."""
+    return CHIPS[chip].most * 15 // 16
+
+
+def _fitted(make: Callable[..., Any], chip: str, shape: Shape, most: dict[str, int]):
+    """``make``'s sizes, their largest values halved where that saves most, until they fit."""
+
+    def need(most):
+        s = make(chip, shape, most)
+        return s.vmem(padded(shape, s))
+
+    while need(most) > _room(chip):
+        smaller = [most | {name: n // 2} for name, n in most.items() if n > LANES]
+        if not smaller:
+            break
+        most = min(smaller, key=need)
+    return make(chip, shape, most)
 
 
 def fit(chip: str, shape: Shape) -> Sizes:
-    """The table's sizes for this shape; blocks divide the padded shape.
+    """The table's sizes for this shape, or smaller ones; blocks divide the padded shape.
 
     Raises:
-      ValueError: even they need more VMEM than the chip has.
+      ValueError: even the smallest need more VMEM than the chip has.
     """
-    forward, backward = table()[chip]["forward"], table()[chip]["backward"]
-    q_block = _even(shape.queries, forward["q_block"])
-    kv_block = _even(shape.keys, forward["kv_block"])
-    inner = _divisor(kv_block, forward["kv_inner"], LANES)
-    heads = _divisor(shape.groups, forward["rows"] // q_block)
-    forward_sizes = ForwardSizes(heads, q_block, kv_block, inner)
-
-    q_block = _even(shape.queries, backward["q_block"])
-    kv_block = _even(shape.keys, backward["kv_block"])
-    blocks = -(-shape.keys // kv_block)
-    chunk = kv_block * min(blocks, max(1, backward["chunk"] // kv_block))
-    heads = _divisor(_heads_of_part(chip, shape.groups), backward["rows"] // q_block)
-    sizes = forward_sizes, BackwardSizes(heads, q_block, kv_block, chunk)
+    most = table()[chip]
+    sizes = (
+        _fitted(_forward, chip, shape, most["forward"]),
+        _fitted(_backward, chip, shape, most["backward"]),
+    )
     check(chip, shape, sizes)
     return sizes
 
@@ -172,14 +183,20 @@ def check(chip: str, shape: Shape, sizes: Sizes) -> None:
         heads = shape.groups if s is forward else _heads_of_part(chip, shape.groups)
         if heads % s.heads:
             raise ValueError(f"{name}: {s.heads} heads at a time do not divide {heads}")
-        need, limit = s.vmem(shape), CHIPS[chip].vmem_limit
-        if need > limit:
+        need, room = s.vmem(padded(shape, s)), _room(chip)
+        if need > room:
             raise ValueError(
-                f"{name}: {s} needs about {need / MIB:.0f} MiB of vector memory (VMEM), and a "
-                f"kernel may use {limit / MIB:.0f} MiB of a {chip}'s"
+                f"{name}: {s} needs about {need / MIB:.0f} MiB of vector memory (VMEM), and blocks "
+                f"may have {room / MIB:.0f} MiB of a {chip}'s"
             )
-    if forward.kv_inner % LANES or forward.kv_block % forward.kv_inner:
-        raise ValueError(f"forward: kv_inner of {forward} must be a divisor, of whole {LANES}s")
+        blocks = -(-shape.queries // s.q_block), -(-shape.keys // s.kv_block)
+        if blocks[0] > MAX_QUERY_BLOCKS or blocks[1] > MAX_KEY_BLOCKS:
+            raise ValueError(
+                f"{name}: {s} cuts {shape.queries} queries and {shape.keys} keys into more than "
+                f"{MAX_QUERY_BLOCKS} or {MAX_KEY_BLOCKS} blocks, the most a visit can name"
+            )
+    if forward.kv_inner % LANES:
+        raise ValueError(f"forward: kv_inner of {forward} must be a multiple of {LANES}")
     if backward.chunk % backward.kv_block:
         raise ValueError(f"backward: the chunk of {backward} must be whole blocks of keys")
 

@@ -20,14 +20,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import rules
+from pallas_kernels.tpu import chips
+from pallas_kernels.tpu.chips import CHIPS
 from pallas_kernels.tpu.cuts import chunks
 
 LANES = 128
 CHUNK = 4096  # of the width: what is compiled is a product of one chunk
 BLOCKS = ((512, 512), (512, 256), (256, 256), (256, 128), (128, 128))  # tokens, words
 COLUMNS = 9  # a kernel holds at most, buffers of both of a pair counted
-VMEM_BYTES = 60 * 2**20  # of the 64 MiB of v5p and tpu7x (v5e and v6e: 128)
-VMEM_LIMIT = 62 * 2**20
 
 
 def _each_block(block, width: int, vocabulary: int, body):
@@ -181,6 +181,7 @@ def _call(
     vocabulary,
     scratch,
     blocks,
+    chip,
     interpret,
     matrix_first=False,
 ):
@@ -218,7 +219,7 @@ def _call(
         out_specs=[spec(*dimensions) for dimensions, _ in outputs],
         scratch_shapes=[pltpu.VMEM(tuple(cut[d] for d in s), jnp.float32) for s in scratch],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=CHIPS[chip].most
         ),
         cost_estimate=pl.CostEstimate(
             flops=products * 2 * N * D * V,
@@ -231,8 +232,8 @@ def _call(
     )(x_ND, w, *columns)
 
 
-def _blocks(N: int, D: int, V: int, need, sizes=BLOCKS):
-    """(T, v): the first of ``sizes`` with ``need(T, v)`` bytes on chip.
+def _blocks(chip: str, N: int, D: int, V: int, need, sizes=BLOCKS):
+    """(T, v): the first of ``sizes`` with ``need(T, v)`` bytes on chip, and what is made of them.
 
     Raises:
       ValueError: no blocks fit.
@@ -241,11 +242,12 @@ def _blocks(N: int, D: int, V: int, need, sizes=BLOCKS):
         T, v = min(T, pl.cdiv(N, 16) * 16), min(v, V)
         # a column of one number a token takes whole lanes; five arrays of logits live at once
         bytes_needed = need(T, v) + COLUMNS * 4 * LANES * T + 5 * 4 * T * v
-        if bytes_needed <= VMEM_BYTES:
+        if bytes_needed <= CHIPS[chip].most:
             return T, v
     raise ValueError(
         f"cross-entropy kernel: rows of width {D} do not fit the on-chip memory: the smallest "
-        f"blocks, {T} tokens and {v} words, need {bytes_needed} bytes of {VMEM_BYTES}"
+        f"blocks, {T} tokens and {v} words, need {bytes_needed} bytes of a {chip}'s "
+        f"{CHIPS[chip].most}"
     )
 
 
@@ -259,13 +261,14 @@ def _padded(x_ND, columns, T: int):
     return pad(x_ND), [pad(c[:, None]) for c in columns]
 
 
-def log_likelihood(x_ND, w_DV, target_N, *, interpret: bool = False):
+def log_likelihood(x_ND, w_DV, target_N, *, chip: str, interpret: bool = False):
     """(logsumexp_N of the logits, negative log-likelihood_N of the targets), float32.
 
     Args:
       x_ND: hidden states, bfloat16 or float32.
       w_DV: the projection, of the same dtype.
       target_N: int32.
+      chip: what is compiled for, a key of ``chips.CHIPS``.
 
     Raises:
       ValueError: a width whose blocks do not fit the on-chip memory.
@@ -274,22 +277,23 @@ def log_likelihood(x_ND, w_DV, target_N, *, interpret: bool = False):
     # The matrix is read once for every block of tokens. With 512 of them a v6e, which does 560
     # operations a byte, would wait for it.
     sizes = ((1024, 512), *BLOCKS)
-    blocks = _blocks(N, D, V, lambda T, v: 2 * size * D * (T + v), sizes)
+    blocks = _blocks(chip, N, D, V, lambda T, v: 2 * size * D * (T + v), sizes)
     x_ND, columns = _padded(x_ND, [target_N], blocks[0])
     w = w_DV.T if _by_words(V) else w_DV
     column = (("N", 1), jnp.float32)
     lse_N1, nll_N1 = _call(
         _forward_kernel, "cross_entropy", x_ND, w, columns, [column, column], vocabulary=V,
-        blocks=blocks, scratch=[("N", "V"), ("N", 1), ("N", 1), ("N", 1)], interpret=interpret,
+        blocks=blocks, scratch=[("N", "V"), ("N", 1), ("N", 1), ("N", 1)], chip=chip,
+        interpret=interpret,
     )  # fmt: skip
     return lse_N1[:N, 0], nll_N1[:N, 0]
 
 
-def gradients(x_ND, w_DV, target_N, lse_N, p_N, hot_N, *, interpret: bool = False):
+def gradients(x_ND, w_DV, target_N, lse_N, p_N, hot_N, *, chip: str, interpret: bool = False):
     """Gradients (dx_ND, dw_DV) where that of a token's logits is ``p * softmax - hot * onehot``.
 
     Args:
-      x_ND, w_DV, target_N: as :func:`log_likelihood`.
+      x_ND, w_DV, target_N, chip: as :func:`log_likelihood`.
       lse_N, p_N, hot_N: float32.
 
     Returns:
@@ -300,11 +304,11 @@ def gradients(x_ND, w_DV, target_N, lse_N, p_N, hot_N, *, interpret: bool = Fals
     w = w_DV.T if _by_words(V) else w_DV
 
     def call(kernel, name, output, scratch, need, **order):
-        blocks = _blocks(N, D, V, need)
+        blocks = _blocks(chip, N, D, V, need)
         whole_ND, whole_columns = _padded(x_ND, columns, blocks[0])
         return _call(
             kernel, name, whole_ND, w, whole_columns, [output], vocabulary=V,
-            scratch=[("N", "V"), *scratch], blocks=blocks, interpret=interpret, **order,
+            scratch=[("N", "V"), *scratch], blocks=blocks, chip=chip, interpret=interpret, **order,
         )[0]  # fmt: skip
 
     dx_ND = call(
@@ -318,7 +322,9 @@ def gradients(x_ND, w_DV, target_N, lse_N, p_N, hot_N, *, interpret: bool = Fals
     return dx_ND[:N], dw.T if _by_words(V) else dw
 
 
-def cross_entropy(x_ND, w_DV, target_N, weight_N, z_loss: float, interpret: bool = False):
+def cross_entropy(
+    x_ND, w_DV, target_N, weight_N, z_loss: float, *, chip: str, interpret: bool = False
+):
     """Weighted sum of ``-log p(target) + z_loss * logsumexp^2``.
 
     Args:
@@ -326,15 +332,19 @@ def cross_entropy(x_ND, w_DV, target_N, weight_N, z_loss: float, interpret: bool
       w_DV: the projection in any dtype; multiplied in the dtype of ``x_ND``.
       target_N: int32.
       weight_N: float32; may be negative and is differentiable.
+      chip: what is compiled for, a key of ``chips.CHIPS``.
 
     Returns:
       (total, nll_N) float32; no gradient flows through ``nll_N``.
 
     Raises:
-      ValueError: a shape or dtype that the kernels do not support, or a width whose blocks do not
-        fit the on-chip memory.
+      ValueError: a chip, shape or dtype that the kernels do not support, or a width whose blocks
+        do not fit the on-chip memory.
     """
     dtypes = ("bfloat16", "float32")
     rules.check_cross_entropy("TPU kernel", x_ND, w_DV, target_N, weight_N, dtypes)
-    kernels = (functools.partial(k, interpret=interpret) for k in (log_likelihood, gradients))
+    if reason := chips.unsupported(chip):
+        raise ValueError(f"TPU cross-entropy: {reason}")
+    options = {"chip": chip, "interpret": interpret}
+    kernels = (functools.partial(k, **options) for k in (log_likelihood, gradients))
     return rules.cross_entropy(*kernels, x_ND, w_DV, target_N, weight_N, z_loss)

@@ -3,21 +3,41 @@
 from jax.experimental import pallas as pl
 
 LANES = 128
+_COLUMN = 64  # numbers of a width that a block costs besides its own: what meets it is read again
 
 
-def divisor(width: int, most: int) -> int:
-    """The largest multiple of 128 up to ``most``, itself at least 128, that divides ``width``.
+def lanes(width: int) -> int:
+    """The width as it lies in registers: in whole lanes."""
+    return pl.cdiv(width, LANES) * LANES
 
-    ``width`` if there is none.
+
+def block(width: int, most: int, ways: int = 1) -> int:
+    """The block of at most ``most`` that covers a width at the least cost, the last one in part.
+
+    Of whole lanes, or the width itself; at least a lane tile. ``ways``: cores, on which the blocks
+    are shared out.
     """
-    sizes = [n for n in range(LANES, min(width, max(most, LANES)) + 1, LANES) if width % n == 0]
-    return max(sizes, default=width)
+    sizes = list(range(LANES, min(width - 1, most) + 1, LANES))
+    if width <= max(most, LANES):
+        sizes.append(width)
+
+    def cost(size: int) -> int:
+        return pl.cdiv(pl.cdiv(width, size), ways) * (lanes(size) + _COLUMN)
+
+    return min(reversed(sizes), key=cost)
 
 
 def chunks(width: int, most: int, body) -> None:
-    """``body(slice)`` for every chunk of a width, each of :func:`divisor`; only one is compiled."""
-    chunk = divisor(width, most)
-    if chunk == width:
-        body(pl.ds(0, width))
+    """``body(slice)`` for chunks of one length, at most ``most``, and for what is left of a width.
+
+    What is compiled is one chunk and the rest.
+    """
+    pieces = pl.cdiv(width, max(most, LANES))
+    chunk = width if pieces == 1 else lanes(pl.cdiv(width, pieces))
+    whole = width // chunk
+    if whole == 1:
+        body(pl.ds(0, chunk))
     else:
-        pl.loop(0, width // chunk)(lambda i: body(pl.ds(pl.multiple_of(i * chunk, chunk), chunk)))
+        pl.loop(0, whole)(lambda i: body(pl.ds(pl.multiple_of(i * chunk, chunk), chunk)))
+    if width % chunk:
+        body(pl.ds(whole * chunk, width % chunk))

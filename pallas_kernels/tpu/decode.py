@@ -28,12 +28,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_call import DecodeCall, Support
 from pallas_kernels.decode_plan import combine, make_plan, touched_PB
+from pallas_kernels.tpu.chips import ANYWHERE, TABLES
 
 LANES = 128
 TILE_ROWS = 512  # key rows of one product
 STEP_BYTES = 1 << 19  # of one cached array read by one step of the grid, about
 LARGEST_STEP_PAGES = 16
-VMEM_BYTES = 16 << 20  # what the largest supported call stays below
+VMEM_BYTES = ANYWHERE * 4 // 5  # for buffers and results; the rest is the compiler's
 MASKED = -1e30  # finite, so that a fully masked row has no NaN on its way to zero
 SUPPORT = Support(
     "TPU decode kernel", ("bfloat16", "float32"), ("bfloat16", "float32", "float8_e4m3fn")
@@ -72,8 +73,11 @@ def tiling(slots: int, kv_heads: int, head_dim: int, dtype, page: int | None = N
     return Tiling(tiles * tile, tile, tiles * tile)
 
 
-def check(call: DecodeCall, splits: int | None = None) -> None:
-    """Raises ValueError for what :func:`decode` does not support, naming what it does."""
+def check(call: DecodeCall, splits: int | None = None, pieces: int = 1) -> None:
+    """Raises ValueError for what :func:`decode` does not support, naming what it does.
+
+    ``pieces``: of the call's rows, one of which the kernel is given.
+    """
     SUPPORT.check(call, splits)
     H, K, dtype = call.q_BTNH.shape[3], call.kv_heads, call.k_cache.dtype
     if H % LANES:
@@ -84,6 +88,9 @@ def check(call: DecodeCall, splits: int | None = None) -> None:
             f"pages of {call.page} slots with {K} heads; page size times heads must be a multiple "
             f"of {packed} for a {dtype.name} cache"
         )
+    static = _Static.of(call, splits or 1)
+    static.check_memory(call.q_BTNH.dtype, dtype, own_values=call.v_cache is not None)
+    static.check_tables(pieces, call.slots // call.page if call.paged else 0)
 
 
 def decode(call: DecodeCall, *, splits: int = 1, interpret=False):
@@ -93,33 +100,28 @@ def decode(call: DecodeCall, *, splits: int = 1, interpret=False):
       call: queries in bfloat16 or float32, H a multiple of 128; caches in bfloat16, float32 or
         float8_e4m3fn, K times the slots of a page a multiple of a register's rows (8 in float32, 16
         in bfloat16, 32 in float8).
-      splits: pieces the work is cut into for that many cores (2 on chips that show two cores as one
-        device: v4, v5p).
+      splits: pieces the work is cut into for that many cores (``chips.Chip.cores``).
       interpret: as in ``pallas_call``.
 
     Returns:
       (B, T, N, H) in the dtype of the queries; zeros where a query sees nothing.
 
     Raises:
-      ValueError: an unsupported width, dtype or page size, queries that do not fit the on-chip
-        memory, or arguments that do not fit each other.
+      ValueError: an unsupported width, dtype or page size, queries or page tables that do not fit
+        the on-chip memory, or arguments that do not fit each other.
     """
     check(call, splits)
-    q_BTNH, K, page, slots = call.q_BTNH, call.kv_heads, call.page, call.slots
+    q_BTNH, K = call.q_BTNH, call.kv_heads
     B, T, N, H = q_BTNH.shape
-    cut = tiling(slots, K, H, call.k_cache.dtype, page if call.paged else None)
-    rotates = call.frequency_F is not None
-    static = _Static(B, T, N, K, H, slots, cut, call.window, splits, rotates, call.paged)
-    static.check_memory(q_BTNH.dtype, call.k_cache.dtype, own_values=call.v_cache is not None)
-
-    plan = make_plan(call.positions_BT, call.lengths_B, slots, cut.block, call.window)
+    static = _Static.of(call, splits)
+    plan = make_plan(call.positions_BT, call.lengths_B, call.slots, static.cut.block, call.window)
     key_head_R1 = jnp.tile(call.key_head_N(), T)[:, None]
     constants = static.constants(key_head_R1, call)
     per_split = -(-plan.start_B1[-1] // splits)
     scalars = [*plan, jnp.stack([per_split, call.first_part()]), call.positions_BT.reshape(-1)]
     if call.paged:
         scalars.append(call.page_table_BM.reshape(-1))
-    caches = [c.reshape(-1, page * K, H) for c in call.caches]
+    caches = [c.reshape(-1, call.page * K, H) for c in call.caches]
     out = static.run(per_split, scalars, q_BTNH.reshape(B, T * N, H), constants, caches, interpret)
     touched = touched_PB(plan, splits)
     if splits == 1:
@@ -161,9 +163,27 @@ class _Static(NamedTuple):
     rotates: bool
     paged: bool
 
+    @classmethod
+    def of(cls, call: DecodeCall, splits: int) -> _Static:
+        (B, T, N, H), K, slots = call.q_BTNH.shape, call.kv_heads, call.slots
+        cut = tiling(slots, K, H, call.k_cache.dtype, call.page if call.paged else None)
+        rotates = call.frequency_F is not None
+        return cls(B, T, N, K, H, slots, cut, call.window, splits, rotates, call.paged)
+
     @property
     def rows(self) -> int:
         return self.T * self.N
+
+    def check_tables(self, pieces: int, pages: int) -> None:
+        """Raises ValueError if what is passed ahead of the kernel does not fit; pages: of a row."""
+        rows, blocks = -(-self.B // pieces), self.per_lap + 1
+        need = 4 * rows * (blocks + 4 + self.T + pages)
+        if need > TABLES:
+            raise ValueError(
+                f"{rows} rows of {blocks} blocks and {pages} pages take {need} bytes of scalar "
+                f"memory; the TPU decode kernel has {TABLES}: pass fewer rows a call, or larger "
+                "pages"
+            )
 
     def check_memory(self, dtype, cache_dtype, own_values: bool) -> None:
         """Raises ValueError if the buffers alone, without the products' results, do not fit."""
@@ -231,7 +251,7 @@ class _Static(NamedTuple):
             ),
             out_shape=out_shape,
             compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+                dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=ANYWHERE
             ),
             cost_estimate=self.cost(caches),
             interpret=interpret,

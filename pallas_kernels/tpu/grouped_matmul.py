@@ -12,6 +12,7 @@ parts of ``PART`` rows in which it has some, so that a border costs a part and n
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +20,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import rules
-from pallas_kernels.tpu.cuts import chunks, divisor
+from pallas_kernels.tpu import chips
+from pallas_kernels.tpu.chips import CHIPS, MIB
+from pallas_kernels.tpu.cuts import block as cut
+from pallas_kernels.tpu.cuts import chunks, lanes
 
 BLOCK_ROWS = 512
 REGISTER_ROWS = 16  # of bfloat16; float32 has 8
 PART = 128
 CHUNK = 2**20  # elements of a matrix in one product: what is compiled is a product of one chunk
-VMEM_BYTES = 48 * 2**20  # for blocks, of the 64 MiB of v5p and tpu7x (v5e and v6e: 128)
-VMEM_LIMIT = 60 * 2**20
+# Rows of a block and the most of a result's width, the preferred first.
+BLOCKS = ((512, 2048), (512, 1024), (512, 512), (256, 512), (256, 256), (256, 128), (128, 128))
+# The most of a matrix's two widths.
+MATRICES = ((1024, 2048), (1024, 1024), (512, 512), (256, 256), (128, 128))
 
 
 def _visits(sizes_E, rows: int, block: int, every_group: bool):
@@ -149,37 +155,62 @@ def _rows_of_block(rows: int, most: int) -> int:
     return min(most, pl.cdiv(rows, REGISTER_ROWS) * REGISTER_ROWS)
 
 
-def _blocks_of_rows(rows: int, D: int, F: int, bytes_each: int):
-    """(R, f) such that double-buffered (R, D), (D, f), (R, f) and a float32 (R, f) fit."""
+class Blocks(NamedTuple):
+    """Of the three kernels' operands; the last block of a width may reach past it.
 
-    def need(R, f):
+    R: rows. d, f: widths. vmem: bytes that the compiler may use for them.
+    """
+
+    R: int
+    d: int
+    f: int
+    vmem: int
+
+
+def _fitting(chip: str, name: str, options, need) -> Blocks:
+    """The first (R, d, f) whose ``need`` of bytes the chip has."""
+    for R, d, f in options:
+        if need(R, d, f) <= CHIPS[chip].budget:
+            return Blocks(R, d, f, CHIPS[chip].limit(need(R, d, f)))
+    raise ValueError(
+        f"{name}: blocks of {need(R, d, f) / MIB:.0f} MiB do not fit the "
+        f"{CHIPS[chip].budget / MIB:.0f} MiB of a {chip}'s vector memory (VMEM) that they may have"
+    )
+
+
+def blocks_of_rows(chip: str, rows: int, D: int, F: int, bytes_each: int) -> Blocks:
+    """(R, D, f) such that double-buffered (R, D), (D, f), (R, f) and a float32 (R, f) fit.
+
+    Raises:
+      ValueError: none fits.
+    """
+
+    def need(R, D, f):
+        D, f = lanes(D), lanes(f)
         return 2 * bytes_each * (R * D + D * f + R * f) + 4 * R * f
 
-    for most in (2048, 1024, 512, 256, 128):
-        R, f = _rows_of_block(rows, BLOCK_ROWS if most > 256 else 256), divisor(F, most)
-        if need(R, f) <= VMEM_BYTES:
-            return R, f
-    raise ValueError(
-        f"grouped matmul of ({rows}, {D}) by ({D}, {F}): blocks of {need(R, f)} bytes do not fit "
-        f"{VMEM_BYTES}; widths that are multiples of 128 can be cut smaller"
-    )
+    cores = CHIPS[chip].cores
+    options = ((_rows_of_block(rows, R), D, cut(F, most, cores)) for R, most in BLOCKS)
+    return _fitting(chip, f"grouped matmul of ({rows}, {D}) by ({D}, {F})", options, need)
 
 
-def _blocks_of_matrices(rows: int, D: int, F: int, bytes_each: int):
-    """(R, d, f) such that double-buffered (R, d), (R, f), (d, f) and a float32 (d, f) fit."""
-    R, d = _rows_of_block(rows, BLOCK_ROWS), divisor(D, 1024)
-    for most in (2048, 1024):
-        f = divisor(F, most)
-        need = 2 * bytes_each * (R * d + R * f + d * f) + 4 * d * f
-        if need <= VMEM_BYTES:
-            return R, d, f
-    raise ValueError(
-        f"grouped matmul gradient ({D}, {F}): blocks of {need} bytes do not fit {VMEM_BYTES}; "
-        "widths that are multiples of 128 can be cut smaller"
-    )
+def blocks_of_matrices(chip: str, rows: int, D: int, F: int, bytes_each: int) -> Blocks:
+    """(R, d, f) such that double-buffered (R, d), (R, f), (d, f) and a float32 (d, f) fit.
+
+    Raises:
+      ValueError: none fits.
+    """
+
+    def need(R, d, f):
+        d, f = lanes(d), lanes(f)
+        return 2 * bytes_each * (R * d + R * f + d * f) + 4 * d * f
+
+    R, cores = _rows_of_block(rows, BLOCK_ROWS), CHIPS[chip].cores
+    options = ((R, cut(D, d, cores), cut(F, f)) for d, f in MATRICES)
+    return _fitting(chip, f"grouped matmul gradient ({D}, {F})", options, need)
 
 
-def _call(kernel, name, *, out_shape, visits, arrays, flops, semantics, interpret, **grid):
+def _call(kernel, name, *, out_shape, visits, arrays, flops, semantics, vmem, interpret, **grid):
     """One kernel whose last grid dimension counts visits."""
     count, tables = visits
     spec = pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=len(tables), **grid)
@@ -188,9 +219,7 @@ def _call(kernel, name, *, out_shape, visits, arrays, flops, semantics, interpre
         kernel,
         out_shape=out_shape,
         grid_spec=spec,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem),
         cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0),
         interpret=interpret,
         name=name,
@@ -203,7 +232,7 @@ def _shape(shape, dtype, *like):
 
 
 def rows_by_matrices(
-    x_MD, w_EDF, sizes_E, *, load: int | None = None, transposed=False, interpret=False
+    x_MD, w_EDF, sizes_E, *, chip: str, load: int | None = None, transposed=False, interpret=False
 ):
     """Each row times its group's matrix, or, ``transposed``, the matrix (E, F, D) transposed.
 
@@ -211,6 +240,7 @@ def rows_by_matrices(
       x_MD: rows sorted by group, bfloat16 or float32.
       w_EDF: of the rows' dtype; (E, F, D) if ``transposed``.
       sizes_E: int32 rows of each group.
+      chip: what is compiled for, a key of ``chips.CHIPS``.
       load: rows in groups that the declared cost counts on, M by default.
 
     Returns:
@@ -220,7 +250,7 @@ def rows_by_matrices(
       ValueError: widths whose blocks do not fit the on-chip memory.
     """
     (M, D), E, F = x_MD.shape, w_EDF.shape[0], w_EDF.shape[1 if transposed else 2]
-    R, f = _blocks_of_rows(M, D, F, x_MD.dtype.itemsize)
+    R, _, f, vmem = blocks_of_rows(chip, M, D, F, x_MD.dtype.itemsize)
     visits = _visits(sizes_E, M, R, every_group=False)
 
     def w_index(j, v, group_V, block_V, border_C):
@@ -238,8 +268,9 @@ def rows_by_matrices(
         arrays=(x_MD, w_EDF),
         flops=2 * (load or M) * D * F,
         semantics=("parallel", "arbitrary"),
+        vmem=vmem,
         interpret=interpret,
-        grid=(F // f, visits[0]),
+        grid=(pl.cdiv(F, f), visits[0]),
         in_specs=[
             pl.BlockSpec((R, D), x_index),
             pl.BlockSpec((None, f, D) if transposed else (None, D, f), w_index),
@@ -249,19 +280,19 @@ def rows_by_matrices(
     )
 
 
-def matrices_of_rows(x_MD, dy_MF, sizes_E, *, load: int | None = None, interpret=False):
+def matrices_of_rows(x_MD, dy_MF, sizes_E, *, chip: str, load: int | None = None, interpret=False):
     """For every group the sum of outer products of its rows: (E, D, F) in the rows' dtype.
 
     Args:
       x_MD, dy_MF: rows sorted by group, of one dtype, bfloat16 or float32.
       sizes_E: int32 rows of each group; one without rows gets zeros.
-      load: see :func:`rows_by_matrices`.
+      chip, load: see :func:`rows_by_matrices`.
 
     Raises:
       ValueError: widths whose blocks do not fit the on-chip memory.
     """
     (M, D), F, E = x_MD.shape, dy_MF.shape[1], len(sizes_E)
-    R, d, f = _blocks_of_matrices(M, D, F, x_MD.dtype.itemsize)
+    R, d, f, vmem = blocks_of_matrices(chip, M, D, F, x_MD.dtype.itemsize)
     visits = _visits(sizes_E, M, R, every_group=True)
     return _call(
         _matrices_kernel,
@@ -271,8 +302,9 @@ def matrices_of_rows(x_MD, dy_MF, sizes_E, *, load: int | None = None, interpret
         arrays=(x_MD, dy_MF),
         flops=2 * (load or M) * D * F,
         semantics=("parallel", "parallel", "arbitrary"),
+        vmem=vmem,
         interpret=interpret,
-        grid=(D // d, F // f, visits[0]),
+        grid=(pl.cdiv(D, d), pl.cdiv(F, f), visits[0]),
         in_specs=[
             pl.BlockSpec((R, d), lambda i, j, v, g, block_V, b: (block_V[v], i)),
             pl.BlockSpec((R, f), lambda i, j, v, g, block_V, b: (block_V[v], j)),
@@ -284,35 +316,48 @@ def matrices_of_rows(x_MD, dy_MF, sizes_E, *, load: int | None = None, interpret
     )
 
 
-def check(x_MD, w_EDF, sizes_E) -> None:
+def check(x_MD, w_EDF, sizes_E, chip: str) -> None:
     """Raises ValueError for what :func:`grouped_matmul` or its gradients do not support.
 
     Only shapes and dtypes are looked at.
     """
     rules.check_grouped_matmul("TPU kernel", x_MD, w_EDF, sizes_E, ("bfloat16", "float32"))
-    (M, D), F, size = x_MD.shape, w_EDF.shape[2], x_MD.dtype.itemsize
-    _blocks_of_rows(M, D, F, size)
-    _blocks_of_rows(M, F, D, size)
-    _blocks_of_matrices(M, D, F, size)
+    if reason := chips.unsupported(chip):
+        raise ValueError(f"TPU grouped matmul: {reason}")
+    (M, D), (E, _, F), size = x_MD.shape, w_EDF.shape, x_MD.dtype.itemsize
+    blocks = (
+        blocks_of_rows(chip, M, D, F, size),
+        blocks_of_rows(chip, M, F, D, size),
+        blocks_of_matrices(chip, M, D, F, size),
+    )
+    for R, *_ in blocks:
+        need = 4 * (2 * (pl.cdiv(M, R) + E) + E + 2)  # of what ``_visits`` makes
+        if need > chips.TABLES:
+            raise ValueError(
+                f"TPU grouped matmul: {E} groups of {M} rows in blocks of {R} take {need} bytes of "
+                f"scalar memory, and a kernel has {chips.TABLES}: pass fewer rows a call"
+            )
 
 
-def grouped_matmul(x_MD, w_EDF, sizes_E, load: int | None = None, interpret: bool = False):
+def grouped_matmul(
+    x_MD, w_EDF, sizes_E, *, chip: str, load: int | None = None, interpret: bool = False
+):
     """:func:`rows_by_matrices` with gradients for the rows and the matrices.
 
     Args:
       x_MD: rows sorted by group, bfloat16 or float32.
       w_EDF: one matrix per group, in the rows' dtype.
       sizes_E: int32 rows of each group, in order; zero is allowed. Rows past their sum give zeros.
-      load: see :func:`rows_by_matrices`.
+      chip, load: see :func:`rows_by_matrices`.
 
     Returns:
       (M, F) in the rows' dtype.
 
     Raises:
-      ValueError: a shape or dtype that the kernels do not support, or widths whose blocks, those
-        of the gradients included, do not fit the on-chip memory.
+      ValueError: a chip, shape or dtype that the kernels do not support, or widths whose blocks,
+        those of the gradients included, do not fit the on-chip memory.
     """
-    check(x_MD, w_EDF, sizes_E)
-    options = {"load": load, "interpret": interpret}
+    check(x_MD, w_EDF, sizes_E, chip)
+    options = {"chip": chip, "load": load, "interpret": interpret}
     kernels = (functools.partial(k, **options) for k in (rows_by_matrices, matrices_of_rows))
     return rules.grouped_matmul(*kernels, x_MD, w_EDF, sizes_E)

@@ -2,9 +2,10 @@
 
 Shape suffixes: N bundles (instructions of a core's cycle), U units.
 
-libtpu writes, for every bundle of a compiled kernel, how many slots of each unit it uses. The share
-of matrix slots in the bundles that do the work is an upper bound of the share of the chip's peak:
-memory, the steps' own cost and blocks on a mask's or a group's edge are not in it.
+libtpu writes, for every bundle of a compiled kernel, how many slots of each unit it uses. From the
+bundles of a visit with a mask, of one without, and of what begins and ends a result follows the
+time of whole rows, and from it the share of the chip's peak (``work``). A product takes the matrix
+units longer than the bundles that start it: a visit takes the larger of both. Memory is not in it.
 
 ``python -m pallas_kernels.tpu.schedule [chip ...]`` prints the table of benchmarks/tpu_kernels.md;
 two minutes a chip on two cores.
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pallas_kernels.tpu import work
 from pallas_kernels.tpu.aot import COMPILE, ENVIRONMENT, TOPOLOGIES, temporaries
 
 #: (family of kernels, shape) of the table
@@ -47,7 +49,9 @@ class Schedule:
 
     matrix, vector, power: shares of the slots of the matrix units, the vector arithmetic and the
       transcendental unit. bundles: executed, loops counted as often as they run. moves: spills and
-      fills of registers among them. vmem: bytes of vector memory of the whole kernel.
+      fills of registers among them. vmem: bytes of vector memory of the whole kernel. masked:
+      bundles of a visit that needs a mask. result: of what begins and ends a result. step: of every
+      step of the grid besides.
     """
 
     matrix: float
@@ -56,13 +60,16 @@ class Schedule:
     bundles: int
     moves: int
     vmem: int
+    masked: int
+    result: int
+    step: int
 
 
-def executed(bundles: str, products_N) -> np.ndarray:
-    """How often each bundle runs in one visit: int (N,).
+def regions(bundles: str) -> tuple[np.ndarray, np.ndarray]:
+    """(how often each bundle runs in a step of the grid, its region): int (N,) each.
 
-    The visit is a pass of the outermost loop (the grid) through its first region with matrix
-    products: kernels have what needs no mask before what does, each under a condition of its own.
+    A region of the outermost loop (the grid) runs or does not, under a condition of its own; region
+    0 is before the loop. Loops of unknown length count once.
 
     Args:
       bundles: the schedule as libtpu writes it: ``LB`` where a loop begins, ``PF`` where a
@@ -81,23 +88,29 @@ def executed(bundles: str, products_N) -> np.ndarray:
         if ends and starts:
             start = starts.pop()
             times_N[start : i + 1] *= trips[ends[0]] if starts else 1
-    region_N = np.cumsum(region_N)
-    return times_N * (region_N == region_N[np.argmax(np.asarray(products_N) > 0)])
+    return times_N, np.cumsum(region_N)
 
 
 def read(table: str, bundles: str, allocations: str) -> Schedule:
     """From what libtpu writes of a kernel: slots in use, its schedule, and its allocations.
 
-    See :func:`executed`.
+    Kernels have what needs no mask before what does: the first two regions with matrix products.
+    The largest regions before and after them begin and end a result.
     """
     lines = table.splitlines()
     names = [name.strip() for name in lines[1].split(",")]
     capacity = dict(zip(names, map(int, lines[2].split()), strict=True))
     rows = lines[lines.index("== UTILIZATION:") + 1 :]
     used_NU = np.array([[int(n) for n in row.split()] for row in rows if row.strip()])
-    times_N = executed(bundles, used_NU[:, names.index("MATMUL")])
-    count = dict(zip(names, map(int, times_N @ used_NU), strict=True))
-    total = int(times_N.sum())
+    times_N, region_N = regions(bundles)
+    length_R = np.bincount(region_N, times_N).astype(int)
+    products_R = np.bincount(region_N, used_NU[:, names.index("MATMUL")])
+    working = np.nonzero(products_R)[0]
+    whole, masked = working[0], working[min(1, working.size - 1)]
+    begins, ends = length_R[1:whole], length_R[working[-1] + 1 :]
+    result = int(begins.max(initial=0) + ends.max(initial=0))
+    count = dict(zip(names, map(int, (times_N * (region_N == whole)) @ used_NU), strict=True))
+    total = int(length_R[whole])
     share = {name: count[name] / (total * capacity[name]) for name in names}
     return Schedule(
         matrix=share["MATMUL"],
@@ -106,6 +119,9 @@ def read(table: str, bundles: str, allocations: str) -> Schedule:
         bundles=total,
         moves=count["VLOAD:FILL"] + count["VSTORE:SPILL"],
         vmem=sum(int(size, 16) for size in dict(_ALLOCATION.findall(allocations)).values()),
+        masked=int(length_R[masked]),
+        result=result,
+        step=int(begins.sum() + ends.sum()) - result,
     )
 
 
@@ -146,8 +162,14 @@ def row(chip: str, family: str, shape: dict) -> list[str]:
     found = measure(chip, family, shape)
     kept = found.pop("temporaries") / 2**20
     size = " x ".join(f"{n:,}" for n in shape.values())
+    counted = work.WORK.get(family, lambda chip, **shape: {})(chip, **shape)
+
+    def peak(kernel: str) -> str:
+        return f"{counted[kernel].share(chip, found[kernel]):.0%}" if kernel in counted else ""
+
     return [
-        f"| {chip} | {kernel} | {size} | {s.matrix:.0%} | {s.vector:.0%} | {s.power:.0%} "
+        f"| {chip} | {kernel} | {size} | {peak(kernel)} | {s.matrix:.0%} | {s.vector:.0%} "
+        f"| {s.power:.0%} "
         f"| {s.bundles:,} | {s.moves:,} | {s.vmem / 2**20:.1f} | {kept:,.1f} |"
         for kernel, s in found.items()
     ]
@@ -162,7 +184,7 @@ def main():
         request = json.loads(args.compile)
         print(temporaries(COMPILE[request["family"]](request["chip"], **request["shape"])))
         return
-    columns = "chip kernel shape matrix vector powers bundles moves VMEM_MiB temporaries_MiB"
+    columns = "chip kernel shape peak matrix vector powers bundles moves VMEM_MiB temporaries_MiB"
     print("| " + columns.replace(" ", " | ").replace("_", " ") + " |")
     print("|" + "---|" * len(columns.split()))
     for chip in args.chip or TOPOLOGIES:

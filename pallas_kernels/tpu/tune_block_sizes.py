@@ -5,11 +5,10 @@ Shape suffixes: none; there are no arrays here.
 ``python -m pallas_kernels.tpu.tune_block_sizes [chip ...]``: twelve candidates a chip, a minute
 each on two cores.
 
-A candidate's score is its share of matrix slots, times the share of a causal row's computed scores
-that are not masked (larger blocks waste more on the diagonal), at the tokens and width of
-``SHAPE``. It ranks without a device and leaves out memory and the cost of a step of the grid, so
-only times on a device can confirm a choice. What does not compile, or does not fit by
-``block_sizes.check``, is passed over.
+A candidate's score is its share of the chip's peak for a causal row at the tokens and width of
+``SHAPE`` (``work``): larger blocks waste more on the diagonal. It ranks without a device and leaves
+out memory, so only times on a device can confirm a choice. What does not compile, or does not fit
+by ``block_sizes.check``, is passed over.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ import itertools
 import json
 import sys
 
-from pallas_kernels.tpu import block_sizes
+from pallas_kernels.tpu import block_sizes, work
 from pallas_kernels.tpu.aot import TOPOLOGIES
+from pallas_kernels.tpu.chips import CHIPS, MIB
 from pallas_kernels.tpu.schedule import measure
-from pallas_kernels.tpu.visits import Pattern, candidates
 
 SHAPE = {"heads": 64, "tokens": 8192, "width": 256}
 CHUNK = {64: 4096, 128: 8192}  # MiB of VMEM -> keys whose gradients stay in it
@@ -30,13 +29,6 @@ FORWARD = [
     for rows, q, kv, inner in itertools.product((1024, 2048), (512, 1024), (1024,), (512, 1024))
 ]
 BACKWARD = [{"rows": 1024, "q_block": q, "kv_block": kv} for q in (512, 1024) for kv in (512, 1024)]
-
-
-def useful(q_block: int, kv_block: int) -> float:
-    """The unmasked share of the scores of a causal row's visits."""
-    tokens = SHAPE["tokens"]
-    visits = len(candidates(Pattern(in_order=True), tokens, tokens, q_block, kv_block)[0])
-    return tokens * (tokens + 1) / 2 / (visits * q_block * kv_block)
 
 
 def best(chip: str, direction: str, options: list[dict], other: dict) -> dict:
@@ -54,9 +46,10 @@ def best(chip: str, direction: str, options: list[dict], other: dict) -> dict:
         except RuntimeError as error:
             print(f"{chip} {direction} {entry}: {str(error).strip().splitlines()[-1][:100]}")
             continue
-        matrix = found[f"attention_{direction}"].matrix
-        score = matrix * useful(entry["q_block"], entry["kv_block"])
-        print(f"{chip} {direction} {entry}: matrix slots {matrix:.0%}, score {score:.0%}")
+        block_sizes.table()[chip] = sizes
+        kernel = f"attention_{direction}"
+        score = work.attention(chip, **SHAPE)[kernel].share(chip, found[kernel])
+        print(f"{chip} {direction} {entry}: {score:.0%} of peak")
         scored.append((score, entry))
     if not scored:
         raise RuntimeError(f"{chip}: none of the {direction} block sizes compiles")
@@ -66,11 +59,10 @@ def best(chip: str, direction: str, options: list[dict], other: dict) -> dict:
 def main():
     table = dict(block_sizes.table())
     for chip in sys.argv[1:] or TOPOLOGIES:
-        kind = TOPOLOGIES[chip][1]
-        chunk = CHUNK[block_sizes.CHIPS[kind].vmem // block_sizes.MIB]
+        chunk = CHUNK[CHIPS[chip].vmem // MIB]
         backward = [entry | {"chunk": chunk} for entry in BACKWARD]
         forward = best(chip, "forward", FORWARD, {"backward": backward[0]})
-        table[kind] = {
+        table[chip] = {
             "forward": forward,
             "backward": best(chip, "backward", backward, {"forward": forward}),
         }

@@ -40,7 +40,7 @@ class Mask:
         many after it; None for all.
       in_order: queries and keys are the same tokens in the same order, so that with ``causal`` a
         key at a later index is hidden whatever its position, unless there are blocks (lets
-        implementations skip what is hidden).
+        implementations skip what is hidden). It promises that positions rise within a document.
     """
 
     q_positions_BT: jax.Array
@@ -335,7 +335,7 @@ def pallas_tpu(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi, device):
         mask.kv_segments_BS,
         pattern=Pattern(mask.causal, mask.window, mask.in_order),
         scale=scale,
-        chip=device.device_kind,
+        chip=registry.tpu_chip(device),
     )
     return o_BKGTV
 
@@ -343,8 +343,8 @@ def pallas_tpu(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi, device):
 def pallas_gpu(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi, device):
     """The kernels of ``pallas_kernels.gpu``; the arrays are those of one device.
 
-    Each key head is a row of its own. The kernels count tokens, not positions: with a window, the
-    positions of a document must follow each other.
+    Each key head is a row of its own. To the kernels a document is an unbroken run of the row: a
+    row in which that means something else than :class:`Mask` says comes back as NaN.
     """
     from pallas_kernels.gpu import attention as kernel
 
@@ -353,22 +353,38 @@ def pallas_gpu(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi, device):
     def whole_tiles(x, axis: int):  # what is added comes after all others, so that nobody sees it
         return jnp.pad(x, [(0, -T % kernel.TILE if a == axis else 0) for a in range(x.ndim)])
 
-    real_BT = mask.q_positions_BT >= 0
-    segments_BT = jnp.ones_like(real_BT, jnp.int32)
+    def of_key_heads(x_BT):
+        return whole_tiles(jnp.repeat(x_BT, K, axis=0), 1)
+
+    segments_BT = jnp.ones_like(mask.q_positions_BT)
     if mask.q_segments_BT is not None:
-        real_BT &= mask.q_segments_BT > 0
-        segments_BT = mask.q_segments_BT
-    segments_BT = jnp.where(real_BT, segments_BT, 0)
+        segments_BT = jnp.maximum(mask.q_segments_BT, 0)
+    segments_BT = jnp.where(mask.q_positions_BT >= 0, segments_BT, 0)
     o_RTGH = kernel.mfa_attention(
         whole_tiles(q_BKGTH.reshape(B * K, G, T, H).swapaxes(1, 2), 1),
         *(whole_tiles(x.reshape(B * K, T, H), 1) for x in (k_BKSH, v_BKSV)),
         scale=scale,
         window=mask.window,
-        segments_BT=whole_tiles(jnp.repeat(segments_BT, K, axis=0), 1),
+        segments_BT=of_key_heads(segments_BT),
+        positions_BT=of_key_heads(mask.q_positions_BT),
         device=device,
     )
     o_BKGTH = o_RTGH[:, :T].swapaxes(1, 2).reshape(q_BKGTH.shape)
-    return jnp.where(real_BT[:, None, None, :, None], o_BKGTH, 0)
+    o_BKGTH = jnp.where(segments_BT[:, None, None, :, None] > 0, o_BKGTH, 0)
+    runs_B = are_runs_B(mask.q_positions_BT, segments_BT)
+    return jnp.where(runs_B[:, None, None, None, None], o_BKGTH, jnp.nan)
+
+
+def are_runs_B(positions_BT, segments_BT):
+    """Whether a row's documents are unbroken, their numbers rising, and positions rise in each.
+
+    ``segments_BT`` is 0 for padding, which may lie between documents but not within one.
+    """
+    number_BT, position_BT = segments_BT[:, 1:], positions_BT[:, 1:]
+    before_BT = jax.lax.cummax(segments_BT, axis=1)[:, :-1]
+    begins_BT = number_BT > before_BT
+    goes_on_BT = (number_BT == segments_BT[:, :-1]) & (position_BT > positions_BT[:, :-1])
+    return jnp.all((number_BT == 0) | begins_BT | goes_on_BT, axis=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -413,7 +429,7 @@ def _pallas_tpu_unsupported(problem: Problem, device) -> str | None:
         problem.value_width,
         jnp.dtype(problem.dtype).itemsize,
     )
-    return block_sizes.unsupported(device.device_kind, shape, problem.dtype)
+    return block_sizes.unsupported(registry.tpu_chip(device), shape, problem.dtype)
 
 
 def _pallas_gpu_unsupported(problem: Problem, device) -> str | None:

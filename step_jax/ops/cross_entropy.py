@@ -51,12 +51,16 @@ def cross_entropy(
       ValueError: arrays that the mesh does not divide or the implementation does not support, or
         see ``registry.Operation.resolve``.
     """
-    device = None if sharding is None else sharding.mesh.devices.flat[0]
-    name = resolve(implementation, Problem.of(sharding), device)
+    name = resolve(implementation, Problem.of(sharding), _device(sharding))
     weights_BT = weights_BT.astype(jnp.float32)
     return IMPLEMENTATIONS[name].compute(
         x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunks, sharding
     )
+
+
+def _device(sharding: Sharding | None) -> jax.Device:
+    """One of those compiled for."""
+    return jax.devices()[0] if sharding is None else sharding.mesh.devices.flat[0]
 
 
 def chunked(x_BTD, w_DV, targets_BT, weights_BT, z_loss, chunks, sharding: Sharding | None):
@@ -185,7 +189,8 @@ def pallas_tpu(*arguments):
     """
     from pallas_kernels.tpu import cross_entropy as kernel  # not paid for elsewhere
 
-    return _on_every_piece(kernel.cross_entropy, *arguments)
+    chip = registry.tpu_chip(_device(arguments[-1]))
+    return _on_every_piece(functools.partial(kernel.cross_entropy, chip=chip), *arguments)
 
 
 def pallas_gpu(*arguments):
@@ -196,9 +201,7 @@ def pallas_gpu(*arguments):
     """
     from pallas_kernels.gpu import cross_entropy as kernel  # not paid for elsewhere
 
-    sharding = arguments[-1]
-    device = None if sharding is None else sharding.mesh.devices.flat[0]
-    compute = functools.partial(kernel.cross_entropy, device=device)
+    compute = functools.partial(kernel.cross_entropy, device=_device(arguments[-1]))
     return _on_every_piece(compute, *arguments)
 
 

@@ -19,13 +19,10 @@ import jax.numpy as jnp
 from pallas_kernels.decode_call import DecodeCall
 from pallas_kernels.gpu import decode as gpu_decode
 from pallas_kernels.tpu import decode as tpu_decode
-from step_jax.core import hardware
+from pallas_kernels.tpu.chips import CHIPS
 from step_jax.ops import attention as ops_attention
 from step_jax.ops import registry
 from step_jax.ops.rope import rotate
-
-#: TensorCores that one JAX device has, where it has several (``core.hardware``).
-CORES = {"v4": 2, "v5p": 2}
 
 
 def slot_positions_BS(lengths_B, slots: int):
@@ -67,8 +64,8 @@ def reference(call: DecodeCall):
 
 def pallas_tpu(call: DecodeCall, device, interpret: bool = False):
     """The kernel of ``pallas_kernels.tpu``, its work cut for the cores of ``device``."""
-    chip = hardware.detect(device)
-    splits = CORES.get(chip.name, 1) if chip is not None else 1
+    chip = CHIPS.get(registry.tpu_chip(device))  # None where it is interpreted
+    splits = 1 if chip is None else chip.cores
     return tpu_decode.decode(call, splits=splits, interpret=interpret)
 
 
@@ -82,19 +79,23 @@ class Problem:
     """What decides whether an implementation can do it.
 
     call: its arrays' shapes and dtypes, and what else it says. alibi: a bias is added.
+    batch_pieces: into which the mesh cuts the call's rows.
     """
 
     call: DecodeCall
     alibi: bool = False
+    batch_pieces: int = 1
 
 
 def _unsupported(check: Callable, problem: Problem, device) -> str | None:
     """Why a kernel, whose ``check`` raises for what it lacks, cannot do this."""
-    return "it adds no ALiBi bias" if problem.alibi else registry.refusal(check, problem.call)
+    return "it adds no ALiBi bias" if problem.alibi else registry.refusal(check, problem)
 
 
-_unsupported_tpu = functools.partial(_unsupported, tpu_decode.check)
-_unsupported_gpu = functools.partial(_unsupported, gpu_decode.check)
+_unsupported_tpu = functools.partial(
+    _unsupported, lambda problem: tpu_decode.check(problem.call, pieces=problem.batch_pieces)
+)
+_unsupported_gpu = functools.partial(_unsupported, lambda problem: gpu_decode.check(problem.call))
 
 #: compute: (call[, device: kernels only]) -> o_BTNH
 IMPLEMENTATIONS = {

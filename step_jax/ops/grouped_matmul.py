@@ -146,7 +146,8 @@ def pallas_tpu(x_MD, w_EDF, sizes_E, *, device, load: int | None):
     from pallas_kernels.tpu import grouped_matmul as kernel  # not paid for elsewhere
 
     x_MD, w_EDF, sizes_E = vary_alike(x_MD, w_EDF, sizes_E)
-    return kernel.grouped_matmul(x_MD, w_EDF, sizes_E, load=load)
+    chip = registry.tpu_chip(jax.devices()[0] if device is None else device)
+    return kernel.grouped_matmul(x_MD, w_EDF, sizes_E, chip=chip, load=load)
 
 
 def pallas_gpu(x_MD, w_EDF, sizes_E, *, device, load: int | None):
@@ -182,7 +183,9 @@ class Problem(NamedTuple):
 def _pallas_tpu_unsupported(problem: Problem | None, device) -> str | None:
     from pallas_kernels.tpu import grouped_matmul as kernel
 
-    return None if problem is None else registry.refusal(kernel.check, *problem)
+    if problem is None:
+        return None
+    return registry.refusal(kernel.check, *problem, registry.tpu_chip(device))
 
 
 def _pallas_gpu_unsupported(problem: Problem | None, device) -> str | None:

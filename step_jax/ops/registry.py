@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from pallas_kernels.gpu import common as gpu
+from pallas_kernels.tpu import chips
+from step_jax.core import hardware
 from step_jax.core.errors import ConfigError
 
 
@@ -33,7 +37,8 @@ class Operation:
     """What an operation is called in messages, its implementations, and what ``auto`` stands for.
 
     ``auto`` takes the first of ``automatic`` for the device's platform that supports the problem
-    and is worthwhile, and else ``fallback``, which supports every problem.
+    and is worthwhile, and else ``fallback``, which supports every problem. What does not support
+    the problem is passed over in one line of the log, which is written once.
     """
 
     name: str
@@ -56,8 +61,12 @@ class Operation:
         if implementation == "auto":
             for name in self.automatic.get(device.platform, ()):
                 entry = self.implementations[name]
-                if entry.worthwhile(problem) and entry.unsupported(problem, device) is None:
+                if not entry.worthwhile(problem):
+                    continue
+                reason = entry.unsupported(problem, device)
+                if reason is None:
                     return name
+                _say_once(f"{self.name}: auto passes over {name}: {reason}")
             return self.fallback
         if implementation not in self.implementations:
             names = ", ".join(["auto", *self.implementations])
@@ -66,6 +75,11 @@ class Operation:
         if reason is not None:
             raise ConfigError(f"{self.name} {implementation} cannot do this: {reason}; use auto")
         return implementation
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    logging.getLogger("step_jax.ops").warning(line)
 
 
 def kernel(compute: Callable, lacks: Callable, unsupported: Callable, **fields) -> Entry:
@@ -77,10 +91,16 @@ def kernel(compute: Callable, lacks: Callable, unsupported: Callable, **fields) 
     return Entry(compute, either, kernel=True, **fields)
 
 
+def tpu_chip(device: jax.Device) -> str:
+    """The chip of ``device`` as the kernels for TPUs name it, or what JAX calls an unknown one."""
+    chip = hardware.detect(device)
+    return device.device_kind if chip is None else chip.name
+
+
 def needs_tpu(device: jax.Device) -> str | None:
     """Why a kernel for TPUs cannot run on ``device``, or None."""
     if device.platform == "tpu":
-        return None
+        return chips.unsupported(tpu_chip(device))
     return f"it needs a TPU, and this is compiled for {device.platform}"
 
 

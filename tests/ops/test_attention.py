@@ -326,6 +326,7 @@ def test_auto_goes_by_the_devices_compiled_for():
     [
         ({}, CPU, "needs a TPU, and this is compiled for cpu"),
         ({}, types.SimpleNamespace(platform="tpu", device_kind="TPU v3"), "'TPU v3' is none of"),
+        ({}, types.SimpleNamespace(platform="tpu", device_kind="TPU v4"), "'v4' is none of v5e"),
         ({"width": 100}, TPU, "widths 100 .* and 256 .* not among 64, 128, 192, 256"),
         ({"dtype": "float16"}, TPU, "float16 is neither bfloat16 nor float32"),
         ({"alibi": True}, TPU, "no ALiBi"),

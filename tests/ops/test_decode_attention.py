@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -90,3 +91,24 @@ def test_auto_decodes_anywhere():
     arrays = Case((3,), 8, width=16).arrays()
     got = ops.decode_attention(ops.DecodeCall(*arrays, scale=0.2))
     np.testing.assert_allclose(got, attention(*arrays, 0.2), atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "page", "message"),
+    [
+        (1, 16, "128 rows of 129 blocks and 2048 pages take .* of scalar memory"),
+        (64, 256, "64 tokens of 64 heads .* on-chip memory"),
+    ],
+)
+def test_auto_takes_no_kernel_for_what_does_not_fit_a_tpu(tokens, page, message):
+    """128 rows of 32k tokens in pages of 16; 64 tokens a row. On eight devices the rows fit."""
+    rows, pages = 128, 32768 // page
+    queries = jax.ShapeDtypeStruct((rows, tokens, 64, 256), "bfloat16")
+    pool = jax.ShapeDtypeStruct((rows * pages, page, 1, 256), "bfloat16")
+    integers = [jax.ShapeDtypeStruct(s, "int32") for s in ((rows, tokens), (rows,), (rows, pages))]
+    call = ops.DecodeCall(queries, pool, pool, *integers[:2], scale=1.0, page_table_BM=integers[2])
+    assert ops.resolve("auto", ops.Problem(call), TPU) == "reference"
+    with pytest.raises(ConfigError, match=message):
+        ops.resolve("pallas_tpu", ops.Problem(call), TPU)
+    on_eight = ops.resolve("auto", ops.Problem(call, batch_pieces=8), TPU)
+    assert on_eight == ("pallas_tpu" if tokens == 1 else "reference")

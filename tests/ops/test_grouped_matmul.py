@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import typing
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -167,7 +168,6 @@ def test_auto_follows_the_platform_compiled_for():
     [
         (2**20, 128),  # the product does not fit
         (128, 2**20),  # the rows' gradient
-        (2040, 8200),  # the matrices' gradient: no multiples of 128
     ],
 )
 def test_auto_on_a_tpu_takes_tiles_for_widths_that_the_kernel_cannot_hold(width, result):
@@ -177,6 +177,16 @@ def test_auto_on_a_tpu_takes_tiles_for_widths_that_the_kernel_cannot_hold(width,
         ops.resolve("pallas_tpu", problem, TPU)
     y_MF = jax.eval_shape(functools.partial(ops.grouped_matmul, device=TPU), *problem)
     assert y_MF.shape == (4096, result)
+
+
+@pytest.mark.parametrize("kind", ["TPU v5e", "TPU v5p", "TPU v6e", "TPU7x"])
+@pytest.mark.parametrize("width,result", [(2880, 2880), (2880, 5760), (4096, 14336), (2040, 8200)])
+def test_widths_that_128_does_not_divide_are_no_reason_for_tiles(kind, width, result):
+    """2880 is gpt-oss's."""
+    device = SimpleNamespace(platform="tpu", device_kind=kind)
+    for widths in ((width, result), (result, width)):
+        problem = ops.Problem.of(8192, 32, *widths, "bfloat16")
+        assert ops.resolve("auto", problem, device) == "pallas_tpu"
 
 
 def test_every_implementation_can_be_configured():

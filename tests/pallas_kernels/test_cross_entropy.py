@@ -22,9 +22,12 @@ from tests.ops.test_cross_entropy import Z, assert_close, full_logits, gradients
 @pytest.fixture
 def interpreted(monkeypatch):
     """``ops.cross_entropy`` with the kernel interpreted on this machine."""
-    monkeypatch.setattr(
-        kernel, "cross_entropy", functools.partial(kernel.cross_entropy, interpret=True)
-    )
+    compute = kernel.cross_entropy
+
+    def on_a_tpu(*arguments, chip, **options):
+        return compute(*arguments, chip="v5p", interpret=True, **options)
+
+    monkeypatch.setattr(kernel, "cross_entropy", on_a_tpu)
     entry = dataclasses.replace(ops.IMPLEMENTATIONS["pallas_tpu"], unsupported=ops.whole_vocabulary)
     monkeypatch.setitem(ops.IMPLEMENTATIONS, "pallas_tpu", entry)
     return functools.partial(ops.cross_entropy, z_loss=Z, implementation="pallas_tpu")
@@ -83,8 +86,9 @@ def test_what_is_not_supported_is_refused(interpreted, monkeypatch):
     with pytest.raises(ValueError, match="tensor axis"):
         interpreted(*args, sharding=sharding)
     wide = jax.ShapeDtypeStruct((16, 2**20), jnp.float32)
-    with pytest.raises(ValueError, match="width 1048576 do not fit .* of 62914560"):
-        jax.eval_shape(kernel.log_likelihood, wide, jnp.zeros((2**20, 1)), jnp.zeros(16, int))
+    with pytest.raises(ValueError, match="width 1048576 do not fit .* of a v5p's 62914560"):
+        log_likelihood = functools.partial(kernel.log_likelihood, chip="v5p")
+        jax.eval_shape(log_likelihood, wide, jnp.zeros((2**20, 1)), jnp.zeros(16, int))
     x_ND, w_DV, target_N, weight_N = (jnp.zeros(s) for s in ((4, 16), (16, 9), (4,), (4,)))
     targets = target_N.astype(jnp.int32)
     for arrays, message in (
@@ -94,7 +98,7 @@ def test_what_is_not_supported_is_refused(interpreted, monkeypatch):
         ((x_ND, w_DV, target_N, weight_N), "targets must be int32, got float32"),
     ):
         with pytest.raises(ValueError, match=message):
-            kernel.cross_entropy(*arrays, z_loss=Z)
+            kernel.cross_entropy(*arrays, z_loss=Z, chip="v5p")
     monkeypatch.undo()
     with pytest.raises(ValueError, match="pallas_tpu .* needs a TPU, and this is compiled for cpu"):
         ops.cross_entropy(*args, implementation="pallas_tpu")
@@ -134,7 +138,7 @@ def test_compiles_for(chip, N, D, V, topology):
     """Temporaries beside the head's copy in bfloat16: at most 1/50 of the float32 logits."""
     with aot.arrays(chip) as array:
         x_ND, w_DV = array("bfloat16", N, D), array("float32", D, V)
-        step = jax.jit(gradients(lambda *a: kernel.cross_entropy(*a, Z)))
+        step = jax.jit(gradients(lambda *a: kernel.cross_entropy(*a, Z, chip=chip)))
         done = step.lower(x_ND, w_DV, array("int32", N), array("float32", N)).compile()
     temporary = done.memory_analysis().temp_size_in_bytes
     print(f"{chip}: {temporary / 1e9:.2f} GB, float32 logits {4e-9 * N * V:.2f} GB")

@@ -164,6 +164,51 @@ def test_bounds_are_the_mask():
         assert (jnp.diff(first_BT) >= 0).all() and (jnp.diff(last_BS) >= 0).all()
 
 
+def test_bounds_of_a_window_go_by_positions():
+    rng = np.random.default_rng(0)
+    segments_BT = np.repeat([[1, 2, 0, 3], [0, 4, 4, 5]], [30, 20, 6, 8], axis=1)
+    positions_BT = np.cumsum(rng.integers(1, 4, segments_BT.shape), axis=1)
+    positions_BT[:, 30:] -= positions_BT[:, 29:30]  # a document begins before the last one ends
+    assert positions_BT[0, 30] < positions_BT[0, 29]
+    positions_BT, segments_BT = (jnp.asarray(x, jnp.int32) for x in (positions_BT, segments_BT))
+    first_BT, last_BS = bounds(segments_BT.shape, 7, segments_BT, positions_BT)
+    mask = ops.Mask(positions_BT, positions_BT, segments_BT, segments_BT, window=7, in_order=True)
+    index_T = jnp.arange(segments_BT.shape[1])
+    seen_BTS = index_T[:, None] >= index_T
+    by_query_BTS = seen_BTS & (index_T >= first_BT[:, :, None])
+    by_key_BTS = seen_BTS & (index_T[:, None] <= last_BS[:, None, :])
+    real_BT1 = segments_BT[:, :, None] > 0
+    assert (by_query_BTS & real_BT1 == mask.allowed_BTS()).all()
+    assert (by_key_BTS & real_BT1 == mask.allowed_BTS()).all()
+
+
+@pytest.mark.parametrize(
+    ("segments", "positions", "expected"),
+    [
+        ([1, 1, 2, 2, 0], [0, 4, 0, 1, 0], True),
+        ([0, 3, 3, 0, 7], [5, 0, 1, 0, 0], True),
+        ([1, 1, 2, 2, 1], [0, 1, 0, 1, 2], False),  # a document that comes back
+        ([1, 1, 0, 0, 1], [0, 1, 0, 0, 2], False),  # padding within one
+        ([2, 2, 1, 1, 1], [0, 1, 0, 1, 2], False),  # numbers that fall may have come before
+        ([1, 1, 1, 2, 2], [0, 1, 1, 0, 1], False),  # two tokens that see each other
+        ([1, 1, 1, 1, 1], [0, 1, 0, 1, 2], False),  # two documents of one number
+    ],
+)
+def test_rows_that_would_mean_something_else_are_found(segments, positions, expected):
+    found_B = ops.are_runs_B(*(jnp.asarray([x], jnp.int32) for x in (positions, segments)))
+    assert found_B.tolist() == [expected]
+    q = jnp.ones((1, 5, 1, 64), jnp.bfloat16)
+    arrays = [jnp.asarray([x], jnp.int32) for x in (positions, segments)]
+    mask = ops.Mask(arrays[0], arrays[0], arrays[1], arrays[1], in_order=True)
+    constant = functools.partial(lambda q, *_, **__: q)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "mfa_attention", constant)
+        o = ops.attention(
+            q, q, q, mask, scale=1.0, implementation="pallas_gpu", device=devices.HOPPER
+        )
+    assert bool(jnp.isnan(o).all()) is not expected
+
+
 def test_head_groups_divide_the_heads_and_fill_the_device():
     assert head_groups(64, 64) == 16  # 4096 keys: 64 blocks a group, 528 wanted
     assert head_groups(26, 1000) == 1
@@ -207,6 +252,7 @@ def test_as_implementation_of_attention(monkeypatch, gradients):
     segments = np.repeat([0, 1, 2, 3, 0], (5, 70, 3, 40, 12))[None].astype(np.int32)
     starts = np.repeat([0, 5, 75, 78, 118], (5, 70, 3, 40, 12))
     positions = (np.arange(T) - starts)[None].astype(np.int32)
+    positions[:, 20:75] *= 3  # a window is of positions, not of tokens
     positions[:, :2] = -1
     mask = ops.Mask(positions, positions, segments, segments, window=30, in_order=True)
 

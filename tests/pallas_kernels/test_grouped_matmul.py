@@ -11,11 +11,12 @@ import pytest
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.tpu import aot
+from pallas_kernels.tpu import aot, cuts
 from pallas_kernels.tpu import grouped_matmul as kernel
 from tests.ops.test_grouped_matmul import assert_near, definition, inputs, value_and_gradients
 
-interpreted = functools.partial(kernel.grouped_matmul, interpret=True)
+CHIP = "v5p"
+interpreted = functools.partial(kernel.grouped_matmul, chip=CHIP, interpret=True)
 ROWS = 700  # two blocks, the second in part; parts of 128 rows
 
 
@@ -49,20 +50,33 @@ def test_few_rows_and_odd_widths(rows):
     assert_near(value_and_gradients(interpreted, *arrays), definition(*arrays), 1e-6)
 
 
-@pytest.mark.thorough
-def test_widths_are_cut_into_blocks_and_chunks(monkeypatch):
+@pytest.mark.parametrize("D,F", [pytest.param(384, 512, marks=pytest.mark.thorough), (320, 200)])
+def test_widths_are_cut_into_blocks_and_chunks_and_what_is_left(D, F, monkeypatch):
+    """Blocks of 128, which of 320 and 200 reach past the end; the memory there is NaN."""
     monkeypatch.setattr(kernel, "CHUNK", 128 * 128)
-    monkeypatch.setattr(kernel, "VMEM_BYTES", 2**21)
-    D, F = 384, 512
-    assert kernel._blocks_of_rows(600, D, F, 4) == (256, 128)
+    monkeypatch.setattr(kernel, "BLOCKS", ((256, 128),))
+    monkeypatch.setattr(kernel, "MATRICES", ((128, 128),))
+    assert kernel.blocks_of_rows(CHIP, 600, D, F, 4)[:3] == (256, D, 128)
+    assert kernel.blocks_of_matrices(CHIP, 600, D, F, 4)[:3] == (512, 128, 128)
     arrays = inputs([200, 256, 100], 600, D=D, F=F)
-    x, w, sizes, cotangent = arrays
-    y = kernel.rows_by_matrices(x, w, sizes, interpret=True)
-    dx = kernel.rows_by_matrices(cotangent, w, sizes, transposed=True, interpret=True)
-    monkeypatch.undo()
-    monkeypatch.setattr(kernel, "CHUNK", 128 * 128)
-    dw = kernel.matrices_of_rows(x, cotangent, sizes, interpret=True)
-    assert_near((y, dx, dw), definition(*arrays), 1e-6)
+    assert_near(value_and_gradients(interpreted, *arrays), definition(*arrays), 1e-6)
+
+
+@given(st.integers(1, 30_000), st.sampled_from([128, 512, 1024, 2048]), st.sampled_from([1, 2]))
+def test_a_cut_of_a_width_wastes_little_and_leaves_no_core_idle(width, most, ways):
+    size = cuts.block(width, most, ways)
+    assert size == width or size % 128 == 0
+    assert 0 < size <= max(most, 128)
+    blocks = -(-width // size)
+    done = ways * -(-blocks // ways) * cuts.lanes(size)  # by all cores, in the time of the slowest
+    assert done <= ways * cuts.lanes(-(-width // ways)) * 1.2 + 128 * ways
+
+
+def test_widths_of_many_lanes_are_not_cut_into_blocks_of_one():
+    """11 and 13 lane tiles have no divisors: 128 at a time left a matrix unit waiting for rows."""
+    assert [cuts.block(128 * n, 2048) for n in (11, 13, 22)] == [1408, 1664, 1408]
+    assert cuts.block(2880, 2048) == 1536
+    assert [cuts.block(n, 2048, ways=2) for n in (768, 1408, 1536, 2880)] == [384, 768, 768, 1536]
 
 
 def test_rows_of_no_group_may_hold_anything():
@@ -82,9 +96,19 @@ def test_bfloat16_is_accumulated_in_float32():
 
 def test_blocks_that_do_not_fit_are_refused():
     x, w, sizes, _ = inputs([3], 3, D=8, F=8)
-    wide = jax.ShapeDtypeStruct((1, 8, 2**24 + 8), jnp.float32)
-    with pytest.raises(ValueError, match="do not fit"):
-        jax.eval_shape(kernel.rows_by_matrices, x, wide, sizes)
+    x = jax.ShapeDtypeStruct((3, 2**20), jnp.float32)
+    wide = jax.ShapeDtypeStruct((1, 2**20, 8), jnp.float32)
+    with pytest.raises(ValueError, match="do not fit the 48 MiB of a v5p's vector memory"):
+        jax.eval_shape(functools.partial(kernel.rows_by_matrices, chip=CHIP), x, wide, sizes)
+
+
+def test_tables_that_do_not_fit_the_scalar_memory_are_refused():
+    x, w, sizes = (
+        jax.ShapeDtypeStruct(s, d)
+        for s, d in (((2**26, 128), "bfloat16"), ((8, 128, 128), "bfloat16"), ((8,), "int32"))
+    )
+    with pytest.raises(ValueError, match="8 groups of 67108864 rows .* of scalar memory"):
+        kernel.check(x, w, sizes, CHIP)
 
 
 @pytest.mark.parametrize(
@@ -98,9 +122,9 @@ def test_refuses_what_it_does_not_support(change, message):
     arguments = {"sizes": [3], "rows": 8, "dtype": jnp.bfloat16} | change
     x, w, sizes, _ = inputs(**arguments)
     with pytest.raises(ValueError, match=message):
-        kernel.grouped_matmul(x, w, sizes)
+        kernel.grouped_matmul(x, w, sizes, chip=CHIP)
     with pytest.raises(ValueError, match="sizes must be int32, got int8"):
-        kernel.grouped_matmul(*inputs([3], 8)[:2], sizes.astype(np.int8))
+        kernel.grouped_matmul(*inputs([3], 8)[:2], sizes.astype(np.int8), chip=CHIP)
 
 
 @pytest.mark.aot
@@ -113,7 +137,8 @@ def test_refuses_what_it_does_not_support(change, message):
 def test_compiles_for(chip, rows, D, F, E, dtype, topology):
     """Rows and matrices of whole tiles are not copied; the compiler is told the operations."""
     with aot.arrays(chip) as array:
-        f = functools.partial(value_and_gradients, kernel.grouped_matmul)
+        product = functools.partial(kernel.grouped_matmul, chip=chip)
+        f = functools.partial(value_and_gradients, product)
         x_MD, dy_MF = array(dtype, rows, D), array(dtype, rows, F)
         lowered = jax.jit(f).lower(x_MD, array(dtype, E, D, F), array("int32", E), dy_MF)
         done = lowered.compile()

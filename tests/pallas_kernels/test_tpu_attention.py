@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import splash_attention
 
+from pallas_kernels.tpu import attention as kernels
 from pallas_kernels.tpu.attention import attention
 from pallas_kernels.tpu.block_sizes import BackwardSizes, ForwardSizes
 from pallas_kernels.tpu.visits import Pattern
 
-CHIP = "TPU v6 lite"
+CHIP = "v6e"
 SMALL = (ForwardSizes(1, 128, 256, 128), BackwardSizes(1, 128, 128, 256))
 
 
@@ -149,9 +150,29 @@ def test_packed_rows_of_any_length(T, heads, widths, window, lengths, seed):
 @pytest.mark.parametrize("window", [None, pytest.param(130, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("causal", [True, False])
 def test_one_document(causal, window):
+    """Keys in pieces of 256 and 128."""
     T = 384
     pattern = Pattern(causal, window, in_order=True)
-    check(arrays(1, 1, 1, 2, T, T, 128, 128), (in_a_row(1, T),) * 2, NONE, pattern)
+    sizes = (ForwardSizes(1, 128, 384, 256), SMALL[1])
+    inputs = arrays(1, 1, 1, 2, T, T, 128, 128)
+    check(inputs, (in_a_row(1, T),) * 2, NONE, pattern, sizes=sizes)
+
+
+def test_visits_that_do_not_fit_the_scalar_memory_are_made_in_several_calls(monkeypatch):
+    """Four visits of each of two rows: ranges of queries forwards, fewer keys backwards."""
+    T, calls = 500, []
+
+    def counted(visits, *rest, **options):
+        calls.append(visits[0].shape)
+        return forward(visits, *rest, **options)
+
+    forward = kernels.forward
+    monkeypatch.setattr(kernels, "TABLES", 4 * 2 * 4)
+    monkeypatch.setattr(kernels, "forward", counted)
+    positions, segments = packed([[200, 250], [480]], T)
+    inputs = arrays(11, 2, 1, 1, T, T, 64, 64)
+    check(inputs, (positions,) * 2, (segments,) * 2, Pattern(in_order=True))
+    assert calls == [(2, 4), (2, 2)]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Every TPU kernel is compiled by Mosaic for every chip, small and in every run of the tests.
 
-Sizes, memory and operations of real shapes are in the tests marked ``aot``.
+Sizes, memory and operations of real shapes are in the tests marked ``aot``, and
+``benchmarks/kernel_shapes.py`` compiles awkward and random ones.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ KERNELS = {
         {"decode_attention"},
     ),
     "grouped_matmul": (
-        lambda chip: aot.compile_grouped_matmul(chip, rows=128, width=128, result=128, groups=2),
+        lambda chip: aot.compile_grouped_matmul(chip, rows=128, width=128, result=320, groups=2),
         {"grouped_matmul", "grouped_matmul_transposed", "grouped_matmul_matrices"},
     ),
 }
@@ -42,6 +43,11 @@ def test_compiles(chip, kernel, topology):
     calls = [line for line in text.splitlines() if "tpu_custom_call" in line]
     assert {name for name in names if any(f"{name}" in line for line in calls)} == names
     assert len(calls) == len(names)
+
+
+def test_a_block_of_keys_of_no_whole_pieces_fits_the_vector_memory(topology):
+    """769 tokens are a block of 896, which in pieces of 128 took more than its limit."""
+    aot.compile_attention("v5p", heads=2, tokens=769, width=128, backward=False)
 
 
 def test_no_kernel_is_left_out():

@@ -124,7 +124,8 @@ def _decoded(q_BTNH, k_LBSKH, v_LBSKH, ctx: Context, scale, window, position: Po
     call = ops_decode.DecodeCall(
         *arrays, scale=scale, window=window, frequency_F=frequency_F, layer=ctx.layer
     )
-    problem = ops_decode.Problem(call, alibi=alibi(position) is not None)
+    pieces = 1 if sharding is None else sharding.ways("batch")
+    problem = ops_decode.Problem(call, alibi(position) is not None, pieces)
     name = ops_decode.kernel(ctx.execution.attention, problem, device)
     if name is None:
         return None
