@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 
 from step_jax.checkpoint.artifact import Description
+from step_jax.core import checks
 from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
@@ -90,8 +91,7 @@ class Training:
             )
         if self.z_loss < 0:
             raise ConfigError(f"training.z_loss is {self.z_loss}; it must be 0 or more")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"training.ema_decay is {self.ema_decay}; use a number in [0, 1)")
+        checks.decay(self, "ema_decay")
 
     def rows(self, sequence_length: int, multiple: int) -> int:
         """Rows of a batch; Step Law's are rounded to a multiple of ``multiple``."""

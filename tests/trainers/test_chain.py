@@ -14,8 +14,10 @@ from step_jax.cli.main import main
 from step_jax.core.errors import ExitCode
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.interop.artifacts import load_artifact
+from step_jax.tokenizers.sentencepiece import train_sentencepiece
 from tests.trainers.loops import run_loop, steps
 from tests.trainers.test_loop_contract import CASES, places  # noqa: F401 - a fixture
+from tests.trainers.test_pretrain import WORDS
 
 ONE = Sharding.build(MeshConfig(), jax.devices()[:1])
 PRETRAIN, SFT, RL, DIFFUSION = (
@@ -140,6 +142,31 @@ def test_parameters_that_do_not_fit_are_named(chain, places, tmp_path, capsys): 
     message = capsys.readouterr().err
     assert "embedding_VD: the model has (300, 32), it has (300, 16)" in message
     assert "init_from.fresh" in message
+
+
+def test_settings_that_are_not_the_artifacts_are_named(chain, places, tmp_path, capsys):  # noqa: F811
+    recipe = PRETRAIN.write(tmp_path, **places)
+    other = ["--model.norm.eps", "1e-3", "--init-from.artifact", str(chain[0])]
+    assert main(["pretrain", recipe, *other]) == ExitCode.FAILURE
+    message = capsys.readouterr().err
+    assert f"the parameters of {chain[0]} fit the model" in message
+    assert "\n  norm.eps was 1e-05 and is 0.001\n" in message
+    meant = [*other, "--init-from.changed", "norm.eps", "--training.steps", "1"]
+    run_loop("pretrain", recipe, *meant)
+    assert load_artifact(str(tmp_path / "run"), ONE).model.norm.eps == 1e-3
+
+
+def test_another_tokenizer_than_the_artifacts_is_said(chain, places, tmp_path, capsys):  # noqa: F811
+    train_sentencepiece(WORDS * 9, 290).save(tmp_path / "other")
+    start = f"init_from: {{{{artifact: {chain[0]}}}}}\n"
+    recipe = PRETRAIN.write(tmp_path, start, **places)
+    early = ["--sample.prompts", "word " * 99, "--sample.tokens", "2"]  # ends it before a step
+    assert main(["pretrain", recipe, *early]) == ExitCode.CONFIG
+    assert "stand for other tokens" not in capsys.readouterr().out
+    named = ["--data.tokenizer", str(tmp_path / "other")]
+    assert main(["pretrain", recipe, *early, *named]) == ExitCode.CONFIG
+    said = capsys.readouterr().out
+    assert "(290 tokens), and" in said and f"{chain[0]}, step 6 was made with" in said
 
 
 def test_adapters_are_trained_and_added_to_what_is_loaded(chain, places, tmp_path):  # noqa: F811

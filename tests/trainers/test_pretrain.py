@@ -18,6 +18,7 @@ from step_jax.checkpoint.manifest import step_name
 from step_jax.cli.main import main
 from step_jax.core.errors import ExitCode
 from step_jax.runs import device_memory
+from step_jax.runs.metrics_log import read_metrics
 from step_jax.trainers import pretrain
 
 ROOT = Path(__file__).parents[2]
@@ -68,8 +69,7 @@ def losses(run: Path) -> dict[int, float]:
 
 def evaluations(run: Path) -> list[tuple]:
     """Every evaluation that the run's account has, and its loss."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(r["step"], r["name"], r["loss"]) for r in records if r["event"] == "eval"]
+    return [(r["step"], r["name"], r["loss"]) for r in read_metrics(run) if r["event"] == "eval"]
 
 
 @pytest.fixture(scope="module")
