@@ -233,7 +233,7 @@ def test_clips_are_encoded_once_and_by_one_autoencoder(tmp_path, monkeypatch):
     assert len(said) == 1
     with pytest.raises(DataError, match="of another autoencoder"):
         replace(data, vae="1.0").open(one, said.append)
-    # who draws with a run decodes by the autoencoder that its latents are of, or by one that is named
+    # a run decodes by the autoencoder that its latents are of, or by one that is named
     meta = {"config": {"data": to_plain(data)}, "data": folder.fingerprint}
     run = SimpleNamespace(name="run", meta=meta)
     assert sources.decoder_of(run, None, one) is vaes[2.0]
