@@ -31,8 +31,13 @@ def products(jaxpr) -> Iterator:
     for equation in jaxpr.eqns:
         if equation.primitive.name in PRODUCTS:
             yield equation
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            yield from products(inner)
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=is_program):
+            if is_program(inner):
+                yield from products(getattr(inner, "jaxpr", inner))
+
+
+def is_program(x) -> bool:
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
 
 
 def checked(f, *args) -> int:
