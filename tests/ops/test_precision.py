@@ -55,7 +55,7 @@ def decoder(kind: str, mlp=small.MLP) -> Decoder:
     return Decoder(small.WIDTH, (Group(1, (Block(small.KINDS[kind], mlp),)),), small.VOCAB)
 
 
-DECODERS = {kind: decoder(kind) for kind in small.KINDS} | {"moe": decoder("gqa", MIXTURE)}
+DECODERS = {"mfa": decoder("kr"), "mla": decoder("mla"), "moe": decoder("gqa", MIXTURE)}
 
 
 @pytest.mark.parametrize("name", DECODERS)
