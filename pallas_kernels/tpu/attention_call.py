@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import rules
+
 LANES = 128
 HIDDEN = -1e30  # a score nobody may see; finite: exp2(HIDDEN - LOWEST) is 0, never NaN
 LOWEST = 0.5 * HIDDEN  # where row maxima start
@@ -21,11 +23,7 @@ LOWEST = 0.5 * HIDDEN  # where row maxima start
 
 def product(a, b, contract: tuple[int, int]):
     """Matrix product over the named axes, accumulated in float32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dimensions = (((contract[0],), (contract[1],)), ((), ()))
-    return jax.lax.dot_general(
-        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
-    )
+    return rules.dot(a, b, *contract)
 
 
 def column(row_1T):

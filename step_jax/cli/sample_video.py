@@ -87,15 +87,14 @@ def run(asked: tuple[str, SampleVideoConfig]) -> None:
     from step_jax.interop.artifacts import load_artifact
     from step_jax.models.video.dit import VideoDiT
     from step_jax.runs import media
-    from step_jax.trainers.diffusion.sources import data_of
+    from step_jax.trainers.diffusion.sources import data_of, decoder_of
 
     sharding = Sharding.build(config.parallel)
     artifact = load_artifact(name, sharding)
     model = artifact.require(VideoDiT, "step-jax sample-video")
     check_guidance(artifact, config.sampler)
     data = data_of(artifact) if "config" in artifact.meta else None
-    vae = config.vae or (data.vae if data else None)
-    decoder = load_artifact(vae, sharding) if vae else None
+    decoder = decoder_of(artifact, config.vae, sharding)
     size = config.size or (data.buckets[0] if data else None)
     if size is None:
         raise ConfigError(f"{name} says no size of latents: name one, --size")

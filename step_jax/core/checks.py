@@ -29,6 +29,14 @@ def above(config: object, **bounds: float) -> None:
             raise ConfigError(f"{name} is {value}; it must be above {bound}")
 
 
+def decay(config: object, *names: str) -> None:
+    """Raises ConfigError if a field is not the decay of an average, in [0, 1)."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < 1:
+            raise ConfigError(f"{name} is {value}; use a number in [0, 1)")
+
+
 def seed(value: int, name: str = "seed") -> None:
     """Raises ConfigError unless ``value`` is a seed that no other one equals."""
     if not 0 <= value < SEEDS:

@@ -14,7 +14,7 @@ import json
 import numbers
 import typing
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -147,13 +147,21 @@ def split(argv: list[str]) -> Line:
 def to_tree(cls: type, flags: list[tuple[str, list[str]]]) -> Node:
     """The flags as a patch that :func:`yaml_strict.merge` lays over the files.
 
+    Of a flag that is given several times the last one counts; of a list of any length they count
+    together (``--prompt A --prompt B``), unless the last is empty.
+
     Raises:
       ConfigError: an unknown flag (with the nearest known one), or a flag without a value.
     """
     tree: Node = _patch({})
+    lists: dict[tuple[str, ...], Sequence] = {}
     for name, words in flags:
         keys, declared, negated = _resolve(cls, name)
         node = _value(name, words, declared, negated)
+        if isinstance(node, Sequence) and any(Ellipsis in typing.get_args(d) for d in declared):
+            before = lists.get(tuple(keys), Sequence((), COMMAND_LINE))
+            node = replace(node, items=(*before.items, *node.items) if node.items else ())
+            lists[tuple(keys)] = node
         for key in reversed(keys):
             node = _patch({key: node})
         tree = yaml_strict.merge(tree, node)

@@ -33,10 +33,9 @@ class Chip:
     Attributes:
       name: as people call it.
       bf16, fp8, int8: peak operations per second; 0 where the hardware has no such mode.
-      fp32: peak FLOP/s of a matmul with float32 inputs and outputs as programs of ``float32`` have
-        it, which is JAX's default precision: TF32 on NVIDIA; on TPU one bf16 pass with float32
-        sums, so float32 there is a dtype of storage and not of products. (``"high"`` would take
-        three passes, ``"highest"`` six.)
+      fp32: peak FLOP/s of products of float32 as all programs here ask for them
+        (``Precision.HIGHEST``): six bf16 passes on TPU, the float32 units of NVIDIA instead of
+        TF32.
       hbm_bytes: memory size; the runtime keeps some of it.
       hbm_bandwidth: bytes per second.
       vmem_bytes: software-managed on-chip memory of a TensorCore (TPU); shared memory that one
@@ -90,7 +89,7 @@ def _tpu(
         bf16=bf16 * 1e12,
         fp8=fp8 * 1e12,
         int8=int8 * 1e12,
-        fp32=bf16 * 1e12,
+        fp32=bf16 / 6 * 1e12,
         hbm_bytes=hbm_gb * 1e9,
         hbm_bandwidth=hbm_tb_per_s * 1e12,
         vmem_bytes=vmem_mib * 2**20,
@@ -105,7 +104,7 @@ def _gpu(
     bf16: float,
     fp8: float,
     int8: float,
-    tf32: float,
+    fp32: float,
     hbm_gb: float,
     hbm_tb_per_s: float,
     shared_kib: int,
@@ -118,7 +117,7 @@ def _gpu(
         bf16=bf16 * 1e12,
         fp8=fp8 * 1e12,
         int8=int8 * 1e12,
-        fp32=tf32 * 1e12,
+        fp32=fp32 * 1e12,
         hbm_bytes=hbm_gb * 1e9,
         hbm_bandwidth=hbm_tb_per_s * 1e12,
         vmem_bytes=shared_kib * 2**10,
@@ -127,7 +126,7 @@ def _gpu(
     )
 
 
-_HOPPER: dict[str, Any] = dict(bf16=989.4, fp8=1978.9, int8=1978.9, tf32=494.7, shared_kib=227)
+_HOPPER: dict[str, Any] = dict(bf16=989.4, fp8=1978.9, int8=1978.9, fp32=66.9, shared_kib=227)
 
 # TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, whose ICI figures for both directions
 # are halved here; HBM size and VMEM from JAX's tpu_info. Where fp8 equals bf16 the hardware takes
@@ -157,17 +156,17 @@ _TABLE = (
         ici_gb_per_s=300, links=6,
     ),
     _gpu(  # SXM4, 80 GB
-        "A100", bf16=312, fp8=0, int8=624, tf32=156, hbm_gb=80, hbm_tb_per_s=2.039, shared_kib=163,
+        "A100", bf16=312, fp8=0, int8=624, fp32=19.5, hbm_gb=80, hbm_tb_per_s=2.039, shared_kib=163,
         nvlink_gb_per_s=300, links=12,
     ),
     _gpu("H100", **_HOPPER, hbm_gb=80, hbm_tb_per_s=3.35, nvlink_gb_per_s=450, links=18),
     _gpu("H200", **_HOPPER, hbm_gb=141, hbm_tb_per_s=4.8, nvlink_gb_per_s=450, links=18),
     _gpu(  # HGX
-        "B200", bf16=2250, fp8=4500, int8=4500, tf32=1125, hbm_gb=180, hbm_tb_per_s=8.0,
+        "B200", bf16=2250, fp8=4500, int8=4500, fp32=75, hbm_gb=180, hbm_tb_per_s=8.0,
         shared_kib=227, nvlink_gb_per_s=900, links=18,
     ),
     _gpu(  # one of the 72 of an NVL72 rack
-        "GB200", bf16=2500, fp8=5000, int8=5000, tf32=1250, hbm_gb=186, hbm_tb_per_s=8.0,
+        "GB200", bf16=2500, fp8=5000, int8=5000, fp32=80, hbm_gb=186, hbm_tb_per_s=8.0,
         shared_kib=227, nvlink_gb_per_s=900, links=18,
     ),
 )  # fmt: skip

@@ -6,17 +6,38 @@ layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from step_jax.checkpoint.artifact import Artifact, Part, load_run
 from step_jax.core import spec as spec_lib
+from step_jax.core.config import to_plain
 from step_jax.core.errors import CheckpointError, ConfigError
 from step_jax.core.sharding import Sharding
 from step_jax.training.learner import LoRA
 
 HUGGING_FACE = "hf:"
+#: Settings of models that say how they are trained, and nothing of what their parameters compute.
+#: Whatever is not named here counts, so that a new setting is safe until somebody decides.
+OF_TRAINING = {
+    "Decoder.init",
+    "Tower.init",
+    "VideoDiT.init",
+    "MFA.output_rate",
+    "MHA.output_rate",
+    "MLA.output_rate",
+    "MTP.weight",
+    "MoE.capacity",
+    "MoE.exchange",
+    "Router.balance_loss",
+    "Router.bias_rate",
+    "Router.frozen",
+    "Router.group_loss",
+    "Router.loss_groups",
+    "Router.z_loss",
+}
 
 
 def load_artifact(
@@ -50,6 +71,8 @@ class InitFrom:
     artifact: ``RUN``, ``RUN@STEP`` or ``hf:PATH``.
     part: which of its models; the first by default.
     fresh: parameters that start anew all the same, as paths with ``*``; they may have other shapes.
+    changed: settings of ``model`` that are meant to be others than the artifact's though its
+      parameters fit, as paths with ``*``: ``*.position.theta``.
     freeze: parameters that are not trained.
     lora: train adapters of low rank beside the frozen model.
     """
@@ -57,6 +80,7 @@ class InitFrom:
     artifact: str
     part: str | None = None
     fresh: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
     freeze: tuple[str, ...] = ()
     lora: LoRA | None = None
 
@@ -115,7 +139,8 @@ def starting_point(
 ) -> Start:
     """The start of a loop that is configured with a ``model``, an ``init_from``, or both.
 
-    With both, the artifact's parameters must fit the model but for the fresh ones.
+    With both, the artifact's parameters must fit the model but for the fresh ones, and compute in
+    it what they computed but for the settings that ``init.changed`` names.
 
     Args:
       kind: of the model that the loop trains.
@@ -127,7 +152,8 @@ def starting_point(
 
     Raises:
       ConfigError: neither is given, or a pattern names nothing.
-      CheckpointError: an artifact of another kind, or parameters that do not fit; names each.
+      CheckpointError: an artifact of another kind, parameters that do not fit, or settings that are
+        not those that they were trained with; names each.
     """
     if init is None:
         if model is None:
@@ -143,6 +169,7 @@ def starting_point(
     if goes_on:
         return start
     fresh = _fresh(artifact, model, init)
+    _check_settings(artifact, model, init)
     if not arrays:
         return start
     held = spec_lib.by_name(artifact.params)
@@ -165,3 +192,57 @@ def _fresh(artifact: Artifact, model: Any, init: InitFrom) -> set[str]:
             "Leave model out to take the artifact's, or name what starts anew in init_from.fresh"
         )
     return fresh
+
+
+def _check_settings(artifact: Artifact, model: Any, init: InitFrom) -> None:
+    """Raises CheckpointError if parameters that fit would compute something else in the model."""
+    unlike = [
+        f"{key} was {to_plain(was)} and is {to_plain(now)}"
+        for key, was, now in differences(artifact.model, model)
+        if not any(fnmatchcase(key, pattern) for pattern in init.changed)
+        and not (init.fresh and _makes_other_parameters(artifact.model, key, now))
+    ]
+    if unlike:
+        raise CheckpointError(
+            f"the parameters of {init.artifact} fit the model, and would compute something else in "
+            f"it:\n  {'\n  '.join(unlike)}\n"
+            "Leave model out to take the artifact's settings, set them back, or name what is meant "
+            "to change in init_from.changed"
+        )
+
+
+def differences(model: Any, other: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(key, the one's value, the other's) of the settings by which two models compute unlike things
+    from the same parameters (all but ``OF_TRAINING``)."""
+    if is_dataclass(model) and type(model) is type(other):
+        for f in fields(model):
+            if f"{type(model).__name__}.{f.name}" not in OF_TRAINING:
+                pair = getattr(model, f.name), getattr(other, f.name)
+                yield from differences(*pair, f"{key}.{f.name}".lstrip("."))
+    elif isinstance(model, tuple) and isinstance(other, tuple) and len(model) == len(other):
+        for i, pair in enumerate(zip(model, other, strict=True)):
+            yield from differences(*pair, f"{key}.{i}")
+    elif model != other:
+        yield key, model, other
+
+
+def _makes_other_parameters(model: Any, key: str, value: Any) -> bool:
+    """Whether a setting alone changes which parameters there are, and so ``init_from.fresh`` says
+    what becomes of them."""
+
+    def changed(tree: Any, path: list[str]) -> Any:
+        if not path:
+            return value
+        name, *rest = path
+        if isinstance(tree, tuple):
+            i = int(name)
+            return (*tree[:i], changed(tree[i], rest), *tree[i + 1 :])
+        return replace(tree, **{name: changed(getattr(tree, name), rest)})
+
+    def shapes(model: Any) -> dict[str, tuple[int, ...]]:
+        return {name: spec.shape for name, spec in spec_lib.by_name(model.specs()).items()}
+
+    try:
+        return shapes(changed(model, key.split("."))) != shapes(model)
+    except (ValueError, AssertionError, ZeroDivisionError):  # no model at all without the others
+        return True

@@ -20,6 +20,7 @@ from flax import struct
 
 from step_jax.core.sharding import vary_alike
 from step_jax.ops import registry
+from step_jax.ops.einsum import product
 
 NEGATIVE = -1e30  # finite, so that a fully masked row has no NaN on its way to zero
 
@@ -128,7 +129,7 @@ def _heads_last(o_BKGTV):
 
 
 def _scores_BKGTS(q_BKGTH, k_BKSH, mask: Mask, scale: float, alibi: str | None):
-    s_BKGTS = jnp.einsum("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32)
+    s_BKGTS = product("BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, jnp.float32)
     s_BKGTS *= scale
     if alibi is not None:
         kv_heads, groups = q_BKGTH.shape[1:3]
@@ -147,13 +148,9 @@ def _block(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi):
     # far above NEGATIVE: the exponentials of a row that may see nothing are 0, not 1
     max_BKGT1 = jnp.maximum(max_BKGT1, 0.5 * NEGATIVE)
     p_BKGTS = jnp.exp(s_BKGTS - max_BKGT1)
-    o_BKGTV = jnp.einsum(
-        "BKGTS,BKSV->BKGTV",
-        p_BKGTS.astype(v_BKSV.dtype),
-        v_BKSV,
-        preferred_element_type=jnp.float32,
-    )
-    return o_BKGTV, max_BKGT1, jnp.sum(p_BKGTS, axis=-1, keepdims=True)
+    p_BKGTS, sum_BKGT1 = p_BKGTS.astype(v_BKSV.dtype), jnp.sum(p_BKGTS, axis=-1, keepdims=True)
+    o_BKGTV = product("BKGTS,BKSV->BKGTV", p_BKGTS, v_BKSV, jnp.float32)
+    return o_BKGTV, max_BKGT1, sum_BKGT1
 
 
 def _normalise(o_BKGTV, sum_BKGT1):
@@ -252,7 +249,6 @@ def _xla_forward(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi):
 def _xla_backward(scale, alibi, residuals, do_BKGTV):
     q_BKGTH, k_BKSH, v_BKSV, mask, o_BKGTV, lse_BKGT1 = residuals
     dtype, S = q_BKGTH.dtype, k_BKSH.shape[2]
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     # sum over keys of p * dp, from the output instead of the scores
     mean_BKGT1 = jnp.sum(
         do_BKGTV.astype(jnp.float32) * o_BKGTV.astype(jnp.float32), axis=-1, keepdims=True
@@ -262,11 +258,11 @@ def _xla_backward(scale, alibi, residuals, do_BKGTV):
 
         def part(sums, mask, q, do, lse_BKGT1, mean_BKGT1, k=k, v=v):
             p_BKGTS = jnp.exp(_scores_BKGTS(q, k, mask, scale, alibi) - lse_BKGT1)
-            dp_BKGTS = product("BKGTV,BKSV->BKGTS", do, v)
+            dp_BKGTS = product("BKGTV,BKSV->BKGTS", do, v, jnp.float32)
             ds_BKGTS = (scale * p_BKGTS * (dp_BKGTS - mean_BKGT1)).astype(dtype)
-            dk_BKSH = product("BKGTS,BKGTH->BKSH", ds_BKGTS, q)
-            dv_BKSV = product("BKGTS,BKGTV->BKSV", p_BKGTS.astype(dtype), do)
-            dq_BKGTH = product("BKGTS,BKSH->BKGTH", ds_BKGTS, k).astype(dtype)
+            dk_BKSH = product("BKGTS,BKGTH->BKSH", ds_BKGTS, q, jnp.float32)
+            dv_BKSV = product("BKGTS,BKGTV->BKSV", p_BKGTS.astype(dtype), do, jnp.float32)
+            dq_BKGTH = product("BKGTS,BKSH->BKGTH", ds_BKGTS, k, jnp.float32).astype(dtype)
             return (sums[0] + dk_BKSH, sums[1] + dv_BKSV), dq_BKGTH
 
         zeros = vary_alike(jnp.zeros(k.shape), jnp.zeros(v.shape), q, k, v, do_BKGTV)[:2]

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from step_jax.core.fsdp import add_up, whole
 from step_jax.core.sharding import Sharding, vary_alike
 from step_jax.ops import registry
+from step_jax.ops.einsum import product
 
 
 def cross_entropy(
@@ -103,7 +104,7 @@ def _constrain(sharding: Sharding | None, x, *axes):
 
 def _chunk(x_RbCtD, w_DV, targets_RbCt, z_loss):
     """(nll, cost, logits, logsumexp, one-hot mask) of one chunk, all float32."""
-    logits_RbCtV = jnp.einsum("RbCtD,DV->RbCtV", x_RbCtD, w_DV, preferred_element_type=jnp.float32)
+    logits_RbCtV = product("RbCtD,DV->RbCtV", x_RbCtD, w_DV, jnp.float32)
     lse_RbCt = jax.nn.logsumexp(logits_RbCtV, axis=-1)
     # a comparison, not a gather: it stays local when the vocabulary is sharded
     hot_RbCtV = jnp.arange(w_DV.shape[1], dtype=jnp.int32) == targets_RbCt[..., None]
@@ -154,10 +155,8 @@ def gradients(chunk, inputs, w_DV, sharding: Sharding | None):
         x_RbCtD = inputs[0]
         d_RbCtV, more = chunk(*inputs)
         d_RbCtV = d_RbCtV.astype(x_RbCtD.dtype)
-        dx_RbCtD = jnp.einsum("RbCtV,DV->RbCtD", d_RbCtV, w_DV)
-        dw_RCDV += jnp.einsum(
-            "RbCtD,RbCtV->RCDV", x_RbCtD, d_RbCtV, preferred_element_type=jnp.float32
-        )
+        dx_RbCtD = product("RbCtV,DV->RbCtD", d_RbCtV, w_DV)
+        dw_RCDV += product("RbCtD,RbCtV->RCDV", x_RbCtD, d_RbCtV, jnp.float32)
         return layout(dw_RCDV), (dx_RbCtD, more)
 
     def layout(dw_RCDV):  # every device its own sum: nothing crosses the mesh inside the loop

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from step_jax.core.fsdp import whole
 from step_jax.core.sharding import Sharding
 from step_jax.ops.cross_entropy import gradients, pieces
+from step_jax.ops.einsum import product
 
 
 def token_logprobs(
@@ -52,7 +53,7 @@ def token_logprobs(
 
 def _chunk(x_RbCtD, w_DV, targets_RbCt, temperature):
     """(logprobs, entropy, log-softmax, one-hot mask) of one chunk, all float32."""
-    logits_RbCtV = jnp.einsum("RbCtD,DV->RbCtV", x_RbCtD, w_DV, preferred_element_type=jnp.float32)
+    logits_RbCtV = product("RbCtD,DV->RbCtV", x_RbCtD, w_DV, jnp.float32)
     log_RbCtV = jax.nn.log_softmax(logits_RbCtV / temperature, axis=-1)
     # a comparison, not a gather: it stays local when the vocabulary is sharded
     hot_RbCtV = jnp.arange(w_DV.shape[1], dtype=jnp.int32) == targets_RbCt[..., None]

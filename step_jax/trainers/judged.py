@@ -20,7 +20,14 @@ from step_jax.data.config import PreferenceConfig
 from step_jax.data.preferences import PreferenceDataset
 from step_jax.interop.artifacts import Start
 from step_jax.runs.session import Session
-from step_jax.trainers.text import LEARNER, TextLoop, conclude, rows_read, take_steps
+from step_jax.trainers.text import (
+    LEARNER,
+    TextLoop,
+    conclude,
+    rows_read,
+    take_steps,
+    tell_another_tokenizer,
+)
 from step_jax.training.program import Program
 from step_jax.training.step import LossFn
 
@@ -44,7 +51,9 @@ def prepare_data(
 ) -> PreferenceDataset:
     """The dataset of this process's rows; processes that share rows read the same ones."""
     rows = rows_read(config, begin, sharding)
-    return PreferenceDataset.build(config.data, verdicts=verdicts, report=report, **rows)
+    dataset = PreferenceDataset.build(config.data, verdicts=verdicts, report=report, **rows)
+    tell_another_tokenizer(begin, dataset.tokenizer, report)
+    return dataset
 
 
 def make_evaluator(loss: LossFn, program: Program, dataset: PreferenceDataset) -> Evaluate:

@@ -26,7 +26,13 @@ from step_jax.core.files import write_whole
 from step_jax.core.sharding import Sharding
 from step_jax.data.batches import to_mesh
 from step_jax.data.preferences import PreferenceDataset
-from step_jax.interop.artifacts import HUGGING_FACE, InitFrom, Start, load_artifact
+from step_jax.interop.artifacts import (
+    HUGGING_FACE,
+    InitFrom,
+    Start,
+    differences,
+    load_artifact,
+)
 from step_jax.models.context import Execution
 from step_jax.models.text.decoder import Decoder
 from step_jax.tokenizers.base import Tokenizer
@@ -224,10 +230,11 @@ def frozen_reference(
         assert init is not None  # see the loop's validate
         name, part = (init.artifact if was is None else was["name"]), init.part
     artifact = load_artifact(name, sharding, part)
-    if artifact.require(type(begin.model), "the reference") != begin.model:
+    model = artifact.require(type(begin.model), "the reference")
+    if unlike := [key for key, *_ in differences(model, begin.model)]:
         raise ConfigError(
-            f"the reference {name} is another model than the policy: they are compared by one "
-            "forward pass"
+            f"the reference {name} is another model than the policy, by {', '.join(unlike)}: they "
+            "are compared by one forward pass"
         )
     if tokenizer is not None and artifact.tokenizer.hash != tokenizer.hash:
         raise ConfigError(f"the reference {name} has another tokenizer than the policy")

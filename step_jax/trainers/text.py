@@ -15,6 +15,7 @@ from typing import Any, Literal
 import jax
 
 from step_jax.checkpoint.artifact import Description
+from step_jax.core import checks
 from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import MeshConfig, Sharding
@@ -91,8 +92,7 @@ class Training:
             )
         if self.z_loss < 0:
             raise ConfigError(f"training.z_loss is {self.z_loss}; it must be 0 or more")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"training.ema_decay is {self.ema_decay}; use a number in [0, 1)")
+        checks.decay(self, "ema_decay")
 
     def rows(self, sequence_length: int, multiple: int) -> int:
         """Rows of a batch; Step Law's are rounded to a multiple of ``multiple``."""
@@ -233,7 +233,21 @@ def prepare_data(config: TextLoop, begin: Start, sharding: Sharding, report) -> 
     """The dataset of this process's rows; processes that share rows read the same ones."""
     if trains_tokenizer(config):  # a mesh that does not divide is known already
         make_program(config, with_vocabulary(begin.model, config.data.vocab_size), sharding)
-    return TextDataset.build(config.data, report=report, **rows_read(config, begin, sharding))
+    rows = rows_read(config, begin, sharding)
+    dataset = TextDataset.build(config.data, report=report, **rows)
+    tell_another_tokenizer(begin, dataset.tokenizer, report)
+    return dataset
+
+
+def tell_another_tokenizer(begin: Start, tokenizer: Tokenizer, report) -> None:
+    """Reports a tokenizer that is not the one with which the parameters of the start were made."""
+    own = begin.processor.get("tokenizer")
+    if begin.params is not None and own is not None and own.hash != tokenizer.hash:
+        report(
+            f"texts are read by the tokenizer {tokenizer.name} ({tokenizer.vocab_size} tokens), "
+            f"and {begin.origin} was made with {own.name} ({own.vocab_size}): rows of the "
+            "embedding stand for other tokens than before, unless init_from.fresh names it"
+        )
 
 
 def rows_read(config: TextLoop, begin: Start, sharding: Sharding) -> dict[str, Any]:

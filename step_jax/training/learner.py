@@ -21,6 +21,7 @@ from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import Sharding
 from step_jax.core.spec import ZEROS, Normal, ParamSpec
+from step_jax.ops.einsum import product
 from step_jax.training.optimizers.build import Optimizer, make_optimizer
 from step_jax.training.optimizers.config import OptimizerConfig
 
@@ -103,8 +104,8 @@ def view(model_specs, params, lora: LoRA | None):
         name = spec_lib.path_name(path)
         if name not in p.down_SIR:
             return w
-        product = jnp.matmul(p.down_SIR[name], p.up_SRO[name])
-        return w + (lora.alpha / lora.rank) * product.reshape(w.shape).astype(w.dtype)
+        added = product("...IR,...RO->...IO", p.down_SIR[name], p.up_SRO[name])
+        return w + (lora.alpha / lora.rank) * added.reshape(w.shape).astype(w.dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, model_specs, p.base, is_leaf=spec_lib.is_spec)
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import re
 import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from step_jax.core.config import parse_config
+from step_jax.core.command_line import load_config
+from step_jax.core.config import parse_config, validate
 from step_jax.core.errors import ConfigError
 from step_jax.inference.sampling import SamplingConfig
 from step_jax.models.context import Execution
@@ -17,6 +22,7 @@ from step_jax.models.text.decoder import Decoder
 from step_jax.models.video.dit import VideoDiT
 from step_jax.runs.profiling import ProfileConfig
 from step_jax.runs.session import RunConfig
+from step_jax.trainers import LOOPS, find_loop
 from step_jax.training.optimizers.config import AdamW
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +95,55 @@ def test_a_model_number_that_cannot_work_is_refused(attention, mlp, rest, messag
 def test_other_numbers_that_cannot_work_are_refused(schema, text, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         parse_config(schema, text)
+
+
+#: A recipe of every loop, and the numbers that may be below 0.
+RECIPES = {
+    "pretrain": "quickstart.yaml",
+    "sft": "sft/lora.yaml",
+    "preference": "preference/dpo.yaml",
+    "reward": "preference/reward.yaml",
+    "rl": "rl/addition.yaml",
+    "diffusion": "video/scenes.yaml",
+    "video-preference": "video/stages/dpo_scenes.yaml",
+    "vae": "video/vae_stage1.yaml",
+}
+ANY_SIGN = {"parallel.fsdp", "problems.workers.failure_score", "evaluation.right"}
+
+
+def below_zero(
+    value: Any, key: str = "", whole: Callable[[Any], Any] = lambda part: part
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(key, what makes the configuration with -1 there) for every number of a tree."""
+    if dataclasses.is_dataclass(value):
+        for f in dataclasses.fields(value):
+            inner = f"{key}.{f.name}".lstrip(".")
+
+            def of_field(part, name=f.name):
+                return whole(dataclasses.replace(value, **{name: part}))
+
+            yield from below_zero(getattr(value, f.name), inner, of_field)
+    elif isinstance(value, tuple):
+        for i, item in enumerate(value):
+
+            def of_item(part, i=i):
+                return whole((*value[:i], part, *value[i + 1 :]))
+
+            yield from below_zero(item, f"{key}.{i}", of_item)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield key, lambda: whole(type(value)(-1))
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_no_number_of_a_loop_is_below_zero_without_a_word(loop):
+    """Intervals, coefficients, sizes, shares: whatever is not meant to have a sign has none."""
+    config = load_config(find_loop(loop).Config, [str(ROOT / "configs" / RECIPES[loop])]).config
+    accepted = set()
+    for key, make in below_zero(config):
+        with contextlib.suppress(ConfigError):
+            validate(make())
+            accepted.add(key)
+    assert accepted <= ANY_SIGN
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**63, -(2**70)])

@@ -292,6 +292,30 @@ def test_flags_change_items_of_a_default_list():
     assert "valid items are 0 to 0" in message(Group, ["--repeat", "1", "--blocks.1.hidden", "9"])
 
 
+@dataclass(frozen=True)
+class Listed:
+    prompt: tuple[str, ...] = ("",)
+    betas: tuple[float, float] = (0.9, 0.99)
+    seed: int = 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--prompt", "A", "--prompt", "B"], Listed(("A", "B"))),
+        (
+            ["--prompt=A", "--seed=1", "--prompt", "B", "C", "--seed=2"],
+            Listed(("A", "B", "C"), seed=2),
+        ),
+        (["--prompt", "['A']", "--prompt", "B"], Listed(("A", "B"))),
+        (["--prompt", "A", "--prompt", "[]"], Listed(())),
+        (["--betas", "0", "0.1", "--betas", "0.2", "0.3"], Listed(betas=(0.2, 0.3))),
+    ],
+)
+def test_a_list_that_is_given_in_several_flags_is_all_of_them(argv, expected):
+    assert load_config(Listed, argv).config == expected
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [

@@ -89,14 +89,18 @@ def test_a_cpu_has_no_peak_to_be_measured_against():
 
 
 def test_the_float32_peak_of_a_tpu_is_that_of_the_program():
-    """The products of a float32 program have JAX's default precision: one bf16 pass on a TPU."""
-    x = jax.ShapeDtypeStruct((8, 8), jnp.float32)
-    product = jax.jit(lambda x, w: einsum("TD,DF->TF", x, w))
-    traced = product.trace(x, x)
-    (dot,) = [e for e in traced.jaxpr.eqns if e.primitive.name == "dot_general"]
-    assert dot.params["precision"] is None and jax.config.jax_default_matmul_precision is None
+    """Its compiler makes six products of bfloat16 parts of a float32 one, and one of bfloat16."""
+
+    def lowered(dtype) -> str:
+        x = jax.ShapeDtypeStruct((8, 8), dtype)
+        product = jax.jit(lambda x, w: einsum("TD,DF->TF", x, w))
+        return product.trace(x, x).lower(lowering_platforms=("tpu",)).as_text()
+
+    assert "precision = [HIGHEST, HIGHEST]" in lowered(jnp.float32)
+    assert "HIGH" not in lowered(jnp.bfloat16)
     for name in ("v4", "v5e", "v5p", "v6e", "tpu7x"):
-        assert CHIPS[name].peak(hardware.PRECISION["float32"]) == CHIPS[name].bf16
+        peak = CHIPS[name].peak(hardware.PRECISION["float32"])
+        assert 6 * peak == pytest.approx(CHIPS[name].bf16)
 
 
 def test_cpu_peak_can_be_given(monkeypatch):

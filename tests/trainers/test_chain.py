@@ -14,14 +14,20 @@ from step_jax.cli.main import main
 from step_jax.core.errors import ExitCode
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.interop.artifacts import load_artifact
+from step_jax.tokenizers.sentencepiece import train_sentencepiece
 from tests.trainers.loops import run_loop, steps
 from tests.trainers.test_loop_contract import CASES, places  # noqa: F401 - a fixture
+from tests.trainers.test_pretrain import WORDS
 
 ONE = Sharding.build(MeshConfig(), jax.devices()[:1])
 PRETRAIN, SFT, RL, DIFFUSION = (
     next(case for case in CASES if case.loop == loop)
     for loop in ("pretrain", "sft", "rl", "diffusion")
 )
+
+
+#: what ends a run when its start and its data are there, before a step is compiled
+EARLY = ["--sample.prompts", "word " * 99, "--sample.tokens", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +149,32 @@ def test_parameters_that_do_not_fit_are_named(chain, places, tmp_path, capsys): 
     message = capsys.readouterr().err
     assert "embedding_VD: the model has (300, 32), it has (300, 16)" in message
     assert "init_from.fresh" in message
+
+
+def test_settings_that_are_not_the_artifacts_are_named(chain, places, tmp_path, capsys):  # noqa: F811
+    recipe = PRETRAIN.write(tmp_path, **places)
+    other = ["--model.norm.eps", "1e-3", "--init-from.artifact", str(chain[0])]
+    assert main(["pretrain", recipe, *other]) == ExitCode.FAILURE
+    message = capsys.readouterr().err
+    assert f"the parameters of {chain[0]} fit the model" in message
+    assert "\n  norm.eps was 1e-05 and is 0.001\n" in message
+    assert (
+        main(["pretrain", recipe, *other, "--init-from.changed", "norm.eps", *EARLY])
+        == ExitCode.CONFIG
+    )
+    assert "leaves no room in a context of 16 tokens" in capsys.readouterr().err
+
+
+def test_another_tokenizer_than_the_artifacts_is_said(chain, places, tmp_path, capsys):  # noqa: F811
+    train_sentencepiece([" ".join(WORDS)] * 9, 290).save(tmp_path / "other")
+    start = f"init_from: {{{{artifact: {chain[0]}}}}}\n"
+    recipe = PRETRAIN.write(tmp_path, start, **places)
+    assert main(["pretrain", recipe, *EARLY]) == ExitCode.CONFIG
+    assert "stand for other tokens" not in capsys.readouterr().out
+    named = ["--data.tokenizer", str(tmp_path / "other")]
+    assert main(["pretrain", recipe, *EARLY, *named]) == ExitCode.CONFIG
+    said = capsys.readouterr().out
+    assert "(290 tokens), and" in said and f"{chain[0]}, step 6 was made with" in said
 
 
 @pytest.mark.thorough

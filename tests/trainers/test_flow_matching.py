@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from step_jax.cli.main import main
-from step_jax.core.errors import ConfigError, DataError, ExitCode
+from step_jax.core.config import to_plain
+from step_jax.core.errors import CheckpointError, ConfigError, DataError, ExitCode
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.data.digits import Digits
 from step_jax.data.latents import Clip, LatentFolder, write_latents
@@ -233,6 +234,14 @@ def test_clips_are_encoded_once_and_by_one_autoencoder(tmp_path, monkeypatch):
     assert len(said) == 1
     with pytest.raises(DataError, match="of another autoencoder"):
         replace(data, vae="1.0").open(one, said.append)
+    # a run decodes by the autoencoder that its latents are of, or by one that is named
+    meta = {"config": {"data": to_plain(data)}, "data": folder.fingerprint}
+    run = SimpleNamespace(name="run", meta=meta)
+    assert sources.decoder_of(run, None, one) is vaes[2.0]
+    assert sources.decoder_of(run, "1.0", one) is vaes[1.0]
+    vaes[2.0] = vaes[1.0]
+    with pytest.raises(CheckpointError, match="run learnt latents of another autoencoder"):
+        sources.decoder_of(run, None, one)
 
 
 def test_clips_of_a_size_that_is_no_bucket_are_refused(latents):

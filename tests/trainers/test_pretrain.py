@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from step_jax.checkpoint.manifest import step_name
 from step_jax.cli.main import main
 from step_jax.core.errors import ExitCode
 from step_jax.runs import device_memory
+from step_jax.runs.metrics_log import read_metrics
 from step_jax.trainers import pretrain
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +67,11 @@ def losses(run: Path) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in records if r["event"] == "step"}
 
 
+def evaluations(run: Path) -> list[tuple]:
+    """Every evaluation that the run's account has, and its loss."""
+    return [(r["step"], r["name"], r["loss"]) for r in read_metrics(run) if r["event"] == "eval"]
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, text) -> Path:
     tmp = tmp_path_factory.mktemp("straight")
@@ -105,6 +113,35 @@ def test_resumed_run_repeats_the_undisturbed_one_bit_for_bit(straight, tmp_path,
     assert losses(tmp_path / "run") == losses(straight)
 
 
+def test_an_evaluation_that_a_stop_cut_off_is_made_when_the_run_goes_on(straight, tmp_path, text):
+    """From what a stop at the step of an evaluation leaves: its checkpoint, and no word of it."""
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    shutil.rmtree(run / "checkpoints" / step_name(8))
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    cut = next(i for i, line in enumerate(lines) if json.loads(line)["event"] == "eval")
+    (run / "metrics.jsonl").write_text("".join(lines[:cut]))
+    assert evaluations(run) == []
+    assert main(["pretrain", recipe(tmp_path, text, "run")]) == 0
+    assert evaluations(run) == evaluations(straight)
+    assert [(step, name) for step, name, _ in evaluations(run)] == [(4, "heldout"), (8, "final")]
+    assert losses(run) == losses(straight)
+
+
+@pytest.mark.slow  # by default a branch is tried in the loops' contract, and rates in tests/runs
+def test_a_branch_from_before_the_decay_is_the_longer_run(tmp_path, text):
+    wsd = ["--optimizer.schedule", "{kind: wsd, warmup_steps: 1, decay_fraction: 0.5}"]
+    longer = [*wsd, "--training.steps", "12"]
+    assert main(["pretrain", recipe(tmp_path, text, "short"), *wsd]) == 0
+    assert main(["pretrain", recipe(tmp_path, text, "short"), *longer]) == ExitCode.CONFIG
+    branch = [*longer, "--run.branch-from", f"{tmp_path / 'short'}@4"]
+    assert main(["pretrain", recipe(tmp_path, text, "branch"), *branch]) == 0
+    assert main(["pretrain", recipe(tmp_path, text, "whole"), *longer]) == 0
+    whole, got = losses(tmp_path / "whole"), losses(tmp_path / "branch")
+    assert got == {step: whole[step] for step in range(5, 13)}
+    assert evaluations(tmp_path / "branch")[-1] == evaluations(tmp_path / "whole")[-1]
+
+
 @pytest.mark.slow
 def test_resume_on_another_mesh_goes_on_within_float_tolerance(straight, tmp_path, text):
     assert main(["pretrain", recipe(tmp_path, text, "run"), "--training.steps", "4"]) == 0
@@ -114,9 +151,9 @@ def test_resume_on_another_mesh_goes_on_within_float_tolerance(straight, tmp_pat
 
 
 def test_finished_run_is_not_trained_again(straight, capsys):
-    before = losses(straight)
+    before = losses(straight), evaluations(straight)
     assert main(["pretrain", str(straight / "config.yaml")]) == 0
-    assert losses(straight) == before
+    assert (losses(straight), evaluations(straight)) == before
 
 
 @pytest.mark.parametrize(

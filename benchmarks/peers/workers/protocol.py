@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import sys
 import time
+from pathlib import Path
 
 _replies = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)
@@ -27,6 +29,14 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
+def peak_bytes() -> int:
+    """The most memory that this process ever held, as Linux counts it for this program alone: the
+    peak of ``getrusage`` begins at that of whoever started the process."""
+    status = Path("/proc/self/status").read_text()
+    (kib,) = re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.M)
+    return int(kib) * 1024
+
+
 def reply(**values) -> None:
     _replies.write(json.dumps(values) + "\n")
 
@@ -40,5 +50,5 @@ def requests(parameters: int, version: str):
     for line in sys.stdin:
         wall, cpu = time.perf_counter(), cpu_seconds()
         yield int(line)
-        peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        reply(wall=time.perf_counter() - wall, cpu=cpu_seconds() - cpu, peak_mb=peak_mb)
+        wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
+        reply(wall=wall, cpu=cpu, peak_mb=peak_bytes() / 2**20)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from step_jax.core.spec import ONES, ZEROS, Init, Normal, ParamSpec
+from step_jax.ops.einsum import precision
 
 Sides = tuple[int, int, int]
 EPS = 1e-5  # of all norms here
@@ -111,12 +112,14 @@ class CausalConv:
             padding = [(0, k - s) for k, s in zip(sides, self.stride[1:], strict=True)]
         else:
             padding = [(k // 2, k // 2) for k in sides]
+        weight_KKKIO = p.weight_KKKIO.astype(x_BTHWI.dtype)
         y_BTHWO = jax.lax.conv_general_dilated(
             x_BTHWI,
-            p.weight_KKKIO.astype(x_BTHWI.dtype),
+            weight_KKKIO,
             self.stride,
             [(0, 0), *padding],
             dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+            precision=precision(x_BTHWI, weight_KKKIO),
         )
         return y_BTHWO + p.bias_O.astype(x_BTHWI.dtype)
 

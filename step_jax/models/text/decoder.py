@@ -22,7 +22,7 @@ from step_jax.models.layers.block import Block, BlockParams
 from step_jax.models.layers.initialisation import FanIn, Initialisation
 from step_jax.models.layers.norm import RMSNorm
 from step_jax.models.trunk import Cache, Group, Trunk
-from step_jax.ops.einsum import einsum
+from step_jax.ops.einsum import einsum, product
 from step_jax.ops.embedding import embed
 
 
@@ -167,9 +167,7 @@ class Decoder:
     def logits(self, p: DecoderParams, x_BTD, ctx: Context):
         """float32 (B, T, V) from hidden states; training uses the chunked loss instead."""
         head_DV = gathered(self.head(p).astype(x_BTD.dtype), ("embed", "vocab"), ctx.sharding)
-        return jnp.einsum(
-            "BTD,DV->BTV", self.normed(p, x_BTD), head_DV, preferred_element_type=jnp.float32
-        )
+        return product("BTD,DV->BTV", self.normed(p, x_BTD), head_DV, jnp.float32)
 
     def init_cache(self, batch: int, length: int, dtype=jnp.bfloat16) -> Cache:
         """An empty cache for ``length`` tokens a row."""

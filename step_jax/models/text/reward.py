@@ -15,6 +15,7 @@ from step_jax.core import spec as specs_lib
 from step_jax.core.spec import ZEROS, ParamSpec
 from step_jax.models.context import Context
 from step_jax.models.text.decoder import Decoder, DecoderParams
+from step_jax.ops.einsum import product
 
 
 @struct.dataclass
@@ -52,7 +53,7 @@ class RewardModel:
         """(float32 (B, T), what a text that ended with each token would score; stats)."""
         x_BTD, _, stats = self.decoder.hidden(p.decoder, tokens_BT, ctx)
         x_BTD = self.decoder.normed(p.decoder, x_BTD)
-        return jnp.einsum("BTD,D->BT", x_BTD, p.score_D, preferred_element_type=jnp.float32), stats
+        return product("BTD,D->BT", x_BTD, p.score_D, jnp.float32), stats
 
 
 def headless(p: DecoderParams) -> DecoderParams:

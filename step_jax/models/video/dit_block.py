@@ -20,6 +20,7 @@ from step_jax.models.layers.cross_attention import CrossAttention
 from step_jax.models.layers.initialisation import Initialisation
 from step_jax.models.layers.norm import Norm
 from step_jax.ops.attention import Mask
+from step_jax.ops.einsum import product
 
 #: Shift, scale and gate of attention, then of the MLP: shifts and scales of nothing, gates of 1.
 OPEN = ConstantRows((0.0, 0.0, 1.0, 0.0, 0.0, 1.0))
@@ -46,7 +47,7 @@ class Condition:
         rows = jnp.unstack(table_BGMD, axis=2)
         if self.sample_BTG is None:
             return rows
-        return [jnp.einsum("BTG,BGD->BTD", self.sample_BTG, row_BGD) for row_BGD in rows]
+        return [product("BTG,BGD->BTD", self.sample_BTG, row_BGD) for row_BGD in rows]
 
 
 @struct.dataclass

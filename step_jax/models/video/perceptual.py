@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from step_jax.core.errors import ConfigError, DataError
+from step_jax.ops.einsum import precision, product
 
 Network = Literal["alexnet", "vgg16"]
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -122,12 +123,14 @@ class Perceptual:
             else:
                 _, side, stride = layer
                 name, pad = f"{_TITLES[self.network]}/Conv_{convs}", _PADDING[side]
+                kernel_KKIO = p[f"{name}/kernel"].astype(x.dtype)
                 x = jax.lax.conv_general_dilated(
                     x,
-                    p[f"{name}/kernel"].astype(x.dtype),
+                    kernel_KKIO,
                     (stride, stride),
                     [(pad, pad), (pad, pad)],
                     dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                    precision=precision(x, kernel_KKIO),
                 )
                 x, convs = jax.nn.relu(x + p[f"{name}/bias"].astype(x.dtype)), convs + 1
         return taps
@@ -143,7 +146,7 @@ class Perceptual:
             length = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
             a, b = jnp.split(x / (length + 1e-10), 2)
             weight_F = p[f"NetLinLayer_{i}/Conv_0/kernel"][0, 0, :, 0].astype(jnp.float32)
-            total_N += jnp.mean(jnp.square(a - b) @ weight_F, (1, 2))
+            total_N += jnp.mean(product("NHWF,F->NHW", jnp.square(a - b), weight_F), (1, 2))
         return total_N
 
 

@@ -63,9 +63,8 @@ class Training:
     ema_decay: float | None = 0.99
 
     def validate(self):
-        checks.at_least(self, steps=1, batch_size=1, accumulation=1, ema_decay=0)
-        if self.ema_decay is not None and self.ema_decay >= 1:
-            raise ConfigError(f"training.ema_decay is {self.ema_decay}; it must be below 1")
+        checks.at_least(self, steps=1, batch_size=1, accumulation=1)
+        checks.decay(self, "ema_decay")
 
 
 @dataclass(frozen=True, kw_only=True)

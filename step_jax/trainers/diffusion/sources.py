@@ -18,7 +18,7 @@ import yaml
 from step_jax.checkpoint.artifact import Artifact
 from step_jax.core import checks
 from step_jax.core.config import parse_config
-from step_jax.core.errors import ConfigError
+from step_jax.core.errors import CheckpointError, ConfigError
 from step_jax.core.sharding import Sharding
 from step_jax.data.captions import NO_TEXT
 from step_jax.data.clips import ClipSource, uniforms
@@ -215,3 +215,23 @@ def data_of(artifact: Artifact) -> ClipData | PairData:
     """What a diffusion model learnt from."""
     text = yaml.safe_dump({"data": artifact.meta["config"]["data"]})
     return parse_config(_Held, text, f"{artifact.name}, data").data
+
+
+def decoder_of(artifact: Artifact, named: str | None, sharding: Sharding) -> Artifact | None:
+    """What decodes a model's latents: the autoencoder that is named, or else that of its data.
+
+    Raises:
+      CheckpointError: that of its data is no longer the one that made the latents.
+    """
+    data = data_of(artifact) if "config" in artifact.meta else None
+    name = named or (data.vae if data else None)
+    if name is None:
+        return None
+    vae, made = load_artifact(name, sharding), artifact.meta.get("data", {})
+    made_by = made.get("made_by") if isinstance(data, LatentData) else made.get("vae")
+    if named is None and made_by and made_by != (found := text_states.parameters_hash(vae)):
+        raise CheckpointError(
+            f"{artifact.name} learnt latents of another autoencoder ({made_by[:12]}) than {name} "
+            f"is now ({found[:12]}): name what decodes them, --vae"
+        )
+    return vae

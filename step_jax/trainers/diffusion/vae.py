@@ -103,6 +103,7 @@ class Training:
 
     def validate(self):
         checks.at_least(self, steps=1, batch_size=1, accumulation=1)
+        checks.decay(self, "ema_decay")
 
 
 @dataclass(frozen=True)
