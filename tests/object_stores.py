@@ -13,6 +13,8 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from step_jax.core import storage
+
 BUCKET = "step-jax-tests"
 _START_S = 60.0
 _FAKE_GCS = """
@@ -46,6 +48,7 @@ def store(scheme: str) -> Iterator[str]:
         try:
             _make_bucket(scheme, url, server, output)
             os.environ.update(leads)
+            storage._opened.cache_clear()  # buckets of one name, of the server before
             yield f"{scheme}://{BUCKET}"
         finally:
             server.kill()

@@ -124,6 +124,7 @@ def test_fsdp_gathers_one_layer_at_a_time():
     assert gathered and max(gathered) <= p.head_DV.size, "a stack of layers was gathered at once"
 
 
+@pytest.mark.thorough
 def test_loss_adds_up_over_devices_once_not_per_chunk():
     compiled, _, _ = on_mesh("fsdp8", *SOME, mtp=1)
     head = f"[{small.WIDTH},{small.VOCAB}]"

@@ -227,6 +227,7 @@ def test_run_from_an_artifact_is_planned_without_its_arrays(run, tmp_path, monke
     assert plan["memory_estimate"] == expected
 
 
+@pytest.mark.thorough
 def test_adapters_alone_have_gradients_and_moments_in_the_estimate(run):
     at = topology.parse("cpu:2")
     config, adapted = (

@@ -30,6 +30,9 @@ PRETRAIN, SFT, RL, DIFFUSION = (
 EARLY = ["--sample.prompts", "word " * 99, "--sample.tokens", "2"]
 
 
+pytestmark = pytest.mark.thorough
+
+
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory, places):  # noqa: F811
     """Run directories of pretraining, and of reinforcement on top of it."""
@@ -40,7 +43,6 @@ def chain(tmp_path_factory, places):  # noqa: F811
     return folder / "text", folder / "policy"
 
 
-@pytest.mark.thorough
 def test_a_policy_writes_and_is_scored_with_the_tokenizer_it_started_from(chain, places, capsys):  # noqa: F811
     text, policy = chain
     assert main(["generate", str(policy), "--prompt", "3", "12", "--max-new-tokens", "2"]) == 0
@@ -54,7 +56,6 @@ def test_a_policy_writes_and_is_scored_with_the_tokenizer_it_started_from(chain,
     assert "held-out documents of the run" in capsys.readouterr().out
 
 
-@pytest.mark.thorough
 def test_a_policy_is_trained_on_as_a_language_model(chain, places, tmp_path):  # noqa: F811
     _, policy = chain
     start = f"init_from: {{{{artifact: {policy}@4, part: policy}}}}\n"
@@ -99,7 +100,6 @@ def test_an_export_is_an_artifact_again(tmp_path, places, capsys):  # noqa: F811
     assert "is not empty" in capsys.readouterr().err
 
 
-@pytest.mark.thorough
 def test_pictures_are_drawn_from_an_artifact_and_texts_are_not(tmp_path, places, chain, capsys):  # noqa: F811
     pytest.importorskip("sklearn")
     run_loop("diffusion", DIFFUSION.write(tmp_path, **places), "--text.dropout", "0")
@@ -177,7 +177,6 @@ def test_another_tokenizer_than_the_artifacts_is_said(chain, places, tmp_path, c
     assert "(290 tokens), and" in said and f"{chain[0]}, step 6 was made with" in said
 
 
-@pytest.mark.thorough
 def test_adapters_are_trained_and_added_to_what_is_loaded(chain, places, tmp_path):  # noqa: F811
     start = (
         (

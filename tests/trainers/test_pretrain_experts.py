@@ -74,17 +74,17 @@ def test_a_checkpoint_of_another_number_of_experts_is_refused(
 
 
 def test_the_header_names_what_each_mixture_is_computed_with(tmp_path, text):
-    """The kernel for TPUs holds the narrow experts; the wide ones have no width it can cut."""
+    """The kernel for TPUs has a table of experts, which so many do not fit."""
     device = SimpleNamespace(devices=np.array([TPU], object))
     sharding = SimpleNamespace(mesh=device, size=lambda axis: 1, ways=lambda axis: 1)
     config = load_config(PretrainConfig, [with_experts(tmp_path, text)]).config
 
-    def shown(*hidden: int) -> str:
-        blocks = [Block(MFA(4, 64), MoE((Experts(8, h),), Router(2))) for h in hidden]
+    def shown(*experts: int) -> str:
+        blocks = [Block(MFA(4, 64), MoE((Experts(n, 64),), Router(2))) for n in experts]
         model = Decoder(2040, (Group(1, tuple(blocks)),))
         chosen = implementations(model, config.execution, config.data.sequence_length, sharding)
         return chosen["grouped matmul"]
 
-    assert shown(64) == "auto -> pallas_tpu"
-    assert shown(10_000) == "auto -> tiles"
-    assert shown(64, 10_000) == "auto -> pallas_tpu, tiles"
+    assert shown(8) == "auto -> pallas_tpu"
+    assert shown(2**18) == "auto -> tiles"
+    assert shown(8, 2**18) == "auto -> pallas_tpu, tiles"

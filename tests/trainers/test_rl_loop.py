@@ -73,6 +73,7 @@ def test_a_run_cut_between_two_updates_of_a_batch_ends_in_the_same_bits(ppo, tmp
     assert steps(tmp_path / "cut" / "run") == steps(run)
 
 
+@pytest.mark.thorough
 def test_policy_and_critic_are_parts_of_one_artifact(ppo):
     run, state = ppo
     critic = load_artifact(str(run), ONE, "critic")
@@ -82,6 +83,7 @@ def test_policy_and_critic_are_parts_of_one_artifact(ppo):
     assert load_artifact(str(run), ONE).model == critic.model.decoder
 
 
+@pytest.mark.thorough
 def test_every_step_says_how_far_engine_and_trainer_are_apart(ppo):
     records = steps(ppo[0])
     assert all(r["rollout_gap"] < 1e-5 and r["staleness_max"] == 0 for r in records)
@@ -167,6 +169,7 @@ def test_what_cannot_be_written_or_compared_is_refused(tmp_path, capsys, flags, 
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_answers_are_shown_with_their_rewards_as_they_are_written(ppo):
     text = (ppo[0] / "samples" / "step_0.txt").read_text()
     assert text.count("--- problem") == 8 and "reward" in text and ">>>" in text

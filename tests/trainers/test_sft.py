@@ -137,6 +137,7 @@ def test_a_fine_tuned_model_answers_with_the_template_that_it_was_trained_with(c
     assert (chat / "samples" / "step_6.txt").read_text().startswith("user: fox 3?\nassistant: ")
 
 
+@pytest.mark.thorough
 def test_held_out_answers_are_scored_during_the_run_at_its_end_and_by_command(chain, capsys):
     _, chat = chain
     scores = {(r["name"], r["step"]): r for r in records(chat) if r["event"] == "eval"}
@@ -178,6 +179,7 @@ def test_a_fine_tuned_model_is_exported_with_its_template(chain, tmp_path):
     assert asked[0] == asked[1]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
@@ -209,6 +211,7 @@ def test_settings_that_cannot_work_are_refused_before_the_first_step(
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+@pytest.mark.thorough
 def test_a_run_does_not_go_on_with_another_template(chain, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sft, "fitting", lambda *_: None)  # no step is needed to know it
     chat = chain[1]
