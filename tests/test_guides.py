@@ -59,7 +59,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(folder):
+def mine(folder):
+    """The run that the README trains and later pages go on with."""
+    if not (folder / "runs/mine").exists():
+        run(PAGES[0])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder, mine):
     """The folder of Hugging Face that pages speak of, whose tokenizer has a chat template."""
     assert main(["export", "runs/mine", "checkpoint"]) == 0
     for file in (folder / "checkpoint").glob("tokenizer*"):
@@ -92,6 +99,8 @@ LONG = ("docs/training.md", "docs/generation.md")
     ],
 )
 def test_a_page_works_as_it_stands(page, folder, request):
+    if page != PAGES[0]:
+        request.getfixturevalue("mine")
     if page in ("docs/interop.md", "docs/tokenizers.md"):
         request.getfixturevalue("checkpoint")
     run(page)

@@ -136,7 +136,7 @@ def drawn(chosen, sharding=None, **changes):
     return draw(small.params(MODEL), MODEL, texts, nothing, SIZE, SAMPLER, **given)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_sample_does_not_depend_on_what_is_drawn_with_it_nor_on_the_devices():
     three = drawn([0, 1, 2])
     assert three.shape == (3, *SIZE, 2) and np.isfinite(three).all()

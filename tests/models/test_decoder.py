@@ -117,7 +117,7 @@ def two_lengths(rng):
     return packed, stacked
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_packed_equals_each_document_alone():
     """Loss and every gradient: RoPE, both ALiBi forms, windows, all kinds, two prediction heads."""
     c = small.decoder(

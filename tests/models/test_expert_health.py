@@ -154,7 +154,7 @@ def test_an_exploding_expert_raises_the_alarm_before_the_loss_shows_it():
     assert first < apart[0]
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_loads_move_the_selection_bias():
     """Overloaded experts' biases fall and idle ones' rise, by the rate, whatever the loss.
 

@@ -161,7 +161,7 @@ def test_z_loss_is_the_squared_log_partition_and_has_its_gradient():
     assert float(slope) == pytest.approx(100.0, rel=1e-3)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_frozen_router_learns_nothing():
     c = decoder(replace(MIXTURE, router=replace(ROUTER, frozen=True)), repeat=1)
     p, batch = small.params(c), small.packed_batch()

@@ -177,7 +177,7 @@ def test_blocks_and_places_on_eight_devices_equal_one(names, repeat, axes, chang
     assert_equal(f(*args), one_device(*names, repeat=repeat))
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"scan": False}, pytest.param({"attention": "reference"}, marks=pytest.mark.slow)],

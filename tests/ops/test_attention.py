@@ -176,7 +176,7 @@ def test_parts_within_a_shard_map(monkeypatch):
         assert relative(a, b) <= 1e-6
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_memory_is_linear_in_the_tokens(monkeypatch):
     """Twice the tokens take twice the memory once a block is larger than a part."""
     monkeypatch.setattr(ops, "MOST_ROWS", 64)

@@ -138,7 +138,7 @@ def test_lengths_are_not_compiled_in():
     assert len(traces) == 1
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @settings(max_examples=6)
 @given(
     lengths=st.lists(st.integers(0, 400), min_size=1, max_size=3),

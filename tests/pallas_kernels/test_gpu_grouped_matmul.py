@@ -42,7 +42,7 @@ def check(sizes, rows, D=128, F=128, fill=None):
     return got
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_ragged_and_empty_groups_with_rows_left_over():
     check([0, 70, 0, 3, 55, 0], 200, fill=np.nan)
 

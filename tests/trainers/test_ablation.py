@@ -238,7 +238,7 @@ def one_device():
         yield
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_trains_what_is_missing(recipes, tmp_path, capsys, monkeypatch):
     runs, started = tmp_path / "runs", []

@@ -99,7 +99,7 @@ def straight(tmp_path_factory, latents):
     return steps(folder / "run"), compiled
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_it_learns_and_draws(tmp_path):
     """A fifth of the loss of the first steps, which is that of no prediction, is soon gone."""
     pytest.importorskip("sklearn")

@@ -248,7 +248,7 @@ def test_every_loop_of_the_table_is_here():
     assert {case.loop for case in CASES} == {*LOOPS, EXAMPLE}
 
 
-@loops("pretrain", "sft", "rl", "diffusion", EXAMPLE, thorough=("preference", "vae"))
+@loops("pretrain", "sft", "rl", "diffusion", EXAMPLE, thorough=("vae",))
 def test_a_resumed_run_ends_in_the_same_bits(case, straight, places, tmp_path):
     """From what an undisturbed run had saved by step 2, which is what a death after step 3 leaves.
 
@@ -272,7 +272,7 @@ def test_a_branch_goes_on_from_the_whole_state_of_another_run(case, straight, pl
     assert load_artifact(str(tmp_path / "run"), ONE).meta["artifact"]["origin"] == f"all of {run}@4"
 
 
-@loops("pretrain", thorough=("diffusion",))
+@loops("pretrain")
 def test_a_mesh_changes_nothing(case, straight, places, tmp_path):
     run, _ = straight(case)
     mesh = ["--parallel.data", "2", "--parallel.fsdp", "2", "--parallel.tensor", "2"]
@@ -338,7 +338,7 @@ def test_its_artifact_holds_the_model_as_it_was(case, straight):
         load_artifact(str(run), ONE, "critic")
 
 
-@loops("rl", thorough=("vae",))  # pretraining: tests/planning/test_plan.py
+@loops("rl")  # pretraining: tests/planning/test_plan.py
 def test_it_is_planned(case, places, tmp_path, capsys):
     path = case.write(tmp_path, **places)
     topology = ["--topology", "cpu:1", "--output", str(tmp_path / "plans")]

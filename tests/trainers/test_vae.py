@@ -150,7 +150,7 @@ PICTURES = "{frames: 1, height: 12, width: 12}"
 BOTH = "{frames: 3, height: 12, width: 12}, " + PICTURES
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_clips_and_pictures_are_learned_together_and_shown(tmp_path, capsys):
     run = tmp_path / "run"
     (tmp_path / "1.yaml").write_text(RECIPE.format(run=run, head="none", scenes=BOTH))
