@@ -161,8 +161,10 @@ def starting_point(
         return Start(model)
     goes_on = goes_on_from is not None
     name, part = (goes_on_from, None) if goes_on_from else (init.artifact, init.part)
-    artifact = convert(load_artifact(name, sharding, part, arrays=arrays and not goes_on))
-    artifact.require(kind, "init_from here")
+    artifact = convert(load_artifact(name, sharding, part, arrays=False))
+    artifact.require(kind, "init_from here")  # before parameters are laid out that may not fit
+    if arrays and not goes_on:
+        artifact = convert(load_artifact(name, sharding, part))
     model = artifact.model if model is None else complete(model, artifact.model)
     origin = artifact.meta["artifact"]["origin"] if goes_on else f"{name}, step {artifact.step}"
     start = Start(model, None, artifact.processor, origin, init.freeze, init.lora)
