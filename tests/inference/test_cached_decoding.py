@@ -93,7 +93,7 @@ EVERY_TIME = ("gqa_window", "mla", "mfa_gated_key")
 
 @pytest.mark.parametrize(
     "kind",
-    [k if k in EVERY_TIME else pytest.param(k, marks=pytest.mark.thorough) for k in KINDS],
+    [k if k in EVERY_TIME else pytest.param(k, marks=pytest.mark.slow) for k in KINDS],
 )
 def test_cached_calls_equal_one_forward_pass(kind):
     compare(small.decoder(KINDS[kind], repeat=2))

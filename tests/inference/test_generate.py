@@ -163,7 +163,7 @@ def test_similar_shapes_compile_once():
     assert compiled() == before
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "axes"),
     [("gqa_window", {"data": 4, "tensor": 2}), ("mfa_gated_key", {"fsdp": 4, "context": 2})],

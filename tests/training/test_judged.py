@@ -110,7 +110,7 @@ def first_step(how, mlp: str, batch, accumulation: int) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("loss", "mlp"),
     [
-        ("kto", "experts"),
+        pytest.param("kto", "experts", marks=pytest.mark.slow),  # test_sft.py has a mixture
         ("reward", "dense"),
         pytest.param("dpo", "experts", marks=pytest.mark.slow),  # less than kto
     ],
