@@ -7,8 +7,8 @@ is kept. The processors (a tokenizer) lie in folders of the run directory, by th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,13 +188,20 @@ def open_run(name: str) -> tuple[Path, Checkpointer, int]:
 
 
 def load_run(
-    name: str, sharding: Sharding, part: str | None = None, *, arrays: bool = True
+    name: str,
+    sharding: Sharding,
+    part: str | None = None,
+    *,
+    arrays: bool = True,
+    accept: Callable[[Artifact], None] | None = None,
 ) -> Artifact:
     """The model of a run; see :func:`open_run`.
 
     Args:
       part: the learner whose model it is; None for the first.
       arrays: False leaves the parameters out.
+      accept: told of the artifact before its parameters are laid out; raises for one that will not
+        do.
 
     Raises:
       ConfigError: ``name`` is no run.
@@ -212,17 +219,23 @@ def load_run(
         kind: _processor(directory, kind, digest, step)
         for kind, digest in description.processor.items()
     }
-    return Artifact(
+    artifact = Artifact(
         name=name,
         directory=directory,
         model=held.model,
-        params=_params(checkpointer, step, f"learners.{part}", held, sharding) if arrays else None,
+        params=None,
         processor=processor,
         context=description.context,
         dtype=description.dtype,
         step=step,
         meta=meta,
     )
+    if accept is not None:
+        accept(artifact)
+    if not arrays:
+        return artifact
+    params = _params(checkpointer, step, f"learners.{part}", held, sharding)
+    return replace(artifact, params=params)
 
 
 def _processor(directory: Path, kind: str, digest: str, step: int) -> Any:

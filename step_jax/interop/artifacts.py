@@ -41,7 +41,12 @@ OF_TRAINING = {
 
 
 def load_artifact(
-    name: str, sharding: Sharding, part: str | None = None, *, arrays: bool = True
+    name: str,
+    sharding: Sharding,
+    part: str | None = None,
+    *,
+    arrays: bool = True,
+    accept: Callable[[Artifact], None] | None = None,
 ) -> Artifact:
     """The artifact of a name.
 
@@ -50,18 +55,23 @@ def load_artifact(
       sharding: where its parameters are laid out.
       part: which of its models; None for the first.
       arrays: False leaves the parameters out, for those who only ask what it is.
+      accept: told of the artifact before its parameters are laid out; raises for one that will not
+        do.
 
     Raises:
       ConfigError: there is nothing of that name.
       CheckpointError, DataError: it cannot be loaded; says why.
     """
     if not name.startswith(HUGGING_FACE):
-        return load_run(name, sharding, part, arrays=arrays)
+        return load_run(name, sharding, part, arrays=arrays, accept=accept)
     if part is not None:
         raise ConfigError(f"{name} has a single model: leave part {part!r} out")
     from step_jax.interop.hf.artifact import load_hf_artifact
 
-    return load_hf_artifact(name.removeprefix(HUGGING_FACE), sharding, arrays=arrays)
+    folder = name.removeprefix(HUGGING_FACE)
+    if accept is not None:
+        accept(load_hf_artifact(folder, sharding, arrays=False))
+    return load_hf_artifact(folder, sharding, arrays=arrays)
 
 
 @dataclass(frozen=True)
@@ -161,10 +171,12 @@ def starting_point(
         return Start(model)
     goes_on = goes_on_from is not None
     name, part = (goes_on_from, None) if goes_on_from else (init.artifact, init.part)
-    artifact = convert(load_artifact(name, sharding, part, arrays=False))
-    artifact.require(kind, "init_from here")  # before parameters are laid out that may not fit
-    if arrays and not goes_on:
-        artifact = convert(load_artifact(name, sharding, part))
+
+    def accept(found: Artifact) -> None:
+        convert(found).require(kind, "init_from here")
+
+    reads = arrays and not goes_on
+    artifact = convert(load_artifact(name, sharding, part, arrays=reads, accept=accept))
     model = artifact.model if model is None else complete(model, artifact.model)
     origin = artifact.meta["artifact"]["origin"] if goes_on else f"{name}, step {artifact.step}"
     start = Start(model, None, artifact.processor, origin, init.freeze, init.lora)

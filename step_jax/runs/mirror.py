@@ -8,6 +8,7 @@ steps after its last checkpoint, which are done again.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -86,8 +87,9 @@ class Mirror:
                         self._lease.renew()
                     continue
                 self.sync()
-            except (StepError, OSError):
-                pass  # the next checkpoint, or the end, says so if it lasts
+            except (StepError, OSError) as error:
+                # No end of the run yet: that is for the next checkpoint to say, if it lasts.
+                logging.getLogger("step_jax.runs").warning("%s", error)
             took = time.monotonic() - started
             due = time.monotonic() + max(_EVERY_S, _SHARE * took)
 
