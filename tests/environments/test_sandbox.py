@@ -238,11 +238,13 @@ for top in set(os.listdir("/")) - {"proc", "usr", "python", "lib", "lib64", "dev
         found += [open(os.path.join(folder, file), "rb").read() for file in files]
 leaks = [looks(data) for data in found]
 spans = [line.split() for line in open("/proc/self/maps")]
+seen = set()
 for span, flags, *rest in spans:
     begin, end = (int(x, 16) for x in span.split("-"))
     if flags.startswith("rw"):
         leaks.append(looks(ctypes.string_at(begin, end - begin)))
-print(any(leaks), len(leaks) > 20, len(found) > 3)
+        seen.add(rest[-1])  # how many spans there are is the kernel's whim: it joins neighbours
+print(any(leaks), {"[heap]", "[stack]"} < seen, len(found) > 3)
 """
     record = {"tests": [{"stdin": "", "stdout": "secret-answer"}]}
     assert Code(thinking=None, limits=QUICK).score(program, record) == 0.0
