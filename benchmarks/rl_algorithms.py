@@ -1,0 +1,174 @@
+"""Algorithms, lambda, the pull to a reference and staleness side by side: one start, one task.
+
+    python benchmarks/rl_algorithms.py [--groups algorithms lambda kl staleness] [--seeds 0 1 2]
+
+Each variant is configs/rl/addition.yaml with the flags below, for 40 batches of 16 problems x 16
+answers, two updates a batch (so that ratios leave 1 and clips matter). Runs are in
+``runs/rl_algorithms``; what is finished is kept, what was stopped goes on. It ends with tables in
+Markdown and pictures beside the runs; what it printed is in benchmarks/rl_algorithms.md.
+
+Two ways to be fair: after the same batches, and after the same tokens sampled (dynamic sampling
+samples more for a batch). Held-out accuracy between two evaluations is taken to lie on the line
+between them. Intervals are Student's, over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from rl_from_scratch import RECIPE, evaluations, write_texts
+
+from step_jax.cli.main import main as step_jax
+
+RUNS = Path("runs/rl_algorithms")
+BATCHES, UPDATES = 40, 2
+COMMON = {
+    "training.steps": BATCHES * UPDATES,
+    "training.updates": UPDATES,
+    "evaluation.every_steps": 10 * UPDATES,
+    "evaluation.samples": 8,
+    "run.checkpoint.every_steps": 20 * UPDATES,
+}
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantiles by the number of seeds
+NONE, TRUNCATE = "[]", '[{"kind": "truncate"}]'
+GAE = '{"kind": "gae", "gae_lambda": 0.95}'
+
+Flags = dict[str, object]
+ALGORITHMS = ("ppo", "grpo", "dr_grpo", "dapo", "rloo", "reinforce_pp", "gspo", "cispo", "mis_po")
+#: group -> name of a variant -> its flags. A name has one meaning, so groups share their runs.
+GROUPS: dict[str, dict[str, Flags]] = {
+    "algorithms": {name: {"algorithm.name": name} for name in ALGORITHMS},
+    "lambda": {
+        "ppo": {"algorithm.name": "ppo"},
+        "ppo, lambda 0.95": {"algorithm.name": "ppo", "algorithm.signal": GAE},
+    },
+    "kl": {
+        "ppo": {"algorithm.name": "ppo"},
+        "ppo, KL 0.001": {"algorithm.name": "ppo", "algorithm.kl": 0.001},
+    },
+    "staleness": {
+        "mis_po": {"algorithm.name": "mis_po"},
+        "dr_grpo": {"algorithm.name": "dr_grpo"},
+    }
+    | {
+        f"{name}{', ' + how if how else ''}, lag {lag}": {
+            "algorithm.name": name,
+            "rollout.lag": lag,
+            **({} if corrections is None else {"algorithm.corrections": corrections}),
+        }
+        for lag in (2, 8)
+        for name, how, corrections in (
+            ("mis_po", "", None),
+            ("mis_po", "no filter", NONE),
+            ("dr_grpo", "", None),
+            ("dr_grpo", "truncated weights", TRUNCATE),
+        )
+    },
+}
+
+
+def folder(name: str, seed: int) -> Path:
+    return RUNS / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
+
+
+def train(name: str, flags: Flags, seed: int) -> None:
+    """Runs a variant; nothing happens if that is done."""
+    path = folder(name, seed)
+    if (path / "metrics.jsonl").exists() and len(curve(path)[0]) > BATCHES // 10:
+        return
+    given = COMMON | {"run.directory": path, "run.seed": seed} | flags
+    words = [str(word) for key, value in given.items() for word in (f"--{key}", value)]
+    if step_jax(["rl", str(RECIPE), *words]):
+        raise SystemExit(f"{path} failed")
+
+
+def curve(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens sampled in all, pass@1) at every evaluation."""
+    records = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+    written = {
+        r["step"]: r["rollout_s"] * r["rollout_tokens_per_s"]
+        for r in records
+        if r["event"] == "step" and r["step"] % UPDATES == 1
+    }  # the figures of a batch stand with each of its updates
+    found = evaluations(path)
+    steps = [e["step"] for e in found]
+    tokens = [sum(n for step, n in written.items() if step <= at) for at in steps]
+    return np.asarray(tokens), np.asarray([e["pass@1"] for e in found])
+
+
+def interval(values) -> str:
+    """Mean and 95 % interval over seeds."""
+    mean, n = np.mean(values), len(values)
+    if n not in STUDENT:
+        return f"{mean:.3f}"
+    half = STUDENT[n] * np.std(values, ddof=1) / math.sqrt(n)
+    return f"{mean:.3f} ± {half:.3f}"
+
+
+def table(names, seeds: list[int], tokens: float) -> str:
+    """One row a variant, in Markdown."""
+    lines = [
+        f"| | pass@1 before | after {BATCHES} batches | seeds | tokens sampled | "
+        f"after {tokens / 1e3:.0f}k tokens |\n|---|---|---|---|---|---|"
+    ]
+    for name in names:
+        curves = [curve(folder(name, seed)) for seed in seeds]
+        first, last = ([y[k] for _, y in curves] for k in (0, -1))
+        common = [np.interp(tokens, *both) for both in curves]
+        each = ", ".join(f"{y:.3f}" for y in last)
+        spent = np.mean([x[-1] for x, _ in curves])
+        lines.append(
+            f"| {name} | {np.mean(first):.3f} | {interval(last)} | {each} | {spent / 1e3:.0f}k | "
+            f"{interval(common)} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(group: str, names, seeds: list[int]) -> Path:
+    """Mean over seeds against tokens sampled, with the range of the seeds."""
+    fig, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    for number, name in enumerate(names):
+        x_SN, y_SN = (
+            np.stack(a) for a in zip(*(curve(folder(name, s)) for s in seeds), strict=True)
+        )
+        line = ("-", "--", ":")[number // 7]
+        axes.plot(x_SN.mean(0), y_SN.mean(0), line, marker="o", ms=3, label=name)
+        axes.fill_between(x_SN.mean(0), y_SN.min(0), y_SN.max(0), alpha=0.12)
+    axes.set(xlabel="tokens sampled", ylabel="held-out pass@1", ylim=(0, 1))
+    axes.set_title(f"{group}: mean and range of {len(seeds)} seeds", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="lower right")
+    path = RUNS / f"{group}.png"
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    args = parser.parse_args()
+    write_texts(20_000)
+    if step_jax(["pretrain", "configs/rl/base.yaml"]):
+        raise SystemExit("the start could not be trained")
+    for seed in args.seeds:  # all of one seed first: stopped early, there is still a comparison
+        for group in args.groups:
+            for name, flags in GROUPS[group].items():
+                train(name, flags, seed)
+    for group in args.groups:
+        ends = [curve(folder(n, s))[0][-1] for n in GROUPS[group] for s in args.seeds]
+        print(f"\n## {group}\n\n{table(GROUPS[group], args.seeds, min(ends))}\n")
+        print(f"picture: {draw(group, GROUPS[group], args.seeds)}")
+
+
+if __name__ == "__main__":
+    main()
