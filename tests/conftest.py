@@ -35,6 +35,19 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import pytest  # noqa: E402
+from jax._src import compilation_cache  # noqa: E402
+
+_put = compilation_cache.put_executable_and_time
+
+
+def _put_of_one_device(key, name, executable, *rest):
+    """Programs of several CPU devices are not kept: see ``step_jax.core.kept_programs``."""
+    if len(executable.local_devices()) == 1:
+        _put(key, name, executable, *rest)
+
+
+compilation_cache.put_executable_and_time = _put_of_one_device
+
 from hypothesis import settings  # noqa: E402
 
 # Compilation makes the first example of a property slow, so a deadline would be noise.

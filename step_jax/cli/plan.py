@@ -76,7 +76,7 @@ def run(asked: Asked) -> None:
     console.close()
     if not plan.fits and not args.force:
         raise DoesNotFit(
-            f"{asked.recipe} does not fit a device of {topology.name}: {plan.overflow} "
+            f"{asked.recipe} does not fit a device of {topology.name}: {plan.misfit} "
             "(--force for exit code 0 all the same; --search looks for what fits)"
         )
 

@@ -11,7 +11,6 @@ import json
 import os
 import socket
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -106,18 +105,6 @@ def peer_lost(error: BaseException | None) -> PeerLostError | None:
         return None
     text = str(error).splitlines()[0]
     return PeerLostError(f"another process is gone, or cannot be reached: {text}")
-
-
-def keep_compiled_programs() -> None:
-    """Keeps compiled programs on disk, so that a restarted run does not compile again.
-
-    They lie in ``$XDG_CACHE_HOME/step_jax/programs`` (default ``~/.cache``), unless
-    ``JAX_COMPILATION_CACHE_DIR`` names another folder.
-    """
-    if jax.config.jax_compilation_cache_dir is None:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        folder = Path(base).expanduser() / "step_jax" / "programs"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 class Processes:

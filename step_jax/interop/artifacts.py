@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from step_jax.checkpoint.artifact import Artifact, Part, load_run
@@ -16,6 +17,7 @@ from step_jax.core import spec as spec_lib
 from step_jax.core.config import to_plain
 from step_jax.core.errors import CheckpointError, ConfigError
 from step_jax.core.sharding import Sharding
+from step_jax.core.storage import is_url
 from step_jax.training.learner import LoRA
 
 HUGGING_FACE = "hf:"
@@ -158,7 +160,8 @@ def starting_point(
         started from need not be there any more.
       complete: (model, the artifact's model) -> the model with what it leaves to the artifact.
       convert: makes an artifact of another kind one of ``kind``, if it can.
-      arrays: False leaves the parameters out (of a plan).
+      arrays: False leaves the parameters out, of a plan: that of a recipe which says its model can
+        be made before the artifact is there.
 
     Raises:
       ConfigError: neither is given, or a pattern names nothing.
@@ -176,7 +179,12 @@ def starting_point(
         convert(found).require(kind, "init_from here")
 
     reads = arrays and not goes_on
-    artifact = convert(load_artifact(name, sharding, part, arrays=reads, accept=accept))
+    try:
+        artifact = convert(load_artifact(name, sharding, part, arrays=reads, accept=accept))
+    except ConfigError:
+        if model is None or arrays or goes_on or present(name):
+            raise
+        return Start(model, freeze=init.freeze, lora=init.lora)
     model = artifact.model if model is None else complete(model, artifact.model)
     origin = artifact.meta["artifact"]["origin"] if goes_on else f"{name}, step {artifact.step}"
     start = Start(model, None, artifact.processor, origin, init.freeze, init.lora)
@@ -189,6 +197,12 @@ def starting_point(
     held = spec_lib.by_name(artifact.params)
     params = spec_lib.map_names(lambda n: None if n in fresh else held[n], model.specs())
     return replace(start, params=params)
+
+
+def present(name: str) -> bool:
+    """Whether something of an artifact's name is there; of a URL that is taken for granted."""
+    path = name.removeprefix(HUGGING_FACE)
+    return is_url(path) or any(Path(p).expanduser().exists() for p in (path, path.split("@")[0]))
 
 
 def _fresh(artifact: Artifact, model: Any, init: InitFrom) -> set[str]:

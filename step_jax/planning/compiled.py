@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
 
 from step_jax.core.errors import ConfigError
+from step_jax.core.kept_programs import not_kept
 from step_jax.core.sharding import Sharding
 from step_jax.data.schema import Schema
 from step_jax.models.context import Execution
@@ -21,11 +21,14 @@ from step_jax.planning import hlo
 from step_jax.planning.memory import out_of_memory
 from step_jax.planning.topology import Topology
 from step_jax.runs import device_memory
-from step_jax.training.program import Program
+from step_jax.training.program import Phase, Program
 
 
 class Loop(Protocol):
-    """What a plan asks of a loop: the program of a configuration on a mesh."""
+    """What a plan asks of a loop: the program of a configuration on a mesh.
+
+    One that runs others between its steps has ``phases``, of the same arguments, too.
+    """
 
     def program(self, config: Any, sharding: Sharding) -> Program: ...
 
@@ -71,7 +74,7 @@ def resolved(config: Any, devices: int) -> Any:
     Raises:
       ConfigError: a mesh of another number of devices.
     """
-    return replace(config, parallel=config.parallel.resolve(devices))
+    return replace(config, parallel=config.parallel.resolve(devices - config.parallel.spare))
 
 
 def execution_of(config: Any) -> Execution | None:
@@ -88,6 +91,12 @@ def program_for(loop: Loop, config: Any, topology: Topology) -> Program:
     program = loop.program(config, Sharding.build(config.parallel, topology.devices))
     check_rows(program.schema, program.sharding, program.accumulation)
     return program
+
+
+def phases_for(loop: Loop, config: Any, topology: Topology) -> tuple[Phase, ...]:
+    """What runs between the steps of a configuration (see ``resolved``) on a topology."""
+    of = getattr(loop, "phases", None)
+    return () if of is None else of(config, Sharding.build(config.parallel, topology.devices))
 
 
 def extent(schema: Schema) -> tuple[int | None, int | None]:
@@ -156,21 +165,9 @@ _FILES = ("after_optimizations.txt", "-buffer-assignment.txt", "-live-range.txt"
 
 
 @contextlib.contextmanager
-def _compiled_anew() -> Iterator[None]:
-    """No program that was kept on disk is taken: one of a run comes without what XLA dumps."""
-    was = jax.config.jax_enable_compilation_cache
-    try:
-        jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()  # it remembers whether it is used
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", was)
-        compilation_cache.reset_cache()
-
-
-@contextlib.contextmanager
 def _dump() -> Iterator[Path]:
-    with _compiled_anew(), tempfile.TemporaryDirectory(prefix="step_jax_plan_") as folder:
+    # a program of a run that was kept on disk comes without what XLA dumps
+    with not_kept(), tempfile.TemporaryDirectory(prefix="step_jax_plan_") as folder:
         yield Path(folder)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,12 @@ from step_jax.planning.compiled import (
     execution_of,
     extent,
     parsed,
+    phases_for,
     program_for,
     resolved,
 )
+from step_jax.planning.phases import Stock, whole_step
+from step_jax.planning.phases import take_stock as take_stock_of_phase
 from step_jax.planning.topology import Topology, crosses_slices
 from step_jax.training.program import Program
 
@@ -67,14 +71,15 @@ class Plan:
       mfu_bound: the models' operations at ``bound_s`` over the peak.
       forecast: step, low, high, layers, exposed, known: see ``forecast.Forecast``; None on a CPU.
       mfu: the models' operations at the forecast over the peak.
-      rate: ``unit`` per second and chip at the forecast.
+      rate: ``unit`` per second and chip at ``whole_s``.
       pipeline_microbatches, bubble: of a pipeline, and the share of its steps that a device spends
         on padding. The padding is computed, so ``flops`` and all times include it.
       expert_bubble: share of a step that other devices would wait for a shard of experts whose
         buffers are full, were ``compute_s`` the bound. The figures are those of an even load.
+      phases: what runs between steps, or beside them, see ``phases.Stock``.
+      whole_s: a step with its phases, at the forecast (or the bound without one) and their bounds.
       steps, work_total: of the recipe's whole run.
-      work_per_day, days, chip_hours: at the forecast, or at the bound without one; None for a step
-        that does not fit.
+      work_per_day, days, chip_hours: at ``whole_s``; None for what does not fit.
       price, cost: of a chip-hour, and of the run, in ``currency``; None where none is given.
       compile_cpu_s: CPU seconds of the compilation.
       flags, versions: what was asked beside the recipe, and packages that the figures depend on.
@@ -122,6 +127,8 @@ class Plan:
     pipeline_microbatches: int
     bubble: float
     expert_bubble: float | None
+    phases: list[dict[str, Any]]
+    whole_s: float
     steps: int
     work_total: float
     work_per_day: float | None
@@ -137,9 +144,14 @@ class Plan:
     notes: list[str]
 
     @property
+    def misfit(self) -> str:
+        """What does not fit, by the compiler's word: the step or a phase; "" if all do."""
+        found = (Stock(**p).misfit(self.memory_limit) for p in self.phases)
+        return self.overflow or next(filter(None, found), "")
+
+    @property
     def fits(self) -> bool:
-        """The compiler's word: whether it found a way."""
-        return not self.overflow
+        return not self.misfit
 
     def save(self, path: Path) -> None:
         known = {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
@@ -174,12 +186,21 @@ def make_plan(loop: Loop, config: Any, topology: Topology, request: Request = NO
       ConfigError: a recipe that does not fit the topology's number of devices, or the mesh.
     """
     config = resolved(config, topology.count)
-    compiled = compile_step(program_for(loop, config, topology), topology)
-    return take_stock(config, topology, compiled, request)
+    program = program_for(loop, config, topology)
+    compiled = compile_step(program, topology)
+    phases = [
+        take_stock_of_phase(phase, topology, program.work.dtype)
+        for phase in phases_for(loop, config, topology)
+    ]
+    return take_stock(config, topology, compiled, request, phases)
 
 
 def take_stock(
-    config: Any, topology: Topology, compiled: Compiled, request: Request = NO_REQUEST
+    config: Any,
+    topology: Topology,
+    compiled: Compiled,
+    request: Request = NO_REQUEST,
+    phases: Sequence[Stock] = (),
 ) -> Plan:
     """The plan of a compiled step; ``config`` as ``resolved``."""
     program, module = compiled.program, parsed(compiled)
@@ -231,7 +252,7 @@ def take_stock(
         advice=advice(used.classes, config, extent(program.schema)[1]),
         notes=[*program.notes, *_notes(ops, endless, expected, topology)],
         **_expected(config, program, ops.flops),
-        **_run(program, topology, bound, expected, compiled, request),
+        **_run(program, topology, bound, expected, compiled, request, phases),
     )
 
 
@@ -278,13 +299,16 @@ def _run(
     expected: forecast.Forecast | None,
     compiled: Compiled,
     request: Request,
+    phases: Sequence[Stock],
 ) -> dict[str, Any]:
     """The fields that follow from a step's time and the run's length."""
     work, steps = program.work, program.total_steps
     needed = work.flops / topology.count or None  # 0 says that nobody counts them
     peak = roofline.peak(topology, work.dtype)
-    step_s = bound.step if expected is None else expected.step
-    days = None if compiled.overflow else steps * step_s / SECONDS_PER_DAY
+    step_s = whole_step(bound.step if expected is None else expected.step, phases)
+    limit = _limit(compiled, topology)
+    fits = not compiled.overflow and not any(phase.misfit(limit) for phase in phases)
+    days = steps * step_s / SECONDS_PER_DAY if fits else None
     hours = days and days * 24 * topology.chips
     tables = [how.model_specs for how in program.learnings.values()]
     return dict(
@@ -297,7 +321,9 @@ def _run(
         mfu_bound=needed and needed / (bound.step * peak),
         forecast=expected and dataclasses.asdict(expected),
         mfu=needed and expected and needed / (expected.step * peak),
-        rate=expected and work.count / expected.step / topology.chips,
+        rate=expected and work.count / step_s / topology.chips,
+        phases=[dataclasses.asdict(p) for p in phases],
+        whole_s=step_s,
         steps=steps,
         work_total=float(steps * work.count),
         work_per_day=days and work.count * SECONDS_PER_DAY / step_s,

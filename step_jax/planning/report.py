@@ -10,6 +10,7 @@ from step_jax.core.sharding import Sharding
 from step_jax.planning import estimate, hlo
 from step_jax.planning.compiled import Loop, execution_of
 from step_jax.planning.memory import CLASSES, Buffer, largest, out_of_memory
+from step_jax.planning.phases import Stock
 from step_jax.planning.plan import Plan, advice
 from step_jax.runs.console import Console, duration, si
 from step_jax.runs.device_memory import DoesNotFit
@@ -32,7 +33,7 @@ def title(plan: Plan) -> str:
 def verdict(plan: Plan) -> str:
     """The plan in a sentence."""
     if not plan.fits:
-        return f"does not fit: {plan.overflow}"
+        return f"does not fit: {plan.misfit}"
     step = f"a step of at least {duration(plan.bound_s)}, bound by {plan.bound_by}"
     if plan.forecast is not None:
         f = plan.forecast
@@ -51,6 +52,8 @@ def tables(plan: Plan) -> list[tuple[str, dict[str, str]]]:
     ]
     if plan.forecast is not None:
         found.append(("forecast: by what published runs reached of their chips", _forecast(plan)))
+    if plan.phases:
+        found.append(("a step, and what runs between steps at its bounds", _phases(plan)))
     found.append(("the run", _run(plan)))
     if not plan.fits:
         buffers = [Buffer(**b) for b in plan.buffers[:8]]
@@ -182,16 +185,41 @@ def _forecast(plan: Plan) -> dict[str, str]:
     }
     rows["communication not hidden"] = f"{duration(f['exposed'])} ({f['exposed'] / f['step']:.0%})"
     rows["step"] = f"{duration(f['step'])}, {duration(f['low'])} to {duration(f['high'])}"
-    rows[f"{plan.unit} per second and chip"] = f"{plan.rate:,.0f}"
+    assert plan.rate is not None  # there is a forecast
+    rows[f"{plan.unit} per second and chip"] = _rate(plan.rate)
     if plan.mfu is not None:
         rows["MFU"] = f"{plan.mfu:.1%}"
     return rows
 
 
+def _phases(plan: Plan) -> dict[str, str]:
+    phases = [Stock(**p) for p in plan.phases]
+    step_s = plan.bound_s if plan.forecast is None else plan.forecast["step"]
+    total = step_s + sum(p.seconds for p in phases)
+
+    def share(seconds: float) -> str:
+        return f"{duration(seconds):>9}  {seconds / total:5.1%}"
+
+    word = "the least" if plan.forecast is None else "forecast"
+    rows = {"a step": f"{share(step_s)}  {word}"}
+    for p in phases:
+        size = "DOES NOT FIT" if p.memory is None else gigabytes(p.memory)
+        memory = f"{size} beside {gigabytes(p.held)}" if p.held else size
+        calls = f"{p.calls:,.4g} x {duration(p.bound_s)} by {p.bound_by}"
+        beside = ", while steps are taken" if p.beside else ""
+        rows[p.name] = f"{share(p.seconds)}  {calls}; {memory}{beside}"
+    rows["together"] = f"{duration(plan.whole_s):>9}"
+    return rows
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.3g}"
+
+
 def _run(plan: Plan) -> dict[str, str]:
     rows = {"length": f"{si(plan.work_total)} {plan.unit} in {plan.steps:,} steps"}
     if plan.days is None:
-        return rows | {"time": "none: the step does not fit"}
+        return rows | {"time": "none: it does not fit"}
     assert plan.work_per_day is not None and plan.chip_hours is not None
     least = "at least " if plan.forecast is None else ""
     rows["time"] = f"{least}{plan.days:.3g} days, {si(plan.chip_hours)} chip-hours"

@@ -18,7 +18,7 @@ import numpy as np
 
 from step_jax.checkpoint import CheckpointConfig, Checkpointer
 from step_jax.checkpoint.artifact import Description, has_steps, open_run
-from step_jax.core import checks, distributed, rng
+from step_jax.core import checks, distributed, kept_programs, rng
 from step_jax.core.config import config_hash, to_plain
 from step_jax.core.errors import CheckpointError, ConfigError, ExitCode, RestartRequested
 from step_jax.core.sharding import Sharding
@@ -109,9 +109,9 @@ class Session:
         with ExitStack() as stack:
             # First of all: joining waits for others, and so may whatever comes after.
             self._stop = stack.enter_context(StopSignal(joined=False))
-            distributed.keep_compiled_programs()
             distributed.join(parallel.multihost)
             self.sharding = Sharding.build(parallel)
+            stack.enter_context(kept_programs.kept(self.sharding.mesh))
             self._stop.join()
             self.primary = jax.process_index() == 0
             self.directory = stack.enter_context(

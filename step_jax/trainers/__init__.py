@@ -5,7 +5,9 @@ A loop is a module (or a Python file of yours) with
 - ``Config``: a frozen dataclass with ``run: RunConfig``, ``parallel: MeshConfig`` and
   ``loop: Literal["its name"]``, by which its recipes are known;
 - ``program(config, sharding) -> Program``: what it compiles, without data or devices;
-- ``run(config, force=False) -> dict``: trains, and returns what it came to.
+- ``run(config, force=False) -> dict``: trains, and returns what it came to;
+- ``phases(config, sharding) -> tuple[Phase, ...]``, if it runs programs between its steps: for its
+  plan.
 """
 
 from __future__ import annotations

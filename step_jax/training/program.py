@@ -155,6 +155,30 @@ class Program:
         )
 
 
+@dataclass(frozen=True)
+class Phase:
+    """A program that a loop runs between its steps, for its plan.
+
+    Attributes:
+      name: what it does.
+      lower: traces it for the devices of ``sharding``.
+      function: its name, by which the compiler's notes of it are found.
+      calls: for each step of the loop; of a loop over tokens its turns.
+      reads: bytes of main memory of a device that a call cannot but read.
+      held: bytes of a device that are taken by what is no argument of it.
+      beside: it runs on devices of its own while steps are taken.
+    """
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    function: str
+    sharding: Sharding
+    calls: float
+    reads: float
+    held: float = 0.0
+    beside: bool = False
+
+
 def shardings_of(tree: Any) -> Any:
     """The sharding of every leaf (arrays, or abstract ones that have shardings)."""
     return jax.tree.map(lambda a: a.sharding, tree)

@@ -163,7 +163,7 @@ def test_plan_that_does_not_fit_says_what_would_help_and_no_days(plan, capsys):
     assert not too_large.fits
     report.show(too_large, make_console(every=1))
     text = capsys.readouterr().out
-    assert "none: the step does not fit" in text and "days" not in text
+    assert "none: it does not fit" in text and "days" not in text
 
 
 def test_forecast_is_shown_and_drawn_by_layer_with_its_range_and_what_the_run_costs(

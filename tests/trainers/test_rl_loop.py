@@ -144,7 +144,7 @@ def test_a_mixture_learns_with_the_experts_that_wrote(tmp_path):
         ({"algorithm": "{name: ppo, signal: {kind: group_relative}}"}, "need each other"),
         ({"rollout": f", server: {SERVER}"}, "give algorithm.corrections"),
         ({"rollout": f", replay_routing: true, server: {SERVER}"}, "says nothing of experts"),
-        ({"parallel": "{spare: 1}"}, "give both, or neither"),
+        ({"parallel": "{spare: 1}"}, "leaves devices to rollout.parallel"),
         ({"rollout": ", parallel: {}", "parallel": "{spare: 8}"}, "of 8 devices: none is left"),
     ],
 )

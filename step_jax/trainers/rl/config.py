@@ -145,9 +145,9 @@ class Rollout:
     replay_routing: mixtures of experts learn with the experts that wrote the answers
       (arXiv 2510.11370).
     chat: problems are asked through the tokenizer's chat template; null if it has one.
-    parallel: answers are written on a mesh of its own, of the ``parallel.spare`` devices that the
-      mesh of training leaves out; with a lag, while the policy learns. null: both take turns on one
-      mesh.
+    parallel: the mesh that answers are written on, if another than that of training: of the
+      ``parallel.spare`` devices that training leaves out (with a lag it writes while the policy
+      learns), without any of the same devices laid out otherwise (both take turns).
     server: answers are written by an engine of others, see :class:`Server`; held-out problems are
       answered by our own. With a lag it writes while the policy learns.
     """
@@ -266,9 +266,10 @@ class Config:
                 "rollout.server computes otherwise than the trainer, so its answers are those of "
                 "another policy: give algorithm.corrections"
             )
-        if (self.rollout.parallel is None) != (self.parallel.spare == 0):
+        if self.rollout.parallel is None and self.parallel.spare:
             raise ConfigError(
-                "rollout.parallel is the mesh of the parallel.spare devices: give both, or neither"
+                "parallel.spare leaves devices to rollout.parallel, the mesh that answers are "
+                "written on: give both, or leave spare out"
             )
         if how.kl is None and self.reference is not None:
             raise ConfigError("reference is given, and algorithm.kl is 0: nothing would read it")

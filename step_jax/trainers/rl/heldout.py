@@ -18,7 +18,8 @@ from step_jax.models.text.decoder import Decoder
 from step_jax.runs.session import Session
 from step_jax.tokenizers.base import Tokenizer
 from step_jax.trainers.rl.config import Config
-from step_jax.trainers.rl.rollouts import evaluated, make_engine
+from step_jax.trainers.rl.layouts import heldout_writer
+from step_jax.trainers.rl.rollouts import evaluated
 from step_jax.trainers.rl.turns import Turns
 
 
@@ -51,9 +52,7 @@ class HeldOut:
                 f"{len(long)} held-out problems have more than rollout.max_prompt_tokens "
                 f"{config.rollout.max_prompt_tokens} tokens, the first of them {long[0]}"
             )
-        self._engine = make_engine(
-            config, policy, tokenizer, session.sharding, config.evaluation.temperature
-        )
+        self._writer = heldout_writer(config, policy, tokenizer, session.sharding)
 
     def __call__(self, step: int, policy: Any) -> dict[str, float]:
         """The figures of these many finished steps; {} if none are due or they were made."""
@@ -69,8 +68,10 @@ class HeldOut:
     def figures(self, params: Any, step: int) -> dict[str, float]:
         """pass@1 with its 95 % interval over problems, pass@n, maj@n, mean score, lengths."""
         n, decode = self._config.samples, self._tokenizer.decode_continuation
+        if self._writer.send is not None:
+            params = self._writer.send(params)
         written = evaluated(
-            self._engine, params, self._prompts, n, self._tokens, step, decode, self._turns
+            self._writer.engine, params, self._prompts, n, self._tokens, step, decode, self._turns
         )
         done = [[sample for sample, _ in group] for group in written]
         replies = [[reply for _, reply in group] for group in written]

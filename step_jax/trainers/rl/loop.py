@@ -8,10 +8,9 @@ read top to bottom: it is blind to the algorithm (``algorithms``), to what is as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -26,8 +25,6 @@ from step_jax.core.files import write_whole
 from step_jax.core.sharding import Sharding
 from step_jax.data.batches import process_rows, to_mesh
 from step_jax.data.schema import Field
-from step_jax.inference.engine import Engine
-from step_jax.inference.served import Served
 from step_jax.interop.artifacts import Start, load_artifact, starting_point
 from step_jax.models.flops import train_flops_per_token
 from step_jax.models.text.decoder import Decoder
@@ -44,17 +41,18 @@ from step_jax.trainers.reward import as_reward_model
 from step_jax.trainers.rl import learning
 from step_jax.trainers.rl.config import Config
 from step_jax.trainers.rl.heldout import HeldOut
+from step_jax.trainers.rl.layouts import writer
 from step_jax.trainers.rl.learning import CRITIC, POLICY
-from step_jax.trainers.rl.outside import served
-from step_jax.trainers.rl.rollouts import Rollouts, make_engine
+from step_jax.trainers.rl.phases import phases_of
+from step_jax.trainers.rl.rollouts import Rollouts
 from step_jax.trainers.rl.samples import Sample
 from step_jax.trainers.rl.trajectory import schema
 from step_jax.trainers.rl.turns import Turns
 from step_jax.training.learner import learn
-from step_jax.training.program import Program, Work
+from step_jax.training.program import Phase, Program, Work
 from step_jax.training.state import TrainState
 
-__all__ = ["Config", "program", "run"]
+__all__ = ["Config", "phases", "program", "run"]
 
 
 # --- What is trained ------------------------------------------------------------------------------
@@ -130,8 +128,15 @@ def with_tokenizer(config: Config, policy: Start, sharding, goes_on_from: str | 
 
 
 def program(config: Config, sharding: Sharding) -> Program:
-    """What the loop compiles for the longest texts; rollouts are programs of their own."""
+    """The step that the loop compiles, for the longest texts; see ``phases`` for the rest."""
     return make_program(config, begin_from(config, sharding, arrays=False), sharding)
+
+
+def phases(config: Config, sharding: Sharding) -> tuple[Phase, ...]:
+    """What runs between steps, for the longest texts."""
+    begin = begin_from(config, sharding, arrays=False)
+    built = make_program(config, begin, sharding)
+    return phases_of(config, begin.policy.model, built, make_judge(config, begin, built))
 
 
 def make_program(config: Config, begin: Begin, sharding: Sharding) -> Program:
@@ -170,7 +175,6 @@ def make_program(config: Config, begin: Begin, sharding: Sharding) -> Program:
             config.execution.dtype,
         ),
         seed=config.run.seed,
-        notes=("rollouts, and what a batch is compared with, are programs of their own",),
     )
 
 
@@ -204,7 +208,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         problems = config.problems.open()
         pool = stack.enter_context(config.problems.pool()) if session.primary else None
         evaluate = HeldOut(config, session, policy, tokenizer, problems, encode, pool, asides)
-        engine, send = writer(config, policy, tokenizer, sharding)
+        write = writer(config, policy, tokenizer, sharding)
         making = Rollouts(
             config.rollout,
             prompts=c.prompts,
@@ -213,11 +217,12 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             keep_telling=config.how.dynamic_sampling,
             seed=config.run.seed,
             problems=problems,
-            engine=engine,
+            engine=write.engine,
             encode=encode,
             decode=tokenizer.decode_continuation,
             pool=pool,
-            send=send,
+            send=write.send,
+            beside=write.beside,
             turns=turns,
         )  # both refuse problems that do not fit, before anything is compiled
         rollouts = stack.enter_context(making)
@@ -312,32 +317,6 @@ def make_judge(config: Config, begin: Begin, built: Program):
         ),
         out_shardings=built.sharding.replicated(),
     )
-
-
-def writer(
-    config: Config, policy: Decoder, tokenizer: Tokenizer, sharding: Sharding
-) -> tuple[Engine | Served, Callable[[Any], Any] | None]:
-    """(what writes the answers, how it gets a copy of the parameters if it is elsewhere).
-
-    Raises:
-      ConfigError, DataError: a server that does not answer or has no such model; several processes
-        of another mesh or a server: parameters leave their mesh inside one alone.
-    """
-    rollout, temperature = config.rollout, config.rollout.temperature
-    if rollout.server is None and rollout.parallel is None:
-        return make_engine(config, policy, tokenizer, sharding, temperature), None
-    if jax.process_count() > 1:
-        raise ConfigError(
-            f"rollout.{'parallel' if rollout.server is None else 'server'}: {jax.process_count()} "
-            "processes drive the devices, and parameters leave their mesh inside one alone; leave "
-            "it out (learning and writing take turns)"
-        )
-    if rollout.server is not None:
-        return served(rollout.server, policy, tokenizer, rollout, config.run.seed), jax.device_get
-    assert rollout.parallel is not None
-    apart = Sharding.build(rollout.parallel, sharding.spare)
-    engine = make_engine(config, policy, tokenizer, apart, temperature)
-    return engine, partial(jax.device_put, device=apart.params(policy.specs()))
 
 
 def encoder(config: Config, tokenizer: Tokenizer):

@@ -64,6 +64,7 @@ class Rollouts:
         decode: Callable[[Sequence[int], Sequence[int]], str],
         pool: Pool | None,
         send: Callable[[Any], Any] | None = None,
+        beside: bool = False,
         turns: Turns | None = None,
     ):
         """Raises DataError if the first problems' prompts are all too long.
@@ -75,6 +76,8 @@ class Rollouts:
           encode: the prompt of a problem. decode: (prompt, answer) -> the answer's text.
           pool: of verifiers; None on processes that are told the scores by the first.
           send: copies parameters to the engine's mesh, if that is another than theirs.
+          beside: the engine has devices of its own: with a lag it writes while others learn. On the
+            same devices two threads would start programs in orders of their own, and wait for ever.
           turns: what tools tell replies that call them; None without tools.
         """
         self._config, self._prompts, self._samples = config, prompts, samples
@@ -91,7 +94,7 @@ class Rollouts:
         self._ready: list[list[Sample]] = []  # whole groups that no batch has yet
         self._queue: deque[Batch] = deque()  # batches that are not learned from yet
         self._send, self._turns = send, turns
-        self._thread = ThreadPoolExecutor(1) if send is not None and config.lag else None
+        self._thread = ThreadPoolExecutor(1) if beside and config.lag else None
         self._jobs: deque[Future[None]] = deque()
         self._leaving = threading.Event()
 
@@ -347,14 +350,20 @@ class Rollouts:
         self._queue[place].samples.append(sample)
 
 
+def slots_on(config: Config, sharding: Sharding) -> int:
+    """The slots of a run, filled up to what the mesh divides."""
+    ways = sharding.ways("batch")
+    return -(-config.rollout.slots // ways) * ways
+
+
 def make_engine(
     config: Config, policy: Decoder, tokenizer: Tokenizer, sharding: Sharding, temperature: float
 ) -> Engine:
-    """The engine of a run; its slots are filled up to what the mesh divides."""
+    """The engine of a run."""
     return Engine(
         policy,
         SamplingConfig(temperature=temperature),
-        slots=-(-config.rollout.slots // sharding.ways("batch")) * sharding.ways("batch"),
+        slots=slots_on(config, sharding),
         max_length=config.rollout.context,
         seed=config.run.seed,
         stop_ids=tokenizer.stop_ids,
@@ -365,7 +374,7 @@ def make_engine(
 
 
 def evaluated(
-    engine: Engine,
+    engine: Engine | Served,
     params: Any,
     prompts: Sequence[Sequence[int]],
     samples: int,
