@@ -28,7 +28,7 @@ import numpy as np
 
 from step_jax.core import rng
 from step_jax.core import spec as spec_lib
-from step_jax.core.distributed import keep_compiled_programs
+from step_jax.core.kept_programs import kept
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.core.spec import ZEROS, Normal, ParamSpec
 from step_jax.data import DataConfig, TextDataset
@@ -257,8 +257,12 @@ def train(case: Case, seed: int, steps: int, dataset: TextDataset, sharding: Sha
 
 def run(out: Path, names: list[str], seeds: list[int], steps: int) -> list[dict[str, Any]]:
     """Trains what is missing in ``out``; returns all its results."""
-    keep_compiled_programs()
     sharding = Sharding.build(MeshConfig())
+    with kept(sharding.mesh):
+        return _run(out, names, seeds, steps, sharding)
+
+
+def _run(out: Path, names: list[str], seeds: list[int], steps: int, sharding: Sharding):
     config = DataConfig(
         path="python:stdlib", vocab_size=1024, sequence_length=T, heldout_fraction=0.01
     )
