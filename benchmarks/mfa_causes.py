@@ -263,6 +263,7 @@ def run(out: Path, names: list[str], seeds: list[int], steps: int) -> list[dict[
 
 
 def _run(out: Path, names: list[str], seeds: list[int], steps: int, sharding: Sharding):
+    """As ``run``, on a mesh of one device."""
     config = DataConfig(
         path="python:stdlib", vocab_size=1024, sequence_length=T, heldout_fraction=0.01
     )
