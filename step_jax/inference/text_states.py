@@ -140,7 +140,6 @@ def of_prompts(
     """
     own = artifact.meta.get("config", {}).get("text", {}).get("encoders", ())
     named = {e["name"]: Encoder(**e) for e in own} | {e.name: e for e in encoders}
-    trained_with = artifact.meta.get("data", {}).get("texts", {}).get("made_by", {})
     encoded = {}
     for t in artifact.model.text:
         if isinstance(t, Tower):
@@ -154,13 +153,20 @@ def of_prompts(
         encoder = load(named[t.name].artifact, sharding, named[t.name].part)
         encoded[t.name] = encode(encoder, prompts, t.tokens, sharding, report)
         check_width(encoder.name, encoded[t.name], t)
-        made_by = encoded[t.name].made_by
-        if made_by != trained_with.get(t.name, made_by):
-            raise CheckpointError(
-                f"{artifact.name} was trained with another encoder {t.name} "
-                f"({trained_with[t.name][:12]}) than {encoder.name} is now ({made_by[:12]})"
-            )
+        if unlike := another_encoder(artifact, t.name, encoder.name, encoded[t.name]):
+            raise CheckpointError(unlike)
     return encoded
+
+
+def another_encoder(artifact: Artifact, name: str, encoder: str, encoded: Encoded) -> str:
+    """What to say if a diffusion transformer learnt the states of another encoder; "" else."""
+    learnt = artifact.meta.get("data", {}).get("texts", {}).get("made_by", {}).get(name)
+    if learnt in (None, encoded.made_by):
+        return ""
+    return (
+        f"{artifact.name} was trained with another encoder {name} ({learnt[:12]}) than {encoder} "
+        f"is now ({encoded.made_by[:12]})"
+    )
 
 
 def check_width(encoder: str, encoded: Encoded, wanted: States) -> None:

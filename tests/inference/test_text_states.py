@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -16,13 +17,15 @@ from step_jax.checkpoint.artifact import Artifact
 from step_jax.core.errors import CheckpointError, DataError
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.data.captions import token_rows
-from step_jax.inference.text_states import cached, encode, encoder_hash, of_prompts
+from step_jax.inference.text_states import Encoder, cached, encode, encoder_hash, of_prompts
+from step_jax.interop.artifacts import InitFrom
 from step_jax.models.layers.attention import MHA
 from step_jax.models.layers.mlp import GELU
 from step_jax.models.layers.positions import Alibi
 from step_jax.models.video.dit import VideoDiT
 from step_jax.models.video.text_inputs import States, Tower
 from step_jax.tokenizers.sentencepiece import train_sentencepiece
+from step_jax.trainers.diffusion import captioned
 from tests.models import numpy_oracles, small
 
 TEXTS = ["", "a red square moves left", "红色方块"]
@@ -125,3 +128,26 @@ def test_a_tower_of_another_model_is_an_encoder_and_a_model_without_one_is_none(
     assert np.abs(encoded.values[1] - encoded.values[2]).max() > 0.1
     with pytest.raises(CheckpointError, match="with 0 text towers: an encoder of texts is"):
         encode(artifact(replace(DIT, text=())), TEXTS, 6, ONE)
+
+
+def test_training_on_says_that_the_states_are_of_another_encoder(tmp_path, monkeypatch):
+    """Of equal width they fit, and mean something else."""
+    llm = artifact(DECODER)
+    model = replace(DIT, text=(States("llm", small.WIDTH, 6),))
+    trained = replace(
+        artifact(model), meta={"data": {"texts": {"made_by": {"llm": encoder_hash(llm)}}}}
+    )
+    held = {"encoder": llm, "trained": trained, "other": artifact(DECODER, seed=1)}
+    monkeypatch.setattr(captioned, "load_artifact", lambda name, *_, **__: held[name])
+    monkeypatch.setattr(captioned, "present", lambda name: True)
+
+    def said(encoder: str) -> list[str]:
+        text = captioned.Text(encoders=(Encoder("llm", encoder),), cache=tmp_path / encoder)
+        config = SimpleNamespace(text=text, init_from=InitFrom("trained"))
+        lines: list[str] = []
+        captioned.bank_of(config, model, TEXTS, None, ONE, lines.append)
+        return [line for line in lines if "another encoder" in line]
+
+    assert said("encoder") == []
+    (line,) = said("other")
+    assert "was trained with another encoder llm" in line and "learn its states anew" in line

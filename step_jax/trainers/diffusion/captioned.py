@@ -18,7 +18,7 @@ from step_jax.data.clips import ClipSource, Reads
 from step_jax.data.config import TRAIN_TOKENIZER
 from step_jax.inference import text_states
 from step_jax.inference.text_states import Encoder
-from step_jax.interop.artifacts import InitFrom, Start, load_artifact
+from step_jax.interop.artifacts import InitFrom, Start, load_artifact, present
 from step_jax.models.context import Execution
 from step_jax.models.video.dit import VideoDiT
 from step_jax.models.video.flow import Flow
@@ -154,6 +154,9 @@ def bank_of(
     """All texts as each of the model's inputs is given them."""
     encoders = {e.name: e for e in config.text.encoders}
     encoded = {}
+    before = None
+    if config.init_from is not None and present(config.init_from.artifact):  # a run outlives it
+        before = load_artifact(config.init_from.artifact, sharding, arrays=False)
     for t in model.text:
         if isinstance(t, Tower):
             assert tokenizer is not None
@@ -164,6 +167,10 @@ def bank_of(
         folder = config.text.cache / t.name
         encoded[t.name] = text_states.cached(folder, artifact, texts, t.tokens, sharding, report)
         text_states.check_width(e.artifact, encoded[t.name], t)
+        if before is not None:
+            unlike = text_states.another_encoder(before, t.name, e.artifact, encoded[t.name])
+            if unlike:
+                report(f"{unlike}: the model has to learn its states anew")
     return TextBank(texts, encoded)
 
 
