@@ -11,13 +11,13 @@ import json
 import os
 import socket
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax._src import distributed  # the key-value client has no public name (jax 0.11, 0.12)
 
 from step_jax.core.errors import ConfigError, PeerLostError, from_kind, kind_of
+from step_jax.core.files import cache_folder
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _LOOPBACK = ("127.", "localhost:", "[::1]:")
@@ -115,9 +115,7 @@ def keep_compiled_programs() -> None:
     ``JAX_COMPILATION_CACHE_DIR`` names another folder.
     """
     if jax.config.jax_compilation_cache_dir is None:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        folder = Path(base).expanduser() / "step_jax" / "programs"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder("programs")))
 
 
 class Processes:
