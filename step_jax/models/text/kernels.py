@@ -8,7 +8,7 @@ from jax import numpy as jnp
 from pallas_kernels.decode_call import DecodeCall
 from step_jax.core.sharding import Sharding
 from step_jax.models.context import Execution
-from step_jax.models.layers.attention.core import Attention as Kind
+from step_jax.models.layers.attention import AttentionKind as Kind
 from step_jax.models.layers.moe import MoE
 from step_jax.models.layers.positions import Rope, alibi
 from step_jax.models.text.decoder import Decoder
@@ -21,7 +21,13 @@ _SLOTS, _GROUPS, _WORDS = 1400, 8, 4096
 
 
 def kernels_of(
-    model: Decoder, execution: Execution, tokens: int, sharding: Sharding, *, writes: bool = True
+    model: Decoder,
+    execution: Execution,
+    tokens: int,
+    sharding: Sharding,
+    *,
+    writes: bool = True,
+    left_to_xla: bool = False,
 ) -> list[selfcheck.Case]:
     """Each kernel that ``execution`` means for rows of ``tokens``, at the widths of one device.
 
@@ -30,18 +36,19 @@ def kernels_of(
 
     Args:
       writes: text is written as well, so that the kernels of decoding count.
+      left_to_xla: implementations that are no kernels count as well, but for decoding.
 
     Raises:
       ConfigError: an implementation that was named cannot be had on these devices.
     """
     cases: list[selfcheck.Case] = []
     for block in (stack.block for stack in model.trunk.walk()):
-        cases += _attention(block.attention, execution, tokens, sharding)
+        cases += _attention(block.attention, execution, tokens, sharding, left_to_xla)
         if writes:
             cases += _decode(block.attention, execution, tokens, sharding)
         if isinstance(block.mlp, MoE):
-            cases += _experts(model.width, block.mlp, execution, tokens, sharding)
-    cases += _loss(model, execution, sharding)
+            cases += _experts(model.width, block.mlp, execution, tokens, sharding, left_to_xla)
+    cases += _loss(model, execution, sharding, left_to_xla)
     return list(dict.fromkeys(cases))  # layers are alike
 
 
@@ -75,10 +82,10 @@ def _heads(kind: Kind, sharding: Sharding) -> tuple[int, int]:
     return kind.heads // ways, kind.kv // ways if kind.kv % ways == 0 else 1
 
 
-def _attention(kind: Kind, execution: Execution, tokens: int, sharding: Sharding):
+def _attention(kind: Kind, execution: Execution, tokens: int, sharding: Sharding, every: bool):
     problem = attention_problem(kind, execution, tokens, sharding)
     name = attention.resolve(execution.attention, problem, sharding.mesh.devices.flat[0])
-    if not attention.IMPLEMENTATIONS[name].kernel:
+    if problem.alibi or not (every or attention.IMPLEMENTATIONS[name].kernel):
         return
     heads, kv_heads = _heads(kind, sharding)
     for length in checked_lengths(tokens, kind.window):
@@ -143,20 +150,22 @@ def expert_problems(
     return problems
 
 
-def _experts(width: int, mlp: MoE, execution: Execution, tokens: int, sharding: Sharding):
+def _experts(
+    width: int, mlp: MoE, execution: Execution, tokens: int, sharding: Sharding, every: bool
+):
     for problem in expert_problems(width, mlp, execution, tokens, sharding):
         device = sharding.mesh.devices.flat[0]
         name = grouped_matmul.resolve(execution.grouped_matmul, problem, device)
-        if grouped_matmul.IMPLEMENTATIONS[name].kernel:
+        if every or grouped_matmul.IMPLEMENTATIONS[name].kernel:
             E, D, F = problem.w_EDF.shape
             groups = min(_GROUPS, max(1, E // sharding.ways("experts")))
             yield selfcheck.GroupedMatmul(name, groups, D, F, execution.dtype)
 
 
-def _loss(model: Decoder, execution: Execution, sharding: Sharding):
+def _loss(model: Decoder, execution: Execution, sharding: Sharding, every: bool):
     problem, device = cross_entropy.Problem.of(sharding), sharding.mesh.devices.flat[0]
     name = cross_entropy.resolve(execution.loss, problem, device)
-    if cross_entropy.IMPLEMENTATIONS[name].kernel:
+    if every or cross_entropy.IMPLEMENTATIONS[name].kernel:
         words = model.vocab or _WORDS
         if words > _WORDS:  # a block or two, and the same last one
             words = _WORDS // 2 + words % (_WORDS // 4)

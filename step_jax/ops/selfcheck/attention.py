@@ -6,7 +6,7 @@ keys, V width of values.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import jax
@@ -158,3 +158,6 @@ class Attention:
 
     def traffic(self):
         return 0.0
+
+    def at_work(self, tokens):
+        return replace(self, tokens=tokens, rows=1)

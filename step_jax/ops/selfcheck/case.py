@@ -67,6 +67,9 @@ class Case(Protocol):
     def traffic(self) -> float:
         """Bytes that must be read from main memory where that is what takes the time; else 0."""
 
+    def at_work(self, tokens: int) -> Case:
+        """The same as a run on rows of ``tokens`` asks for it, nothing awkward: to be timed."""
+
 
 def kernel_name(case: Case) -> str:
     return f"{case.operation.name} {case.implementation}"

@@ -46,6 +46,9 @@ class Decode:
         words += [f"window {self.window}"] if self.window else []
         return ", ".join([*words, *(["keys reused"] if self.reuse else []), self.dtype])
 
+    def at_work(self, tokens):
+        return replace(self, slots=tokens, lengths=(1.0,) * 16)
+
     def _lengths_B(self):
         lengths_B = np.array([int(part * self.slots) for part in self.lengths], np.int32)
         lengths_B[-1:] = np.maximum(lengths_B[-1:], 1)

@@ -5,7 +5,8 @@ Shape suffixes: M rows, E groups, D width of a row, F width of a result; N token
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from step_jax.ops import cross_entropy, grouped_matmul, registry
+from step_jax.ops.einsum import product
 from step_jax.ops.selfcheck.case import normal
 
 #: Rows of the groups, in turn: several blocks, none, one, less than a register, whole blocks.
@@ -23,7 +25,10 @@ _REST = 77
 
 @dataclass(frozen=True)
 class GroupedMatmul:
-    """``groups`` matrices (width, result) of one device."""
+    """``groups`` matrices (width, result) of one device.
+
+    even: rows of every group; 0 for awkward sizes.
+    """
 
     operation: ClassVar[registry.Operation] = grouped_matmul.OPERATION
 
@@ -32,18 +37,22 @@ class GroupedMatmul:
     width: int
     result: int
     dtype: str = "bfloat16"
+    even: int = 0
 
     def shapes(self) -> str:
         groups = f"{self.groups} groups of {self.width} x {self.result}"
-        return f"{groups}, {self._sizes_E().sum() + _REST} rows, {self.dtype}"
+        return f"{groups}, {self._rows()} rows, {self.dtype}"
 
     def _sizes_E(self):
-        return np.resize(np.array(_SIZES, np.int32), self.groups)
+        return np.resize(np.array([self.even] if self.even else _SIZES, np.int32), self.groups)
+
+    def _rows(self) -> int:
+        return int(self._sizes_E().sum()) + (0 if self.even else _REST)
 
     def draw(self, key) -> tuple:
         """(x_MD, w_EDF, sizes_E, dy_MF)."""
         sizes_E = self._sizes_E()
-        used, rows = int(sizes_E.sum()), int(sizes_E.sum()) + _REST
+        used, rows = int(sizes_E.sum()), self._rows()
         w_EDF = normal(key, 1, (self.groups, self.width, self.result), self.dtype)
         owned_M1 = jnp.arange(rows)[:, None] < used
 
@@ -78,6 +87,19 @@ class GroupedMatmul:
     def traffic(self):
         return 0.0
 
+    def at_work(self, tokens):
+        return replace(self, even=1024)
+
+
+_Z_LOSS = 1e-3
+
+
+def _with_gradients(forward: Callable, *arguments) -> dict[str, jax.Array]:
+    """Of ``forward(x_BTD, w_DV, weights_BT) -> (total, nll_BT)``."""
+    gradients = jax.value_and_grad(forward, (0, 1, 2), has_aux=True)
+    (total, nll_BT), (dx, dw, dweights) = gradients(*arguments)
+    return {"total": total, "nll": nll_BT, "dx": dx, "dw": dw, "dweights": dweights}
+
 
 @dataclass(frozen=True)
 class CrossEntropy:
@@ -107,26 +129,32 @@ class CrossEntropy:
             normal(key, 3, (1, N)),
         )
 
-    def _results(self, implementation: str, x_BTD, w_DV, targets_BT, weights_BT):
-        def forward(x_BTD, w_DV, weights_BT):
-            return cross_entropy.cross_entropy(
-                x_BTD, w_DV, targets_BT, weights_BT, z_loss=1e-3, implementation=implementation
-            )
-
-        gradients = jax.value_and_grad(forward, (0, 1, 2), has_aux=True)
-        (total, nll_BT), (dx, dw, dweights) = gradients(x_BTD, w_DV, weights_BT)
-        return {"total": total, "nll": nll_BT, "dx": dx, "dw": dw, "dweights": dweights}
-
     def results(self, implementation, device):
-        return lambda *inputs: self._results(implementation, *inputs)
+        def run(x_BTD, w_DV, targets_BT, weights_BT):
+            def forward(x_BTD, w_DV, weights_BT):
+                return cross_entropy.cross_entropy(
+                    *(x_BTD, w_DV, targets_BT, weights_BT),
+                    z_loss=_Z_LOSS,
+                    implementation=implementation,
+                )
+
+            return _with_gradients(forward, x_BTD, w_DV, weights_BT)
+
+        return run
 
     def reference(self):
-        """In float32, of the head as the kernel sees it."""
+        """All logits at once, in float32, of the head as the kernel sees it."""
 
         def run(x_BTD, w_DV, targets_BT, weights_BT):
+            def forward(x_BTD, w_DV, weights_BT):
+                logits_BTV = product("BTD,DV->BTV", x_BTD, w_DV, jnp.float32)
+                lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+                hit_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0]
+                nll_BT = lse_BT - hit_BT
+                return jnp.sum(weights_BT * (nll_BT + _Z_LOSS * jnp.square(lse_BT))), nll_BT
+
             w_DV = w_DV.astype(self.dtype).astype(jnp.float32)
-            inputs = (x_BTD.astype(jnp.float32), w_DV, targets_BT, weights_BT)
-            return self._results("chunked", *inputs)
+            return _with_gradients(forward, x_BTD.astype(jnp.float32), w_DV, weights_BT)
 
         return run
 
@@ -135,3 +163,6 @@ class CrossEntropy:
 
     def traffic(self):
         return 0.0
+
+    def at_work(self, tokens):
+        return replace(self, tokens=tokens)
