@@ -54,8 +54,12 @@ _instances = itertools.count()
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one call, results and gradients. share: ``of`` the peak, or the memory's bandwidth for what
-    reads more than it computes; None where the chip is not known. trouble: what was raised."""
+    """Of one call, results and gradients.
+
+    share: ``of`` the peak, or of the memory's bandwidth for what reads more than it computes; None
+      where the chip is not known.
+    trouble: what was raised.
+    """
 
     name: str
     seconds: float | None

@@ -6,6 +6,7 @@ chip would: what is left computes, and most of its results are right.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import jax
@@ -264,20 +265,30 @@ def keys_rotated_one_position_off(patch):
 # --- any ------------------------------------------------------------------------------------------
 
 
-def not_repeatable(entry_of: dict, name: str, patch):
-    """Every call adds something else, far below any rounding that a bound could hold against it."""
-    entry, calls = entry_of[name], itertools.count(1)
+def not_repeatable(patch, entries: dict, name: str):
+    """Every call adds something else, far below what a bound could hold against it."""
+    entry, calls = entries[name], itertools.count(1)
 
     def noisy(*arguments, **options):
         out = entry.compute(*arguments, **options)
-        noise = jax.pure_callback(
-            lambda: np.float32(1e-6 * next(calls)), jax.ShapeDtypeStruct((), jnp.float32)
-        )
-        return jax.tree.map(lambda o: (o * (1 + jax.lax.stop_gradient(noise))).astype(o.dtype), out)
+        shape = jax.ShapeDtypeStruct((), jnp.float32)
+        noise = jax.pure_callback(lambda: np.float32(1e-6 * next(calls)), shape)
+        return jax.tree.map(lambda o: (o * (1 + noise)).astype(o.dtype), out)
 
-    import dataclasses
-
-    patch.setitem(entry_of, name, dataclasses.replace(entry, compute=noisy))
+    patch.setitem(entries, name, dataclasses.replace(entry, compute=noisy))
 
 
-__all__ = [name for name in dir() if not name.startswith("_") and name != "functools"]
+#: The faults that each kernel is given, the cheapest to look for first.
+ATTENTION = (
+    *(window_too_long, window_too_short, one_later_key, not_itself, dropped_block),
+    *(blocks_without_their_mask, documents_see_each_other, padding_is_read, nan_beyond_the_row),
+    *(first_block_not_cleared, a_block_never_written, a_head_reads_its_neighbour),
+    *(gradient_of_keys_not_scaled, products_rounded),
+)
+GROUPED_MATMUL = (rows_of_no_group_are_added, border_one_row_off, a_visit_left_out)
+CROSS_ENTROPY = (words_beyond_the_last, last_word_left_out)
+DECODE = (
+    *(slots_never_written, another_layer, oldest_key_forgotten, newest_key_forgotten),
+    decode_window_too_long,
+)
+DECODE_OF_REUSED_KEYS = (keys_rotated_one_position_off,)

@@ -181,11 +181,11 @@ def judge(cases: Sequence[Case], device: jax.Device) -> list[Verdict]:
         if not trouble:
             found, trouble, running = _attempt(_run, device, programs)
             seconds += running
-        verdicts.append(_verdict(case, found, trouble, seconds))
+        verdicts.append(verdict(case, found, trouble, seconds))
     return verdicts
 
 
-def _verdict(case: Case, found, trouble: str, seconds: float) -> Verdict:
+def verdict(case: Case, found, trouble: str, seconds: float) -> Verdict:
     errors, same = found or ({"": math.nan}, False)
 
     def badness(name: str) -> float:
