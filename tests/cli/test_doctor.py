@@ -15,7 +15,7 @@ from step_jax.planning import collective_check, doctor
 
 RECIPE = """
 run: {directory: runs/none}
-training: {steps: 2, batch_size: 8}
+training: {steps: 4000, batch_size: 8}
 data: {sequence_length: 256, vocab_size: 300}
 execution: {dtype: float32}
 model:
