@@ -95,10 +95,11 @@ def _refuse_named(wrong: Sequence[tuple[Case, Verdict]], execution: Execution) -
     for case, verdict in wrong:
         setting = SETTINGS[case.operation.name]
         if getattr(execution, setting) != "auto":
+            without = "xla" if setting == "attention" else case.operation.fallback
             raise KernelError(
                 f"execution.{setting} names {case.implementation}, whose {case.operation.name} "
                 f"kernel is wrong on host {verdict.host}: {verdict.fault()}. With "
-                f"execution.{setting}: auto, or {case.operation.fallback}, the run goes without "
+                f"execution.{setting}: auto, or {without}, the run goes without "
                 "it; `step-jax doctor RECIPE` checks again"
             )
 

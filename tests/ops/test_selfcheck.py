@@ -6,8 +6,12 @@ import functools
 
 import jax
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.tpu import block_sizes
+from pallas_kernels.gpu import attention as gpu_attention
+from pallas_kernels.gpu import decode as gpu_decode
+from pallas_kernels.gpu import grouped_matmul as gpu_grouped_matmul
+from pallas_kernels.tpu import aot, block_sizes
 from step_jax.ops import decode_attention
 from step_jax.ops.selfcheck import (
     Attention,
@@ -15,10 +19,13 @@ from step_jax.ops.selfcheck import (
     Decode,
     GroupedMatmul,
     judge,
+    products,
     verdicts,
 )
+from tests.devices import HOPPER
 from tests.models import small
 from tests.ops import faults
+from tests.pallas_kernels.test_gpu_attention import interpreted
 
 NAME = "pallas_tpu_interpret"
 CASES = {
@@ -99,3 +106,38 @@ def test_what_a_kernel_raises_is_its_verdict():
     (verdict,) = judge([wide], jax.devices()[0])
     assert not verdict.passed
     assert "multiples of 128" in verdict.fault()
+
+
+GPU = {
+    "attention": Attention("pallas_gpu", 2, 1, 64, 64, 150, window=30),
+    "grouped matmul": GroupedMatmul("pallas_gpu", 4, 128, 128),
+    "decode": Decode("pallas_gpu", 4, 1, 64, 100, window=50),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", GPU)
+def test_a_kernel_for_hopper_passes_in_its_interpreter(kernel, monkeypatch):
+    """The inputs hold nothing that these kernels do not promise to ignore."""
+    interpret = {"interpret": plgpu.InterpretGPUParams()}
+    for module, name in (
+        (gpu_attention, "mfa_attention"),
+        (gpu_grouped_matmul, "grouped_matmul"),
+        (gpu_decode, "decode"),
+    ):
+        monkeypatch.setattr(module, name, functools.partial(getattr(module, name), **interpret))
+    monkeypatch.setattr(products, "_SIZES", (70, 0, 3, 55))
+    case = GPU[kernel]
+    inputs = small.run(case.draw, jax.random.key(0))
+    want = small.run(case.reference(), *inputs)
+    got = jax.device_get(interpreted(case.results("pallas_gpu", HOPPER), *inputs))
+    errors, same = verdicts.compared(got, got, want)
+    found = {name: float(error) for name, error in errors.items()}, bool(same)
+    assert verdicts.verdict(case, found, "", 0.0).fault() == ""
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("chip", aot.TOPOLOGIES)
+def test_vector_memory_can_be_filled_on_every_chip(chip, topology):
+    (device, *_) = topology(aot.TOPOLOGIES[chip]).devices
+    assert "fill_vmem" in verdicts._vmem_filler(device).as_text()

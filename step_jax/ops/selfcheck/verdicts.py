@@ -8,6 +8,7 @@ run, so that a result that was not written, or is made of what lies beyond the a
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels.tpu.chips import CHIPS
+from pallas_kernels.tpu.poison import LANES, fill_vmem
+from step_jax.ops import registry
 from step_jax.ops.selfcheck.case import Case, bound, kernel_name
 
 
@@ -103,7 +107,8 @@ def compared(got: dict[str, Any], again: dict[str, Any], want: dict[str, Any]):
 
 
 def poison(device: jax.Device, like: dict[str, Any]) -> None:
-    """Fills memory of the sizes of results with NaN and gives it back to the allocator."""
+    """Fills memory of the sizes of results with NaN and gives it back to the allocator; of a TPU
+    the vector memory too, where kernels have their scratch."""
     nans = [
         jax.device_put(jnp.full(a.shape, jnp.nan, a.dtype), device)
         for _ in range(2)
@@ -111,6 +116,18 @@ def poison(device: jax.Device, like: dict[str, Any]) -> None:
     ]
     for array in jax.block_until_ready(nans):
         array.delete()
+    if (fill := _vmem_filler(device)) is not None:
+        nan_1L = jax.device_put(np.full((1, LANES), np.nan, np.float32), _alone(device))
+        jax.block_until_ready(fill(nan_1L))
+
+
+@functools.cache
+def _vmem_filler(device: jax.Device) -> jax.stages.Compiled | None:
+    chip = registry.tpu_chip(device)
+    if device.platform != "tpu" or chip not in CHIPS:
+        return None
+    fill = functools.partial(fill_vmem, chip=chip)
+    return lowered(fill, device, [jax.ShapeDtypeStruct((1, LANES), jnp.float32)]).compile()
 
 
 @dataclass(frozen=True)
