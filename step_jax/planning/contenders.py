@@ -26,8 +26,8 @@ def contenders(case: Case, device: jax.Device) -> dict[str, Callable[..., dict[s
     """
     found = {}
     for name, entry in case.operation.implementations.items():
-        plain = not entry.kernel and name != "reference"
-        if plain and name != case.implementation:
+        defines = name == "reference" and case.operation.fallback != name
+        if not (entry.kernel or defines or name == case.implementation):
             found[name] = case.results(name, device)
     if device.platform == "tpu" and case.implementation == "pallas_tpu":
         if isinstance(case, Attention) and case.rows == case.context == 1:

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from step_jax.cli.main import main
-from step_jax.ops.selfcheck import Verdict
+from step_jax.ops.selfcheck import Attention, GroupedMatmul, Verdict
+from step_jax.ops.selfcheck.verdicts import inputs_like, lowered
 from step_jax.planning import collective_check, doctor
+from step_jax.planning.contenders import contenders
 
 RECIPE = """
 run: {directory: runs/none}
@@ -152,3 +154,23 @@ def test_kernels_of_a_recipe_compile_for_a_pod_that_is_not_here(recipe, topology
     assert names == {"attention pallas_tpu", "decode attention pallas_tpu"}
     assert all(k["compile_s"] and k["blocks"] and not k["trouble"] for k in report["kernels"])
     assert report["devices"]["topology"] == "v6e:2x2, 4 devices"
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    "case, name",
+    [
+        (Attention("pallas_tpu", 4, 2, 128, 128, 1024, window=300, rows=1), "splash attention"),
+        (GroupedMatmul("pallas_tpu", 4, 256, 512, even=1024), "megablox"),
+    ],
+    ids=["attention", "grouped matmul"],
+)
+def test_the_kernels_that_come_with_jax_compile_beside_ours(case, name, topology):
+    (device, *_) = topology("v6e:2x2").devices
+    found = contenders(case, device)
+    (theirs,) = [compute for other, compute in found.items() if other.startswith(name)]
+    program = lowered(theirs, device, inputs_like(case))
+    assert {k: v.shape for k, v in program.out_info.items()} == {
+        k: v.shape for k, v in jax.eval_shape(case.reference(), *inputs_like(case)).items()
+    }
+    assert "tpu_custom_call" in program.compile().as_text()
