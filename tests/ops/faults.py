@@ -278,12 +278,12 @@ def not_repeatable(patch, entries: dict, name: str):
     patch.setitem(entries, name, dataclasses.replace(entry, compute=noisy))
 
 
-#: The faults that each kernel is given, the cheapest to look for first.
+#: The faults that each kernel is given, the likeliest first.
 ATTENTION = (
-    *(window_too_long, window_too_short, one_later_key, not_itself, dropped_block),
-    *(blocks_without_their_mask, documents_see_each_other, padding_is_read, nan_beyond_the_row),
-    *(first_block_not_cleared, a_block_never_written, a_head_reads_its_neighbour),
-    *(gradient_of_keys_not_scaled, products_rounded),
+    *(window_too_long, one_later_key, dropped_block, nan_beyond_the_row),
+    *(window_too_short, not_itself, blocks_without_their_mask, documents_see_each_other),
+    *(padding_is_read, first_block_not_cleared, a_block_never_written),
+    *(a_head_reads_its_neighbour, gradient_of_keys_not_scaled, products_rounded),
 )
 GROUPED_MATMUL = (rows_of_no_group_are_added, border_one_row_off, a_visit_left_out)
 CROSS_ENTROPY = (words_beyond_the_last, last_word_left_out)

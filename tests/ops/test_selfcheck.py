@@ -46,6 +46,13 @@ FAULTS = {
 EVERYDAY = (faults.window_too_long, faults.rows_of_no_group_are_added)
 
 
+def tier(fault):
+    """Attention takes seconds to compile: most of its faults are among the slow tests."""
+    if fault in EVERYDAY:
+        return ()
+    return pytest.mark.slow if fault in faults.ATTENTION[4:] else pytest.mark.thorough
+
+
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch):
     """Blocks of attention so small that a short row has some."""
@@ -80,7 +87,7 @@ def test_a_right_kernel_passes(kernel):
 @pytest.mark.parametrize(
     "kernel, fault",
     [
-        pytest.param(kernel, fault, marks=() if fault in EVERYDAY else pytest.mark.thorough)
+        pytest.param(kernel, fault, marks=tier(fault))
         for kernel, some in FAULTS.items()
         for fault in some
     ],
