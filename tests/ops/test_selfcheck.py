@@ -118,7 +118,7 @@ def test_what_a_kernel_raises_is_its_verdict():
 GPU = {
     "attention": Attention("pallas_gpu", 2, 1, 64, 64, 150, window=30),
     "grouped matmul": GroupedMatmul("pallas_gpu", 4, 128, 128),
-    "decode": Decode("pallas_gpu", 4, 1, 64, 100, window=50),
+    "decode": Decode("pallas_gpu", 4, 1, 128, 100, window=50),
 }
 
 
