@@ -23,6 +23,7 @@ from step_jax.trainers import LOOPS, is_file
 #: word and does nothing else, and ``run(asked) -> int | None``, which does what was asked for.
 COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("step_jax.cli.plan", "compile a recipe for a pod: memory, speed, cost"),
+    "doctor": ("step_jax.cli.doctor", "examine chips, kernels and links before a run"),
     "launch": ("step_jax.cli.launch", "run a recipe on a pod, a cluster or this machine"),
     "generate": ("step_jax.cli.generate", "write text with a trained model"),
     "export": ("step_jax.cli.export", "write a decoder as Hugging Face's libraries read it"),

@@ -81,6 +81,10 @@ class CheckpointError(StepError, RuntimeError):
     """A checkpoint is missing, damaged, or belongs to another model."""
 
 
+class KernelError(StepError, RuntimeError):
+    """A kernel that was asked for by name computes wrong numbers on these devices."""
+
+
 class DiskFullError(StepError, OSError):
     """No space is left for a file that the run cannot do without."""
 

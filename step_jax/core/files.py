@@ -26,6 +26,12 @@ def write_whole(path: Path | str, content: str | bytes) -> None:
         raise
 
 
+def cache_folder(name: str) -> Path:
+    """Where what can be made again is kept: ``$XDG_CACHE_HOME/step_jax/NAME`` (``~/.cache``)."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "step_jax" / name
+
+
 def write_synced(path: Path, data: bytes) -> None:
     with open(path, "wb") as f:
         f.write(data)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
+
+from step_jax.core.files import cache_folder
 
 
 @contextlib.contextmanager
@@ -26,9 +26,7 @@ def kept(mesh: Mesh) -> Iterator[None]:
             yield
         return
     if jax.config.jax_compilation_cache_dir is None:
-        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        folder = Path(base).expanduser() / "step_jax" / "programs"
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder("programs")))
     yield
 
 

@@ -316,7 +316,7 @@ def ring(q_BTNH, k_BSKH, v_BSKV, mask, scale, alibi, axis: str):
     return _heads_last(_normalise(o_BKGTV, sum_BKGT1)).astype(q_BTNH.dtype)
 
 
-def pallas_tpu(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi, device):
+def pallas_tpu(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi, device, interpret: bool = False):
     """The kernels of ``pallas_kernels.tpu``; the arrays are those of one device."""
     from pallas_kernels.tpu.attention import attention as kernel
     from pallas_kernels.tpu.visits import Pattern
@@ -331,7 +331,8 @@ def pallas_tpu(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi, device):
         mask.kv_segments_BS,
         pattern=Pattern(mask.causal, mask.window, mask.in_order),
         scale=scale,
-        chip=registry.tpu_chip(device),
+        chip=registry.interpreted_chip(device) if interpret else registry.tpu_chip(device),
+        interpret=interpret,
     )
     return o_BKGTV
 
@@ -411,12 +412,13 @@ class Problem:
         return "its windows look back only" if self.two_sided else None
 
 
-def _pallas_tpu_unsupported(problem: Problem, device) -> str | None:
+def _pallas_tpu_unsupported(problem: Problem, device, interpret: bool = False) -> str | None:
     reason = problem.unlike_a_kernel()
     if reason is not None:
         return reason
     from pallas_kernels.tpu import block_sizes
 
+    chip = registry.interpreted_chip(device) if interpret else registry.tpu_chip(device)
     shape = block_sizes.Shape(
         1,
         problem.queries,
@@ -425,7 +427,7 @@ def _pallas_tpu_unsupported(problem: Problem, device) -> str | None:
         problem.value_width,
         jnp.dtype(problem.dtype).itemsize,
     )
-    return block_sizes.unsupported(registry.tpu_chip(device), shape, problem.dtype)
+    return block_sizes.unsupported(chip, shape, problem.dtype)
 
 
 def _pallas_gpu_unsupported(problem: Problem, device) -> str | None:
@@ -461,10 +463,18 @@ IMPLEMENTATIONS = {
     ),
     # asked for by name until it has been measured on a GPU
     "pallas_gpu": registry.kernel(pallas_gpu, registry.needs_hopper, _pallas_gpu_unsupported),
+    # by JAX's interpreter, for tests on machines without a TPU
+    "pallas_tpu_interpret": registry.Entry(
+        functools.partial(pallas_tpu, interpret=True),
+        functools.partial(_pallas_tpu_unsupported, interpret=True),
+        kernel=True,
+    ),
     "xla": registry.Entry(xla),
     "reference": registry.Entry(reference),
 }
-Implementation = Literal["auto", "pallas_tpu", "pallas_gpu", "xla", "reference"]
+Implementation = Literal[
+    "auto", "pallas_tpu", "pallas_gpu", "pallas_tpu_interpret", "xla", "reference"
+]
 OPERATION = registry.Operation(
     "attention", IMPLEMENTATIONS, fallback="xla", automatic={"tpu": ("pallas_tpu",)}
 )

@@ -180,7 +180,7 @@ def _backward(z_loss, sharding, residuals, cotangents):
 _cross_entropy.defvjp(_forward, _backward)
 
 
-def pallas_tpu(*arguments):
+def pallas_tpu(*arguments, interpret: bool = False):
     """The kernel of this project for TPUs: not even a chunk's logits exist in HBM.
 
     Its gradients make the logits again, for 10 N D V operations instead of 6, so it is for memory
@@ -188,8 +188,10 @@ def pallas_tpu(*arguments):
     """
     from pallas_kernels.tpu import cross_entropy as kernel  # not paid for elsewhere
 
-    chip = registry.tpu_chip(_device(arguments[-1]))
-    return _on_every_piece(functools.partial(kernel.cross_entropy, chip=chip), *arguments)
+    device = _device(arguments[-1])
+    chip = registry.interpreted_chip(device) if interpret else registry.tpu_chip(device)
+    compute = functools.partial(kernel.cross_entropy, chip=chip, interpret=interpret)
+    return _on_every_piece(compute, *arguments)
 
 
 def pallas_gpu(*arguments):
@@ -262,7 +264,11 @@ IMPLEMENTATIONS = {
     # asked for by name: the kernels do more operations
     "pallas_tpu": registry.kernel(pallas_tpu, registry.needs_tpu, whole_vocabulary),
     "pallas_gpu": registry.kernel(pallas_gpu, registry.needs_hopper, whole_vocabulary),
+    # by JAX's interpreter, for tests on machines without a TPU
+    "pallas_tpu_interpret": registry.Entry(
+        functools.partial(pallas_tpu, interpret=True), whole_vocabulary, kernel=True
+    ),
 }
-Implementation = Literal["auto", "chunked", "pallas_tpu", "pallas_gpu"]
+Implementation = Literal["auto", "chunked", "pallas_tpu", "pallas_gpu", "pallas_tpu_interpret"]
 OPERATION = registry.Operation("cross-entropy", IMPLEMENTATIONS, fallback="chunked")
 resolve = OPERATION.resolve

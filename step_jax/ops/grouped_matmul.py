@@ -8,6 +8,7 @@ Rows past the sum of the sizes belong to no group: their results and gradients a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -141,13 +142,14 @@ def tiles(x_MD, w_EDF, sizes_E):
     return _tiles(*vary_alike(x_MD, w_EDF, sizes_E))
 
 
-def pallas_tpu(x_MD, w_EDF, sizes_E, *, device, load: int | None):
+def pallas_tpu(x_MD, w_EDF, sizes_E, *, device, load: int | None, interpret: bool = False):
     """The kernel of this project for TPUs; it alone tells the compiler a cost, that of ``load``."""
     from pallas_kernels.tpu import grouped_matmul as kernel  # not paid for elsewhere
 
     x_MD, w_EDF, sizes_E = vary_alike(x_MD, w_EDF, sizes_E)
-    chip = registry.tpu_chip(jax.devices()[0] if device is None else device)
-    return kernel.grouped_matmul(x_MD, w_EDF, sizes_E, chip=chip, load=load)
+    device = jax.devices()[0] if device is None else device
+    chip = registry.interpreted_chip(device) if interpret else registry.tpu_chip(device)
+    return kernel.grouped_matmul(x_MD, w_EDF, sizes_E, chip=chip, load=load, interpret=interpret)
 
 
 def pallas_gpu(x_MD, w_EDF, sizes_E, *, device, load: int | None):
@@ -180,12 +182,13 @@ class Problem(NamedTuple):
         return cls(*(jax.ShapeDtypeStruct(*s) for s in shapes))
 
 
-def _pallas_tpu_unsupported(problem: Problem | None, device) -> str | None:
+def _pallas_tpu_unsupported(problem: Problem | None, device, interpret: bool = False) -> str | None:
     from pallas_kernels.tpu import grouped_matmul as kernel
 
     if problem is None:
         return None
-    return registry.refusal(kernel.check, *problem, registry.tpu_chip(device))
+    chip = registry.interpreted_chip(device) if interpret else registry.tpu_chip(device)
+    return registry.refusal(kernel.check, *problem, chip)
 
 
 def _pallas_gpu_unsupported(problem: Problem | None, device) -> str | None:
@@ -203,8 +206,22 @@ IMPLEMENTATIONS = {
     "pallas_tpu": registry.kernel(pallas_tpu, registry.needs_tpu, _pallas_tpu_unsupported),
     # asked for by name until it has been measured on a GPU
     "pallas_gpu": registry.kernel(pallas_gpu, registry.needs_hopper, _pallas_gpu_unsupported),
+    # by JAX's interpreter, for tests on machines without a TPU
+    "pallas_tpu_interpret": registry.Entry(
+        functools.partial(pallas_tpu, interpret=True),
+        functools.partial(_pallas_tpu_unsupported, interpret=True),
+        kernel=True,
+    ),
 }
-Implementation = Literal["auto", "reference", "tiles", "ragged_dot", "pallas_tpu", "pallas_gpu"]
+Implementation = Literal[
+    "auto",
+    "reference",
+    "tiles",
+    "ragged_dot",
+    "pallas_tpu",
+    "pallas_gpu",
+    "pallas_tpu_interpret",
+]
 OPERATION = registry.Operation(
     "grouped matmul",
     IMPLEMENTATIONS,

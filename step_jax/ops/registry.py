@@ -60,10 +60,9 @@ class Operation:
         device = jax.devices()[0] if device is None else device
         if implementation == "auto":
             for name in self.automatic.get(device.platform, ()):
-                entry = self.implementations[name]
-                if not entry.worthwhile(problem):
+                if not self.implementations[name].worthwhile(problem):
                     continue
-                reason = entry.unsupported(problem, device)
+                reason = self._reason_against(name, problem, device)
                 if reason is None:
                     return name
                 _say_once(f"{self.name}: auto passes over {name}: {reason}")
@@ -71,10 +70,33 @@ class Operation:
         if implementation not in self.implementations:
             names = ", ".join(["auto", *self.implementations])
             raise ConfigError(f"no {self.name} {implementation!r}; there are: {names}")
-        reason = self.implementations[implementation].unsupported(problem, device)
+        reason = self._reason_against(implementation, problem, device)
         if reason is not None:
             raise ConfigError(f"{self.name} {implementation} cannot do this: {reason}; use auto")
         return implementation
+
+    def _reason_against(self, name: str, problem, device) -> str | None:
+        reason = self.implementations[name].unsupported(problem, device)
+        return reason or _DISTRUSTED.get((self.name, name, device.device_kind))
+
+
+#: (operation, implementation, kind of device) -> what was wrong with it there, see ``distrust``.
+_DISTRUSTED: dict[tuple[str, str, str], str] = {}
+
+
+def distrust(reasons: Mapping[tuple[str, str, str], str]) -> None:
+    """From here on these implementations are passed over, as if they did not support anything.
+
+    That a kernel computes wrong numbers on a kind of chip is a fact like those that ``unsupported``
+    tells, but one that is known only after it has run (``ops.selfcheck``).
+
+    Args:
+      reasons: (operation, implementation, kind of device) -> why; they replace those of before.
+    """
+    if reasons != _DISTRUSTED:
+        jax.clear_caches()  # what was traced with another choice is traced again
+        _DISTRUSTED.clear()
+        _DISTRUSTED.update(reasons)
 
 
 @functools.cache
@@ -95,6 +117,11 @@ def tpu_chip(device: jax.Device) -> str:
     """The chip of ``device`` as the kernels for TPUs name it, or what JAX calls an unknown one."""
     chip = hardware.detect(device)
     return device.device_kind if chip is None else chip.name
+
+
+def interpreted_chip(device: jax.Device) -> str:
+    """The same where a kernel is interpreted: that of a v6e on what is no TPU."""
+    return "v6e" if needs_tpu(device) else tpu_chip(device)
 
 
 def needs_tpu(device: jax.Device) -> str | None:

@@ -17,8 +17,9 @@ from step_jax.core.sharding import Sharding
 from step_jax.data.preferences import preference_schema
 from step_jax.models import expert_health
 from step_jax.models.text.decoder import Decoder
-from step_jax.models.text.facts import implementations, with_vocabulary
+from step_jax.models.text.facts import with_vocabulary
 from step_jax.runs.device_memory import fitting
+from step_jax.runs.kernel_check import trusted
 from step_jax.runs.session import Session
 from step_jax.trainers import judged, text
 from step_jax.trainers.reference import compared_with, reference_of
@@ -110,8 +111,9 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
     with Session(config) as session:
         sharding, report = session.sharding, session.reporter
         begin = text.start_of(config, sharding, session.goes_on_from)
-        chosen = implementations(
-            begin.model, config.execution, config.data.sequence_length, sharding
+        T = config.data.sequence_length
+        chosen = trusted(
+            begin.model, config.execution, T, sharding, report.event
         )  # refuses before the data are prepared
         chosen.pop("loss")  # likelihoods are of no such kernel
         if text.trains_tokenizer(config):  # a mesh that does not divide is known already

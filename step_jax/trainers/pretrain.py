@@ -14,8 +14,9 @@ from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import Sharding
 from step_jax.data import DataConfig
 from step_jax.models.text.decoder import Decoder
-from step_jax.models.text.facts import implementations, with_vocabulary
+from step_jax.models.text.facts import with_vocabulary
 from step_jax.runs.device_memory import fitting
+from step_jax.runs.kernel_check import trusted
 from step_jax.runs.session import Session
 from step_jax.tokenizers.base import Tokenizer
 from step_jax.trainers import text
@@ -62,8 +63,9 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         sharding, report = session.sharding, session.reporter
         begin = text.start_of(config, sharding, session.goes_on_from)
         check_documents(begin.model, config.data)
-        chosen = implementations(
-            begin.model, config.execution, config.data.sequence_length, sharding
+        T = config.data.sequence_length
+        chosen = trusted(
+            begin.model, config.execution, T, sharding, report.event
         )  # refuses before the data are prepared
         dataset = text.prepare_data(config, begin, sharding, report.event)
         sample_prompts(config, dataset.tokenizer)  # refuses one that is too long

@@ -20,9 +20,10 @@ from step_jax.data.preferences import preference_schema
 from step_jax.interop.artifacts import Start, starting_point
 from step_jax.models import expert_health
 from step_jax.models.text.decoder import Decoder
-from step_jax.models.text.facts import implementations, with_vocabulary
+from step_jax.models.text.facts import with_vocabulary
 from step_jax.models.text.reward import RewardModel, RewardParams, headless
 from step_jax.runs.device_memory import fitting
+from step_jax.runs.kernel_check import trusted
 from step_jax.runs.session import Session
 from step_jax.trainers import judged, text
 from step_jax.trainers.text import LEARNER
@@ -114,8 +115,9 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
     with Session(config) as session:
         sharding, report = session.sharding, session.reporter
         begin = start_of(config, sharding, session.goes_on_from)
-        chosen = implementations(
-            begin.model.decoder, config.execution, config.data.sequence_length, sharding
+        T, decoder = config.data.sequence_length, begin.model.decoder
+        chosen = trusted(
+            decoder, config.execution, T, sharding, report.event, writes=False
         )  # refuses before the data are prepared
         chosen.pop("loss")  # there is no vocabulary
         if text.trains_tokenizer(config):  # a mesh that does not divide is known already

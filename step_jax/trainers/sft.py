@@ -13,8 +13,9 @@ from typing import Literal
 import jax
 
 from step_jax.data import ConversationConfig
-from step_jax.models.text.facts import implementations, with_vocabulary
+from step_jax.models.text.facts import with_vocabulary
 from step_jax.runs.device_memory import fitting
+from step_jax.runs.kernel_check import trusted
 from step_jax.runs.session import Session
 from step_jax.trainers import text
 from step_jax.trainers.text import LEARNER, Questions, program
@@ -44,8 +45,9 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
     with Session(config) as session:
         sharding, report = session.sharding, session.reporter
         begin = text.start_of(config, sharding, session.goes_on_from)
-        chosen = implementations(
-            begin.model, config.execution, config.data.sequence_length, sharding
+        T = config.data.sequence_length
+        chosen = trusted(
+            begin.model, config.execution, T, sharding, report.event
         )  # refuses before the data are prepared
         dataset = text.prepare_data(config, begin, sharding, report.event)
         text.question_ids(config, config.sample, dataset.tokenizer)  # refuses one that is too long

@@ -61,8 +61,7 @@ def asked(row: str, tokens: int):
     if row in KINDS:
         kind = KINDS[row]
         mask, bias = described(tokens)["a sliding window"]
-        keys = 1 if isinstance(kind, MFA) else getattr(kind, "kv", kind.heads)
-        return mask.replace(window=None), bias, kind.heads, keys, kind.score_and_value_widths()
+        return mask.replace(window=None), bias, kind.heads, kind.kv, kind.score_and_value_widths()
     return *described(tokens)[row], 4, 2, (128, 128)
 
 

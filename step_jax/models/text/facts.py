@@ -9,8 +9,8 @@ from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import Sharding
 from step_jax.models.context import Execution
 from step_jax.models.layers.moe import MoE
-from step_jax.models.layers.positions import alibi
 from step_jax.models.text.decoder import Decoder
+from step_jax.models.text.kernels import attention_problem, expert_problems
 from step_jax.ops import attention, cross_entropy, grouped_matmul
 
 
@@ -68,12 +68,8 @@ def grouped_matmul_implementations(
     names = set()
     mlps = (stack.block.mlp for stack in model.trunk.walk())
     for mlp in (mlp for mlp in mlps if isinstance(mlp, MoE)):
-        for experts in mlp.experts:
-            rows = tokens * mlp.router.top_k  # at least
-            hidden = experts.hidden // sharding.ways("mlp")
-            for widths in ((model.width, hidden), (hidden, model.width)):
-                problem = grouped_matmul.Problem.of(rows, experts.count, *widths, execution.dtype)
-                names.add(grouped_matmul.resolve(asked, problem, device))
+        for problem in expert_problems(model.width, mlp, execution, tokens, sharding):
+            names.add(grouped_matmul.resolve(asked, problem, device))
     return sorted(names)
 
 
@@ -81,18 +77,8 @@ def attention_implementations(
     model: Decoder, execution: Execution, tokens: int, sharding: Sharding
 ) -> list[str]:
     """What the layers' attention is computed with, each named once."""
-    names = []
+    device, names = sharding.mesh.devices.flat[0], set()
     for kind in (stack.block.attention for stack in model.trunk.walk()):
-        width, value_width = kind.score_and_value_widths()
-        problem = attention.Problem(
-            width,
-            value_width,
-            queries=tokens,
-            keys=tokens,
-            dtype=execution.dtype,
-            alibi=alibi(kind.position) is not None,
-            in_order=sharding.size("context") == 1,
-        )
-        device = sharding.mesh.devices.flat[0]
-        names.append(attention.resolve(execution.attention, problem, device))
-    return sorted(set(names))
+        problem = attention_problem(kind, execution, tokens, sharding)
+        names.add(attention.resolve(execution.attention, problem, device))
+    return sorted(names)

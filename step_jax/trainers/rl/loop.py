@@ -28,10 +28,11 @@ from step_jax.data.schema import Field
 from step_jax.interop.artifacts import Start, load_artifact, starting_point
 from step_jax.models.flops import train_flops_per_token
 from step_jax.models.text.decoder import Decoder
-from step_jax.models.text.facts import implementations, with_vocabulary
+from step_jax.models.text.facts import with_vocabulary
 from step_jax.models.text.reward import RewardModel
 from step_jax.runs import plots
 from step_jax.runs.device_memory import fitting
+from step_jax.runs.kernel_check import trusted
 from step_jax.runs.session import Session
 from step_jax.tokenizers.base import Tokenizer
 from step_jax.tokenizers.chat import encode_request
@@ -201,7 +202,8 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         sharding = session.sharding
         begin = begin_from(config, sharding, session.goes_on_from)
         tokenizer, policy = begin.policy.tokenizer, begin.policy.model
-        chosen = implementations(policy, config.execution, config.rollout.context, sharding)
+        length, report = config.rollout.context, session.reporter.event
+        chosen = trusted(policy, config.execution, length, sharding, report)
         # each with its own: held-out problems may be answered while a batch is written
         turns, asides = (tools_of(config, tokenizer, stack) for _ in range(2))
         encode = encoder(config, tokenizer) if turns is None else turns.begin

@@ -30,6 +30,14 @@ class Attention(Protocol):
     heads: int
     window: int | None
 
+    @property
+    def position(self) -> Position | None:
+        """What tells tokens their places."""
+
+    @property
+    def kv(self) -> int:
+        """Key/value heads that the query heads share when training."""
+
     def specs(self, width: int, init: Initialisation) -> Any:
         """The parameters, as a tree of ParamSpec."""
 

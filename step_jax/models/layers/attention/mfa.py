@@ -103,6 +103,10 @@ class MFA:
             gate_DN=gate_specs(self, width, init),
         )
 
+    @property
+    def kv(self) -> int:
+        return 1
+
     def cache_entries(self):
         return ((self.head_dim,),) * (2 if self.value == "projected" else 1)
 

@@ -99,6 +99,10 @@ class MLA:
             ),
         )
 
+    @property
+    def kv(self) -> int:
+        return self.heads
+
     def cache_entries(self):
         return ((self.kv_rank,), (self.rope_dim,))
 
