@@ -20,7 +20,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from step_jax.data import DataConfig, TextDataset, TokenCache, prepare
-from step_jax.data.cache import Documents, Prepared
+from step_jax.data.cache import Prepared
+from step_jax.data.corpus import Documents
 
 
 def with_documents(prepared: Prepared, length: int | None) -> Prepared:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from step_jax.core.errors import DataError
-from step_jax.data.cache import Prepared, TokenCache, prepare
+from step_jax.data.cache import Prepared, prepare
 from step_jax.data.config import DataConfig
+from step_jax.data.corpus import TokenCache
 from step_jax.data.heldout import Heldout, row_slice
 from step_jax.data.mixture import Mixture, MixtureStage, integer_weights
 from step_jax.data.packing import Batch, Pieces, Plan, derive_key, empty_batch, fill, make_plan
@@ -35,8 +36,6 @@ class _Corpus:
 
     @classmethod
     def build(cls, documents: Any, config: DataConfig, key: int) -> _Corpus:
-        # A copy: every epoch's plan reads all offsets, in random order.
-        documents = documents._replace(offsets=np.array(documents.offsets))
         plans: dict[int, Plan] = {}
         lock = threading.Lock()  # Grain reads from several threads
 
