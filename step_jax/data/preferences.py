@@ -338,7 +338,7 @@ class PreferenceDataset(TextDataset):
     def batch(self, step: int) -> Batch:
         """This process's rows of the batch of ``step``, see `preference_schema`."""
         batch = self._empty(self._high - self._low)
-        for k, slots, pieces in self._pieces(step):
+        for k, _, slots, pieces in self._pieces(step):
             self._lay(batch, slots, pieces, k)
         return self._numbered(batch, self._low)
 
