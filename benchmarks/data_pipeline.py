@@ -1,6 +1,7 @@
 """Speed of the training iterator on one core, beside Grain's own packing of the same tokens.
 
     python benchmarks/data_pipeline.py
+    python benchmarks/data_pipeline.py --tokenise    # preparation: two processes beside one
 
 Prints tokens per CPU second (all threads of the process, pinned to one core) for long documents
 (the Python standard library) and short ones (the same tokens cut every 64), and the time from a
@@ -8,20 +9,31 @@ finished preparation to the first batch at steps 0, 1e6 and 1e9. CPU seconds and
 so that a busy machine changes little. The peer does the same work as far as it can: documents in
 shuffled order, packed with Grain's `ConcatThenSplitIterDataset` (split) or
 `BestFitPackIterDataset` (fit), batched, with segment ids and positions.
+
+``--tokenise`` prepares the same files (copies of the standard library) three times, each from
+nothing: by one process on one core; by two worker processes on two; and by two processes that have
+nothing to do with each other, each all of it, which is what the two cores can do. It asserts that
+the caches are the same bytes, and prints wall and CPU seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
+import resource
+import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 
-from step_jax.data import DataConfig, TextDataset, TokenCache, prepare
+from step_jax.data import DataConfig, TextDataset, TokenCache, cache, prepare, train_tokenizer
 from step_jax.data.cache import Prepared
 from step_jax.data.corpus import Documents
+from step_jax.data.parts import FILES
 
 
 def with_documents(prepared: Prepared, length: int | None) -> Prepared:
@@ -78,6 +90,82 @@ def restore_seconds(prepared: Prepared, config: DataConfig, rows: int, step: int
     return elapsed
 
 
+def copies_of_the_standard_library(folder: Path, megabytes: int) -> None:
+    """Writes Python files of so many megabytes, all different by their first line."""
+    left, copy = megabytes * 10**6, 0
+    sources = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    while left > 0:
+        for source in sources:
+            text = f"# copy {copy}\n".encode() + source.read_bytes()
+            (folder / f"{copy}-{source.name}").write_bytes(text)
+            left -= len(text)
+            if left <= 0:
+                break
+        copy += 1
+
+
+def prepared(config: DataConfig, workers: int, on: set[int], results) -> None:
+    """In a process of its own: (wall seconds, CPU seconds of all its processes, directory)."""
+    os.sched_setaffinity(0, on)
+    cache.PART_BYTES = 4 * 2**20  # as many parts as a larger text would have
+    start = time.perf_counter()
+    (made,) = prepare(config, workers=workers).caches
+    wall = time.perf_counter() - start
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    results.put((wall, sum(u.ru_utime + u.ru_stime for u in used), str(made.directory)))
+
+
+def tokenise(megabytes: int) -> None:
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    processes = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        (root / "texts").mkdir()
+        copies_of_the_standard_library(root / "texts", megabytes)
+        train_tokenizer([sysconfig.get_path("stdlib") + "/json"], root / "tokenizer")
+        caches = 0
+
+        def measure(*runs: tuple[int, set[int]]) -> list[tuple[float, float, str]]:
+            """Preparations at once, each (workers, cores), each from nothing."""
+            nonlocal caches
+            results, started = processes.Queue(), []
+            for workers, on in runs:
+                caches += 1
+                config = DataConfig(
+                    path=str(root / "texts"),
+                    tokenizer=str(root / "tokenizer"),
+                    cache_dir=str(root / f"cache{caches}"),
+                )
+                started.append(
+                    processes.Process(target=prepared, args=(config, workers, on, results))
+                )
+                started[-1].start()
+            found = [results.get() for _ in started]
+            for process in started:
+                process.join()
+            return found
+
+        ((wall_1, cpu_1, one),) = measure((1, {first}))
+        ((wall_2, cpu_2, two),) = measure((2, {first, second}))
+        unrelated = measure((1, {first}), (1, {second}))
+        for file in FILES:
+            assert (Path(one) / file).read_bytes() == (Path(two) / file).read_bytes(), file
+    limit = 2 * wall_1 / max(wall for wall, _, _ in unrelated)
+    ratio = wall_1 / wall_2
+    print(f"{megabytes} MB of text; the caches are the same bytes")
+    print(f"{'':<30}{'wall s':>8}{'CPU s':>8}{'MB/s':>8}")
+    for label, wall, cpu in (("one process", wall_1, cpu_1), ("two processes", wall_2, cpu_2)):
+        print(f"{label:<30}{wall:>8.1f}{cpu:>8.1f}{megabytes / wall:>8.2f}")
+    wall, cpu = max(r[0] for r in unrelated), sum(r[1] for r in unrelated)
+    print(
+        f"{'two unrelated, each all of it':<30}{wall:>8.1f}{cpu:>8.1f}{2 * megabytes / wall:>8.2f}"
+    )
+    print(
+        f"two processes are {ratio:.2f} times one; these cores do {limit:.2f} times the work of "
+        f"one: {ratio / limit:.0%} of that; CPU seconds {cpu_2 / cpu_1:.2f} times"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--path", default="python:stdlib")
@@ -85,7 +173,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=2.0, help="CPU seconds per figure")
     parser.add_argument("--cache-dir")
+    parser.add_argument("--tokenise", action="store_true", help="measure preparation instead")
+    parser.add_argument("--megabytes", type=int, default=48, help="of text, with --tokenise")
     args = parser.parse_args()
+    if args.tokenise:
+        return tokenise(args.megabytes)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
