@@ -194,7 +194,9 @@ class _Progress:
 
     def wait(self, parts: int) -> None:
         if not self.waits:
-            self.report(f"{self.path}: other processes make the last {parts:,} parts; waiting")
+            self.report(
+                f"{self.path}: waiting for {parts:,} of {self.parts:,} parts, which others make"
+            )
             self.waits = True
 
 
