@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from step_jax.core.errors import DataError
-from step_jax.data import DataConfig, cache, corpus, files, making, prepare
+from step_jax.data import ConversationConfig, DataConfig, cache, corpus, files, making, prepare
 from step_jax.data.config import Source
 from step_jax.data.files import list_files
 from step_jax.data.parts import FILES, Work, cut_parts
@@ -144,6 +145,31 @@ def test_a_corpus_is_the_same_bytes_however_it_is_cut_and_whoever_makes_it(
     lines = [line for line in said if "tokens/s" in line]
     assert len(lines) == parts - 1 and f"{parts - 1} of {parts} parts, " in lines[-1]
     assert lines[-1].endswith(" s left")
+
+
+def test_conversations_of_one_file_are_the_same_bytes_however_it_is_cut(
+    tokenizer_path, tmp_path, monkeypatch, made
+):
+    lines = [json.dumps({"prompt": f"{i}?", "completion": text_of(i, 1)}) for i in range(40)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    found = []
+    for name, size in (("whole", 10**6), ("cut", 900)):
+        monkeypatch.setattr(cache, "PART_BYTES", size)
+        config = ConversationConfig(
+            path=str(tmp_path / "chats.jsonl"), tokenizer=tokenizer_path, heldout_fraction=0.1,
+            cache_dir=str(tmp_path / name),
+        )  # fmt: skip
+        found += prepare(config, workers=1).caches
+    whole, parts = found
+    assert len(made) > 4 and parts.digest == whole.digest and parts.counters == whole.counters
+    for name in FILES:
+        assert (parts.directory / name).read_bytes() == (whole.directory / name).read_bytes()
+    state, bounds = hashlib.sha256(), whole.train.offsets
+    for first, stop in itertools.pairwise(bounds):
+        state.update(whole.train.tokens[first:stop].tobytes())
+        state.update(whole.train.said[first:stop].tobytes())
+    state.update(np.diff(bounds).tobytes())
+    assert whole.digest == state.hexdigest()
 
 
 def test_the_digest_is_that_of_the_tokens_and_of_the_documents_lengths(config, small_parts):
