@@ -138,8 +138,8 @@ def make_parts(
     missing.sort(key=lambda part: (part.index < begin, part.index))
     if missing:
         found = len(parts) - len(missing)
-        there = f", {found} of {len(parts)} parts are there" if found else ""
-        report(f"tokenising {work.source.path} ({_number_of_files(parts)} files{there})")
+        more = f", {found} of {len(parts)} parts are there" if found else ""
+        report(f"tokenising {work.source.path} ({_number_of_files(parts)} files{more})")
     progress = _Progress(work.source.path, len(parts), missing, report)
     if workers is None:
         workers = cores()

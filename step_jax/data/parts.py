@@ -55,7 +55,8 @@ _CHUNK = 2**20
 Entry = tuple[int, str]
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """One part of a source: its place among them, its name, bytes of its files that it reads."""
 
     index: int

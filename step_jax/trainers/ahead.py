@@ -34,7 +34,8 @@ def prepare_ahead(
     data = config.data
     if not isinstance(data, DataConfig):
         raise ConfigError("this is a recipe of a loop that reads no text")
-    tokenizer, records, build = _tokenizer(config), None, TextDataset
+    tokenizer, records = _tokenizer(config), None
+    build: type[TextDataset] = TextDataset
     more: dict[str, Any] = {}
     if isinstance(data, PreferenceConfig):
         more["verdicts"] = isinstance(config, JudgedLoop) and config.verdicts

@@ -283,11 +283,11 @@ def touched(path: Path, how: str, rng) -> None:
 
 
 def test_damage_to_any_file_is_found_before_use_and_only_its_parts_are_made_again(
-    config, corpus, monkeypatch, made
+    config, corpus, monkeypatch, made, tokenizer
 ):
     (corpus / "image.png").write_bytes(b"\0")  # that something is left out
     monkeypatch.setattr(cache, "PART_BYTES", 5000)
-    (first,) = prepare(config, workers=1).caches
+    (first,) = prepare(config, tokenizer=tokenizer, workers=1).caches
     parts, whole = len(made), bytes_of(first.directory)
     rng = np.random.default_rng(0)
     for name in (*FILES, "meta.json"):
@@ -297,7 +297,7 @@ def test_damage_to_any_file_is_found_before_use_and_only_its_parts_are_made_agai
             made.clear()
             touched(first.directory / name, how, rng)
             said: list[str] = []
-            (again,) = prepare(config, said.append, workers=1).caches
+            (again,) = prepare(config, said.append, tokenizer, workers=1).caches
             assert bytes_of(again.directory) == whole, (name, how)
             np.testing.assert_array_equal(again.train.tokens, first.train.tokens)
             if name == "meta.json":
