@@ -133,9 +133,10 @@ def join(folders: Sequence[Path], directory: Path, about: dict[str, Any]) -> Non
         }
         seal(temporary / "meta.json", about | content)
         sync_directory(temporary)
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(temporary, directory)
-        sync_directory(directory.parent)
+        if not (directory / "meta.json").exists():  # else another host has joined the same parts
+            shutil.rmtree(directory, ignore_errors=True)
+            os.replace(temporary, directory)
+            sync_directory(directory.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

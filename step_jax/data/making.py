@@ -147,6 +147,8 @@ def make_parts(
         while missing:
             made, missing = attempt(missing), []
             for part, there in made:
+                if elsewhere():
+                    return
                 if not there or (meta := read_part(place.of(part))) is None:
                     missing.append(part)
                     continue
@@ -156,8 +158,6 @@ def make_parts(
                     first = first_skips((place.of(part) for part in parts), bad=True)
                     raise too_many_bad(work.source, work.config, f"The first: {first}")
             if missing:
-                if elsewhere():
-                    return
                 progress.wait(len(missing))
                 time.sleep(_POLL_S)
 
