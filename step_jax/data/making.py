@@ -14,7 +14,6 @@ import json
 import os
 import pickle
 import queue
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from socket import gethostname
 
 import step_jax
 from step_jax.core.hardware import cores
@@ -80,9 +80,11 @@ class Place:
             return True
         if not _claimed(kept, part.size):
             return False
-        work.make(part, self.of(part))
-        publish(self.of(part), kept)
-        kept.delete([_CLAIM])
+        try:
+            work.make(part, self.of(part))
+            publish(self.of(part), kept)
+        finally:
+            kept.delete([_CLAIM])
         return True
 
     def _obtained(self, part: Part) -> bool:
@@ -98,16 +100,21 @@ class Place:
 
 
 def _claimed(kept: Objects, size: int) -> bool:
-    """Takes a part in an object store, unless another host has taken it and may be at work."""
+    """Takes a part in an object store, unless another host has taken it and may be at work.
+
+    On the same host its lock is ours, so whoever took it is gone.
+    """
     generation = kept.generation(_CLAIM)
     if generation != ABSENT and (content := kept.get(_CLAIM)) is not None:
         try:
-            age = abs(time.time() - float(json.loads(content)["since"]))
+            taken = json.loads(content)
+            age = abs(time.time() - float(taken["since"]))
+            ours = taken["host"] == gethostname()
         except (ValueError, KeyError, TypeError):
-            age = float("inf")
-        if age < _PATIENCE_S + size / _SLOWEST_BYTES_S:
+            age, ours = 0.0, True
+        if not ours and age < _PATIENCE_S + size / _SLOWEST_BYTES_S:
             return False
-    claim = {"host": socket.gethostname(), "process": os.getpid(), "since": time.time()}
+    claim = {"host": gethostname(), "since": time.time()}
     return kept.write(_CLAIM, json.dumps(claim).encode(), instead_of=generation) is not None
 
 
@@ -134,7 +141,7 @@ def make_parts(
     known = {part.name: read_part(place.of(part)) for part in parts}
     missing = [part for part in parts if known[part.name] is None]
     bad = sum(meta.counters.get("records_bad", 0) for meta in known.values() if meta)
-    begin = int(hashlib.sha256(socket.gethostname().encode()).hexdigest(), 16) % len(parts)
+    begin = int(hashlib.sha256(gethostname().encode()).hexdigest(), 16) % len(parts)
     missing.sort(key=lambda part: (part.index < begin, part.index))
     if missing:
         found = len(parts) - len(missing)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -120,16 +121,21 @@ def test_machines_share_the_parts_that_a_store_keeps(place, tokenizer_path, tmp_
             make(self, part, folder)
 
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / machine))
+        monkeypatch.setattr(making, "gethostname", lambda: machine)
         monkeypatch.setattr(Work, "make", counted)
         said: list[str] = []
         return prepare(config, said.append, workers=1).caches[0], said
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as patch:
+        patch.setattr(Objects, "delete", lambda *_: None)  # nor says that it is
         on("first", 2)
-    # What the lost machine was at is claimed for a minute or so; that it is over is not known.
-    monkeypatch.setattr(making, "_POLL_S", 0.01)
-    monkeypatch.setattr(making, "_PATIENCE_S", 0.0)
-    monkeypatch.setattr(making, "_SLOWEST_BYTES_S", 1000.0)
+
+    def sleep(seconds):  # until patience is at its end
+        monkeypatch.setattr(making, "_PATIENCE_S", -1e6)
+
+    clock = SimpleNamespace(time=time.time, monotonic=time.monotonic, sleep=sleep)
+    monkeypatch.setattr(making, "time", clock)
+    monkeypatch.setattr(making, "_PATIENCE_S", 1e6)
     second, said = on("second")
     parts = len(made["first"] + made["second"])
     assert parts > 4 and sorted(made["first"] + made["second"]) == list(range(parts))
@@ -143,15 +149,15 @@ def test_machines_share_the_parts_that_a_store_keeps(place, tokenizer_path, tmp_
 
 
 def test_a_claim_of_a_part_holds_for_as_long_as_its_host_may_be_at_work(place):
-    def claim(**content):
+    def claimed(content, size=10**6) -> bool:
         place.write("claim", json.dumps(content).encode())
+        return making._claimed(place, size)
 
     assert making._claimed(place, 10**6)  # nobody has it
-    assert not making._claimed(place, 10**6)
-    claim(since=time.time() - 62)
-    assert making._claimed(place, 10**6) and not making._claimed(place, 10**6)
-    claim(since=time.time() - 62)
-    assert not making._claimed(place, 100 * 2**20)  # a large part takes longer
-    for damaged in ({"since": "long ago"}, {}):
-        claim(**damaged)
-        assert making._claimed(place, 10**6)
+    assert making._claimed(place, 10**6)  # this host has, but no process of it is at work
+    other = {"host": "another", "since": time.time()}
+    assert not claimed(other)
+    assert claimed(other | {"since": time.time() - 62})
+    assert not claimed(other | {"since": time.time() - 62}, 100 * 2**20)  # takes longer
+    for damaged in (other | {"since": "long ago"}, {}, []):
+        assert claimed(damaged)
