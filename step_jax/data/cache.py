@@ -66,7 +66,6 @@ _TRAINING_SAMPLE_BYTES = 24 * 2**20  # more text changes a BPE vocabulary little
 #: which are larger where they would be more
 PART_BYTES, MOST_PARTS = 16 * 2**20, 4096
 _ATTEMPTS = 3
-_CHECK_DISK = "check the disk"
 Report = Callable[[str], None]
 
 
@@ -355,7 +354,7 @@ class _Builder:
         shutil.rmtree(self.place.folder, ignore_errors=True)
         cache = open_corpus(self.directory)
         if found or cache is None:
-            raise DataError(f"{self.directory} was written but cannot be read back; {_CHECK_DISK}")
+            raise DataError(f"{self.directory} was written but cannot be read back; check the disk")
         return cache
 
     def _make(self, parts: Sequence[Part]) -> None:
@@ -399,7 +398,7 @@ class _Builder:
                 except DamagedPart as damage:
                     self.report(f"{self.place.of(parts[damage.index])} is damaged: made again")
                     shutil.rmtree(self.place.of(parts[damage.index]), ignore_errors=True)
-        raise DataError(f"parts in {self.place.folder} are damaged again and again; {_CHECK_DISK}")
+        raise DataError(f"parts in {self.place.folder} are damaged again and again; check the disk")
 
 
 @contextlib.contextmanager

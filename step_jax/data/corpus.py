@@ -115,11 +115,8 @@ def join(folders: Sequence[Path], directory: Path, about: dict[str, Any]) -> Non
         with contextlib.ExitStack() as stack:
             streams = [stack.enter_context(open(temporary / name, "wb")) for name in FILES]
             for i, folder in enumerate(folders):
-                if (part := read_part(folder)) is None:
+                if (part := read_part(folder)) is None or not _append(folder, part, streams):
                     raise DamagedPart(i)
-                for name, stream, (_, expected) in zip(FILES, streams, part.entries, strict=True):
-                    if _append(folder / name, stream) != expected:
-                        raise DamagedPart(i)
                 digest.add(folder)
                 parts.append(part)
             for stream in streams:
@@ -141,13 +138,20 @@ def join(folders: Sequence[Path], directory: Path, about: dict[str, Any]) -> Non
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _append(path: Path, stream: Any) -> str:
-    state = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as part:
-        while data := part.read(_CHUNK):
-            stream.write(data)
-            state.update(data)
-    return state.hexdigest()
+def _append(folder: Path, part: PartMeta, streams: Sequence[Any]) -> bool:
+    """Copies the files of a part into streams; whether they are what was written."""
+    for name, stream, (_, expected) in zip(FILES, streams, part.entries, strict=True):
+        state = xxhash.xxh3_128()
+        try:
+            with open(folder / name, "rb", buffering=0) as file:
+                while data := file.read(_CHUNK):
+                    stream.write(data)
+                    state.update(data)
+        except FileNotFoundError:  # another host was faster, and has removed it
+            return False
+        if state.hexdigest() != expected:
+            return False
+    return True
 
 
 class _Digest:
@@ -278,21 +282,28 @@ def mend(directory: Path, made: Mapping[int, Path]) -> bool:
     """Puts parts that were made again in the place of damaged ones.
 
     Returns:
-      Whether they are what they were; else nothing is written.
+      Whether they are what they were; else the corpus is damaged still.
     """
     parts = _parts(directory)
     assert parts is not None  # see `damaged`
-    for i, folder in made.items():
-        part = read_part(folder)
-        if part is None or list(map(list, part.entries)) != parts[i]:
-            return False
-    for k, name in enumerate(FILES):
-        ends = np.cumsum([0, *(part[k][0] for part in parts)]).tolist()
-        with open(os.open(directory / name, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as stream:
-            for i, folder in made.items():
-                stream.seek(ends[i])
-                _append(folder / name, stream)
-            stream.truncate(ends[-1])
+    again = {i: read_part(folder) for i, folder in made.items()}
+    if any(part is None or [*map(list, part.entries)] != parts[i] for i, part in again.items()):
+        return False
+    sizes = np.array([[size for size, _ in part] for part in parts])
+    with contextlib.ExitStack() as stack:
+        streams = [stack.enter_context(open(_kept(directory / n), "r+b")) for n in FILES]
+        for i, part in again.items():
+            for stream, end in zip(streams, sizes[:i].sum(0).tolist(), strict=True):
+                stream.seek(end)
+            if part is None or not _append(made[i], part, streams):
+                return False
+        for stream, end in zip(streams, sizes.sum(0).tolist(), strict=True):
+            stream.truncate(end)
             stream.flush()
             os.fsync(stream.fileno())
     return True
+
+
+def _kept(path: Path) -> int:
+    """A descriptor of a file with what it holds, which is nothing if it is not there."""
+    return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

@@ -32,7 +32,6 @@ from step_jax.data.parts import Part, PartMeta, Work, first_skips, read_part
 from step_jax.data.remote import exists, obtain, publish
 from step_jax.tokenizers.base import ENCODING_THREADS
 
-Attempt = Callable[[Part], bool]
 _CLAIM = "claim"
 #: after which a claim counts as of a host that is gone: this, and the part at this speed
 _PATIENCE_S, _SLOWEST_BYTES_S = 60.0, 2.0**20
