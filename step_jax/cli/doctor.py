@@ -79,7 +79,6 @@ def run(asked: Asked) -> int:
             raise ConfigError(f"{asked.recipe} trains no decoder on texts: it has no kernels")
         report = doctor.compiled_for(asked.recipe, asked.config, subject, there)
     else:
-        distributed.keep_compiled_programs()
         distributed.join(asked.config.parallel.multihost if asked.config else False)
         hardware.leave_out_absent_tpus()
         report = doctor.examine(asked.recipe, asked.config, _subject(asked, None))

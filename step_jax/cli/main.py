@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("step_jax.cli.evaluate", "held-out loss, perplexity and bits per byte of a model"),
     "solve": ("step_jax.cli.solve", "have a model solve problems: accuracy against tokens"),
     "problems": ("step_jax.cli.problems", "write problems of a task with their worked solutions"),
-    "tokenize": ("step_jax.cli.tokenize", "train a tokenizer, or look at what one does"),
+    "tokenize": ("step_jax.cli.tokenize", "make a run's token caches ahead of it, or a tokenizer"),
     "checkpoints": ("step_jax.cli.checkpoints", "list saved steps, or verify every byte of them"),
     "runs": ("step_jax.cli.runs", "compare runs as a table and a picture"),
     "ablate": ("step_jax.cli.ablate", "train variants with several seeds and compare them"),

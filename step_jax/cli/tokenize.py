@@ -1,10 +1,11 @@
-"""``step-jax tokenize [FILE.yaml ...] [--data.path PATH ...] [--out FOLDER]``."""
+"""``step-jax tokenize [FILE.yaml ...] [--data.path PATH ...] [--workers N] [--out FOLDER]``."""
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from step_jax.cli.arguments import loop_of
 from step_jax.core.command_line import load_config, split
@@ -14,10 +15,12 @@ from step_jax.tokenizers.base import Tokenizer
 from step_jax.trainers import DEFAULT, find_loop
 
 _DESCRIPTION = (
-    "Train or load a tokenizer and tokenise the corpora, so that `step-jax pretrain` with the "
-    "same `data` group starts at once. Takes the recipe of a loop that reads text or conversations "
-    "as FILE.yaml, or only "
-    "--data flags. `--out FOLDER` also writes the tokenizer there."
+    "Train or load a tokenizer and tokenise the corpora, so that a run of the same recipe starts "
+    "at once. Takes the recipe of a loop that reads text, conversations or judged answers as "
+    "FILE.yaml, or only --data flags. When it is killed, the same command goes on; several hosts "
+    "with a common data.cache_dir share the work; what is there already is checked, every byte. "
+    "`--workers N` processes tokenise, one for each core by default. `--out FOLDER` also writes "
+    "the tokenizer there."
 )
 
 
@@ -28,33 +31,52 @@ class DataOnly:
     data: DataConfig = DataConfig()
 
 
-def parse(argv: list[str]) -> tuple[DataConfig, str | None]:
-    """(which texts and tokenizer, where to write the tokenizer)."""
-    out, argv = _take_out(argv)
+class Asked(NamedTuple):
+    """What a command line says.
+
+    config: of a loop, or a `DataOnly`.
+    workers: processes that tokenise; None for one a core.
+    out: where to write the tokenizer.
+    """
+
+    config: Any
+    workers: int | None = None
+    out: str | None = None
+
+
+def parse(argv: list[str]) -> Asked:
+    options, argv = _own_options(argv)
     schema: type[Any] = _schema(argv)
     loaded = load_config(schema, argv, prog="step-jax tokenize", description=_DESCRIPTION)
-    return loaded.config.data, out
+    return Asked(loaded.config, *options)
 
 
-def run(asked: tuple[DataConfig, str | None]) -> None:
-    config, out = asked
+def run(asked: Asked) -> None:
+    from step_jax.trainers.ahead import prepare_ahead
+
     start = time.perf_counter()
-    dataset = TextDataset.build(config, batch_size=1, report=print)
+    dataset = prepare_ahead(asked.config, functools.partial(print, flush=True), asked.workers)
     print(table(dataset))
     print(sample_chat(dataset.tokenizer), end="")
-    print(f"{time.perf_counter() - start:.1f} s; cache: {config.cache_path}")
-    if out:
-        dataset.tokenizer.save(out)
-        print(f"tokenizer written to {out}")
+    cache = dataset.config.cache_path
+    print(f"{time.perf_counter() - start:.1f} s; cache, every byte checked: {cache}")
+    if asked.out:
+        dataset.tokenizer.save(asked.out)
+        print(f"tokenizer written to {asked.out}")
 
 
-def _take_out(argv: list[str]) -> tuple[str | None, list[str]]:
+def _own_options(argv: list[str]) -> tuple[tuple[int | None, str | None], list[str]]:
     import argparse
 
     options = argparse.ArgumentParser(prog="step-jax tokenize", add_help=False, allow_abbrev=False)
+    options.add_argument("--workers")
     options.add_argument("--out")
     own, rest = options.parse_known_args(argv)
-    return own.out, rest
+    if own.workers is None:
+        return (None, own.out), rest
+    if not own.workers.isdecimal() or int(own.workers) < 1:
+        raise ConfigError(f"--workers is {own.workers}; it must be a number of at least 1")
+    return (int(own.workers), own.out), rest
 
 
 def _schema(argv: list[str]) -> type:

@@ -26,6 +26,13 @@ Precision = Literal["bf16", "fp8", "int8", "fp32"]
 PRECISION: dict[str, Precision] = {"bfloat16": "bf16", "float32": "fp32"}
 
 
+def cores() -> int:
+    """How many of the processor's cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Chip:
     """One JAX device.

@@ -3,7 +3,7 @@
 Importing this package loads no heavy library; each is imported where it is used.
 """
 
-from step_jax.data.cache import Prepared, TokenCache, prepare, train_tokenizer
+from step_jax.data.cache import Prepared, prepare, train_tokenizer
 from step_jax.data.config import (
     ConversationConfig,
     DataConfig,
@@ -11,6 +11,7 @@ from step_jax.data.config import (
     Source,
     Stage,
 )
+from step_jax.data.corpus import TokenCache
 from step_jax.data.dataset import BatchIterator, TextDataset
 from step_jax.data.heldout import Heldout
 from step_jax.data.packing import Batch

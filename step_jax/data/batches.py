@@ -19,8 +19,15 @@ def process_rows(sharding: Sharding, rows: int) -> tuple[int, int]:
     Processes that share rows (their devices differ along context or tensor) read the same part.
 
     Raises:
-      ConfigError: this process's rows are no such part.
+      ConfigError: the mesh does not divide the rows, or this process's are no such part.
     """
+    if rows % (ways := sharding.ways(ROWS)):
+        fits = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
+        raise ConfigError(
+            f"a batch of {rows} rows cannot be cut into {ways} equal parts, which the mesh does "
+            f"(data, fsdp, expert and pipeline together): give it a multiple of {ways} rows. A run "
+            f"that goes on keeps its batch, and goes on where it is cut into {fits}"
+        )
     layout = sharding.named((ROWS,), (rows,)).addressable_devices_indices_map((rows,))
     slices = [where[0] for where in layout.values() if where is not None]
     spans = [(s.start or 0, rows if s.stop is None else s.stop) for s in slices]

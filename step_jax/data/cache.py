@@ -1,18 +1,11 @@
 """Preparation: documents become memory-mapped token files, once, whole or not at all.
 
-A tokenised corpus is a folder ``tokens-<key>`` with, for each split (train, heldout),
-
-  <split>.bin          tokens of all documents, texts closed by eos; uint16 or uint32
-  <split>.offsets.npy  int64 (documents + 1,), borders of the documents in <split>.bin
-
-  <split>.said.bin     uint8, of conversations: whether a token is learned
-
-and ``heldout.raw`` (UTF-8 text of the held-out documents), ``heldout.bytes.npy`` (int64, bytes
-of each), ``skipped.jsonl`` (what of the files was left out, with the reason) and ``meta.json``.
-The key covers names and contents of the source files, the tokenizer and the options;
-``meta.json`` holds digests of the tokens themselves, which identify the data in checkpoints.
-Beside them lie, for each source, what its files held (``files-<key>.json``), what it holds out
-beyond the rule (``split-<key>.json``) and everything left out of it (``skipped-<key>.jsonl``).
+A tokenised corpus is a folder ``tokens-<key>`` (``data.corpus``), made of parts (``data.parts``)
+which lie in ``parts-<key>`` until all are there and which any number of processes and hosts make
+together (``data.making``). The key covers names and contents of the source files, the tokenizer and
+the options. Beside them lie, for each source, what its files held (``files-<key>.json``), what it
+holds out beyond the rule (``split-<key>.json``) and everything left out of it
+(``skipped-<key>.jsonl``).
 """
 
 from __future__ import annotations
@@ -25,21 +18,27 @@ import hashlib
 import json
 import os
 import shutil
-import socket
-from array import array
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from socket import gethostname
 from typing import NamedTuple
 
 import numpy as np
 
 from step_jax.core.errors import DataError, DiskFullError
 from step_jax.core.files import write_whole
-from step_jax.core.text import printable
 from step_jax.data.config import TRAIN_TOKENIZER, ConversationConfig, DataConfig, Source
 from step_jax.data.conversations import Conversations
+from step_jax.data.corpus import (
+    VERSION,
+    DamagedPart,
+    TokenCache,
+    damaged,
+    join,
+    mend,
+    open_corpus,
+)
 from step_jax.data.files import (
     CACHE_TAG,
     CACHE_TAG_TEXT,
@@ -50,66 +49,24 @@ from step_jax.data.files import (
     list_files,
     list_skips,
     root_of,
-    stamp_of,
 )
 from step_jax.data.left_out import in_words, no_text, too_many_bad
+from step_jax.data.making import Place, make_parts
+from step_jax.data.parts import Part, Work, cut_parts, first_skips
 from step_jax.data.remote import obtain, publish
-from step_jax.data.sources import Document, Encoded, Records, read_file
+from step_jax.data.sources import Document, Records, read_file
 from step_jax.data.split import Choice, choose, split_documents
 from step_jax.data.texts import Texts
 from step_jax.tokenizers.base import Tokenizer
 from step_jax.tokenizers.files import chat_tokenizer, load_tokenizer
 from step_jax.tokenizers.sentencepiece import train_sentencepiece
 
-_VERSION = 3
 _TRAINING_SAMPLE_BYTES = 24 * 2**20  # more text changes a BPE vocabulary little
-_ENCODE_BATCH_BYTES = 4 * 2**20
+#: of a source's files, to a part: some ten seconds of one core; and the most parts of a source,
+#: which are larger where they would be more
+PART_BYTES, MOST_PARTS = 16 * 2**20, 4096
+_ATTEMPTS = 3
 Report = Callable[[str], None]
-
-
-class Documents(NamedTuple):
-    """Tokens of many documents: ``tokens`` (n,), ``offsets`` int64 (documents + 1,).
-
-    ``said`` uint8 (n,): which tokens are learned. None: all of them, after a token that stands
-    before each document; else a document's first token is what the others stand after.
-    """
-
-    tokens: np.ndarray
-    offsets: np.ndarray
-    said: np.ndarray | None = None
-
-    @property
-    def given(self) -> int:
-        """Tokens at the beginning of each document that are inputs only."""
-        return 0 if self.said is None else 1
-
-    @property
-    def pairs(self) -> int:
-        """Pairs of input and target that all documents give."""
-        return len(self.tokens) - self.given * (len(self.offsets) - 1)
-
-    @property
-    def learned(self) -> int:
-        """Targets that carry loss."""
-        return len(self.tokens) if self.said is None else int(self.said.sum(dtype=np.int64))
-
-
-@dataclass(frozen=True)
-class TokenCache:
-    """One tokenised corpus on disk, memory-mapped.
-
-    ``digest`` identifies the training tokens. ``counters`` counts what was read and left out,
-    ``skipped`` is the file that names everything left out.
-    """
-
-    directory: Path
-    digest: str
-    counters: dict[str, int]
-    skipped: Path
-    train: Documents
-    heldout: Documents
-    heldout_bytes: np.ndarray
-    heldout_raw: np.ndarray
 
 
 class Prepared(NamedTuple):
@@ -141,15 +98,21 @@ def prepare(
     report: Report = lambda message: None,
     tokenizer: Tokenizer | None = None,
     records: Records | None = None,
+    *,
+    workers: int | None = None,
+    verify: bool = False,
 ) -> Prepared:
     """Trains or loads the tokenizer and tokenises every source; both are reused when current.
 
-    Safe to call from many processes at once: one does the work, the others wait for it, and
-    a killed one leaves nothing that is mistaken for a finished corpus.
+    Safe to call from many processes at once. Those of a host wait for the one that does its work,
+    hosts with a common cache share it, and one that is killed leaves the parts that it finished and
+    nothing that is mistaken for more.
 
     Args:
       tokenizer: to use instead of the configuration's.
       records: what the records are, where the configuration's kind does not say.
+      workers: processes that tokenise a large source; one for each core by default.
+      verify: read every byte of what is there already, also where it seems untouched.
 
     Raises:
       ConfigError: the configuration cannot work (see `DataConfig.validate`).
@@ -172,7 +135,7 @@ def prepare(
         if isinstance(config, ConversationConfig):
             tokenizer = chat_tokenizer(tokenizer, config.chat_template)
         caches = tuple(
-            _prepare_source(listing, config, tokenizer, own, choice, report)
+            _prepare_source(listing, config, tokenizer, own, choice, workers, verify, report)
             for listing, own in zip(listings, choices, strict=True)
         )
     except OSError as error:
@@ -320,7 +283,7 @@ def _sample(listing: _Listing, limit: int, max_document_bytes: int) -> Iterator[
         if not whole and taken >= limit:
             break
     if not found:
-        raise DataError(no_text(listing.source, skips))
+        raise DataError(no_text(listing.source, list_skips(skips)))
 
 
 def _prepare_source(
@@ -329,6 +292,8 @@ def _prepare_source(
     tokenizer: Tokenizer,
     own: Choice,
     choice: Choice,
+    workers: int | None,
+    verify: bool,
     report: Report,
 ) -> TokenCache:
     """The cache of one source; ``choice`` is that of all sources and ``own`` its part of it,
@@ -337,21 +302,12 @@ def _prepare_source(
     options = [*listing.records.key, config.heldout_fraction, config.max_document_bytes]
     more = listing.records.tokens_key(tokenizer)
     key = _key(listing.key, tokenizer.hash, options, (choice - own).to_json(), *more)
-    directory = config.cache_path / f"tokens-{key}"
     root = os.path.abspath(root_of(source))
     skipped = config.cache_path / f"skipped-{_key(root, source.format, options)}.jsonl"
-    with _lock(directory, report):
-        kept, cache = config.kept(directory.name), _open(directory)
-        if cache is None and kept and obtain(kept, directory):
-            cache = _open(directory)
-        if cache is None:
-            report(f"tokenising {source.path} ({len(listing.files)} files)")
-            _write(directory, listing, config, tokenizer, choice)
-            if kept:
-                publish(directory, kept)
-            cache = _open(directory)
-        if cache is None:
-            raise DataError(f"{directory} was written but cannot be read back; check the disk")
+    work = Work(source, listing.records, config, tokenizer, choice)
+    builder = _Builder(work, listing.files, key, workers, report)
+    with _lock(builder.directory.with_name(f"{builder.directory.name}.{gethostname()}"), report):
+        cache = builder.corpus(verify)
         write_whole(skipped, _json_lines(listing.skips) + cache.skipped.read_bytes())
     if cache.counters["records_bad"] > config.max_bad_records:  # written under a larger budget
         raise too_many_bad(source, config, f"They are named in {skipped}")
@@ -359,203 +315,90 @@ def _prepare_source(
     for name, count in count_skips(listing.skips).items():
         counters[name] = counters.get(name, 0) + count
     cache = replace(cache, counters=counters, skipped=skipped)
+    if not counters["documents"]:
+        if not counters["heldout_documents"]:
+            raise DataError(no_text(source, first_skips([cache.directory])))
+        raise DataError(
+            f"{source.path}: every document was held out; lower data.heldout_fraction "
+            f"({config.heldout_fraction}) or give more documents"
+        )
     if left_out := in_words(cache.counters, cache.skipped):
         report(f"{source.path}: {left_out}")
     return cache
 
 
-def _write(
-    directory: Path,
-    listing: _Listing,
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    choice: Choice,
-) -> None:
-    prefix = f".{directory.name}.{socket.gethostname()}."
-    for stale in directory.parent.glob(f"{prefix}*"):  # of a killed process: the lock is ours
-        shutil.rmtree(stale, ignore_errors=True)
-    temporary = directory.parent / f"{prefix}{os.getpid()}"
-    temporary.mkdir()
-    try:
-        writer = _Writer(temporary, listing, config, tokenizer)
-        documents = writer.documents()
-        for document, held in split_documents(documents, config.heldout_fraction, choice):
-            writer.add(document, held)
-        writer.finish()
-        if _open(directory) is None:  # else another host has finished the same work
-            shutil.rmtree(directory, ignore_errors=True)
-            os.replace(temporary, directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-class _SplitFile:
-    """Appends documents of one split to its token file, and to that of what is said."""
-
-    def __init__(self, path: Path, dtype: type):
-        self.path, self.dtype = path, dtype
-        self.stream = open(path, "wb")  # noqa: SIM115 (closed in finish)
-        self.said = open(path.with_suffix(".said.bin"), "wb")  # noqa: SIM115
-        self.digest = hashlib.sha256()
-        self.lengths, self.byte_counts = array("q"), array("q")
-        self.learned = 0
-
-    def add(self, encoded: Encoded) -> None:
-        data = encoded.ids.astype(self.dtype).tobytes()
-        self.stream.write(data)
-        self.digest.update(data)
-        self.lengths.append(len(encoded.ids))
-        self.byte_counts.append(len(encoded.text))
-        if encoded.said is not None:
-            said = encoded.said.astype(np.uint8).tobytes()
-            self.said.write(said)
-            self.digest.update(said)
-            self.learned += sum(said)
-
-    def finish(self) -> str:
-        lengths = np.frombuffer(self.lengths, np.int64)
-        self.digest.update(lengths.tobytes())
-        for stream in (self.stream, self.said):
-            stream.flush()
-            os.fsync(stream.fileno())
-            stream.close()
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        np.save(self.path.with_suffix(".offsets.npy"), offsets)
-        return self.digest.hexdigest()
-
-
-class _Writer:
-    """Tokenises documents in batches and keeps the books."""
+class _Builder:
+    """Makes the corpus of a source, and mends it."""
 
     def __init__(
-        self, directory: Path, listing: _Listing, config: DataConfig, tokenizer: Tokenizer
+        self,
+        work: Work,
+        files: Sequence[SourceFile],
+        key: str,
+        workers: int | None,
+        report: Report,
     ):
-        self.directory, self.source = directory, listing.source
-        self.records, self.files = listing.records, listing.files
-        self.config, self.tokenizer = config, tokenizer
-        self.dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-        self.train = _SplitFile(directory / "train.bin", self.dtype)
-        self.heldout = _SplitFile(directory / "heldout.bin", self.dtype)
-        self.raw = open(directory / "heldout.raw", "wb")  # noqa: SIM115 (closed in finish)
-        self.skipped = open(directory / "skipped.jsonl", "wb")  # noqa: SIM115
-        self.counters: Counter[str] = Counter()
-        self.first_skips: list[Skip] = []
-        self.waiting: list[tuple[Document, bool]] = []
-        self.waiting_bytes = 0
+        self.work, self.files, self.workers, self.report = work, files, workers, report
+        home = work.config.cache_path
+        self.directory = home / f"tokens-{key}"
+        self.place = Place(home / f"parts-{key}", work.config.kept(f"parts-{key}"))
 
-    def documents(self) -> Iterator[Document]:
-        """Documents of the files; what is left out goes to the report."""
-        for file in self.files:
-            for item in read_file(file, self.records, self.config.max_document_bytes):
-                if isinstance(item, Document):
-                    yield item
-                else:
-                    self.skip(item)
-            if not _unchanged(file):
-                raise DataError(
-                    f"{printable(str(file.path))} was changed while it was read; start again "
-                    "when nothing writes there"
-                )
+    def corpus(self, verify: bool) -> TokenCache:
+        """The corpus, whole; ``verify``: every byte of it is read, whatever is known of it."""
+        found = damaged(self.directory, anew=verify)
+        if found is None or found:
+            parts = cut_parts(self.files, PART_BYTES, MOST_PARTS)
+            if not found or not self._mended(parts, found):
+                self._build(parts)
+            found = damaged(self.directory, anew=True)
+        shutil.rmtree(self.place.folder, ignore_errors=True)
+        cache = open_corpus(self.directory)
+        if found or cache is None:
+            raise DataError(f"{self.directory} was written but cannot be read back; check the disk")
+        return cache
 
-    def skip(self, skip: Skip) -> None:
-        self.skipped.write(_json_lines([skip]))
-        self.counters[f"skipped_{skip.reason}"] += 1
-        self.counters["records_bad"] += skip.bad
-        if len(self.first_skips) < 5:
-            self.first_skips.append(skip)
-        if self.counters["records_bad"] > self.config.max_bad_records:
-            first = f"The first: {list_skips(self.first_skips)}"
-            raise too_many_bad(self.source, self.config, first)
+    def _make(self, parts: Sequence[Part]) -> None:
+        make_parts(
+            self.work,
+            parts,
+            self.place,
+            workers=self.workers,
+            report=self.report,
+            elsewhere=(self.directory / "meta.json").exists,
+        )
 
-    def add(self, document: Document, held: bool) -> None:
-        self.waiting.append((document, held))
-        self.waiting_bytes += len(document.text)
-        self.counters["documents_truncated"] += document.truncated_bytes > 0
-        self.counters["bytes_truncated"] += document.truncated_bytes
-        if self.waiting_bytes >= _ENCODE_BATCH_BYTES:
-            self._encode()
+    def _mended(self, parts: Sequence[Part], found: set[int]) -> bool:
+        """Whether the damaged parts alone could be made again."""
+        if max(found) >= len(parts):  # it was cut otherwise
+            return False
+        self.report(
+            f"{self.directory} is damaged in {len(found)} of {len(parts)} parts, which are made "
+            "again"
+        )
+        again = [parts[i] for i in sorted(found)]
+        make_parts(self.work, again, self.place, workers=self.workers, report=self.report)
+        with _lock(self.directory, self.report):
+            return mend(self.directory, {part.index: self.place.of(part) for part in again})
 
-    def _encode(self) -> None:
-        made = self.records.encode([document for document, _ in self.waiting], self.tokenizer)
-        for (_, held), parts in zip(self.waiting, made, strict=True):
-            if isinstance(parts, Skip):
-                self.skip(parts)
-                continue
-            for part in parts:
-                (self.heldout if held else self.train).add(part)
-                self.counters["tokens_truncated"] += part.cut
-                if held:
-                    self.raw.write(part.text)
-        self.waiting, self.waiting_bytes = [], 0
-
-    def finish(self) -> None:
-        self._encode()
-        if not len(self.train.lengths) and not len(self.heldout.lengths):
-            raise DataError(no_text(self.source, self.first_skips))
-        if not len(self.train.lengths):
-            raise DataError(
-                f"{self.source.path}: every document was held out; lower data.heldout_fraction "
-                f"({self.config.heldout_fraction}) or give more documents"
-            )
-        digests = {"train": self.train.finish(), "heldout": self.heldout.finish()}
-        byte_counts = np.frombuffer(self.heldout.byte_counts, np.int64)
-        np.save(self.directory / "heldout.bytes.npy", byte_counts)
-        self.raw.close()
-        self.skipped.close()
-        self.counters["files"] = len(self.files)
-        self.counters["records_bad"] += 0  # named also where there are none
-        for name, split in (("", self.train), ("heldout_", self.heldout)):
-            self.counters[f"{name}documents"] = len(split.lengths)
-            self.counters[f"{name}bytes"] = sum(split.byte_counts)
-            self.counters[f"{name}tokens"] = sum(split.lengths)
-            if split.learned:
-                self.counters[f"{name}tokens_learned"] = split.learned
-        meta = {
-            "version": _VERSION,
-            "source": self.source.path,
-            "tokenizer": self.tokenizer.hash,
-            "dtype": np.dtype(self.dtype).name,
-            "digests": digests,
-            "counters": dict(sorted(self.counters.items())),
+    def _build(self, parts: Sequence[Part]) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+        about = {
+            "source": self.work.source.path,
+            "tokenizer": self.work.tokenizer.hash,
+            "dtype": np.dtype(self.work.dtype).name,
+            "files": len(self.files),
         }
-        write_whole(self.directory / "meta.json", json.dumps(meta, indent=1).encode())
-
-
-def _open(directory: Path) -> TokenCache | None:
-    """Opens a finished corpus; None when there is none or its files are not whole."""
-    try:
-        meta = json.loads((directory / "meta.json").read_bytes())
-        splits = {}
-        for split in ("train", "heldout"):
-            offsets = np.load(directory / f"{split}.offsets.npy", mmap_mode="r")
-            tokens = _map(directory / f"{split}.bin", meta["dtype"])
-            said = _map(directory / f"{split}.said.bin", "uint8")
-            if offsets[-1] != len(tokens) or len(said) not in (0, len(tokens)):
-                return None
-            conversations = any("tokens_learned" in name for name in meta["counters"])
-            splits[split] = Documents(tokens, offsets, said if conversations else None)
-        byte_counts = np.load(directory / "heldout.bytes.npy")
-        raw = _map(directory / "heldout.raw", "uint8")
-        if len(raw) != byte_counts.sum():
-            return None
-    except (OSError, ValueError, KeyError):
-        return None
-    return TokenCache(
-        directory=directory,
-        digest=meta["digests"]["train"],
-        counters=meta["counters"],
-        skipped=directory / "skipped.jsonl",
-        heldout_bytes=byte_counts,
-        heldout_raw=raw,
-        **splits,
-    )
-
-
-def _map(path: Path, dtype: str) -> np.ndarray:
-    if path.stat().st_size == 0:  # mmap refuses an empty file
-        return np.zeros(0, dtype)
-    # As a plain array: slicing a `memmap` object costs several times more.
-    return np.asarray(np.memmap(path, dtype, mode="r"))
+        for _ in range(_ATTEMPTS):
+            self._make(parts)
+            with _lock(self.directory, self.report):
+                if (self.directory / "meta.json").exists():  # another host has made it
+                    return
+                try:
+                    return join([self.place.of(part) for part in parts], self.directory, about)
+                except DamagedPart as damage:
+                    self.report(f"{self.place.of(parts[damage.index])} is damaged: made again")
+                    shutil.rmtree(self.place.of(parts[damage.index]), ignore_errors=True)
+        raise DataError(f"parts in {self.place.folder} are damaged again and again; check the disk")
 
 
 @contextlib.contextmanager
@@ -575,16 +418,9 @@ def _lock(path: Path, report: Report) -> Iterator[None]:
         yield
 
 
-def _unchanged(file: SourceFile) -> bool:
-    try:
-        return stamp_of(file.path) == file.stamp
-    except OSError:
-        return False
-
-
 def _json_lines(skips: Iterable[Skip]) -> bytes:
     return "".join(json.dumps(skip._asdict()) + "\n" for skip in skips).encode()
 
 
 def _key(*parts: object) -> str:
-    return hashlib.sha256(json.dumps([_VERSION, *parts]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([VERSION, *parts]).encode()).hexdigest()[:16]

@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from step_jax.core.errors import DataError
-from step_jax.data.cache import Prepared, TokenCache, prepare
+from step_jax.data.cache import Prepared, prepare
 from step_jax.data.config import DataConfig
+from step_jax.data.corpus import TokenCache
 from step_jax.data.heldout import Heldout, row_slice
 from step_jax.data.mixture import Mixture, MixtureStage, integer_weights
 from step_jax.data.packing import Batch, Pieces, Plan, derive_key, empty_batch, fill, make_plan
@@ -35,8 +36,6 @@ class _Corpus:
 
     @classmethod
     def build(cls, documents: Any, config: DataConfig, key: int) -> _Corpus:
-        # A copy: every epoch's plan reads all offsets, in random order.
-        documents = documents._replace(offsets=np.array(documents.offsets))
         plans: dict[int, Plan] = {}
         lock = threading.Lock()  # Grain reads from several threads
 
@@ -55,6 +54,18 @@ class _Corpus:
                 return plan
 
         return cls(documents, plan_of, plan_of(0).rows)
+
+
+class Samples(NamedTuple):
+    """What rows are made of: runs of consecutive targets of one document, all int64 (P,)."""
+
+    row: np.ndarray  # in the global batch
+    offset: np.ndarray  # place in the row
+    source: np.ndarray  # in the order of `DataConfig.resolved_sources`
+    epoch: np.ndarray  # of that source
+    document: np.ndarray  # of that source's training documents; of judged answers: example
+    start: np.ndarray  # first target's place in the document
+    length: np.ndarray
 
 
 class TextDataset:
@@ -238,7 +249,7 @@ class TextDataset:
         batch = empty_batch(
             self._high - self._low, self.config.sequence_length, self.tokenizer.pad_id
         )
-        for k, slots, pieces in self._pieces(step):
+        for k, _, slots, pieces in self._pieces(step):
             fill(
                 batch,
                 slots,
@@ -251,8 +262,25 @@ class TextDataset:
             )
         return batch
 
-    def _pieces(self, step: int) -> Iterator[tuple[int, np.ndarray, Pieces]]:
-        """(source, the rows of this process's batch that it fills, their pieces)."""
+    def samples(self, step: int) -> Samples:
+        """What this process's rows of the batch of ``step`` are made of.
+
+        Over all processes and steps of an epoch of a source, whatever their number at each step,
+        every target of every document is there once.
+        """
+        found = []
+        for k, epoch, slots, pieces in self._pieces(step):
+            offsets = self._corpora[k].documents.offsets
+            document = np.searchsorted(offsets, pieces.start, side="right") - 1
+            row, begin = self._low + slots[pieces.slot], pieces.start - offsets[document]
+            source, epochs = np.full_like(row, k), np.full_like(row, epoch)
+            found.append((row, pieces.offset, source, epochs, document, begin, pieces.length))
+        columns = [np.concatenate(column) for column in zip(*found, strict=True)]
+        order = np.lexsort([columns[1], columns[0]])
+        return Samples(*(column[order] for column in columns))
+
+    def _pieces(self, step: int) -> Iterator[tuple[int, int, np.ndarray, Pieces]]:
+        """(source, its epoch, the rows of this process's batch that it fills, their pieces)."""
         rows_b = step * self.batch_size + np.arange(self._low, self._high, dtype=np.int64)
         source_b, local_b = self.mixture.locate(rows_b)
         for k in np.unique(source_b):
@@ -260,7 +288,8 @@ class TextDataset:
             epoch_b, row_b = np.divmod(local_b, corpus.rows)
             for epoch in np.unique(epoch_b[source_b == k]):
                 slots = np.flatnonzero((source_b == k) & (epoch_b == epoch))
-                yield int(k), slots, corpus.plan_of(int(epoch)).pieces(row_b[slots])
+                pieces = corpus.plan_of(int(epoch)).pieces(row_b[slots])
+                yield int(k), int(epoch), slots, pieces
 
     def iterate(self, start_step: int = 0, *, prefetch: int = 4) -> BatchIterator:
         """Batches from ``start_step`` on, without end, read ahead in the background."""
@@ -282,6 +311,8 @@ class TextDataset:
                     "the texts or their weights before this step are not the same. Restore the "
                     "texts, or keep the old weights in data.stages up to this step"
                 )
+            elif name == "batch_size":
+                hint = f"set training.batch_size: {saved}, or start a new run"
             else:
                 hint = "set it back, or start a new run"
             if saved != now:

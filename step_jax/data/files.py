@@ -64,6 +64,10 @@ class Stamp(NamedTuple):
     changed_ns: int
     inode: int
 
+    def settled(self, now_ns: int) -> bool:
+        """Whether another change would leave other times."""
+        return max(self.modified_ns, self.changed_ns) < now_ns - _SETTLED_NS
+
 
 @dataclass(frozen=True)
 class SourceFile:
@@ -234,7 +238,7 @@ def _is_run(names: set[str]) -> bool:
 
 
 def _is_cache(folder: str, names: set[str]) -> bool:
-    if {"meta.json", "train.offsets.npy"} <= names:
+    if {"meta.json", "train.bin"} <= names:
         return True
     if CACHE_TAG not in names:
         return False
@@ -309,9 +313,7 @@ def content_digests(
         for file, digest in zip(stale, pool.map(_digest, stale), strict=True):
             current[file.name] = digest
     rows = [
-        [file.name, file.stamp, current[file.name]]
-        for file in files
-        if max(file.stamp.modified_ns, file.stamp.changed_ns) < now - _SETTLED_NS
+        [file.name, file.stamp, current[file.name]] for file in files if file.stamp.settled(now)
     ]
     write_whole(memo, json.dumps(rows))
     return list(current.values())

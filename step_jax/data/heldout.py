@@ -24,7 +24,7 @@ import xxhash
 
 from step_jax.core.errors import ConfigError, DataError
 from step_jax.core.files import sync_directory, write_synced
-from step_jax.data.cache import Documents, TokenCache
+from step_jax.data.corpus import Documents, TokenCache
 from step_jax.data.packing import Batch, FitPlan, empty_batch, fill, permutation
 from step_jax.tokenizers.base import Tokenizer
 

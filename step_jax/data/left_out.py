@@ -7,7 +7,6 @@ from pathlib import Path
 
 from step_jax.core.errors import DataError
 from step_jax.data.config import DataConfig, Source
-from step_jax.data.files import Skip, list_skips
 
 
 def in_words(counters: Mapping[str, int], skipped: Path) -> str:
@@ -38,9 +37,9 @@ def too_many_bad(source: Source, config: DataConfig, which: str) -> DataError:
     )
 
 
-def no_text(source: Source, skips: list[Skip]) -> str:
-    """The words for a source without a document."""
-    reasons = list_skips(skips) or "no documents in its files"
+def no_text(source: Source, left_out: str) -> str:
+    """The words for a source without a document; ``left_out``: what of it was, in words."""
+    reasons = left_out or "no documents in its files"
     return (
         f"data path {source.path!r} holds no text ({reasons}). Point data.path at text files, "
         "JSONL, Parquet, Arrow or ArrayRecord files with a text field"

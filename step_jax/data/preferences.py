@@ -24,7 +24,7 @@ import numpy as np
 import xxhash
 
 from step_jax.core.errors import DataError
-from step_jax.data.cache import Documents, Prepared, TokenCache, prepare
+from step_jax.data.cache import Prepared, prepare
 from step_jax.data.config import PreferenceConfig
 from step_jax.data.conversations import (
     UNREAD,
@@ -32,6 +32,7 @@ from step_jax.data.conversations import (
     check_controls,
     check_conversation,
 )
+from step_jax.data.corpus import Documents, TokenCache
 from step_jax.data.dataset import TextDataset
 from step_jax.data.files import Skip
 from step_jax.data.heldout import row_slice
@@ -337,7 +338,7 @@ class PreferenceDataset(TextDataset):
     def batch(self, step: int) -> Batch:
         """This process's rows of the batch of ``step``, see `preference_schema`."""
         batch = self._empty(self._high - self._low)
-        for k, slots, pieces in self._pieces(step):
+        for k, _, slots, pieces in self._pieces(step):
             self._lay(batch, slots, pieces, k)
         return self._numbered(batch, self._low)
 

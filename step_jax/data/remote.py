@@ -84,6 +84,11 @@ def publish(folder: Path, objects: Objects) -> None:
     objects.write(_WHOLE, json.dumps(files, indent=1).encode())
 
 
+def exists(objects: Objects) -> set[str]:
+    """Names of the folders below that were published."""
+    return {n.removesuffix(f"/{_WHOLE}") for n in objects.list() if n.endswith(f"/{_WHOLE}")}
+
+
 def obtain(objects: Objects, folder: Path) -> bool:
     """Makes a local folder of one that was published, whole or not at all.
 

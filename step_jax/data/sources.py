@@ -15,6 +15,7 @@ import numpy as np
 from step_jax.core.errors import DataError
 from step_jax.core.text import printable
 from step_jax.data.files import Skip, SourceFile
+from step_jax.data.spans import COMPRESSED, WHOLE, Span
 from step_jax.tokenizers.base import Tokenizer
 
 _SNIFF_BYTES = 8192
@@ -87,15 +88,18 @@ class Records(Readable, Protocol):
 
 
 def read_file(
-    file: SourceFile, records: Readable, max_document_bytes: int
+    file: SourceFile, records: Readable, max_document_bytes: int, span: Span = WHOLE
 ) -> Iterator[Document | Skip]:
     """Documents of one file in file order, and what was left out in their place.
+
+    Args:
+      span: of the file's records those that are read; see `spans.cut`.
 
     Raises:
       DataError: a record file that is damaged as a whole, or whose first record has not the
         fields (that is a wrong setting, not a bad record).
     """
-    for item in _READERS[file.format](file, records):
+    for item in _READERS[file.format](file, records, span):
         if isinstance(item, Document):
             item = _limit(item, max_document_bytes, records.may_be_cut)
         yield item
@@ -116,7 +120,7 @@ def _limit(document: Document, max_bytes: int, may_be_cut: bool) -> Document | S
     return Document(document.name, kept, size - len(kept.encode()))
 
 
-def _read_text(file: SourceFile, records: Readable) -> Iterator[Document | Skip]:
+def _read_text(file: SourceFile, records: Readable, span: Span) -> Iterator[Document | Skip]:
     try:
         with open(file.path, "rb") as stream:
             head = stream.read(_SNIFF_BYTES)
@@ -136,11 +140,15 @@ def _read_text(file: SourceFile, records: Readable) -> Iterator[Document | Skip]
         yield Skip(file.name, "invalid_utf8", f"{error.reason} at byte {error.start}")
 
 
-def _read_jsonl(file: SourceFile, records: Readable) -> Iterator[Document | Skip]:
-    number = 0
+def _read_jsonl(file: SourceFile, records: Readable, span: Span) -> Iterator[Document | Skip]:
+    number = span.first
     try:
         with _open_lines(file.path) as stream:
-            for number, line in enumerate(stream, start=1):
+            if span.at:
+                stream.seek(span.at)
+            for number, line in enumerate(stream, start=span.first + 1):
+                if number > span.stop:
+                    break
                 if line.strip():
                     yield _json_record(line, f"{file.name}:{number}", records, number == 1)
     except DataError:
@@ -150,13 +158,14 @@ def _read_jsonl(file: SourceFile, records: Readable) -> Iterator[Document | Skip
 
 
 def _open_lines(path: Path):
-    if path.name.lower().endswith(".zst"):
+    zst, gz = COMPRESSED
+    if path.name.lower().endswith(zst):
         # Not the `zstandard` package: it takes a truncated file for a shorter one, silently.
         import pyarrow as pa
 
         stream = pa.OSFile(os.fsencode(path))
         return io.BufferedReader(pa.input_stream(stream, compression="zstd"))
-    if path.name.lower().endswith(".gz"):
+    if path.name.lower().endswith(gz):
         return gzip.open(path, "rb")
     return open(path, "rb")
 
@@ -184,7 +193,7 @@ def _damaged(file: SourceFile, detail: object) -> DataError:
     )
 
 
-def _read_parquet(file: SourceFile, records: Readable) -> Iterator[Document | Skip]:
+def _read_parquet(file: SourceFile, records: Readable, span: Span) -> Iterator[Document | Skip]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -200,6 +209,9 @@ def _read_parquet(file: SourceFile, records: Readable) -> Iterator[Document | Sk
     with table:
         for group in range(table.num_row_groups):
             count = table.metadata.row_group(group).num_rows
+            if not span.first <= row < span.stop:  # a span is of whole groups
+                row += count
+                continue
             try:
                 found = table.read_row_group(group, columns=wanted).to_pylist()
             except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -211,7 +223,7 @@ def _read_parquet(file: SourceFile, records: Readable) -> Iterator[Document | Sk
                 row += 1
 
 
-def _read_arrow(file: SourceFile, records: Readable) -> Iterator[Document | Skip]:
+def _read_arrow(file: SourceFile, records: Readable, span: Span) -> Iterator[Document | Skip]:
     """Arrow IPC, stream or file layout: what Hugging Face `Dataset.save_to_disk` writes."""
     import pyarrow as pa
 
@@ -228,15 +240,18 @@ def _read_arrow(file: SourceFile, records: Readable) -> Iterator[Document | Skip
                 raise DataError(f"{file.name}: {lacks}")
             wanted = [field for field in records.fields if field in reader.schema.names]
             for batch in batches:
-                for i in range(batch.num_rows):  # one at a time: a batch may be the whole file
+                first, stop = (min(max(at - row, 0), batch.num_rows) for at in span[:2])
+                for i in range(first, stop):  # one at a time: a batch may be the whole file
                     values = {field: batch.column(field)[i].as_py() for field in wanted}
-                    yield records.document(values, f"{file.name}:{row}")
-                    row += 1
+                    yield records.document(values, f"{file.name}:{row + i}")
+                row += batch.num_rows
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _damaged(file, f"after row {row}: {error}") from error
 
 
-def _read_array_record(file: SourceFile, records: Readable) -> Iterator[Document | Skip]:
+def _read_array_record(
+    file: SourceFile, records: Readable, span: Span
+) -> Iterator[Document | Skip]:
     """Records are UTF-8 text, or JSON objects with the fields."""
     from array_record.python.array_record_module import ArrayRecordReader
 
@@ -252,8 +267,9 @@ def _read_array_record(file: SourceFile, records: Readable) -> Iterator[Document
             reader.close()
     except Exception as error:  # absl status errors arrive as several types
         raise _damaged(file, error) from error
-    for first in range(0, count, 256):
-        indices = range(first, min(first + 256, count))
+    last = min(count, span.stop)
+    for first in range(span.first, last, 256):
+        indices = range(first, min(first + 256, last))
         for index, record in zip(indices, _array_records(reader, indices), strict=True):
             name = f"{file.name}:{index}"
             if isinstance(record, Exception):
@@ -290,7 +306,7 @@ def _array_record(record: bytes, name: str, records: Readable) -> Document | Ski
         return Skip(name, "invalid_utf8", f"{error.reason} at byte {error.start}", bad=True)
 
 
-_READERS: dict[str, Callable[[SourceFile, Readable], Iterator[Document | Skip]]] = {
+_READERS: dict[str, Callable[[SourceFile, Readable, Span], Iterator[Document | Skip]]] = {
     "text": _read_text,
     "jsonl": _read_jsonl,
     "parquet": _read_parquet,

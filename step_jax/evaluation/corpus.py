@@ -6,7 +6,7 @@ import numpy as np
 
 from step_jax.core.errors import DataError
 from step_jax.data import DataConfig, Heldout, Tokenizer
-from step_jax.data.cache import Documents
+from step_jax.data.corpus import Documents
 from step_jax.data.files import Skip, list_files
 from step_jax.data.sources import Document, read_file
 from step_jax.data.texts import Texts

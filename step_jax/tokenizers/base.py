@@ -24,6 +24,8 @@ FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+#: The environment variable that says how many threads encode: that of the tokenizers library.
+ENCODING_THREADS = "RAYON_NUM_THREADS"
 SPACE_MARK = "\u2581"  # what SentencePiece and its relatives write for a space
 _BROKEN = "\ufffd"
 _MOST_BYTES = 4  # of a character: as many tokens may pass until it is whole
@@ -78,6 +80,9 @@ class Tokenizer(abc.ABC):
     hash: str
     chat_template: ChatTemplate | None
 
+    def __reduce__(self) -> tuple:
+        return type(self), (dict(self.files), self.name)
+
     @abc.abstractmethod
     def _encode(self, texts: Sequence[str], special: bool) -> list[np.ndarray]: ...
 
@@ -111,7 +116,8 @@ class Tokenizer(abc.ABC):
         return self.encode_batch([text], special)[0]
 
     def encode_batch(self, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
-        """Token ids of each text, int32 (n_i,), on all cores; see `encode`."""
+        """Token ids of each text, int32 (n_i,), on all cores, or as many threads as the environment
+        (``ENCODING_THREADS``) says; see `encode`."""
         texts = list(texts)
         for text in texts:
             _check_text(text)

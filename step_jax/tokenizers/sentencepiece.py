@@ -13,7 +13,8 @@ import numpy as np
 
 from step_jax.core.digest import digest
 from step_jax.core.errors import ConfigError, DataError
-from step_jax.tokenizers.base import SPACE_MARK, Tokenizer
+from step_jax.core.hardware import cores
+from step_jax.tokenizers.base import ENCODING_THREADS, SPACE_MARK, Tokenizer
 from step_jax.tokenizers.special_tokens import SpecialTokens
 from step_jax.tokenizers.template import ChatTemplate
 
@@ -81,7 +82,9 @@ class SentencePieceTokenizer(Tokenizer):
         return _processor(self.files["tokenizer.model"] + b"\x1a\x02\x18\x00", self.name)
 
     def _encode(self, texts: Sequence[str], special: bool) -> list[np.ndarray]:
-        threads = (os.cpu_count() or 1) if len(texts) > 1 else 1
+        threads = 1
+        if len(texts) > 1:
+            threads = int(os.environ.get(ENCODING_THREADS, 0)) or cores()
         border = self._border(special)
         if border is None or not any(border.search(text) for text in texts):
             return self._processor.encode(texts, return_type="numpy", num_threads=threads)

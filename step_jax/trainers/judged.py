@@ -40,18 +40,21 @@ class JudgedLoop(TextLoop):
 
     data: PreferenceConfig
 
+    @property
+    def verdicts(self) -> bool:
+        """Whether single answers are read instead of pairs."""
+        return False
+
     def validate(self):
         super().validate()
         if self.training.z_loss:
             raise ConfigError("training.z_loss is of pretraining: losses of answers have none")
 
 
-def prepare_data(
-    config: JudgedLoop, begin: Start, sharding: Sharding, report, *, verdicts: bool = False
-) -> PreferenceDataset:
+def prepare_data(config: JudgedLoop, begin: Start, sharding: Sharding, report) -> PreferenceDataset:
     """The dataset of this process's rows; processes that share rows read the same ones."""
     rows = rows_read(config, begin, sharding)
-    dataset = PreferenceDataset.build(config.data, verdicts=verdicts, report=report, **rows)
+    dataset = PreferenceDataset.build(config.data, verdicts=config.verdicts, report=report, **rows)
     tell_another_tokenizer(begin, dataset.tokenizer, report)
     return dataset
 

@@ -118,9 +118,7 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         chosen.pop("loss")  # likelihoods are of no such kernel
         if text.trains_tokenizer(config):  # a mesh that does not divide is known already
             program(config, sharding)
-        dataset = judged.prepare_data(
-            config, begin, sharding, report.event, verdicts=config.verdicts
-        )
+        dataset = judged.prepare_data(config, begin, sharding, report.event)
         text.question_ids(config, config.sample, dataset.tokenizer)  # refuses a long one
         config = replace(config, model=with_vocabulary(begin.model, dataset.tokenizer.vocab_size))
         compared = None

@@ -10,7 +10,7 @@ import pytest
 
 from step_jax.core.errors import ConfigError, DataError
 from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
-from step_jax.data.batches import abstract_batch, microbatches, to_mesh
+from step_jax.data.batches import abstract_batch, microbatches, process_rows, to_mesh
 from step_jax.data.schema import Field
 
 #: a text of 8 rows, a stack of patches for each row, a pack of clips with rows of its own, a table
@@ -52,6 +52,13 @@ def test_arrays_lie_as_their_axes_say_and_hold_what_they_held(mesh):
         assert {s.data.shape for s in placed[name].addressable_shards} == {expected}
     like = abstract_batch(sharding, SCHEMA)
     assert jax.tree.map(lambda a: a.sharding, like) == jax.tree.map(lambda a: a.sharding, placed)
+
+
+def test_a_batch_that_the_mesh_does_not_cut_evenly_is_refused_with_what_would_do():
+    sharding = Sharding(make_mesh(MeshConfig(data=4, context=2)))
+    wanted = "6 rows .* 4 equal parts.* a multiple of 4 rows.* keeps its batch.* into 1, 2, 3, 6$"
+    with pytest.raises(ConfigError, match=wanted):
+        process_rows(sharding, 6)
 
 
 def test_a_microbatch_takes_rows_modulo_wherever_they_stand():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from step_jax.core.errors import ConfigError, DataError, DiskFullError
-from step_jax.data import DataConfig, Source, Stage, Tokenizer, cache, prepare
+from step_jax.data import DataConfig, Source, Stage, Tokenizer, parts, prepare
 
 
 @pytest.fixture
@@ -61,26 +61,16 @@ def test_cache_is_reused_until_a_content_or_option_changes(config, corpus):
     assert len(messages) == 3 and len(more.heldout_bytes) > len(changed.heldout_bytes)
 
 
-def test_half_a_cache_is_built_again(config):
-    messages = []
-    _, (first,) = prepare(config, messages.append)
-    tokens = np.array(first.train.tokens)
-    path = first.directory / "train.bin"
-    path.write_bytes(path.read_bytes()[:-2])
-    _, (again,) = prepare(config, messages.append)
-    assert len(messages) == 2
-    np.testing.assert_array_equal(again.train.tokens, tokens)
-
-
-def test_a_failure_leaves_nothing_behind(config, monkeypatch):
+def test_a_failure_leaves_no_corpus_behind(config, monkeypatch):
     def fail(self):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache._Writer, "finish", fail)
+        patch.setattr(parts._Writer, "finish", fail)
         with pytest.raises(DiskFullError, match="data.cache_dir"):
             prepare(config)
-    assert not [p for p in config.cache_path.iterdir() if p.is_dir()]
+    assert not list(config.cache_path.glob("tokens-*"))
+    assert not [path for path in config.cache_path.glob("parts-*/*") if path.is_dir()]
     prepare(config)
 
 
@@ -91,7 +81,7 @@ def test_remains_of_a_killed_process_are_cleared(config):
     stale.mkdir()
     (stale / "train.bin").write_bytes(b"half")
     prepare(config)
-    assert not stale.exists()
+    assert not stale.exists() and not list(config.cache_path.glob("parts-*"))
 
 
 def test_concurrent_preparation_builds_once(config):

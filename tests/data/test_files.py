@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from step_jax.core.errors import ConfigError, DataError
-from step_jax.data import DataConfig, Source, cache, files, prepare
+from step_jax.data import DataConfig, Source, files, parts, prepare
 from step_jax.data.files import list_files
 from step_jax.runs.metrics_log import MetricsLog
 from step_jax.runs.run_directory import RunDirectory
@@ -103,14 +103,14 @@ def test_a_damaged_memory_of_contents_is_made_again(config, content):
 
 
 def test_a_file_that_changes_while_it_is_read_is_an_error(config, corpus, monkeypatch):
-    real = cache.read_file
+    real = parts.read_file
 
     def read(file, *options):
         yield from real(file, *options)
         if file.name == "a/1.txt":
             file.path.write_text("more words than before " * 9)
 
-    monkeypatch.setattr(cache, "read_file", read)
+    monkeypatch.setattr(parts, "read_file", read)
     with pytest.raises(DataError, match=r"a/1\.txt was changed while it was read"):
         prepare(dataclasses.replace(config, heldout_fraction=0.0))
     assert not list(config.cache_path.glob("tokens-*"))
