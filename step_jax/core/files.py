@@ -26,7 +26,7 @@ def write_whole(path: Path | str, content: str | bytes) -> None:
         raise
 
 
-def cache_folder(name: str) -> Path:
+def cache_folder(name: str = "") -> Path:
     """Where what can be made again is kept: ``$XDG_CACHE_HOME/step_jax/NAME`` (``~/.cache``)."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "step_jax" / name

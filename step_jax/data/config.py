@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from step_jax.core.errors import ConfigError
+from step_jax.core.files import cache_folder
 from step_jax.core.storage import Objects, is_url
 from step_jax.core.text import is_utf8, printable
 
@@ -188,19 +188,13 @@ class DataConfig:
         """Folder of the tokenised corpora and trained tokenizers on this machine."""
         if self.cache_dir is not None and not is_url(self.cache_dir):
             return Path(self.cache_dir).expanduser()
-        return cache_home()
+        return cache_folder()
 
     def kept(self, name: str) -> Objects | None:
         """Where a folder of the cache is kept for other machines, None if nowhere."""
         if self.cache_dir is None or not is_url(self.cache_dir):
             return None
         return Objects.at(self.cache_dir) / name
-
-
-def cache_home() -> Path:
-    """Where corpora are kept on this machine if no other folder is named."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "step_jax"
 
 
 @dataclass(frozen=True)

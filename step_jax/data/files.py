@@ -19,7 +19,7 @@ from step_jax.core.errors import DataError
 from step_jax.core.files import write_whole
 from step_jax.core.storage import Objects, is_url
 from step_jax.core.text import printable
-from step_jax.data.config import PYTHON_STDLIB, Source, cache_home
+from step_jax.data.config import PYTHON_STDLIB, Source
 from step_jax.data.remote import copy_of, copy_source
 
 CACHE_TAG = "CACHEDIR.TAG"
@@ -91,7 +91,7 @@ def stamp_of(path: Path) -> Stamp:
 def root_of(source: Source) -> Path:
     """The file or folder that a source names; of one in an object store, where its copy lies."""
     if is_url(source.path):
-        return copy_of(Objects.at(source.path), cache_home())
+        return copy_of(Objects.at(source.path), cache_folder())
     stdlib = source.path == PYTHON_STDLIB
     return Path(sysconfig.get_path("stdlib") if stdlib else source.path).expanduser()
 
