@@ -16,7 +16,7 @@ from typing import NamedTuple
 import xxhash
 
 from step_jax.core.errors import DataError
-from step_jax.core.files import write_whole
+from step_jax.core.files import cache_folder, write_whole
 from step_jax.core.storage import Objects, is_url
 from step_jax.core.text import printable
 from step_jax.data.config import PYTHON_STDLIB, Source
