@@ -3,9 +3,9 @@
     python benchmarks/rl_algorithms.py [--groups algorithms lambda kl staleness] [--seeds 0 1 2]
 
 Each variant is configs/rl/addition.yaml with the flags below, for 40 batches of 16 problems x 16
-answers, two updates a batch (so that ratios leave 1 and clips matter). Runs are in
-``runs/rl_algorithms``; what is finished is kept, what was stopped goes on. It ends with tables in
-Markdown and pictures beside the runs; what it printed is in benchmarks/rl_algorithms.md.
+answers, ``--updates`` for each (with one, ratios are 1 but for staleness; with two, clips matter).
+Runs are in ``runs/rl_algorithms``; what is finished is kept, what was stopped goes on. It ends with
+tables in Markdown and pictures beside the runs; what it printed is in benchmarks/rl_algorithms.md.
 
 Two ways to be fair: after the same batches, and after the same tokens sampled (dynamic sampling
 samples more for a batch). Held-out accuracy between two evaluations is taken to lie on the line
@@ -28,15 +28,7 @@ from rl_from_scratch import RECIPE, evaluations, write_texts
 
 from step_jax.cli.main import main as step_jax
 
-RUNS = Path("runs/rl_algorithms")
-BATCHES, UPDATES = 40, 2
-COMMON = {
-    "training.steps": BATCHES * UPDATES,
-    "training.updates": UPDATES,
-    "evaluation.every_steps": 10 * UPDATES,
-    "evaluation.samples": 8,
-    "run.checkpoint.every_steps": 20 * UPDATES,
-}
+RUNS, BATCHES = Path("runs/rl_algorithms"), 40
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantiles by the number of seeds
 NONE, TRUNCATE = "[]", '[{"kind": "truncate"}]'
 GAE = '{"kind": "gae", "gae_lambda": 0.95}'
@@ -75,16 +67,26 @@ GROUPS: dict[str, dict[str, Flags]] = {
 }
 
 
-def folder(name: str, seed: int) -> Path:
-    return RUNS / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
+def common(updates: int) -> Flags:
+    """The flags of every variant."""
+    return {
+        "training.steps": BATCHES * updates,
+        "training.updates": updates,
+        "evaluation.every_steps": 10 * updates,
+        "evaluation.samples": 8,
+        "run.checkpoint.every_steps": 20 * updates,
+    }
 
 
-def train(name: str, flags: Flags, seed: int) -> None:
+def folder(name: str, seed: int, updates: int) -> Path:
+    return RUNS / f"updates_{updates}" / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
+
+
+def train(path: Path, flags: Flags, seed: int, updates: int) -> None:
     """Runs a variant; nothing happens if that is done."""
-    path = folder(name, seed)
     if (path / "metrics.jsonl").exists() and len(curve(path)[0]) > BATCHES // 10:
         return
-    given = COMMON | {"run.directory": path, "run.seed": seed} | flags
+    given = common(updates) | {"run.directory": path, "run.seed": seed} | flags
     words = [str(word) for key, value in given.items() for word in (f"--{key}", value)]
     if step_jax(["rl", str(RECIPE), *words]):
         raise SystemExit(f"{path} failed")
@@ -93,11 +95,11 @@ def train(name: str, flags: Flags, seed: int) -> None:
 def curve(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """(tokens sampled in all, pass@1) at every evaluation."""
     records = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
-    written = {
-        r["step"]: r["rollout_s"] * r["rollout_tokens_per_s"]
-        for r in records
-        if r["event"] == "step" and r["step"] % UPDATES == 1
-    }  # the figures of a batch stand with each of its updates
+    written, last = {}, None
+    for r in records:
+        if r["event"] == "step" and r["rollout_s"] != last:  # every update of a batch says it
+            last = r["rollout_s"]
+            written[r["step"]] = last * r["rollout_tokens_per_s"]
     found = evaluations(path)
     steps = [e["step"] for e in found]
     tokens = [sum(n for step, n in written.items() if step <= at) for at in steps]
@@ -113,14 +115,14 @@ def interval(values) -> str:
     return f"{mean:.3f} ± {half:.3f}"
 
 
-def table(names, seeds: list[int], tokens: float) -> str:
+def table(names, seeds: list[int], updates: int, tokens: float) -> str:
     """One row a variant, in Markdown."""
     lines = [
         f"| | pass@1 before | after {BATCHES} batches | seeds | tokens sampled | "
         f"after {tokens / 1e3:.0f}k tokens |\n|---|---|---|---|---|---|"
     ]
     for name in names:
-        curves = [curve(folder(name, seed)) for seed in seeds]
+        curves = [curve(folder(name, seed, updates)) for seed in seeds]
         first, last = ([y[k] for _, y in curves] for k in (0, -1))
         common = [np.interp(tokens, *both) for both in curves]
         each = ", ".join(f"{y:.3f}" for y in last)
@@ -132,12 +134,12 @@ def table(names, seeds: list[int], tokens: float) -> str:
     return "\n".join(lines)
 
 
-def draw(group: str, names, seeds: list[int]) -> Path:
+def draw(group: str, names, seeds: list[int], updates: int) -> Path:
     """Mean over seeds against tokens sampled, with the range of the seeds."""
     fig, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
     for number, name in enumerate(names):
         x_SN, y_SN = (
-            np.stack(a) for a in zip(*(curve(folder(name, s)) for s in seeds), strict=True)
+            np.stack(a) for a in zip(*(curve(folder(name, s, updates)) for s in seeds), strict=True)
         )
         line = ("-", "--", ":")[number // 7]
         axes.plot(x_SN.mean(0), y_SN.mean(0), line, marker="o", ms=3, label=name)
@@ -146,7 +148,7 @@ def draw(group: str, names, seeds: list[int]) -> Path:
     axes.set_title(f"{group}: mean and range of {len(seeds)} seeds", fontsize=10)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="lower right")
-    path = RUNS / f"{group}.png"
+    path = RUNS / f"updates_{updates}" / f"{group}.png"
     fig.savefig(path, dpi=110)
     plt.close(fig)
     return path
@@ -156,18 +158,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--updates", type=int, default=1)
     args = parser.parse_args()
+    seeds, updates = args.seeds, args.updates
     write_texts(20_000)
     if step_jax(["pretrain", "configs/rl/base.yaml"]):
         raise SystemExit("the start could not be trained")
-    for seed in args.seeds:  # all of one seed first: stopped early, there is still a comparison
+    for seed in seeds:  # all of one seed first: stopped early, there is still a comparison
         for group in args.groups:
             for name, flags in GROUPS[group].items():
-                train(name, flags, seed)
+                train(folder(name, seed, updates), flags, seed, updates)
     for group in args.groups:
-        ends = [curve(folder(n, s))[0][-1] for n in GROUPS[group] for s in args.seeds]
-        print(f"\n## {group}\n\n{table(GROUPS[group], args.seeds, min(ends))}\n")
-        print(f"picture: {draw(group, GROUPS[group], args.seeds)}")
+        names = GROUPS[group]
+        ends = [curve(folder(n, s, updates))[0][-1] for n in names for s in seeds]
+        print(f"\n## {group}\n\n{table(names, seeds, updates, min(ends))}\n")
+        print(f"picture: {draw(group, names, seeds, updates)}")
 
 
 if __name__ == "__main__":
