@@ -42,7 +42,8 @@ _put = compilation_cache.put_executable_and_time
 
 def _put_of_one_device(key, name, executable, *rest):
     """Programs of several CPU devices are not kept: see ``step_jax.core.kept_programs``."""
-    if len(executable.local_devices()) == 1:
+    devices = getattr(executable, "local_devices", list)()  # one for devices elsewhere has none
+    if len(devices) <= 1:
         _put(key, name, executable, *rest)
 
 

@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import types
 
 import jax
 import numpy as np
 import pytest
 
-from pallas_kernels.tpu import attention as kernels
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.models.layers.attention import MFA, MHA
-from step_jax.ops import attention as ops
 from tests.models import small
 
 LAYERS = (MFA(4, 64, window=100), MHA(4, 64, kv_heads=2))
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    """``pallas_tpu`` as if the simulated devices were TPUs, in the interpreter."""
-    interpret = functools.partial(kernels.attention, interpret=True)
-    monkeypatch.setattr(kernels, "attention", interpret)
-    chip, entry = (
-        types.SimpleNamespace(device_kind="TPU v6 lite"),
-        ops.IMPLEMENTATIONS["pallas_tpu"],
-    )
-    entry = dataclasses.replace(
-        entry,
-        compute=lambda *args: ops.pallas_tpu(*args[:-1], chip),
-        unsupported=lambda problem, device: None,
-    )
-    monkeypatch.setitem(ops.IMPLEMENTATIONS, "pallas_tpu", entry)
 
 
 @functools.cache
@@ -53,9 +32,11 @@ def one_device():
     ],
     ids=str,
 )
-def test_a_mesh_computes_what_xla_computes_on_one_device(mesh, interpreted):
+def test_a_mesh_computes_what_xla_computes_on_one_device(mesh):
     c, p, batch, (loss, gradient) = one_device()
-    compiled, args = small.compile_on(small.on_mesh(**mesh), c, p, batch, attention="pallas_tpu")
+    compiled, args = small.compile_on(
+        small.on_mesh(**mesh), c, p, batch, attention="pallas_tpu_interpret"
+    )
     mesh_loss, mesh_gradient = compiled(*args)
     assert abs(mesh_loss - loss) <= 1e-5 * abs(loss)
     error, leaf = small.worst_leaf(jax.device_get(mesh_gradient), gradient)
@@ -63,11 +44,11 @@ def test_a_mesh_computes_what_xla_computes_on_one_device(mesh, interpreted):
     assert all(np.any(g) for g in jax.tree.leaves(gradient))
 
 
-def test_the_ring_refuses_a_kernel(interpreted):
+def test_the_ring_refuses_a_kernel():
     c, p, batch, _ = one_device()
     with pytest.raises(ValueError, match="ring attention is not computed by pallas_tpu"):
         mesh = small.on_mesh(ring=True, context=2, data=4)
-        small.compile_on(mesh, c, p, batch, attention="pallas_tpu")
+        small.compile_on(mesh, c, p, batch, attention="pallas_tpu_interpret")
 
 
 @pytest.mark.aot

@@ -296,7 +296,7 @@ def test_bad_requests_say_what_there_is():
     mask = ops.Mask(positions, positions)
     with pytest.raises(ValueError, match="4 query heads are not a multiple of 3"):
         ops.attention(q, k, v, mask, scale=1.0)
-    with pytest.raises(ValueError, match="'flash'.*auto, pallas_tpu, pallas_gpu, xla, reference"):
+    with pytest.raises(ValueError, match="'flash'.*auto, pallas_tpu, pallas_gpu, .*xla, reference"):
         ops.attention(q, k[:, :, :1], v[:, :, :1], mask, scale=1.0, implementation="flash")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -18,19 +17,8 @@ from step_jax.core.sharding import MeshConfig, Sharding, make_mesh
 from step_jax.ops import cross_entropy as ops
 from tests.ops.test_cross_entropy import Z, assert_close, full_logits, gradients, problem
 
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    """``ops.cross_entropy`` with the kernel interpreted on this machine."""
-    compute = kernel.cross_entropy
-
-    def on_a_tpu(*arguments, chip, **options):
-        return compute(*arguments, chip="v5p", interpret=True, **options)
-
-    monkeypatch.setattr(kernel, "cross_entropy", on_a_tpu)
-    entry = dataclasses.replace(ops.IMPLEMENTATIONS["pallas_tpu"], unsupported=ops.whole_vocabulary)
-    monkeypatch.setitem(ops.IMPLEMENTATIONS, "pallas_tpu", entry)
-    return functools.partial(ops.cross_entropy, z_loss=Z, implementation="pallas_tpu")
+#: the kernel interpreted on this machine
+interpreted = functools.partial(ops.cross_entropy, z_loss=Z, implementation="pallas_tpu_interpret")
 
 
 @pytest.mark.thorough
@@ -44,7 +32,7 @@ def interpreted(monkeypatch):
         (1, 16, 8192, 200),  # the same, and the matrix read as (V, D)
     ],
 )
-def test_equals_full_logits(interpreted, B, T, D, V):
+def test_equals_full_logits(B, T, D, V):
     """Loss, its parts, and the gradients of hidden states, head and weights."""
     x, w, targets, weights = problem(B, T, D, V)
     args = x, w / np.float32(D**0.5), targets, weights
@@ -52,7 +40,7 @@ def test_equals_full_logits(interpreted, B, T, D, V):
     assert_close(got, jax.jit(gradients(full_logits))(*args), 1e-6)
 
 
-def test_bfloat16_has_a_float32_gradient_of_the_head(interpreted):
+def test_bfloat16_has_a_float32_gradient_of_the_head():
     x, w, targets, weights = problem(2, 64, 32, 200)
     x = jnp.asarray(x, jnp.bfloat16)
     got = jax.jit(gradients(interpreted))(x, w, targets, weights)
@@ -62,14 +50,14 @@ def test_bfloat16_has_a_float32_gradient_of_the_head(interpreted):
     assert_close(got, expected, 1e-2)  # the gradient of the logits is rounded to 8 bits
 
 
-def test_large_logits_stay_finite(interpreted):
+def test_large_logits_stay_finite():
     x, w, targets, weights = problem(1, 16, 12, 300)
     args = 1e3 * x, w, targets, weights
     got = jax.jit(gradients(interpreted))(*args)
     assert_close(got, jax.jit(gradients(full_logits))(*args), 1e-5)
 
 
-def test_equals_one_device_on_a_mesh(interpreted, monkeypatch):
+def test_equals_one_device_on_a_mesh(monkeypatch):
     """Tokens over data and context; the head's gradient is added up over both."""
     # interpreted kernels fail the check of what varies; compiled ones pass it (below)
     monkeypatch.setattr(jax, "shard_map", functools.partial(jax.shard_map, check_vma=False))
@@ -80,7 +68,7 @@ def test_equals_one_device_on_a_mesh(interpreted, monkeypatch):
     assert_close(got, jax.jit(gradients(full_logits))(*args), 1e-6)
 
 
-def test_what_is_not_supported_is_refused(interpreted, monkeypatch):
+def test_what_is_not_supported_is_refused(monkeypatch):
     args = problem(2, 32, 12, 42)
     sharding = Sharding(make_mesh(MeshConfig(tensor=2), jax.devices()[:2]))
     with pytest.raises(ValueError, match="tensor axis"):

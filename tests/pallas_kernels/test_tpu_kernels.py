@@ -53,6 +53,5 @@ def test_a_block_of_keys_of_no_whole_pieces_fits_the_vector_memory(topology):
 def test_no_kernel_is_left_out():
     """A file that calls Pallas is named above, and so is every name that it gives a kernel."""
     files = {f.stem: f.read_text() for f in Path(aot.__file__).parent.glob("*.py")}
-    assert {name for name, text in files.items() if re.search(r"\bpallas_call\(", text)} == set(
-        KERNELS
-    )
+    calling = {name for name, text in files.items() if re.search(r"\bpallas_call\(", text)}
+    assert calling - {"poison"} == set(KERNELS)  # which only fills memory, see tests/ops
