@@ -21,10 +21,11 @@ def abstract_params(decoding: Decoding):
     specs, sharding = decoding.decoder.specs(), decoding.sharding
     assert sharding is not None
     cast = jax.eval_shape(decoding.cast, spec_lib.abstract(specs))
-    return jax.tree.map(_laid_out, cast, sharding.params(specs))
+    return jax.tree.map(laid_out, cast, sharding.params(specs))
 
 
-def _laid_out(a, where) -> jax.ShapeDtypeStruct:
+def laid_out(a, where) -> jax.ShapeDtypeStruct:
+    """An abstract array with its sharding."""
     return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
 
 
@@ -32,6 +33,13 @@ def bytes_on_device(tree) -> int:
     """What a device holds of abstract arrays with shardings."""
     leaves = jax.tree.leaves(tree)
     return sum(int(np.prod(a.sharding.shard_shape(a.shape))) * a.dtype.itemsize for a in leaves)
+
+
+def cache_bytes(decoding: Decoding, slots: int) -> int:
+    """What a device holds of the caches of so many slots."""
+    assert decoding.sharding is not None
+    size = (decoding.decoder, decoding.length, decoding.cache_dtype, decoding.sharding)
+    return slots // decoding.sharding.ways("batch") * bytes_of_a_slot(*size)
 
 
 def reading(decoding: Decoding, rows: int, prompt: int, calls: float = 1.0) -> Phase:
@@ -60,12 +68,10 @@ def writing(decoding: Decoding, slots: int, filled: float = 1.0, calls: float = 
     sharding = decoding.sharding
     assert sharding is not None
     params = abstract_params(decoding)
-    size = (decoding.decoder, decoding.length, decoding.cache_dtype, sharding)
-    caches = slots // sharding.ways("batch") * bytes_of_a_slot(*size)
 
     def lower():
         empty = jax.eval_shape(lambda: decoding.empty(slots, MARKS))
-        like = jax.tree.map(_laid_out, empty, decoding.layout())
+        like = jax.tree.map(laid_out, empty, decoding.layout())
         one = jax.ShapeDtypeStruct((), jnp.int32)
         return decoding.programs().advance.lower(
             params, like, one, one, sampling=SamplingConfig(), columns=32, thinking=False
@@ -77,5 +83,5 @@ def writing(decoding: Decoding, slots: int, filled: float = 1.0, calls: float = 
         function="advance",
         sharding=sharding,
         calls=calls,
-        reads=bytes_on_device(params) + filled * caches,
+        reads=bytes_on_device(params) + filled * cache_bytes(decoding, slots),
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from step_jax.core.spec import count, trained
+from step_jax.interop.artifacts import present
 from step_jax.planning import (
     collectives,
     estimate,
@@ -250,7 +251,7 @@ def take_stock(
         flags=list(request.flags),
         versions=versions(),
         advice=advice(used.classes, config, extent(program.schema)[1]),
-        notes=[*program.notes, *_notes(ops, endless, expected, topology)],
+        notes=[*program.notes, *not_there(config), *_notes(ops, endless, expected, topology)],
         **_expected(config, program, ops.flops),
         **_run(program, topology, bound, expected, compiled, request, phases),
     )
@@ -333,6 +334,14 @@ def _run(
         currency=request.currency,
         cost=hours and request.price and hours * request.price,
     )
+
+
+def not_there(config: Any) -> list[str]:
+    """What a recipe starts from and is not here yet."""
+    init = getattr(config, "init_from", None)
+    if init is None or present(init.artifact):
+        return []
+    return [f"init_from {init.artifact} is not here: the model is taken to be the recipe's"]
 
 
 def _notes(

@@ -18,6 +18,7 @@ from step_jax.core.command_line import load_config
 from step_jax.core.errors import ExitCode
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.planning.phases import Stock, whole_step
+from step_jax.planning.plan import not_there
 from step_jax.trainers.rl import loop
 from step_jax.trainers.rl.layouts import sender
 from tests.trainers.loops import run_loop, steps
@@ -153,6 +154,12 @@ def test_a_phase_that_does_not_fit_says_so():
     assert "gave up" in dataclasses.replace(STOCK, memory=None, notes=["it gave up"]).misfit(None)
 
 
+def replace_start(config, there: Path):
+    return dataclasses.replace(
+        config, init_from=dataclasses.replace(config.init_from, artifact=str(there))
+    )
+
+
 def test_a_plan_needs_no_artifact_where_the_recipe_says_its_model(tmp_path):
     path = recipe(tmp_path / "a")
     text = Path(path).read_text().replace("width: 16", "width: 16\n  vocab: 32")
@@ -161,4 +168,6 @@ def test_a_plan_needs_no_artifact_where_the_recipe_says_its_model(tmp_path):
     config = load_config(loop.Config, [path]).config
     built = loop.program(config, Sharding.build(MeshConfig(), jax.devices()[:1]))
     assert built.models["policy"].vocab == 32
+    (note,) = not_there(config)  # a name that was mistyped is not passed over
+    assert "nowhere is not here" in note and not not_there(replace_start(config, tmp_path))
     assert main(["rl", path]) == ExitCode.CONFIG  # a run does

@@ -8,7 +8,7 @@ import jax
 
 from step_jax.core import spec as spec_lib
 from step_jax.inference.engine import bucket
-from step_jax.inference.phases import abstract_params, bytes_on_device, reading, writing
+from step_jax.inference.phases import bytes_on_device, cache_bytes, laid_out, reading, writing
 from step_jax.inference.slots import Decoding
 from step_jax.models.text.decoder import Decoder
 from step_jax.trainers.rl.config import Config
@@ -41,8 +41,7 @@ def rollouts(config: Config, policy: Decoder, built: Program) -> tuple[Phase, Ph
     beside = bool(built.sharding.spare)
     held = 0.0 if beside else kept(config, policy, built)
     # the caches are there while further prompts are read
-    caches = write.reads - bytes_on_device(abstract_params(decoding))
-    caches /= (1 + begun) / 2
+    caches = cache_bytes(decoding, slots)
     return (
         replace(read, held=held + caches, beside=beside),
         replace(write, held=held, beside=beside),
@@ -51,24 +50,16 @@ def rollouts(config: Config, policy: Decoder, built: Program) -> tuple[Phase, Ph
 
 def kept(config: Config, policy: Decoder, built: Program) -> float:
     """Bytes of a device that the learners and the reference always take."""
-    return bytes_on_device(built.state_like) + reference_bytes(config, policy, built)
-
-
-def reference_bytes(config: Config, policy: Decoder, built: Program) -> float:
-    """Of the reference policy, where there is one."""
-    return bytes_on_device(reference_like(config, policy, built))
+    reference = reference_like(config, policy, built)
+    return bytes_on_device(built.state_like) + bytes_on_device(reference)
 
 
 def reference_like(config: Config, policy: Decoder, built: Program):
+    """The reference policy's parameters, abstract; None without one."""
     if config.how.kl is None:
         return None
     specs = policy.specs()
-    like = spec_lib.abstract(specs)
-    return jax.tree.map(
-        lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where),
-        like,
-        built.sharding.params(specs),
-    )
+    return jax.tree.map(laid_out, spec_lib.abstract(specs), built.sharding.params(specs))
 
 
 def judging(config: Config, policy: Decoder, built: Program, judge) -> Phase:
