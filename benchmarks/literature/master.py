@@ -44,10 +44,10 @@ import texts  # noqa: E402
 
 OPENING, ANSWER = 8, 45  # words of a prompt, of an answer that is learned
 WRITTEN, ROWS = 48, 50  # tokens that are written, texts written together
-HELDOUT, TUNING, DRAWN = 50, 40, 3  # openings of each kind; answers to each when tuning
+HELDOUT, TUNING, DRAWN = 50, 80, 3  # openings of each kind; answers to each when tuning
 MODELS = ("base", "continued", "sft", "preference")
 CHATS = ("sft", "preference")
-CHATS_READ = 800  # conversations for fine-tuning: more than its steps read
+CHATS_READ = 2000  # conversations for fine-tuning: more than its steps read
 ONE = Sharding.build(MeshConfig(), jax.devices()[:1])
 
 
@@ -184,7 +184,11 @@ def train(work: Path) -> None:
     if not (work / "prompts.json").exists():
         texts.main(work)
     trained(work, "pretrain", "base", "--data.path", work / "general")
-    mixture = [{"path": str(work / name), "weight": 0.5} for name in ("style", "general")]
+    # most is text of before: what is not read again is forgotten
+    mixture = [
+        {"path": str(work / name), "weight": weight}
+        for name, weight in (("style", 0.3), ("general", 0.7))
+    ]
     start = ["--init-from.artifact", work / "base", "--data.sources", json.dumps(mixture)]
     trained(work, "pretrain", "continued", *start)
     for loop, name, start, data, make in (

@@ -54,16 +54,19 @@ def parse(argv: list[str]) -> ProblemsConfig:
 def run(config: ProblemsConfig) -> None:
     problems = config.open()
     out = local(config.out, "--out")
-    train = [problems.train(config.seed, index) for index in range(config.count)]
-    if train[0].answer is None:
-        raise ConfigError(f"{train[0].name} has no worked answers to write, only a verifier")
+    drawn = [problems.train(config.seed, index) for index in range(config.count)]
+    train = [problem for problem in drawn if problem.answer is not None]
+    if not train:
+        raise ConfigError(f"{drawn[0].name} has no worked answers to write, only a verifier")
     _write(out / "train.jsonl", (_record(problem, config) for problem in train))
     if config.heldout:
         held = problems.heldout(config.heldout)
         _write(out / "heldout.jsonl", ({"question": p.question, "answer": p.answer} for p in held))
+    left_out = len(drawn) - len(train)
     print(
-        f"{config.count:,} problems ({len({p.content for p in train}):,} different) and "
+        f"{len(train):,} problems ({len({p.content for p in train}):,} different) and "
         f"{config.heldout:,} held out, in {out}"
+        + (f"; {left_out:,} have no worked answer and are left out" if left_out else "")
     )
 
 

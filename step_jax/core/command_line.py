@@ -241,7 +241,9 @@ def _value(name: str, words: list[str], declared: tuple[Any, ...], negated: bool
             f"{COMMAND_LINE}: --{name} takes one value; what is '{extra}'? "
             "(files stand before the flags; quote a value with spaces)"
         )
-    return Scalar(words[0], False, COMMAND_LINE)
+    # an empty value is null, as in a file; where null is none of the values it is an empty text
+    empty = not words[0] and str in declared and type(None) not in declared
+    return Scalar(words[0], empty, COMMAND_LINE)
 
 
 def _flag_names(cls: type) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from step_jax.core.errors import DataError
 from step_jax.environments.pacore import Cached, CoordinatedProblems, CoordinatedRound
 from step_jax.environments.problems import Problem, Problems, Task, sides
+from step_jax.environments.replies import Thinking
 from step_jax.environments.rewards import VerifierKind
 from step_jax.environments.verifiers import Verifier
 
@@ -35,6 +36,11 @@ class Coordinated(Task):
     def verifier(self) -> Verifier:
         return self.checked_by
 
+    @property
+    def thinking(self) -> Thinking | None:
+        """The marks of a reply's thought, as its verifier reads them."""
+        return getattr(self.checked_by, "thinking", None)
+
     def open(self, heldout_fraction: float) -> Problems:
         """Raises `DataError`: no samples, a line that is none, or no problem left to train on."""
         cached = list(self.read().values())
@@ -47,12 +53,14 @@ class Coordinated(Task):
         """Content -> the problem with all conclusions that were sampled for it."""
         problems: dict[str, Problem] = {}
         said: dict[str, list[tuple[str, bool]]] = defaultdict(list)
+        solved: dict[str, list[tuple[str | None, str]]] = defaultdict(list)
         for where, record in self._records():
             try:
                 problem = Problem(
                     *(record[key] for key in ("problem", "question", "record", "content", "answer"))
                 )
                 conclusion, right = record["conclusion"], bool(record["right"])
+                reply = record["reply"]
             except (KeyError, TypeError) as error:
                 raise DataError(
                     f"{where} is no sample of step-jax solve: it lacks {error}"
@@ -60,10 +68,15 @@ class Coordinated(Task):
             problems.setdefault(problem.content, problem)
             if conclusion:
                 said[problem.content].append((conclusion, right))
+                if right:
+                    thought = None if self.thinking is None else self.thinking.thought(reply)
+                    solved[problem.content].append((thought, conclusion))
         if not said:
             raise DataError(f"{self.path} holds no conclusion of a reply")
         return {
-            content: Cached(problems[content], *map(tuple, zip(*pairs, strict=True)))
+            content: Cached(
+                problems[content], *map(tuple, zip(*pairs, strict=True)), tuple(solved[content])
+            )
             for content, pairs in said.items()
         }
 

@@ -67,11 +67,15 @@ class Round:
 
 @dataclass(frozen=True)
 class Cached:
-    """A problem and conclusions that were sampled for it before, with which of them are right."""
+    """A problem and conclusions that were sampled for it before, with which of them are right.
+
+    solutions: thoughts and conclusions of right replies; a thought is None where there was none.
+    """
 
     problem: Problem
     conclusions: tuple[str, ...]
     correct: tuple[bool, ...]
+    solutions: tuple[tuple[str | None, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,9 @@ class CoordinatedRound:
 
     def problem(self, cached: Cached, seed: int, index: int) -> Problem | None:
         """The problem of a place, a function of its arguments; None if it is too easy or too hard,
-        or fewer conclusions are there than must be drawn."""
+        or fewer conclusions are there than must be drawn. Its worked solution is a right reply to
+        the question alone, where there was one: what to fine-tune a model on that never read a
+        round."""
         rng = random.Random(derive_key(seed, "coordinated", index))
         count = rng.randint(*self.messages)
         if count > len(cached.conclusions):
@@ -109,7 +115,8 @@ class CoordinatedRound:
             return None
         conclusions = [cached.conclusions[i] for i in chosen]
         question = self.round.ask(cached.problem.question, conclusions, seed, index)
-        return replace(cached.problem, question=question, answer=None, thought=None)
+        thought, answer = rng.choice(cached.solutions) if cached.solutions else (None, None)
+        return replace(cached.problem, question=question, answer=answer, thought=thought)
 
 
 class CoordinatedProblems(Problems):

@@ -38,6 +38,11 @@ class Thinking:
             return None
         return after.strip()
 
+    def thought(self, reply: str) -> str | None:
+        """What stands before the last close, without what opened it; None of a reply without."""
+        before, closed, _ = reply.rpartition(self.close)
+        return before.removeprefix(self.open) if closed else None
+
     def write(self, thought: str | None, conclusion: str) -> str:
         """The reply of a thought and a conclusion."""
         if thought is None:

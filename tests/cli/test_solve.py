@@ -94,6 +94,27 @@ def test_what_was_solved_is_a_task_of_coordinated_rounds(tmp_path):
     assert problems.train(0, 0).record == {"answer": "7"}
 
 
+def test_a_round_is_worked_out_by_a_right_reply_and_what_nobody_solved_is_left_out(
+    tmp_path, capsys
+):
+    path = tmp_path / "samples.jsonl"
+    lines = [sample(f"{q}+2=", c, c == "7" and q < 10) for q in range(20) for c in ("7", "8", "9")]
+    path.write_text("\n".join(lines) + "\n")
+    asked = ["problems", "--task.kind", "coordinated", "--task.path", str(path), "--form", "text"]
+    asked += ["--task.checked-by.kind", "numeric", "--task.checked-by.thinking.open", ""]
+    asked += ["--task.checked-by.thinking.close", "#", "--task.rounds.messages", "2", "2"]
+    asked += ["--task.rounds.round.prompt", "{references}{question}", "--heldout", "0"]
+    asked += ["--task.rounds.round.reference", "{text};", "--count", "60", "--out", str(tmp_path)]
+    assert main(asked) == 0
+    texts = [json.loads(line)["text"] for line in (tmp_path / "train.jsonl").open()]
+    assert 0 < len(texts) < 60
+    assert f"{60 - len(texts)} have no worked answer" in capsys.readouterr().out
+    for text in texts:
+        said, question = text[:4], text[4:].removesuffix("...#7")
+        assert set(said[::2]) < set("789") and said[1::2] == ";;"
+        assert int(question.removesuffix("+2=")) < 10  # of the others nothing was right
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -286,6 +286,14 @@ def test_flags_reach_everything(write):
     assert (config.colour, config.ema, config.note) == (Colour.BLUE, Adam(fused=False), None)
 
 
+def test_an_empty_word_is_an_empty_text_and_null_where_that_is_a_value(write):
+    loaded = load_config(Config, [write(BASIC), "--name", "", "--note", ""])
+    assert (loaded.config.name, loaded.config.note) == ("", None)
+    assert "got nothing" in message(
+        Config, [write(BASIC), "--optimizer.peak-lr", ""]
+    )
+
+
 def test_flags_change_items_of_a_default_list():
     argv = ["--repeat", "1", "--blocks.0.hidden", "9"]
     assert load_config(Group, argv).config == Group(1, (Block(hidden=9),))
