@@ -289,9 +289,7 @@ def test_flags_reach_everything(write):
 def test_an_empty_word_is_an_empty_text_and_null_where_that_is_a_value(write):
     loaded = load_config(Config, [write(BASIC), "--name", "", "--note", ""])
     assert (loaded.config.name, loaded.config.note) == ("", None)
-    assert "got nothing" in message(
-        Config, [write(BASIC), "--optimizer.peak-lr", ""]
-    )
+    assert "got nothing" in message(Config, [write(BASIC), "--optimizer.peak-lr", ""])
 
 
 def test_flags_change_items_of_a_default_list():
