@@ -2,10 +2,11 @@
 
     python benchmarks/rl_long.py [--tokens 50000] [--samples 2] [--batches 2]
 
-A small decoder (MFA-Key-Reuse) reads one endless text of sums, so that it has no reason to end, and is
-then trained by PPO with answers of that many tokens: policy, critic, reference. Printed are seconds,
-peak memory and what the engine's and the trainer's log-probabilities are apart; what it printed is
-in benchmarks/rl_long.md. It shows that the loop goes that far, not that anything is learned.
+A small decoder (MFA-Key-Reuse) reads one endless text of sums, so that it has no reason to end, and
+is then trained by PPO with answers of that many tokens: policy, critic, reference. Printed are
+seconds, peak memory and how far the engine's and the trainer's log-probabilities are apart; what it
+printed is in benchmarks/rl_long.md. It shows that the loop goes that far, not that anything is
+learned.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def main() -> None:
             "--training.samples", args.samples, "--rollout.slots", args.samples,
             "--rollout.max-new-tokens", args.tokens, "--rollout.max-prompt-tokens", 16,
             "--execution.remat", "full", "--execution.loss-chunks", 64,
-            "--evaluation.every-steps", 0)  # fmt: skip
+            "--evaluation.every-steps", 0, "--optimizer.schedule.warmup-steps", 0)  # fmt: skip
     spent = time.process_time() - begun
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     steps = [r for r in records if r["event"] == "step"]
