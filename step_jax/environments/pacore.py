@@ -147,14 +147,15 @@ class CoordinatedProblems(Problems):
         )
 
     def heldout(self, count: int) -> list[Problem]:
-        """Of the first problems, with the conclusions that are drawn, however many are right."""
-        if count > len(self._heldout):
-            raise DataError(f"{count} held-out problems are asked for, of {len(self._heldout)}")
-        every = replace(self._rounds, accuracy=(0.0, 1.0))
-        made = [every.problem(cached, 0, i) for i, cached in enumerate(self._heldout[:count])]
-        if None in made:
+        """Of the first problems that have enough conclusions, with those that are drawn, however
+        many are right."""
+        most = self._rounds.messages[1]
+        enough = [cached for cached in self._heldout if len(cached.conclusions) >= most]
+        if count > len(enough):
             raise DataError(
-                f"{self._heldout[made.index(None)].problem.name} has fewer conclusions than the "
-                f"{self._rounds.messages[1]} that may be drawn"
+                f"{count} held-out problems are asked for, of {len(enough)} with the {most} "
+                f"conclusions that may be drawn ({len(self._heldout) - len(enough)} have fewer)"
             )
+        every = replace(self._rounds, accuracy=(0.0, 1.0))
+        made = (every.problem(cached, 0, i) for i, cached in enumerate(enough[:count]))
         return [problem for problem in made if problem is not None]

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 
+from dataclasses import replace
+
 import pytest
 
 from step_jax.core.config import parse_config
@@ -182,5 +184,9 @@ def test_coordinated_rounds_are_an_environment_of_one_turn(pool, problems):
         CoordinatedProblems(easy, held, rounds).train(0, 0)
     with pytest.raises(DataError, match="2 problems are trained on and held out"):
         CoordinatedProblems(held, held, rounds)
-    with pytest.raises(DataError, match="fewer conclusions than the 11"):
-        CoordinatedProblems(easy, held, CoordinatedRound(messages=(11, 11))).heldout(1)
+    wide = CoordinatedRound(messages=(11, 11))
+    with pytest.raises(DataError, match="of 0 with the 11 conclusions .* .2 have fewer"):
+        CoordinatedProblems(easy, held, wide).heldout(1)
+    few = [replace(held[0], conclusions=("1",), correct=(False,)), held[1]]  # one is passed over
+    (left,) = CoordinatedProblems(easy, few, rounds).heldout(1)
+    assert left.content == held[1].problem.content

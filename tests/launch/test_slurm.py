@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -93,8 +94,21 @@ class Job:
     def started_again(self, restarts: int) -> None:
         self.wait(lambda: int(self.shown("Restarts")) == restarts, f"restart {restarts}")
         self.wait(lambda: self.shown("JobState") in ("PENDING", "RUNNING"), "place in the queue")
-        if self.shown("JobState") == "PENDING":  # a cluster lets a minute or two pass
+        if self.shown("JobState") == "PENDING":
+            # A cluster lets two minutes pass, so that what served the last start is gone from the
+            # nodes: what starts beside it fails for good. Here it is waited for, not the minutes.
+            self.wait(lambda: not running("slurmstepd"), "end of the last start on the nodes")
             ask(self.env, "scontrol", "update", f"JobId={self.id}", "StartTime=now")
+
+
+def running(name: str) -> list[Path]:
+    """The processes of a name."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if (place / "comm").read_text().strip() == name:
+                found.append(place)
+    return found
 
 
 def process_of(job: str, rank: int) -> int:
