@@ -5,14 +5,13 @@
 #   make test-thorough           the same proofs on more meshes, kernels and loops (a quarter of an hour)
 #   make test-aot                everything that is compiled for TPUs (no TPU needed; an hour)
 #   make test-hopper             every GPU kernel compiled for Hopper (no GPU needed)
-#   make test-system             what needs packages of the system: the sandbox of programs
-#   make test-slurm              a run on a SLURM cluster of two nodes on this machine (root)
+#   make test-system             what needs packages of the system: sandbox, SLURM cluster (root)
 #   make lint                    formatting and types
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-thorough test-aot test-hopper test-system test-slurm lint clean
+.PHONY: help quickstart test test-thorough test-aot test-hopper test-system lint clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -48,11 +47,8 @@ test-hopper: $(HOPPER)/.installed
 
 test-system: $(VENV)/.installed-dev
 	@$(call installed,bwrap,bubblewrap)
-	@$(BIN)/python -m pytest -m system $(PYTEST_ARGS)
-
-test-slurm: $(VENV)/.installed-dev
 	@$(call installed,slurmctld,slurm-wlm munge)
-	@$(BIN)/python -m pytest -m slurm tests/launch
+	@$(BIN)/python -m pytest -m system $(PYTEST_ARGS)
 
 # If the command $(1) is not there, the system's packages $(2) are installed, by root alone.
 installed = if ! command -v $(1) >/dev/null; then \

@@ -62,7 +62,8 @@ def main() -> None:
             "--training.samples", args.samples, "--rollout.slots", args.samples,
             "--rollout.max-new-tokens", args.tokens, "--rollout.max-prompt-tokens", 16,
             "--execution.remat", "full", "--execution.loss-chunks", 64,
-            "--evaluation.every-steps", 0, "--optimizer.schedule.warmup-steps", 0)  # fmt: skip
+            "--evaluation.every-steps", 0, "--evaluation.problems", 1,
+            "--evaluation.samples", 1, "--optimizer.schedule.warmup-steps", 0)  # fmt: skip
     spent = time.process_time() - begun
     records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     steps = [r for r in records if r["event"] == "step"]

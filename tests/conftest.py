@@ -86,7 +86,7 @@ _LEFT_OUT: collections.Counter[str] = collections.Counter()
 def pytest_deselected(items):
     """Counts what the selection by markers leaves out."""
     for item in items:
-        markers = ("slow", "thorough", "aot", "hopper", "system", "slurm", "gpu")
+        markers = ("slow", "thorough", "aot", "hopper", "system", "gpu")
         _LEFT_OUT.update([m for m in markers if item.get_closest_marker(m)][:1])
 
 

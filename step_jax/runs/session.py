@@ -30,6 +30,7 @@ from step_jax.runs.preemption import StopSignal
 from step_jax.runs.profiling import ProfileConfig, ProfilerWindow
 from step_jax.runs.reporter import LoggingConfig, Reporter, environment
 from step_jax.runs.run_directory import RunDirectory
+from step_jax.runs.stalls import StallNotice
 from step_jax.runs.watchdog import HangWatchdog
 from step_jax.training.program import Program, Work
 from step_jax.training.state import TrainState
@@ -97,6 +98,7 @@ class Session:
         self._pending: tuple[int, Any, float, Work] | None = None
         self._leave = False
         self._finished = 0
+        self._reported = 0  # the step whose metrics were read last
         self._branch: Branch | None = None
         self._meta: dict[str, Any] = {}
         self.carried: Mapping[str, np.ndarray] = {}
@@ -130,6 +132,7 @@ class Session:
             name = rank_name(jax.process_index(), jax.process_count())
             self._watchdog = stack.enter_context(HangWatchdog(name=name))
             self._watchdog.allow(_PREPARATION_S)
+            self._stalls = stack.enter_context(StallNotice(self._watchdog))
             self._checkpointer = stack.enter_context(
                 Checkpointer(
                     self.directory.checkpoints,
@@ -313,6 +316,7 @@ class Session:
         """
         self.flush()
         self._pending = (step, metrics, data_wait, work or self.program.work)
+        self._stalls.begun = step
         if self._profiler.after_step(step - 1, metrics):
             self.reporter.event(f"profile of {self._run.profile.steps} steps written")
         stop = self._stop.requested(step)
@@ -330,7 +334,8 @@ class Session:
         step, metrics, data_wait, work = self._pending
         self._pending = None
         self._values = values = {k: v.item() for k, v in jax.device_get(dict(metrics)).items()}
-        self._watchdog.beat()
+        self._reported = step
+        self._progress()
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         peak = work.peak_flops(self.sharding)
@@ -351,5 +356,10 @@ class Session:
         self.flush()
         self._watchdog.allow(_ASIDE_S)
         yield
-        self._watchdog.beat()
+        self._progress()
         self._clock = time.perf_counter()
+
+    def _progress(self):
+        self._watchdog.beat()
+        if self._reported == self.total_steps:  # what is left are evaluations, samples, pictures
+            self._watchdog.allow(_ASIDE_S)

@@ -42,6 +42,7 @@ class HangWatchdog:
         self._intervals: collections.deque[float] = collections.deque(maxlen=64)
         self._last: float | None = None
         self._armed_at, self._armed_for = 0.0, 0.0
+        self._aside = True  # what is done has an allowance of its own
         self._exits = True
         self._exit: exit_timer.CTimer | None = None
         self._complaint: exit_timer.CTimer | None = None
@@ -68,11 +69,25 @@ class HangWatchdog:
         """Seconds without a beat after which the process ends."""
         if len(self._intervals) < 2:
             return max(self._first, self._floor)
-        return max(self._floor, self._factor * statistics.median(self._intervals))
+        return max(self._floor, self._factor * self.median_s)
+
+    @property
+    def median_s(self) -> float:
+        """Of the last intervals; 0 before the second."""
+        return statistics.median(self._intervals) if len(self._intervals) > 1 else 0.0
+
+    @property
+    def quiet_s(self) -> float | None:
+        """Seconds since the last beat; None where what is done has an allowance of its own: before
+        the third beat (compilation), in an evaluation, in a save."""
+        if self._aside or self._last is None or len(self._intervals) < 2:
+            return None
+        return time.monotonic() - self._last
 
     def beat(self) -> None:
         """Progress was made: a finished step, a finished evaluation."""
         now = time.monotonic()
+        self._aside = False
         if self._last is not None:
             self._intervals.append(now - self._last)
         self._last = now
@@ -86,6 +101,7 @@ class HangWatchdog:
 
     def allow(self, seconds: float) -> None:
         """The next beat may take so long: an evaluation, or the last save, is no step."""
+        self._aside = True
         self._arm(time.monotonic(), max(seconds, self.limit_s))
         self._armed_for = 0.0  # whatever comes next has the usual limit again
 

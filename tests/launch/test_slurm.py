@@ -43,7 +43,7 @@ save_s: 10
 """
 
 pytestmark = [
-    pytest.mark.slurm,
+    pytest.mark.system,
     pytest.mark.skipif(bool(missing()), reason=f"not installed: {', '.join(missing())}"),
     pytest.mark.skipif(os.geteuid() != 0, reason="the daemons of SLURM start jobs as root alone"),
 ]

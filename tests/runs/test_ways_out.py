@@ -71,6 +71,24 @@ def test_a_last_save_that_hangs_ends_the_process_with_its_stacks(tmp_path):
     assert "never_done" in output
 
 
+@pytest.mark.thorough
+def test_what_comes_after_the_last_step_is_no_hang_however_short_the_steps_were(tmp_path):
+    run = started(
+        "import functools\n"
+        "from step_jax.runs import session\n"
+        "session.HangWatchdog = functools.partial(session.HangWatchdog, floor_s=2, first_s=60)\n"
+        "flush = Session.flush\n"
+        "def and_a_long_evaluation(self):\n"
+        "    flush(self)\n"
+        "    time.sleep(7 * (self._reported == self.total_steps))\n"
+        "Session.flush = and_a_long_evaluation\n"
+        "loop(sys.argv[1])\n",
+        tmp_path,
+    )
+    output, _ = run.communicate(timeout=200)
+    assert run.returncode == 0, output
+
+
 GLOO = "UNKNOWN: Gloo all-reduce failed: Read error [127.0.0.1]:56193: Connection reset by peer"
 
 
