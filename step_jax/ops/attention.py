@@ -168,12 +168,22 @@ def reference(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi):
 MOST_ROWS = 512
 
 
+def _together(q_BKGTH, mask: Mask):
+    """The same, as if the mask came with the queries.
+
+    A loop over layers would find a mask of its own the same for all of them, and its gradient keep
+    what `where` makes of it: a bool for every head, query and key.
+    """
+    return jax.lax.optimization_barrier((q_BKGTH, mask))
+
+
 def _blocks(q_BKGTH, k_BKSH, v_BKSV, mask: Mask):
     """Queries cut into blocks with all they may see: (q, k, v, mask, first row, last row + 1).
 
     In-order causal attention needs only the keys up to a block's own end, which saves up to half
     of the work. Few blocks, because each is compiled; ``_parts`` cuts large ones further.
     """
+    q_BKGTH, mask = _together(q_BKGTH, mask)
     T, S = q_BKGTH.shape[3], k_BKSH.shape[2]
     size = next(T // n for n in (8, 4, 2, 1) if T % n == 0 and (T // n >= 128 or n == 1))
     for i in range(0, T, size):
@@ -292,6 +302,7 @@ def ring(q_BTNH, k_BSKH, v_BSKV, mask, scale, alibi, axis: str):
     @jax.checkpoint
     def merge(carry, q_BKGTH, k_BKSH, v_BKSV, mask):
         o_BKGTV, max_BKGT1, sum_BKGT1 = carry
+        q_BKGTH, mask = _together(q_BKGTH, mask)
         po_BKGTV, pmax_BKGT1, psum_BKGT1 = _block(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi)
         new_BKGT1 = jnp.maximum(max_BKGT1, pmax_BKGT1)
         old_BKGT1, add_BKGT1 = jnp.exp(max_BKGT1 - new_BKGT1), jnp.exp(pmax_BKGT1 - new_BKGT1)
