@@ -39,7 +39,7 @@ TASK = ["--task.kind", "addition", "--task.digits", "1", "2", "--max-new-tokens"
 ROUND = ["{references}{question}", "{text};"]
 MESSAGES = (4, 8)  # of a round that is learned
 WORKED_OUT = 0.2  # of the texts with both ways to answer
-WIDTHS = "[[4], [8], [4, 4], [8, 4], [8, 8]]"
+WIDTHS = [[4], [8], [4, 4], [8, 4], [8, 8]]
 BUDGETS = ("4", "8", "12", "16", "24")
 
 
@@ -142,7 +142,7 @@ def rounds(seeds: list[int]) -> None:
             run = Path(f"runs/rl_{name.replace(' ', '_')}_{seed}")
             trained(run, "rl", recipe, "--init-from.artifact", start, "--run.seed", seed)
             models[name].append(run)
-    ways = ["--problems", 150, "--samples", 32, "--rounds", WIDTHS, *round_flags("")]
+    ways = ["--problems", 150, "--samples", 32, "--rounds", json.dumps(WIDTHS), *round_flags("")]
     ways += ["--budgets", *BUDGETS]
     found = {
         name: [solved(run, OUT / f"solved_{run.name}", *ways) for run in runs]
@@ -178,19 +178,21 @@ def print_rounds(found: dict[str, list[dict]]) -> None:
 
 
 def draw_rounds(found: dict[str, list[dict]]) -> None:
-    fig, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    lines = {"votes": "-", "budgets of thoughts": ":", "coordinated rounds": "--"}
+    fig, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     for number, (name, of_seeds) in enumerate(found.items()):
-        for way, line in lines.items():
+        for way, line in (("votes", "-o"), ("budgets of thoughts", ":x")):
             x, y = curve(of_seeds, way)
-            order = np.argsort(x)
-            label = f"{name}: {way}"
-            axes.plot(x[order], y[order], line, color=f"C{number}", marker="o", ms=3, label=label)
+            axes.plot(x, y, line, color=f"C{number}", ms=4, label=f"{name}: {way}")
+        x, y = curve(of_seeds, "coordinated rounds")
+        axes.plot(x, y, "s", color=f"C{number}", ms=6, label=f"{name}: coordinated rounds")
+        for widths, *at in zip(WIDTHS, x, y, strict=True):
+            text = "+".join(map(str, [*widths, 1]))
+            axes.annotate(text, at, (0, 5), textcoords="offset points", fontsize=7, ha="center")
     axes.set_xscale("log", base=2)
     axes.set(xlabel="tokens a question", ylabel="held-out sums answered right", ylim=(0, 1))
-    axes.set_title("trained on", fontsize=10)
+    axes.set_title("what was trained on: how tokens are spent", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     OUT.mkdir(parents=True, exist_ok=True)
     fig.savefig(OUT / "rounds.png", dpi=110)
     plt.close(fig)
