@@ -343,6 +343,17 @@ class Sharding:
         return NamedSharding(self.mesh, PartitionSpec())
 
 
+def laid_out(a, where) -> jax.ShapeDtypeStruct:
+    """An abstract array with its sharding."""
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
+
+
+def bytes_on_device(tree) -> int:
+    """What a device holds of arrays, or abstract ones, with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves)
+
+
 def varying_axes(x) -> frozenset[str]:
     """Inside ``shard_map``: the mesh axes on whose devices ``x`` may differ."""
     return jax.typeof(x).manual_axis_type.varying

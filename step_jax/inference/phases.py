@@ -6,9 +6,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from step_jax.core import spec as spec_lib
+from step_jax.core.sharding import bytes_on_device, laid_out
 from step_jax.inference.engine import bytes_of_a_slot
 from step_jax.inference.requests import MARKS
 from step_jax.inference.sampling import SamplingConfig
@@ -22,17 +22,6 @@ def abstract_params(decoding: Decoding):
     assert sharding is not None
     cast = jax.eval_shape(decoding.cast, spec_lib.abstract(specs))
     return jax.tree.map(laid_out, cast, sharding.params(specs))
-
-
-def laid_out(a, where) -> jax.ShapeDtypeStruct:
-    """An abstract array with its sharding."""
-    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
-
-
-def bytes_on_device(tree) -> int:
-    """What a device holds of abstract arrays with shardings."""
-    leaves = jax.tree.leaves(tree)
-    return sum(int(np.prod(a.sharding.shard_shape(a.shape))) * a.dtype.itemsize for a in leaves)
 
 
 def cache_bytes(decoding: Decoding, slots: int) -> int:

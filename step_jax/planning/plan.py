@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from step_jax.core.sharding import bytes_on_device
 from step_jax.core.spec import count, trained
 from step_jax.interop.artifacts import present
 from step_jax.planning import (
@@ -58,6 +59,8 @@ class Plan:
       memory: class -> bytes at the fullest moment.
       memory_total, memory_compiler, memory_limit: sum of ``memory``, what the compiler reserves,
         what it can have or, where it does not say, what the device has (None on a CPU).
+      memory_beside: of a device, taken all the while by what is no argument of the step (a
+        reference model).
       overflow: the compiler's words if it found no way to fit the step, else "".
       memory_arguments: the part of it that the step is given: state and batch.
       memory_estimate: class -> bytes as expected before compiling, of a decoder.
@@ -107,6 +110,7 @@ class Plan:
     memory_compiler: float
     memory_arguments: float
     memory_limit: float | None
+    memory_beside: int
     overflow: str
     memory_estimate: dict[str, float] | None
     buffers: list[dict[str, Any]]
@@ -147,8 +151,9 @@ class Plan:
     @property
     def misfit(self) -> str:
         """What does not fit, by the compiler's word: the step or a phase; "" if all do."""
-        found = (Stock(**p).misfit(self.memory_limit) for p in self.phases)
-        return self.overflow or next(filter(None, found), "")
+        phases = [Stock(**p) for p in self.phases]
+        own = self.overflow or too_much(self.memory_compiler, self.memory_beside, self.memory_limit)
+        return own or next(filter(None, (p.misfit(self.memory_limit) for p in phases)), "")
 
     @property
     def fits(self) -> bool:
@@ -235,6 +240,7 @@ def take_stock(
         memory_compiler=used.compiler,
         memory_arguments=used.arguments,
         memory_limit=_limit(compiled, topology),
+        memory_beside=bytes_on_device(program.beside),
         overflow=compiled.overflow.splitlines()[0] if compiled.overflow else "",
         buffers=[dataclasses.asdict(b) for b in used.buffers[:10]],
         flops=ops.flops,
@@ -308,7 +314,8 @@ def _run(
     peak = roofline.peak(topology, work.dtype)
     step_s = whole_step(bound.step if expected is None else expected.step, phases)
     limit = _limit(compiled, topology)
-    fits = not compiled.overflow and not any(phase.misfit(limit) for phase in phases)
+    full = too_much(compiled.memory_bytes, bytes_on_device(program.beside), limit)
+    fits = not (compiled.overflow or full or any(phase.misfit(limit) for phase in phases))
     days = steps * step_s / SECONDS_PER_DAY if fits else None
     hours = days and days * 24 * topology.chips
     tables = [how.model_specs for how in program.learnings.values()]
@@ -334,6 +341,15 @@ def _run(
         currency=request.currency,
         cost=hours and request.price and hours * request.price,
     )
+
+
+def too_much(step: float | None, beside: float, limit: float | None) -> str:
+    """Why a step has no room beside what lies there all the while; "" if it has, or if nothing
+    does: then the compiler's word holds."""
+    if step is None or limit is None or not beside or step + beside <= limit:
+        return ""
+    others = f"{beside / 1e9:.3g} GB that lie there all the while"
+    return f"the step needs {step / 1e9:.3g} GB beside {others}, of {limit / 1e9:.3g} GB"
 
 
 def not_there(config: Any) -> list[str]:

@@ -131,6 +131,8 @@ def _memory(plan: Plan) -> dict[str, str]:
         f"{gigabytes(plan.memory_compiler):>9}   the sum is "
         f"{plan.memory_total / plan.memory_compiler - 1:+.1%} of it"
     )
+    if plan.memory_beside:
+        rows["beside the step"] = f"{gigabytes(plan.memory_beside):>9}   a reference, all the while"
     if plan.memory_limit is not None:
         word = "fits" if plan.fits else "DOES NOT FIT"
         rows["device has"] = f"{gigabytes(plan.memory_limit):>9}   {word}"

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from step_jax.core.errors import ConfigError
-from step_jax.core.sharding import Sharding
+from step_jax.core.sharding import Sharding, bytes_on_device
 from step_jax.inference.engine import bytes_of_a_slot, slots_in
-from step_jax.inference.phases import abstract_params, bytes_on_device, reading, writing
+from step_jax.inference.phases import abstract_params, reading, writing
 from step_jax.inference.slots import Decoding
 from step_jax.models.text.decoder import Decoder
 from step_jax.planning.compiled import Loop, execution_of, resolved

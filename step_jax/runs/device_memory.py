@@ -51,7 +51,10 @@ def available(device: jax.Device) -> float | None:
 
 
 def fitting(
-    compile_program: Callable[[], jax.stages.Compiled], device: Any, force: bool = False
+    compile_program: Callable[[], jax.stages.Compiled],
+    device: Any,
+    force: bool = False,
+    beside: int = 0,
 ) -> jax.stages.Compiled:
     """What ``compile_program`` gives.
 
@@ -61,6 +64,7 @@ def fitting(
     Args:
       device: one of those that the program is for.
       force: do not compare with the device's memory.
+      beside: bytes of a device that other arrays take all the while.
 
     Raises:
       DoesNotFit: the program needs more memory than the device has.
@@ -72,8 +76,10 @@ def fitting(
             raise
         raise DoesNotFit(str(error)) from error
     need, limit = needed(program), available(device)
-    if not force and need is not None and limit is not None and need > limit:
+    if not force and need is not None and limit is not None and need + beside > limit:
+        others = f", of which other arrays take {beside / 1e9:.3g} GB" if beside else ""
         raise DoesNotFit(
-            f"a step needs {need / 1e9:.3g} GB of the {limit / 1e9:.3g} GB of a device", program
+            f"a step needs {need / 1e9:.3g} GB of the {limit / 1e9:.3g} GB of a device{others}",
+            program,
         )
     return program

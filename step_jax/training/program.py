@@ -55,6 +55,8 @@ class Program:
       accumulation: microbatches of a step.
       work: of one step.
       notes: what of the loop is not in the program, for its plan.
+      beside: abstract arrays that lie on the devices all the while and are none of the step's
+        arguments: a reference model. None without.
       state_like, batch_like: shapes, dtypes and shardings of the step's arguments.
       step: (state, batch) -> (state, metrics), jitted; the state is donated.
     """
@@ -70,6 +72,7 @@ class Program:
     state_like: TrainState = field(repr=False)
     batch_like: Mapping[str, jax.ShapeDtypeStruct] = field(repr=False)
     step: Any = field(repr=False)
+    beside: Any = field(default=None, repr=False)
 
     @classmethod
     def build(
@@ -86,6 +89,7 @@ class Program:
         accumulation: int = 1,
         report: Callable[[dict[str, Any], Any], dict[str, jax.Array]] | None = None,
         notes: tuple[str, ...] = (),
+        beside: Any = None,
     ) -> Program:
         """See ``make_train_step`` for the arguments.
 
@@ -116,6 +120,7 @@ class Program:
             state_like=state_like,
             batch_like=abstract_batch(sharding, schema),
             step=jax.jit(step, donate_argnums=0, out_shardings=(layout, sharding.replicated())),
+            beside=beside,
         )
 
     def compile(self, compiler_options: dict[str, Any] | None = None) -> jax.stages.Compiled:

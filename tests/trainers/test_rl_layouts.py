@@ -18,7 +18,7 @@ from step_jax.core.command_line import load_config
 from step_jax.core.errors import ExitCode
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.planning.phases import Stock, whole_step
-from step_jax.planning.plan import not_there
+from step_jax.planning.plan import not_there, too_much
 from step_jax.trainers.rl import loop
 from step_jax.trainers.rl.layouts import sender
 from tests.trainers.loops import run_loop, steps
@@ -114,12 +114,18 @@ def test_a_plan_has_every_phase_and_its_share(tmp_path, capsys):
     plan = json.loads(saved.read_text())
     seconds = [p["calls"] * p["bound_s"] for p in plan["phases"]]
     assert len(seconds) == 3 and min(seconds) > 0
+    assert plan["memory_beside"] > 0  # the reference, which no argument of the step is
     assert plan["whole_s"] == pytest.approx(plan["bound_s"] + sum(seconds))
     assert plan["days"] == pytest.approx(plan["steps"] * plan["whole_s"] / 86400)
     shown = capsys.readouterr().out
     assert all(p["name"] in shown for p in plan["phases"]) and plan["fits"]
     page = saved.with_suffix(".html").read_text()
     assert all(p["name"] in page for p in plan["phases"])
+
+
+def test_a_step_has_room_only_if_it_has_beside_what_lies_there_all_the_while():
+    assert too_much(2e9, 1e9, 3e9) == too_much(2e9, 0, 1e9) == too_much(None, 1e9, 1e9) == ""
+    assert too_much(2e9, 1e9, 2.9e9).startswith("the step needs 2 GB beside 1 GB that lie there")
 
 
 def test_phases_are_called_as_often_as_a_run_calls_them(tmp_path):

@@ -21,7 +21,7 @@ import numpy as np
 from step_jax.core import checks
 from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
-from step_jax.core.sharding import Sharding
+from step_jax.core.sharding import Sharding, bytes_on_device, laid_out
 from step_jax.data.batches import microbatches, process_rows, to_mesh
 from step_jax.data.captions import TextBank, text_fields
 from step_jax.data.clip_pairs import PairDataset, pair_schema
@@ -147,7 +147,17 @@ def make_program(config: Config, begin: Start, sharding: Sharding) -> Program:
         ),
         seed=config.run.seed,
         notes=("drawing pairs, and the reference's errors, are programs of their own",),
+        beside=reference_like(config, model, sharding),
     )
+
+
+def reference_like(config: Config, model: VideoDiT, sharding: Sharding):
+    """The reference's parameters, abstract."""
+    specs = model.specs()
+    cast = jax.eval_shape(
+        lambda p: spec_lib.cast(p, config.execution.dtype, specs), spec_lib.abstract(specs)
+    )
+    return jax.tree.map(laid_out, cast, sharding.params(specs))
 
 
 def make_reference(
@@ -197,7 +207,8 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         tokenizer, bank = read_texts(config, begin, asked, sharding, report)
         maker = PairMaker(config.data, asked, model, bank, config.execution, sharding, report)
         built = make_program(config, begin, sharding)
-        train_step = fitting(built.compile, jax.local_devices()[0], force)
+        beside = bytes_on_device(built.beside)
+        train_step = fitting(built.compile, jax.local_devices()[0], force, beside)
         saved: dict[str, Any] = {}
 
         def check(meta, step):

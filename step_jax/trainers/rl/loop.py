@@ -22,7 +22,7 @@ from step_jax.core import rng
 from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
 from step_jax.core.files import write_whole
-from step_jax.core.sharding import Sharding
+from step_jax.core.sharding import Sharding, bytes_on_device
 from step_jax.data.batches import process_rows, to_mesh
 from step_jax.data.schema import Field
 from step_jax.interop.artifacts import Start, load_artifact, starting_point
@@ -158,6 +158,7 @@ def make_program(config: Config, begin: Begin, sharding: Sharding) -> Program:
         config.rollout.context, config.rollout.context, sharding.ways("sequence")
     )  # fmt: skip
     policy = begin.policy.model
+    specs = policy.specs()
     routing = learning.routing_shapes(policy) if config.rollout.replay_routing else ()
     return Program.build(
         learning.make_loss(
@@ -176,6 +177,7 @@ def make_program(config: Config, begin: Begin, sharding: Sharding) -> Program:
             config.execution.dtype,
         ),
         seed=config.run.seed,
+        beside=None if how.kl is None else spec_lib.abstract(specs, sharding.params(specs)),
     )
 
 
@@ -229,7 +231,9 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
         )  # both refuse problems that do not fit, before anything is compiled
         rollouts = stack.enter_context(making)
         built = make_program(config, begin, sharding)
-        steps = Steps(built, fitting(built.compile, jax.local_devices()[0], force))
+        beside = bytes_on_device(built.beside)
+        step = fitting(built.compile, jax.local_devices()[0], force, beside)
+        steps = Steps(built, step)
         saved: dict[str, Any] = {}
         state, start = session.start(
             built, begin.given(), check=lambda meta, step: saved.update(meta)

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import jax
 
-from step_jax.core import spec as spec_lib
+from step_jax.core.sharding import bytes_on_device
 from step_jax.inference.engine import bucket
-from step_jax.inference.phases import bytes_on_device, cache_bytes, laid_out, reading, writing
+from step_jax.inference.phases import cache_bytes, reading, writing
 from step_jax.inference.slots import Decoding
 from step_jax.models.text.decoder import Decoder
 from step_jax.trainers.rl.config import Config
@@ -24,7 +24,7 @@ def phases_of(config: Config, policy: Decoder, built: Program, judge) -> tuple[P
     Args:
       built: the step. judge: what ``learning.make_judge`` made, jitted.
     """
-    return (*rollouts(config, policy, built), judging(config, policy, built, judge))
+    return (*rollouts(config, policy, built), judging(config, built, judge))
 
 
 def rollouts(config: Config, policy: Decoder, built: Program) -> tuple[Phase, Phase]:
@@ -39,7 +39,7 @@ def rollouts(config: Config, policy: Decoder, built: Program) -> tuple[Phase, Ph
     read = reading(decoding, ways, prompt, calls=-(-c.prompts // ways) / c.updates)
     write = writing(decoding, slots, filled=(1 + begun) / 2, calls=turns / c.updates)
     beside = bool(built.sharding.spare)
-    held = 0.0 if beside else kept(config, policy, built)
+    held = 0.0 if beside else kept(built)
     # the caches are there while further prompts are read
     caches = cache_bytes(decoding, slots)
     return (
@@ -48,21 +48,12 @@ def rollouts(config: Config, policy: Decoder, built: Program) -> tuple[Phase, Ph
     )
 
 
-def kept(config: Config, policy: Decoder, built: Program) -> float:
+def kept(built: Program) -> float:
     """Bytes of a device that the learners and the reference always take."""
-    reference = reference_like(config, policy, built)
-    return bytes_on_device(built.state_like) + bytes_on_device(reference)
+    return bytes_on_device(built.state_like) + bytes_on_device(built.beside)
 
 
-def reference_like(config: Config, policy: Decoder, built: Program):
-    """The reference policy's parameters, abstract; None without one."""
-    if config.how.kl is None:
-        return None
-    specs = policy.specs()
-    return jax.tree.map(laid_out, spec_lib.abstract(specs), built.sharding.params(specs))
-
-
-def judging(config: Config, policy: Decoder, built: Program, judge) -> Phase:
+def judging(config: Config, built: Program, judge) -> Phase:
     """What a batch is compared with, before it is learned from."""
     c = config.training
     T = built.schema["tokens"].shape[1]
@@ -72,14 +63,13 @@ def judging(config: Config, policy: Decoder, built: Program, judge) -> Phase:
         for name, field in schema(c.rows, T).items()
     }
     params = {name: learner.params for name, learner in built.state_like.learners.items()}
-    reference = reference_like(config, policy, built)
-    read = bytes_on_device(params) + bytes_on_device(reference)
+    read = bytes_on_device(params) + bytes_on_device(built.beside)
     return Phase(
         name=f"judging {c.rows:,} answers",
-        lower=lambda: judge.lower(params, reference, batch),
+        lower=lambda: judge.lower(params, built.beside, batch),
         function="judge",
         sharding=built.sharding,
         calls=1 / c.updates,
         reads=read,
-        held=kept(config, policy, built) - read,
+        held=kept(built) - read,
     )
