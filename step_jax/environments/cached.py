@@ -75,7 +75,10 @@ class Coordinated(Task):
             raise DataError(f"{self.path} holds no conclusion of a reply")
         return {
             content: Cached(
-                problems[content], *map(tuple, zip(*pairs, strict=True)), tuple(solved[content])
+                problems[content],
+                conclusions=tuple(text for text, _ in pairs),
+                correct=tuple(right for _, right in pairs),
+                solutions=tuple(solved[content]),
             )
             for content, pairs in said.items()
         }
