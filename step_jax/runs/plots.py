@@ -442,6 +442,82 @@ def plot_spending(
     return _save(figure, out)
 
 
+#: a value as it was written, and the results of its repetitions; infinite ones diverged
+Tried = tuple[str, Sequence[float]]
+
+
+def plot_values(
+    curves: Mapping[str, Sequence[Tried]],
+    out: Path | str,
+    *,
+    key: str,
+    label: str,
+    best: tuple[str, str] | None = None,
+    title: str = "",
+) -> Path:
+    """Draw a result against a value that was varied: means, and every repetition as a point.
+
+    Numbers stand on a log axis where all are positive, on a linear one else; names side by side.
+    What diverged stands as a cross on the upper edge.
+
+    Args:
+      curves: label of another value (empty if there is none) -> points, in the order of the values.
+      out: the PNG to write.
+      key: what was varied.
+      label: what the result is.
+      best: (curve, value) to mark.
+      title: above the picture.
+
+    Raises:
+      ValueError: there is no finite result, or there are more curves than can be told apart.
+    """
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    _check_count(len(curves), "curves")
+    if not any(_is_finite(y) for points in curves.values() for _, ys in points for y in ys):
+        raise ValueError("there is no finite result to draw")
+    figure, grid = _figure(max(4.2, 0.5 + 0.19 * len(curves)), (1,), 1)
+    axes = figure.add_subplot(grid[0, 0])
+    values = list(dict.fromkeys(value for points in curves.values() for value, _ in points))
+    at, log = _places(values)
+    for number, (name, points) in enumerate(curves.items()):
+        colour, line, shape = _looks(number)
+        finite = [(v, [y for y in ys if _is_finite(y)]) for v, ys in points]
+        each = [(at[v], y) for v, ys in finite for y in ys]
+        style = dict(color=colour, linestyle="none", marker=shape, alpha=0.35, markersize=4)
+        axes.plot(*zip(*each, strict=True) if each else ([], []), **style)
+        means = {v: sum(ys) / len(ys) for v, ys in finite if ys}
+        xs, style = [at[v] for v in means], dict(color=colour, linestyle=line, marker=shape)
+        axes.plot(xs, list(means.values()), label=name, markersize=5.5, linewidth=1.5, **style)
+        for v in (v for v, ys in points if not all(map(_is_finite, ys))):
+            place = dict(transform=axes.get_xaxis_transform(), clip_on=False, ha="center")
+            axes.text(at[v], 0.97, "\u00d7", color=colour, fontsize=14, va="center", **place)
+            axes.text(at[v], 0.93, "diverged", color=_MUTED, fontsize=7.5, va="top", **place)
+        if best is not None and best[0] == name and best[1] in means:
+            ring = dict(marker="o", markersize=13, markerfacecolor="none", linestyle="none")
+            x, y = [at[best[1]]], [means[best[1]]]
+            axes.plot(x, y, color=_INK, label=f"best: {best[1]}", zorder=4, **ring)
+    _style(axes, x=key + (" (log scale)" if log else ""), label=label)
+    axes.set_xscale("log" if log else "linear")
+    axes.xaxis.set_major_locator(FixedLocator(list(at.values())))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticklabels(values)
+    axes.margins(x=0.06, y=0.12)
+    _legend(axes, 8, [i for i, name in enumerate(axes.get_legend_handles_labels()[1]) if name])
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)
+    return _save(figure, out)
+
+
+def _places(values: Sequence[str]) -> tuple[dict[str, float], bool]:
+    """Where values stand on their axis, and whether that is a log one."""
+    try:
+        at = {value: float(value) for value in values}
+    except ValueError:
+        return {value: float(i) for i, value in enumerate(values)}, False
+    return at, min(at.values()) > 0
+
+
 def _save(figure: Any, out: Path | str) -> Path:
     out = local(out, "where to draw to")
     out.parent.mkdir(parents=True, exist_ok=True)
