@@ -74,7 +74,8 @@ class Values:
 
     def border(self, value: str) -> bool:
         """Whether nothing on one side of a value was tried."""
-        return all(map(is_number, self.values)) and value in (self.values[0], self.values[-1])
+        ordered = in_order(self.values)
+        return all(map(is_number, ordered)) and value in (ordered[0], ordered[-1])
 
 
 @dataclass(frozen=True)
