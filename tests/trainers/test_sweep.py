@@ -162,17 +162,19 @@ def test_rates_stand_on_a_log_axis_at_the_values_that_were_tried(monkeypatch, tm
     axes = axes_of(monkeypatch, {"": curve}, tmp_path, best=("", "3e-3"))
     assert axes.get_xscale() == "log" and axes.get_xlabel() == "rate (log scale)"
     assert [t.get_text() for t in axes.get_xticklabels()] == ["1e-3", "3e-3", "1"]
-    each, means, ring = axes.lines
+    each, means, cross, ring, of_legend = axes.lines
     assert list(each.get_ydata()) == [3.0, 3.2, 2.0, 2.2, 4.0]
-    assert list(means.get_ydata()) == pytest.approx([3.1, 2.1, 4.0])
+    assert list(means.get_ydata()) == pytest.approx([3.1, 2.1])
+    assert (cross.get_marker(), list(cross.get_xdata())) == ("x", [1.0])
     assert (ring.get_label(), list(ring.get_xdata())) == ("best: 3e-3", [3e-3])
-    assert [t.get_text() for t in axes.texts] == ["\u00d7", "diverged"]
+    assert of_legend.get_label() == "diverged"
 
 
 def test_names_stand_side_by_side_and_other_values_are_curves(monkeypatch, tmp_path):
     curves = {"width 16": [("muon", [2.0]), ("adamw", [2.1])], "width 32": [("muon", [1.9])]}
     axes = axes_of(monkeypatch, curves, tmp_path)
     assert axes.get_xscale() == "linear" and list(axes.get_xticks()) == [0, 1]
+    assert {line.get_linestyle() for line in axes.lines} == {"None"}
     assert [t.get_text() for t in axes.get_legend().get_texts()] == ["width 16", "width 32"]
 
 
