@@ -153,15 +153,3 @@ def test_links_hold_in_the_site_and_bring_along_what_they_show(site, tmp_path, m
     )
     copied = {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*.*")}
     assert copied == {"configs/quickstart.yaml", "docs/images/quickstart.png"}
-
-
-@pytest.mark.thorough
-def test_the_site_is_built_without_warnings_and_has_the_docstrings(site, tmp_path, monkeypatch):
-    monkeypatch.setattr(site, "BUILD", tmp_path)
-    monkeypatch.setattr(site, "PAGES", tmp_path / "pages")
-    assert site.main([]) == 0
-    built = (tmp_path / "site/api/trainers.html").read_text(encoding="utf-8")
-    assert "Trains every combination with every seed" in built
-    runs = tmp_path / "pages/docs/runs.md"
-    runs.write_text(runs.read_text(encoding="utf-8") + "\n[nowhere](pods.md#no-such-place)\n")
-    assert site.build(["build", "--strict"]) != 0

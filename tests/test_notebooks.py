@@ -144,7 +144,7 @@ def test_a_sweep_and_its_laws(checkout):
     recipe = checkout / "configs/tiny.yaml"
     recipe.write_text(recipe.read_text().replace("steps: 3", "tokens: 256"))
     small = (
-        "RECIPE = ROOT / 'configs/tiny.yaml'\nRATES = ('1e-3', '1e-2')\n"
+        "RECIPE = ROOT / 'configs/tiny.yaml'\nRATES = ('1e-2',)\n"
         "WIDTHS = ('8', '16', '24')\nTOKENS = ('256', '512')"
     )
     found = execute("scaling_laws", checkout, small)

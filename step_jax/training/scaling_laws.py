@@ -181,12 +181,12 @@ def fit_scaling_law(
         gradient = [*by_part, -by_part[0] * log_n, -by_part[1] * log_d]
         return float(huber.sum()), np.array([g.sum() for g in gradient])
 
-    starts = itertools.product(
+    grid = itertools.product(
         (0, 5, 10, 15, 20, 25), (0, 5, 10, 15, 20, 25), (-1, -0.5, 0, 0.5, 1),
         (0, 0.5, 1, 1.5, 2), (0, 0.5, 1, 1.5, 2),
     )  # fmt: skip
     # of the 4,500 starts those that are nearest already
-    starts = sorted(starts, key=lambda p: objective(np.array(p, float))[0])[:_STARTS]
+    starts = sorted(grid, key=lambda p: objective(np.array(p, float))[0])[:_STARTS]
     options = {"maxiter": 5000, "ftol": 1e-13, "gtol": 1e-9}
     found = [minimize(objective, p, jac=True, method="L-BFGS-B", options=options) for p in starts]
     log_a, log_b, log_e, alpha, beta = min(found, key=lambda result: result.fun).x
