@@ -160,6 +160,7 @@ show_submodules = false
 separate_signature = true
 show_signature_annotations = true
 signature_crossrefs = true
+extensions = ["{ROOT}/docs/field_sections.py"]
 
 [project.plugins.mkdocstrings.handlers.python.options.docstring_options]
 warnings = false
