@@ -21,9 +21,10 @@
 # compiler is needed (`pip install 'jax[tpu]'`), but no TPU. Start it in the repository, with `pip
 # install '.[notebooks]'`.
 #
-# Then the same recipe is [launched](../docs/pods.md) there. What is drawn of the plan as it stands:
+# Then the same recipe is [launched](../docs/pods.md) there. What is drawn of such a plan, here of
+# `step-jax plan configs/rl/step2_mini.yaml --topology v5p:4x8x8`:
 #
-# ![Memory and time of a billion parameters on sixteen v5e](../docs/images/plan.png)
+# ![Memory and time of a step of Step-2 mini on 256 chips](../docs/images/plan.png)
 
 # %%
 import os
@@ -56,7 +57,7 @@ PLANS = ROOT / "plans"
 print(describe_all())
 
 # %% [markdown]
-# The plan: compiled, and in its own words.
+# The plan: compiled, which takes minutes for a billion parameters, and in its own words.
 
 # %%
 loop, topology = find_loop("pretrain"), parse(TOPOLOGY)
