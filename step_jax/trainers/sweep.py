@@ -218,6 +218,10 @@ def load_sweep(
     keys = [v.key for v in varied]
     if double := next((key for key in keys if keys.count(key) > 1), None):
         raise ConfigError(f"{double} is varied twice: give all its values in one list")
+    if kept := next((key for key in keys if key.startswith("run.")), None):
+        raise ConfigError(
+            f"{kept} says how a run is kept: no loss depends on it. Of seeds: --seeds N"
+        )
     combinations = {
         "/".join(v.folder(value) for v, value in zip(varied, values, strict=True)): values
         for values in itertools.product(*(v.values for v in varied))

@@ -75,6 +75,7 @@ def test_of_several_keys_every_combination_is_trained(recipe, tmp_path):
         (["{recipe}", "--vary", "optimizer.learning_rate=1e-3,fast"], "'fast'"),
         (["{recipe}", "--vary", "optimizer.learning_rate=1e-3,-1"], "-1"),
         (["{recipe}", "--vary", "model.width=16,32", "--vary", "model.width=8,9"], "varied twice"),
+        (["{recipe}", "--vary", "run.seed=0,1"], "run.seed says how a run is kept.*--seeds N"),
         (["{recipe}", "--vary", "training.batch_size=8,16"], "tokens.*one `training.tokens`"),
         (["{recipe}", "--vary", "data.vocab_size=300,310"], "differ in their tokenizer"),
         (["{recipe}", "--vary", "model.width=16,32", "--seeds", "0"], "at least 1"),
