@@ -18,6 +18,10 @@
 #
 # Any [artifact](../docs/artifacts.md) that writes text does: a run, a step of one, a folder of
 # Hugging Face (`hf:PATH`). Start it in the repository, with `pip install '.[notebooks]'`.
+#
+# Heads of the quickstart's four layers while they read what it wrote itself:
+#
+# ![Attention maps of the quickstart](../docs/images/attention_maps.png)
 
 # %%
 from pathlib import Path
