@@ -73,9 +73,10 @@ class Values:
         return f"{self.name}_{quote(value, safe=' ,+[]')}"
 
     def border(self, value: str) -> bool:
-        """Whether nothing on one side of a value was tried."""
+        """Whether nothing on one side of a value was tried, of several numbers."""
         ordered = in_order(self.values)
-        return all(map(is_number, ordered)) and value in (ordered[0], ordered[-1])
+        numbers = len(ordered) > 1 and all(map(is_number, ordered))
+        return numbers and value in (ordered[0], ordered[-1])
 
 
 @dataclass(frozen=True)

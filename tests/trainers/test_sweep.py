@@ -48,6 +48,7 @@ def test_values_are_read_as_they_are_written():
     assert parsed == Values("optimizer.learning_rate", ("0.003", "1e-2"))
     names = Values.parse("optimizer.kind=muon,adamw", "--vary")
     assert names.values == ("muon", "adamw") and not names.border("muon")
+    assert not Values("model.width", ("16",)).border("16")  # from Python: it is not varied
     lists = Values.parse("a.betas=[0.9, 0.95],[0.9, 0.99]", "--vary")
     assert lists.values == ("[0.9, 0.95]", "[0.9, 0.99]")
     assert Values.parse("init_from.artifact=runs/a,runs/b", "--vary").folder("runs/a") == (
