@@ -7,11 +7,13 @@
 #   make test-hopper             every GPU kernel compiled for Hopper (no GPU needed)
 #   make test-system             what needs packages of the system: sandbox, SLURM cluster (root)
 #   make lint                    formatting and types
+#   make docs                    the site, in build/site; a link that leads nowhere is an error
+#   make release-check           build the wheel, install it elsewhere, train and write with it
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-thorough test-aot test-hopper test-system lint clean
+.PHONY: help quickstart test test-thorough test-aot test-hopper test-system lint docs release-check clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -61,6 +63,19 @@ lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev
+	@$(BIN)/python docs/make_site.py
+
+# From the wheel that is made of the source archive, in an environment of its own, away from here.
+RELEASE := build/release
+release-check: $(VENV)/.created
+	@rm -rf $(RELEASE) && $(BIN)/python -m venv $(RELEASE)/venv
+	@$(RELEASE)/venv/bin/python $(INSTALL) build && $(RELEASE)/venv/bin/python -m build --outdir $(RELEASE)/dist .
+	@$(RELEASE)/venv/bin/python $(INSTALL) $(RELEASE)/dist/*.whl && cp -r configs $(RELEASE)
+	@cd $(RELEASE) && venv/bin/step-jax --help && venv/bin/step-jax --version
+	@cd $(RELEASE) && venv/bin/step-jax pretrain configs/toys/pretrain.yaml --data.path venv/lib/python3*/site-packages/step_jax
+	@cd $(RELEASE) && venv/bin/step-jax generate runs/toy --prompt "def " --max-new-tokens 8 && venv/bin/step-jax runs runs
 
 # The stamps make the second call start at once; a changed pyproject.toml installs again.
 $(VENV)/.installed: pyproject.toml | $(VENV)/.created

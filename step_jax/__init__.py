@@ -18,6 +18,12 @@ _EXPORTS = {
     "PretrainConfig": "step_jax.trainers.pretrain:Config",
     "sft": "step_jax.trainers.sft:run",
     "SFTConfig": "step_jax.trainers.sft:Config",
+    # Comparisons of runs
+    "run_ablation": "step_jax.trainers.ablation",
+    "collect_ablation": "step_jax.trainers.ablation:collect",
+    "run_sweep": "step_jax.trainers.sweep",
+    "collect_sweep": "step_jax.trainers.sweep",
+    "Values": "step_jax.trainers.variants",
     # Configuration
     "load_config": "step_jax.core.command_line",
     "load_file": "step_jax.core.config",
@@ -62,6 +68,7 @@ _EXPORTS = {
     "load_artifact": "step_jax.interop.artifacts",
     "generate": "step_jax.inference.generate",
     "SamplingConfig": "step_jax.inference.sampling",
+    "attention_weights": "step_jax.evaluation.attention_probe",
 }
 
 __all__ = ["__version__", *_EXPORTS]

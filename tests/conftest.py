@@ -80,6 +80,48 @@ def topology(monkeypatch):
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--rooms", action="store_true", help="print the CPU-seconds of the tests of every room"
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Every phase of a test carries what it cost this process and those that it waited for."""
+    report = yield
+    global _spent
+    before, _spent = _spent, sum(os.times()[:4])
+    report.cpu_s = _spent - before
+    return report
+
+
+_spent = sum(os.times()[:4])
+
+
+def pytest_collection_finish(session):
+    """What it takes to import the tests is no test's."""
+    global _spent
+    _spent = sum(os.times()[:4])
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("--rooms"):
+        return
+    seconds: collections.Counter[str] = collections.Counter()
+    tests: collections.Counter[str] = collections.Counter()
+    for report in (r for found in terminalreporter.stats.values() for r in found):
+        if hasattr(report, "cpu_s"):
+            _, room, *inside = report.nodeid.partition("::")[0].split("/")
+            room = f"{room}/" if inside else room
+            seconds[room] += report.cpu_s
+            tests[room] += report.when == "call"
+    terminalreporter.write_sep("-", "CPU-seconds by room (and tests)")
+    for room, spent in seconds.most_common():
+        terminalreporter.write_line(f"{spent:8.1f}  {room} ({tests[room]})")
+    terminalreporter.write_line(f"{seconds.total():8.1f}  all ({tests.total()})")
+
+
 _LEFT_OUT: collections.Counter[str] = collections.Counter()
 
 

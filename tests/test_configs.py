@@ -50,7 +50,7 @@ def test_header_gives_command_hardware_and_time(recipe):
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=name)
 def test_loads_and_is_valid(recipe, capsys):
-    used_by = {"ablate": "pretrain"}.get(command(recipe), command(recipe))
+    used_by = {"ablate": "pretrain", "sweep": "pretrain"}.get(command(recipe), command(recipe))
     with pytest.raises(SystemExit) as stop:
         cli.main([used_by, str(recipe), "--explain"])
     assert stop.value.code == 0

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -106,3 +109,47 @@ def test_every_page_of_the_docs_can_be_reached_from_the_readme():
         }
         new = links - found
     assert [p.name for p in PAGES if p not in found] == []
+
+
+def test_continuous_integration_runs_what_there_is_with_the_oldest_jax():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))["jobs"]
+    rules = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert set(jobs["test"]["strategy"]["matrix"]["command"]) <= set(rules)
+    (oldest,) = {
+        d.removeprefix("jax>=")
+        for d in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+        if d.startswith("jax>=")
+    }
+    steps = [step.get("run", "") for step in jobs["oldest-jax"]["steps"]]
+    assert any(f"'jax=={oldest}.*'" in step for step in steps)
+
+
+# --- the site -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def site():
+    spec = importlib.util.spec_from_file_location("make_site", ROOT / "docs/make_site.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_page_has_a_place_in_the_site(site):
+    listed = {name for names in site.SECTIONS.values() for name in names}
+    written = {str(page.relative_to(ROOT)) for page in site.pages()}
+    assert {name for name in written if not name.startswith("benchmarks/")} == listed
+
+
+def test_links_hold_in_the_site_and_bring_along_what_they_show(site, tmp_path, monkeypatch):
+    monkeypatch.setattr(site, "PAGES", tmp_path)
+    text = (
+        "[a](../README.md#x) [b](pods.md) [c](https://d.e/f) [`g`](../configs/quickstart.yaml) "
+        "![h](images/quickstart.png) [i](#j) [k](../notebooks/scaling_laws.ipynb) [l](../configs)"
+    )
+    assert site.rewritten(text, ROOT / "docs/runs.md") == (
+        "[a](../index.md#x) [b](pods.md) [c](https://d.e/f) [`g`](../configs/quickstart.yaml) "
+        "![h](images/quickstart.png) [i](#j) [k](../notebooks/scaling_laws.md) l"
+    )
+    copied = {str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*.*")}
+    assert copied == {"configs/quickstart.yaml", "docs/images/quickstart.png"}

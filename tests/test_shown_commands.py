@@ -25,6 +25,7 @@ from step_jax.core.errors import ConfigError
 from step_jax.planning import topology
 from step_jax.trainers import LOOPS
 from step_jax.trainers.ablation import load_variants
+from step_jax.trainers.sweep import load_sweep
 
 ROOT = Path(__file__).parents[1]
 PLACES = ("README.md", "docs", "configs", "launch", "step_jax/launch", "notebooks", "benchmarks",
@@ -104,6 +105,8 @@ def check_step_jax(words: list[str]) -> None:
         check_topology(asked.options.topology)
     if words[0] == "ablate":
         load_variants(asked.paths, asked.overrides)
+    if words[0] == "sweep":
+        load_sweep(asked.files, asked.varied(), asked.overrides)
 
 
 def check_topology(name: str) -> None:
@@ -192,6 +195,7 @@ def test_commands_are_found_wherever_they_stand(tmp_path):
         "step-jax plan configs/quickstart.yaml --topology v5p:3x3x3",
         "step-jax checkpoints look runs/mine",
         "step-jax ablate configs/ablations/attention --seed 3",
+        "step-jax sweep configs/quickstart.yaml --vary optimizer.rate=1e-3,3e-3",
         "python benchmarks/chaos.py --kill 3 --processes",
         "python benchmarks/chaos.py -- step-jax pretrain ... --run-dir {run_dir}",
         "python benchmarks/no_such_file.py",

@@ -19,7 +19,8 @@ class Asked:
 
 
 def run(asked: Asked) -> None:
-    from step_jax.trainers.ablation import Search, run_ablation
+    from step_jax.trainers.ablation import run_ablation
+    from step_jax.trainers.variants import Values
 
     options = asked.options
     result = run_ablation(
@@ -27,7 +28,7 @@ def run(asked: Asked) -> None:
         range(options.seeds),
         asked.overrides,
         options.reference,
-        None if options.search is None else Search.parse(options.search),
+        None if options.search is None else Values.parse(options.search, "--search"),
         options.rounds,
     )
     print(f"\n{result.markdown()}\ntable:   {result.table}\npicture: {result.picture}")

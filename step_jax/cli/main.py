@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "checkpoints": ("step_jax.cli.checkpoints", "list saved steps, or verify every byte of them"),
     "runs": ("step_jax.cli.runs", "compare runs as a table and a picture"),
     "ablate": ("step_jax.cli.ablate", "train variants with several seeds and compare them"),
+    "sweep": ("step_jax.cli.sweep", "train with several values of a key: loss against value"),
 }
 
 
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"step-jax {__version__}")
         return ExitCode.OK
     try:
-        with _restart_on_sigterm(argv[0]):
+        with _signals_of_a_loop(argv[0]):
             run, asked = read(argv)
             return run(asked) or ExitCode.OK
     except StepError as error:
@@ -113,10 +114,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 @contextmanager
-def _restart_on_sigterm(name: str) -> Iterator[None]:
+def _signals_of_a_loop(name: str) -> Iterator[None]:
     """A loop that is stopped before its run is open, while it is imported, wants to be restarted.
 
-    The first process of a container does not even end of a SIGTERM that it does not catch.
+    The first process of a container does not even end of a SIGTERM that it does not catch. SIGUSR1,
+    which asks for a profile, does not end what has no step to trace yet.
     """
     main_thread = threading.current_thread() is threading.main_thread()
     if not main_thread or not (name in LOOPS or is_file(name)):
@@ -127,10 +129,12 @@ def _restart_on_sigterm(name: str) -> Iterator[None]:
         raise RestartRequested("stopped before it began: start the same command to go on")
 
     before = signal.signal(signal.SIGTERM, stop)
+    asked_before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGUSR1, asked_before)
 
 
 def _report(message: str, code: int) -> int:

@@ -61,6 +61,31 @@ def scores_N(weights_BNTT) -> dict[str, jax.Array]:
     }
 
 
+def attention_weights(
+    params: Any, model: Decoder, tokens_BT: np.ndarray, execution: Execution
+) -> list[np.ndarray]:
+    """How much each token takes from each: float32 (B, N, T, T) of every layer, rows that sum to 1.
+
+    The weights that the model multiplies its values by, computed on the side.
+
+    Args:
+      params: of the model, as an artifact has them.
+      tokens_BT: int32, rows of equal length.
+      execution: how to compute; layers are not scanned and nothing is computed twice.
+    """
+    seen = jax.jit(lambda p, tokens_BT: _weights(p, model, tokens_BT, execution))
+    return jax.device_get(seen(params, jnp.asarray(tokens_BT)))
+
+
+def _weights(params, model: Decoder, tokens_BT: jax.Array, execution: Execution):
+    """Of every layer, while tracing."""
+    seen: list[jax.Array] = []
+    execution = replace(execution, scan=False, remat="none")
+    ctx = Context(Tokens.in_order(*tokens_BT.shape), execution=execution, observe=seen.append)
+    model.hidden(spec_lib.cast(params, execution.dtype, model.specs()), tokens_BT, ctx)
+    return seen
+
+
 def make_probe(
     model: Decoder, execution: Execution, sharding: Sharding, sequence_length: int
 ) -> Probe:
@@ -76,15 +101,11 @@ def make_probe(
       head of the layer that scores highest, between 0 and 1; and ``previous_token`` and
       ``induction``, those of the highest layer.
     """
-    execution = replace(execution, scan=False, remat="none")
     tokens_BT = repeated_tokens(model.vocab, min(sequence_length, _MOST_TOKENS) // 2 * 2)
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated())
     def best(params):
-        seen: list[jax.Array] = []
-        ctx = Context(Tokens.in_order(*tokens_BT.shape), execution=execution, observe=seen.append)
-        params = spec_lib.cast(params, execution.dtype, model.specs())
-        model.hidden(params, jnp.asarray(tokens_BT), ctx)
+        seen = _weights(params, model, jnp.asarray(tokens_BT), execution)
         layers = [{name: jnp.max(s) for name, s in scores_N(w).items()} for w in seen]
         return {name: jnp.stack([layer[name] for layer in layers]) for name in layers[0]}
 

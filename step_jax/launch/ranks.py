@@ -48,7 +48,8 @@ class Outcome:
 
 
 class Signals:
-    """SIGTERM and SIGINT of this process, passed on to the ranks that run: use it with ``with``.
+    """SIGTERM, SIGINT and SIGUSR1 of this process, passed on to the ranks that run: use it with
+    ``with``. The first two ask them to stop, the third for a profile.
 
     The ranks are in process groups of their own. A terminal's Ctrl-C would reach them twice
     otherwise, and a second signal ends a run without saving.
@@ -64,6 +65,8 @@ class Signals:
     def __enter__(self) -> Signals:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._pass_on)
+        ask = lambda number, _: send(self._ranks, number)  # noqa: E731
+        self._before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, ask)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -440,6 +441,103 @@ def plot_spending(
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)
     return _save(figure, out)
+
+
+#: a value as it was written, and the results of its repetitions; infinite ones diverged
+Tried = tuple[str, Sequence[float]]
+
+
+def plot_values(
+    curves: Mapping[str, Sequence[Tried]],
+    out: Path | str,
+    *,
+    key: str,
+    label: str,
+    best: tuple[str, str] | None = None,
+    title: str = "",
+) -> Path:
+    """Draw a result against a value that was varied: means, and every repetition as a point.
+
+    Numbers stand on a log axis where all are positive, on a linear one else; names side by side,
+    without a line. A value of which a repetition diverged has a cross above instead of a mean.
+
+    Args:
+      curves: label of another value (empty if there is none) -> points, in the order of the values.
+      out: the PNG to write.
+      key: what was varied.
+      label: what the result is.
+      best: (curve, value) to mark.
+      title: above the picture.
+
+    Raises:
+      ValueError: there is no finite result, or there are more curves than can be told apart.
+    """
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    _check_count(len(curves), "curves")
+    if not any(_is_finite(y) for points in curves.values() for _, ys in points for y in ys):
+        raise ValueError("there is no finite result to draw")
+    figure, grid = _figure(max(4.2, 0.5 + 0.19 * len(curves)), (1,), 1)
+    axes = figure.add_subplot(grid[0, 0])
+    values = list(dict.fromkeys(value for points in curves.values() for value, _ in points))
+    at, kind = _places(values)
+    diverged: dict[str, int] = {}
+    for number, (name, points) in enumerate(curves.items()):
+        looks = (
+            _looks(number) if kind != "names" else (_looks(number)[0], "none", _looks(number)[2])
+        )
+        _draw_tried(axes, points, at, name, looks, diverged)
+        if best is not None and best[0] == name:
+            mean = statistics.fmean(dict(points)[best[1]])
+            ring = dict(marker="o", markersize=13, markerfacecolor="none", linestyle="none")
+            label_of_it = f"best: {best[1]}"
+            axes.plot([at[best[1]]], [mean], color=_INK, label=label_of_it, zorder=4, **ring)
+    if diverged:
+        axes.plot([], [], color=_MUTED, marker="x", linestyle="none", label="diverged")
+    _style(axes, x=key + (" (log scale)" if kind == "log" else ""), label=label)
+    axes.set_xscale("log" if kind == "log" else "linear")
+    axes.xaxis.set_major_locator(FixedLocator(list(at.values())))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticklabels(values)
+    axes.margins(x=0.06, y=0.12)
+    _legend(axes, 8, range(len(axes.get_legend_handles_labels()[1])))
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=_INK)
+    return _save(figure, out)
+
+
+def _draw_tried(
+    axes: Any,
+    points: Sequence[Tried],
+    at: Mapping[str, float],
+    name: str,
+    looks: tuple[str, Any, str],
+    diverged: dict[str, int],
+) -> None:
+    """Repetitions, a curve of the means of values of which none diverged, and crosses for the
+    others: below those of other curves, which ``diverged`` counts."""
+    colour, line, shape = looks
+    each = [(at[v], y) for v, ys in points for y in ys if _is_finite(y)]
+    faint = dict(color=colour, linestyle="none", marker=shape, alpha=0.35, markersize=4)
+    axes.plot([x for x, _ in each], [y for _, y in each], **faint)
+    whole = [(at[v], statistics.fmean(ys)) for v, ys in points if ys and all(map(_is_finite, ys))]
+    xs, means = [x for x, _ in sorted(whole)], [y for _, y in sorted(whole)]
+    style = dict(color=colour, linestyle=line, marker=shape, markersize=5.5, linewidth=1.5)
+    axes.plot(xs, means, label=name, **style)
+    for v in (v for v, ys in points if not all(map(_is_finite, ys))):
+        height = 0.98 - 0.04 * diverged.setdefault(v, 0)
+        diverged[v] += 1
+        place = dict(transform=axes.get_xaxis_transform(), clip_on=False)
+        axes.plot([at[v]], [height], color=colour, marker="x", markersize=6, **place)
+
+
+def _places(values: Sequence[str]) -> tuple[dict[str, float], str]:
+    """Where values stand on their axis, and what it is: ``log``, ``linear`` or of ``names``."""
+    try:
+        at = {value: float(value) for value in values}
+    except ValueError:
+        return {value: float(i) for i, value in enumerate(values)}, "names"
+    return at, "log" if min(at.values()) > 0 else "linear"
 
 
 def _save(figure: Any, out: Path | str) -> Path:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +16,8 @@ from step_jax.core.errors import ConfigError
 class ProfileConfig:
     """Which steps to trace.
 
-    start_step: the first traced step; null traces nothing. The first steps compile.
-    steps: how many steps to trace.
+    start_step: the first traced step, none if it is null. The first steps compile.
+    steps: how many steps to trace, from that one on or when SIGUSR1 comes.
     """
 
     start_step: int | None = None
@@ -36,27 +40,48 @@ class ProfileConfig:
 
 
 class ProfilerWindow:
-    """Starts and stops the JAX profiler at the configured steps; costs nothing without them."""
+    """Starts and stops the JAX profiler at the configured steps, and for as many steps whenever it
+    is asked to; costs nothing otherwise."""
 
     def __init__(self, config: ProfileConfig, directory: Path):
         self.config = config
         self.directory = directory
-        self._active = False
-        self._done = config.start_step is None
+        self._asked = False
+        self._end: int | None = None  # of the trace under way: the first step that is not in it
+
+    @contextmanager
+    def asked_by_signal(self) -> Iterator[None]:
+        """Within it SIGUSR1 asks for a trace, in a process whose main thread enters it."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(*_: object) -> None:
+            self._asked = True
+
+        before = signal.signal(signal.SIGUSR1, ask)
+        try:
+            yield
+        finally:
+            # None: the handler before ours was not installed from Python, so it is unknown here.
+            signal.signal(signal.SIGUSR1, signal.SIG_DFL if before is None else before)
 
     def before_step(self, step: int) -> None:
         """Start the trace if its window begins. A resumed run does not trace a window again that
         lies behind it."""
-        start = self.config.start_step
-        if self._done or self._active or start is None or step < start:
+        start, steps = self.config.start_step, self.config.steps
+        if self._end is not None:
             return
-        if step >= start + self.config.steps:
-            self._done = True
+        if self._asked:
+            self._asked, end = False, step + steps
+        elif start is not None and start <= step < start + steps:
+            end = start + steps
+        else:
             return
         import jax
 
         jax.profiler.start_trace(str(self.directory))
-        self._active = True
+        self._end = end
 
     def after_step(self, step: int, outputs: object = None) -> bool:
         """Stop the trace behind its last step, once ``outputs`` (arrays) are computed.
@@ -64,8 +89,7 @@ class ProfilerWindow:
         Returns:
           Whether a trace was finished now.
         """
-        start = self.config.start_step
-        if not self._active or start is None or step < start + self.config.steps - 1:
+        if self._end is None or step < self._end - 1:
             return False
         import jax
 
@@ -75,8 +99,8 @@ class ProfilerWindow:
 
     def close(self) -> None:
         """Write a trace that is still open."""
-        if self._active:
+        if self._end is not None:
             import jax
 
             jax.profiler.stop_trace()
-            self._active, self._done = False, True
+            self._end = None

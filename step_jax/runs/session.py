@@ -143,6 +143,7 @@ class Session:
             )
             self._profiler = ProfilerWindow(self._run.profile, self.directory.profile)
             stack.callback(self._profiler.close)
+            stack.enter_context(self._profiler.asked_by_signal())
             self._stack = stack.pop_all()
         return self
 
@@ -318,7 +319,9 @@ class Session:
         self._pending = (step, metrics, data_wait, work or self.program.work)
         self._stalls.begun = step
         if self._profiler.after_step(step - 1, metrics):
-            self.reporter.event(f"profile of {self._run.profile.steps} steps written")
+            self.reporter.event(
+                f"profile of {self._run.profile.steps} steps written to {self.directory.profile}"
+            )
         stop = self._stop.requested(step)
         if stop or self._checkpointer.due(step) or step == self.total_steps:
             with self.aside():

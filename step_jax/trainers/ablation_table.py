@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from step_jax.runs.plots import plot_groups
 
@@ -14,6 +15,20 @@ from step_jax.runs.plots import plot_groups
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 #: From this score on, a head is said to look where the score is about.
 LOOKS_BACK = 0.3
+
+
+def is_number(word: str) -> bool:
+    """Whether a value is a finite number, going by how it is written."""
+    try:
+        return math.isfinite(float(word))
+    except ValueError:
+        return False
+
+
+def in_order(values: Iterable[str]) -> list[str]:
+    """Numbers ascending; values that are not all numbers as they come."""
+    listed = list(values)
+    return sorted(listed, key=float) if all(map(is_number, listed)) else listed
 
 
 @dataclass(frozen=True)
@@ -101,7 +116,14 @@ class Difference:
         return f"{self.mean:+.4f} [{low:+.4f}, {high:+.4f}]{' *' if self.certain else ''}"
 
 
-def difference(row: Row, other: Row) -> Difference | None:
+class Losses(Protocol):
+    """What is compared: held-out losses by seed."""
+
+    @property
+    def nll(self) -> Mapping[int, float]: ...
+
+
+def difference(row: Losses, other: Losses) -> Difference | None:
     """``row`` minus ``other`` over the seeds that both have; None if there is none."""
     pairs = [row.nll[seed] - other.nll[seed] for seed in row.nll if seed in other.nll]
     if not pairs:
@@ -158,7 +180,7 @@ class Ablation:
         head = ["variant", "parameters", "heads", "held-out loss", "min - max"]
         head += [f"minus {self.reference.name}", "cache bytes per token", "cache"]
         head += ["published"] if self.published else []
-        return _table(head, [self._cells(row) for row in self.rows])
+        return table(head, [self._cells(row) for row in self.rows])
 
     def _cells(self, row: Row) -> list[str]:
         losses = list(row.nll.values())
@@ -183,8 +205,7 @@ class Ablation:
         if not tried:
             return ""
         key = next(iter(tried.values())).key
-        values = list(dict.fromkeys(value for t in tried.values() for value in t.losses))
-        values.sort(key=float)
+        values = in_order(dict.fromkeys(value for t in tried.values() for value in t.losses))
         lines = []
         for name, t in tried.items():
             cells = {v: f"{t.losses[v]:.4f}" if v in t.losses else "-" for v in values}
@@ -196,7 +217,7 @@ class Ablation:
             for name, t in tried.items()
             if t.border
         ]
-        return _table([key, *values], lines) + "\n\n" + "\n".join(said)
+        return table([key, *values], lines) + "\n\n" + "\n".join(said)
 
     def _looks(self) -> str:
         """Where the layers' attention looks after training."""
@@ -212,7 +233,7 @@ class Ablation:
             for row in rows
         ]
         head = ["score/layer", *names, *(f"{n} above {LOOKS_BACK:g} from token" for n in first)]
-        return _table(head, lines)
+        return table(head, lines)
 
     def _times(self) -> str:
         rows = [(row.name, row.times) for row in self.rows if row.times is not None]
@@ -224,7 +245,7 @@ class Ablation:
             [name, f"{times.step:.4g}", *(f"{1e3 * times.token[n]:.4g}" for n in lengths)]
             for name, times in rows
         ]
-        return _table(head, lines)
+        return table(head, lines)
 
     def orders(self) -> str:
         """Our order, best first, beside the published one.
@@ -286,6 +307,7 @@ def _count(number: float) -> str:
     return "-" if math.isinf(number) else f"{number:,.0f}"
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; the first column is of names, the others of numbers."""
     rows = [head, [":--"] + ["--:"] * (len(head) - 1), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -102,9 +102,11 @@ def test_every_export_resolves():
 
 
 def test_sigterm_while_a_loop_is_being_read_asks_for_a_restart(monkeypatch, capsys):
+    """And a wish for a profile, which there is nothing of yet, ends nothing."""
     before = signal.getsignal(signal.SIGTERM)
 
     def read_and_be_stopped(name, words):
+        os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(10)
 

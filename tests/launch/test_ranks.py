@@ -131,9 +131,9 @@ time.sleep(60)
 """
 
 
-def started(tmp_path: Path) -> subprocess.Popen:
+def started(tmp_path: Path, code: str = SAVES) -> subprocess.Popen:
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "step_jax.launch.local", "2", "--", *command(SAVES, tmp_path)],
+        [sys.executable, "-m", "step_jax.launch.local", "2", "--", *command(code, tmp_path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -153,6 +153,21 @@ def test_a_signal_reaches_every_rank_once_and_nothing_is_started_again(tmp_path,
     assert launcher.returncode == 42, output
     assert "the state is saved: start the same command again; stopped" in output
     assert (tmp_path / "starts0").read_text() == "x"
+
+
+def test_a_signal_for_a_profile_reaches_every_rank_and_stops_none(tmp_path):
+    code = (
+        "signal.signal(signal.SIGUSR1, lambda *_: print('asked', flush=True))\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(42))\n"
+        "print('ready', flush=True)\n"
+        "while True: time.sleep(0.1)"
+    )
+    launcher = started(tmp_path, code)
+    launcher.send_signal(signal.SIGUSR1)
+    assert {launcher.stdout.readline() for _ in range(2)} == {"[0] asked\n", "[1] asked\n"}
+    launcher.terminate()
+    launcher.communicate(timeout=20)
+    assert launcher.returncode == 42
 
 
 def test_ranks_go_on_when_nobody_reads_what_they_print_any_more(tmp_path):

@@ -21,10 +21,11 @@ from step_jax.models.layers.initialisation import FanIn
 from step_jax.models.text.facts import with_vocabulary
 from step_jax.runs.metrics_log import read_metrics
 from step_jax.runs.plots import plot_groups
-from step_jax.trainers import ablation
-from step_jax.trainers.ablation import Search, collect, load_variants, run_ablation
+from step_jax.trainers import ablation, variants
+from step_jax.trainers.ablation import collect, load_variants, run_ablation
 from step_jax.trainers.ablation_table import Ablation, Row, Times, Tried, difference
 from step_jax.trainers.ablation_times import decoding_turn, filled_cache, in_turns, measure
+from step_jax.trainers.variants import Values
 from step_jax.training.step import DivergedError
 from tests.models import small
 from tests.trainers.loops import on_devices
@@ -243,11 +244,11 @@ def one_device():
 def test_trains_what_is_missing(recipes, tmp_path, capsys, monkeypatch):
     runs, started = tmp_path / "runs", []
 
-    def counted(config, train=ablation.pretrain.run):
+    def counted(config, train=variants.pretrain.run):
         started.append(Path(config.run.directory).relative_to(runs).as_posix())
         return train(config)
 
-    monkeypatch.setattr(ablation.pretrain, "run", counted)
+    monkeypatch.setattr(variants.pretrain, "run", counted)
     argv = ["ablate", str(recipes), "--seeds", "1", "--reference", "mha", "--rounds", "0"]
     assert cli.main(argv) == 0
     assert started == ["mfa/seed_0", "mha/seed_0"]
@@ -323,15 +324,15 @@ def test_variants_may_differ_in_any_other_part(recipes):
 
 
 def test_a_search_loads_a_variant_for_each_value(recipes):
-    search = Search.parse("optimizer.learning-rate=1e-2,3e-3")
-    assert search == Search("optimizer.learning_rate", ("3e-3", "1e-2"))
+    search = Values.parse("optimizer.learning-rate=1e-2,3e-3", "--search")
+    assert search == Values("optimizer.learning_rate", ("3e-3", "1e-2"))
     plan = load_variants([recipes], search=search)
     rates = {v: c.optimizer.learning_rate for v, c in plan.variants["mha"].items()}
     assert rates == {"3e-3": 3e-3, "1e-2": 1e-2}
     directory = plan.of_seed("mha", "3e-3", 1).run.directory
     assert directory.endswith("runs/mha/learning_rate_3e-3/seed_1")
     with pytest.raises(ConfigError, match=r"\(training.steps 3\) .* differ in their tokens"):
-        load_variants([recipes], search=Search.parse("training.steps=3,4"))
+        load_variants([recipes], search=Values.parse("training.steps=3,4", "--search"))
 
 
 def losses_of(monkeypatch, loss):
@@ -345,8 +346,8 @@ def losses_of(monkeypatch, loss):
         known[config.run.directory] = loss(variant, rate, seed)
         return {"nll": known[config.run.directory]}
 
-    monkeypatch.setattr(ablation.pretrain, "run", train)
-    monkeypatch.setattr(ablation, "finished", lambda config: known.get(config.run.directory))
+    monkeypatch.setattr(variants.pretrain, "run", train)
+    monkeypatch.setattr(variants, "finished", lambda config: known.get(config.run.directory))
     monkeypatch.setattr(ablation, "_looks", lambda run: ({}, {}))
     monkeypatch.setattr(Ablation, "plot", lambda self, out: out)
     return trained
@@ -355,7 +356,7 @@ def losses_of(monkeypatch, loss):
 def test_each_variant_gets_the_best_of_its_own_values(recipes, tmp_path, monkeypatch):
     best = {"mfa": 3e-3, "mha": 1e-2}
     trained = losses_of(monkeypatch, lambda name, rate, seed: abs(rate - best[name]) + seed)
-    search = Search.parse("optimizer.learning_rate=1e-3,3e-3,1e-2")
+    search = Values.parse("optimizer.learning_rate=1e-3,3e-3,1e-2", "--search")
     (tmp_path / "runs").mkdir()
     result = run_ablation([recipes], (0, 1), search=search, say=lambda line: None)
     assert len(trained) == 2 * 3 + 2  # seed 0 of the best is there already
@@ -378,7 +379,7 @@ def test_a_search_goes_on_without_a_value_that_diverges(recipes, tmp_path, monke
         return rate
 
     trained = losses_of(monkeypatch, loss)
-    search = Search.parse("optimizer.learning_rate=1e-3,1")
+    search = Values.parse("optimizer.learning_rate=1e-3,1", "--search")
     (tmp_path / "runs").mkdir()
     for _ in range(2):  # what diverged is not tried again
         mfa, mha = run_ablation([recipes], (0,), search=search, say=lambda line: None).rows
@@ -387,7 +388,7 @@ def test_a_search_goes_on_without_a_value_that_diverges(recipes, tmp_path, monke
 
 
 def test_a_search_that_is_not_finished_chooses_nothing(recipes):
-    search = Search.parse("optimizer.learning_rate=1e-3,3e-3")
+    search = Values.parse("optimizer.learning_rate=1e-3,3e-3", "--search")
     mfa, _ = collect([recipes], (0, 1), search=search).rows
     assert mfa.nll == {} and mfa.tried.best is None and not mfa.tried.border
 
@@ -414,7 +415,7 @@ def test_the_first_look_back_is_found_in_the_evaluations(recipes, tmp_path):
 
 def test_a_text_that_was_changed_between_runs_is_noticed(recipes, tmp_path, monkeypatch):
     losses_of(monkeypatch, lambda *of: 1.0)
-    monkeypatch.setattr(ablation, "finished", lambda config: 1.0)
+    monkeypatch.setattr(variants, "finished", lambda config: 1.0)
     for name, checksum in (("mfa", "1"), ("mha", "2")):
         folder = tmp_path / "runs" / name / "seed_0" / "heldout"
         folder.mkdir(parents=True)
@@ -458,8 +459,8 @@ def test_two_variants_of_one_name(recipes):
         (["{recipes}", "--seeds", "0"], "at least 1"),
         (["{recipes}", "--seeds", "x"], "--help"),
         (["{recipes}", "--rounds", "-1"], "0 or more"),
-        (["{recipes}", "--search", "optimizer.learning_rate"], "write KEY=NUMBER,NUMBER"),
-        (["{recipes}", "--search", "optimizer.learning_rate=1e-3"], "two or more numbers"),
+        (["{recipes}", "--search", "optimizer.learning_rate"], "write KEY=VALUE,VALUE"),
+        (["{recipes}", "--search", "optimizer.learning_rate=1e-3"], "two or more values"),
         (["{recipes}", "--search", "optimizer.rate=1e-3,2e-3"], "unknown option --optimizer.rate"),
         (["{recipes}", "--reference", "gqa"], "no variant is named gqa; there are mfa, mha"),
         (["{recipes}", "--training.stepz", "3"], "did you mean"),

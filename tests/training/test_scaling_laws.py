@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 
 from step_jax.core.errors import ConfigError
@@ -57,3 +60,55 @@ def test_extrapolation_is_said():
 def test_bad_input(arguments):
     with pytest.raises(ConfigError, match="positive"):
         laws.step_law_learning_rate(*arguments)
+
+
+# --- laws of one's own runs -----------------------------------------------------------------------
+
+
+def test_the_best_rate_lies_between_those_that_were_tried():
+    rates = [1e-3, 3e-3, 1e-2]
+    losses = [2 + math.log(rate / 4e-3) ** 2 for rate in rates]
+    assert laws.best_value(rates, losses) == pytest.approx(4e-3)
+    assert laws.best_value(rates, [3.0, 2.0, 1.0]) == 1e-2  # beyond it nothing is known
+    assert laws.best_value(rates, [3.0, 2.0, math.inf]) == 3e-3
+
+
+def test_a_power_law_is_found_in_its_values():
+    points = [(n, d) for n in (60e6, 215e6, 1e9) for d in (2e9, 100e9)]
+    rates = [laws.step_law_learning_rate(*point) for point in points]
+    assert laws.fit_power_law(points, rates) == pytest.approx([1.79, -0.713, 0.307])
+
+
+@pytest.mark.parametrize("points", [[(1, 2), (2, 4)], [(1, 2), (1, 3), (1, 4)]])
+def test_a_power_law_that_is_not_fixed_is_refused(points):
+    with pytest.raises(ConfigError, match="do not fix 3 numbers"):
+        laws.fit_power_law(points, [1.0] * len(points))
+
+
+#: what Besiroglu et al. (arXiv 2404.10102) found in the runs of Hoffmann et al.
+CHINCHILLA = laws.ScalingLaw(1.8172, 482.01, 0.3478, 2085.43, 0.3658)
+
+
+def test_a_scaling_law_is_found_in_noisy_losses():
+    sizes, lengths = np.geomspace(5e7, 1.6e10, 7), np.geomspace(1e9, 5e11, 7)
+    runs = [(n, d) for n in sizes for d in lengths]
+    noise = np.random.default_rng(0).normal(0, 1e-3, len(runs))
+    losses = [CHINCHILLA.loss(n, d) * math.exp(e) for (n, d), e in zip(runs, noise, strict=True)]
+    losses[3] *= 1.2  # one run went wrong, which Huber's loss forgives
+    law = laws.fit_scaling_law(*zip(*runs, strict=True), losses)
+    assert law.floor == pytest.approx(CHINCHILLA.floor, rel=0.01)
+    assert (law.alpha, law.beta) == pytest.approx((CHINCHILLA.alpha, CHINCHILLA.beta), rel=0.03)
+
+
+def test_the_best_size_for_a_budget_has_the_lowest_loss():
+    flops = 5.76e23  # of Chinchilla: 70e9 parameters and 1.4e12 tokens
+    best = CHINCHILLA.best_parameters(flops)
+    assert 50e9 < best < 90e9
+    losses = [CHINCHILLA.loss(best * x, flops / (6 * best * x)) for x in (0.9, 1.0, 1.1)]
+    assert min(losses) == losses[1]
+
+
+@pytest.mark.parametrize("runs", [[(1, 1)] * 4, [(1, d) for d in range(1, 8)]])
+def test_a_scaling_law_that_is_not_fixed_is_refused(runs):
+    with pytest.raises(ConfigError, match="five or more, with two or more of each"):
+        laws.fit_scaling_law(*zip(*runs, strict=True), [1.0] * len(runs))
