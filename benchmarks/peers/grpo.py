@@ -44,6 +44,7 @@ from step_jax.models.layers.attention import MHA
 from step_jax.models.layers.initialisation import Fixed
 from step_jax.models.layers.mlp import SwiGLU
 from step_jax.models.layers.norm import RMSNorm
+from step_jax.models.layers.positions import Rope
 from step_jax.models.text.decoder import Block, Decoder, Group
 from step_jax.tokenizers.huggingface import character_tokenizer
 
@@ -52,7 +53,8 @@ PHASES = {"rollout": "rollout", "learning": "rest of the step", "": "whole step"
 
 
 def decoder(a: argparse.Namespace) -> Decoder:
-    attention = MHA(a.heads, a.head_dim, kv_heads=a.kv_heads, qk_norm=RMSNorm())
+    rope = Rope(1e6)  # of Tunix's Qwen3 whatever its configuration says
+    attention = MHA(a.heads, a.head_dim, a.kv_heads, qk_norm=RMSNorm(), position=rope)
     block = Block(attention, SwiGLU(a.hidden))
     groups = (Group(a.layers, (block,)),)
     return Decoder(a.width, groups, len(grpo_task.CHARACTERS), init=Fixed(0.05))  # no head of zeros

@@ -41,6 +41,7 @@ def settings(folder: str) -> trl.GRPOConfig:
         max_completion_length=shape["new"],
         temperature=1.0,
         beta=shape["kl"],
+        use_bias_correction_kl=False,  # DeepSeek-V3.2's KL, times the ratio, is another objective
         epsilon=0.2,
         loss_type="grpo",
         learning_rate=shape["rate"],
