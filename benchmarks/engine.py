@@ -31,6 +31,7 @@ from step_jax.inference.requests import MARKS, Request
 from step_jax.inference.sampling import SamplingConfig
 from step_jax.models.context import Context, Execution
 from step_jax.models.layers.attention import MFA, MHA, MLA
+from step_jax.models.layers.initialisation import Fixed
 from step_jax.models.layers.mlp import SwiGLU
 from step_jax.models.text.decoder import Block, Decoder, Group
 from step_jax.models.tokens import Tokens
@@ -42,7 +43,8 @@ EXECUTION = Execution(dtype="float32")
 
 
 def decoder(attention, width: int = 128, depth: int = 2, vocab: int = 512) -> Decoder:
-    return Decoder(width, (Group(depth, (Block(attention, SwiGLU(2 * width)),)),), vocab)
+    groups = (Group(depth, (Block(attention, SwiGLU(2 * width)),)),)
+    return Decoder(width, groups, vocab, init=Fixed(0.05))  # a head of zeros would hide all gaps
 
 
 def requests(count: int) -> list[Request]:

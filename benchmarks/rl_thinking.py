@@ -1,6 +1,6 @@
 """Thinking that pays: longer answers in training, and ways to spend tokens on a question.
 
-    python benchmarks/rl_thinking.py [--only lengths | rounds] [--seeds 0 1 2]
+    python benchmarks/rl_thinking.py [--only lengths] [--seeds 0 1 2]
 
 Needs ``runs/rl_texts`` and ``runs/rl_base``, which it makes (`rl_from_scratch.py`). Then
 

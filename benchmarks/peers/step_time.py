@@ -42,7 +42,8 @@ class Contender:
         }
         environment["PYTHONPATH"] = str(ROOT)
         command = [python, str(WORKERS / worker), json.dumps(shape)]
-        cpus = sorted(os.sched_getaffinity(0))[: shape["threads"]]
+        cpus = sorted(all_cpus := os.sched_getaffinity(0))[-shape["threads"] :]
+        os.sched_setaffinity(0, cpus)  # is inherited
         self.process = subprocess.Popen(
             command,
             env=environment,
@@ -50,8 +51,8 @@ class Contender:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL if log is None else (log / f"{name}.log").open("w"),
-            preexec_fn=lambda: os.sched_setaffinity(0, cpus),
         )
+        os.sched_setaffinity(0, all_cpus)
         self.about = self._answer()
 
     def _answer(self) -> dict:
@@ -67,7 +68,8 @@ class Contender:
         self.process.stdin.write(f"{steps}\n")
         self.process.stdin.flush()
         answer = self._answer()
-        self.results.append(answer | {"wall": answer["wall"] / steps, "cpu": answer["cpu"] / steps})
+        whole = {"peak_mb": answer.pop("peak_mb")}
+        self.results.append({key: value / steps for key, value in answer.items()} | whole)
 
     def median(self, key: str) -> float:
         return statistics.median(r[key] for r in self.results)

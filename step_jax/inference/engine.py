@@ -291,8 +291,8 @@ class _Run:
         steps, leave = engine.chunk, slots
         if self.budget is not None:
             steps = min(steps, -(-(self.budget - self.stats.tokens) // len(self.texts)))
-        if more:  # requests wait: a sixteenth of the slots is admitted at once
-            leave = max(1, slots // 16)
+        if more:  # requests wait: a look at few slots costs more than two of them being idle
+            leave = max(1, min(2, slots // 8), slots // 16)
         thinking = any(text.request.thought is not None for text in self.texts.values())
         self.slots, written = self.programs.advance(
             self.params, self.slots, np.int32(steps), np.int32(leave),

@@ -15,6 +15,7 @@ import functools
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from step_jax.models.context import Context
@@ -78,15 +79,18 @@ def attend(
     sharding = ctx.sharding
     bias = alibi(position)
     q_BTNH = ctx.constrain(q_BTNH, "batch", "sequence", "heads", None)
+    kv_places_BS = kv_positions_BS
     if k_BSKH.ndim == 5:
         o_BTNV = _decoded(q_BTNH, k_BSKH, v_BSKV, ctx, scale, window, position)
         if o_BTNV is not None:
             return ctx.constrain(o_BTNV, "batch", "sequence", "heads", None)
         k_BSKH = k_BSKH[ctx.layer]
         v_BSKV = None if v_BSKV is None else v_BSKV[ctx.layer]
+        if window is None:  # no ring: slot s of every row holds place s, and one turn does for all
+            kv_places_BS = jnp.arange(k_BSKH.shape[1])[None]
     k_BSKH = k_BSKH.astype(q_BTNH.dtype)
     if v_BSKV is None:
-        v_BSKV, k_BSKH = k_BSKH, rotate(position, k_BSKH, kv_positions_BS[..., None])
+        v_BSKV, k_BSKH = k_BSKH, rotate(position, k_BSKH, kv_places_BS[..., None])
     v_BSKV = v_BSKV.astype(q_BTNH.dtype)
     mask = ctx.mask(kv_positions_BS, window)
     if ctx.observe is not None:
