@@ -30,6 +30,24 @@ PODS = {
 }
 
 
+HEAD = """# Step's models on pods
+
+`python -m benchmarks.step_family_plans > benchmarks/step_family_plans.md` prints this page. Nothing
+here has been run on an accelerator: times are forecasts (`docs/planning.md`) from work that is
+estimated from shapes, with the range that two thirds of published runs stayed within. A row that
+says `compiler` is the recipe's own mesh, whose step was compiled (`tests/planning/golden`): its
+memory, and that it fits, are the compiler's word. A row that says `estimate` is the best of
+`step-jax plan RECIPE --topology NAME --search`, not compiled: estimates of memory were within 10 %
+of compiled steps (`benchmarks/plan_search.md`), and the search fills nine tenths of a device at
+most. Tokens, rows and dimensions are those of the recipes, which say what of them was published.
+Days are of the whole run without stops; a tpu7x chip is two devices."""
+
+COLUMNS = (
+    "pod", "mesh", "memory of a device (whose word)", "step, s (range)", "tokens/s/chip", "MFU",
+    "days", "chip-hours",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Row:
     """A mesh of a recipe on a topology; see ``search.Proposal`` for its figures.
@@ -49,7 +67,8 @@ class Row:
         p, nbytes = self.found, self.compiled or self.found.nbytes
         word = "estimate" if self.compiled is None else "compiler"
         if nbytes > self.limit:
-            return f"| {self.pod} | {p.flags} | none fits ({nbytes / 1e9:.0f} GB, {word}) |||||||"
+            need = f"{nbytes / 1e9:.0f} of {self.limit / 1e9:.0f} GB ({word})"
+            return f"| {self.pod} | none fits: the least takes | {need} | | | | | |"
         mesh = " ".join(f"{a} {n}" for a, n in p.config.parallel.sizes().items() if n > 1)
         training = p.config.training
         hours = p.days * 24 * self.chips
@@ -93,11 +112,12 @@ def page() -> Iterator[str]:
     yield HEAD
     for recipe, pods in PODS.items():
         path = ROOT / "configs" / f"{recipe}.yaml"
-        training = load_config(pretrain.Config, [str(path)]).config.training
-        yield f"\n## {recipe}, {si(training.tokens)} tokens, {training.batch_size:,} rows a step\n"
-        yield "| pod | mesh | memory of a device (whose word) | step, s (range) | tokens/s/chip | MFU "
-        yield "| days | chip-hours |"
-        yield "|---|---|---|---|---|---|---|---|"
+        config = load_config(pretrain.Config, [str(path)]).config
+        training = config.training
+        step = f"{training.batch_size:,} rows of {config.data.sequence_length:,}"
+        yield f"\n## {recipe}: {si(training.tokens)} tokens, {step} a step\n"
+        yield f"| {' | '.join(COLUMNS)} |"
+        yield "|---" * len(COLUMNS) + "|"
         for pod in pods:
             print(recipe, pod, file=sys.stderr, flush=True)
             yield from (row.text() for row in rows_of(recipe, pod))

@@ -154,6 +154,9 @@ def train_flops(model: Decoder, length: int) -> float:
 #: Bytes of float32, in which a mixture that gathers all tokens sums them, and how many of such
 #: arrays lie in memory at a time: by the compiled steps of ``tests/planning/golden``.
 _FLOAT32, _OF_GATHERED = 4, 4.5
+#: Arrays of a token's width in float32 that a layer keeps without remat, by a compiled step of a
+#: dense model (``benchmarks/plan_search.py``).
+_IN_FLOAT32 = 6
 
 
 def _buffer_rows(b: Layer, case: Case) -> float:
@@ -233,17 +236,24 @@ def _groups(case: Case) -> list[list[Layer]]:
     return list(found.values())
 
 
+def _kept(b: Layer, case: Case) -> float:
+    """Bytes of a device that wait for a layer's backward pass beside its input.
+
+    Without remat its gathered matrices do too, and what its norms and sums have in float32.
+    """
+    remat, tokens = case.execution.remat, _local_tokens(case)
+    if remat == "none":
+        floats = _IN_FLOAT32 * case.model.width * _FLOAT32
+        return tokens * (_residual(b, case) + floats) + b.nbytes
+    return tokens * b.kept_dots * _itemsize(case) if remat == "dots" else 0.0
+
+
 def _activations(case: Case) -> float:
     """Bytes that wait for the backward pass: of every turn its input and what remat keeps."""
-    remat, total = case.execution.remat, 0.0
+    total, first = 0.0, _local_tokens(case) * case.model.width * _itemsize(case)
     for group in _groups(case):
-        kept = case.model.width * _itemsize(case)
-        if remat == "dots":
-            kept += sum(b.kept_dots for b in group) * _itemsize(case)
-        if remat == "none":
-            kept += sum(_residual(b, case) for b in group)
-        total += group[0].repeat * kept
-    return total * _local_tokens(case)
+        total += group[0].repeat * (first + sum(_kept(b, case) for b in group))
+    return total
 
 
 def _temporaries(case: Case) -> float:
@@ -313,6 +323,9 @@ _OVER_WIDTH, _OVER_INPUT, _OVER_LOGITS = 5.5, 2.0, 2.0
 _OVER_QUERIES, _OVER_GATED = (5.0, 7.0), (3.0, 5.0)
 _OVER_SENT, _OVER_ASSIGNED = (5.0, 12.0), (3.0, 9.0)
 _OVER_ROWS, _OVER_HIDDEN = (0.0, 6.0), (3.0, 5.0)
+#: Remat policy -> times that what it keeps is moved: written by the product that makes it and read,
+#: or copied to its place as well.
+_OVER_KEPT = {"none": 2.7, "dots": 2.0, "full": 0.0}
 #: Arrays that an element-wise pass has at a time, and the share of on-chip memory that is theirs.
 _AT_A_TIME, _OF_VMEM = 3, 0.75
 #: Of a gated MLP's three products the last is not computed again: no gradient needs it.
@@ -344,6 +357,8 @@ def work(case: Case) -> dict[tuple[str, str], float]:
             found[layer, kind] += b.repeat * share * passes * flops * stretch
         for layer, nbytes in _moved(b, case).items():
             found[layer, "elementwise"] += b.repeat * case.local_tokens * nbytes * stretch
+        kept = case.accumulation * b.repeat * _kept(b, case)
+        found["rest", "elementwise"] += _OVER_KEPT[remat] * kept * stretch
     logits = model.vocab / case.sharding.size("tensor") * 4
     per_layer = (b.repeat * sum(dict(b.flops).values()) for b in stacks)
     cores = (b.repeat * attention_core_flops(b.block, case.sequence) for b in stacks)

@@ -1,0 +1,103 @@
+"""Rules of the estimates, and the estimates beside compiled steps that are kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import plan_search
+from step_jax.core.command_line import load_config
+from step_jax.planning import estimate, topology
+from step_jax.planning.collectives import PART_OF
+from step_jax.planning.compiled import program_for, resolved
+from step_jax.trainers import pretrain
+from tests.planning.test_search import RECIPE
+
+
+@pytest.fixture
+def case_on(tmp_path):
+    """(topology, flags) -> the case of the small mixture."""
+
+    def make(name: str, *flags: str) -> estimate.Case:
+        path = tmp_path / "mixture.yaml"
+        path.write_text(RECIPE)
+        at = topology.parse(name)
+        config = resolved(load_config(pretrain.Config, [str(path), *flags]).config, at.count)
+        case = estimate.case_of(program_for(pretrain, config, at), config.execution)
+        assert case is not None
+        return case
+
+    return make
+
+
+@pytest.mark.usefixtures("topology")
+def test_arrays_that_stay_on_chip_cost_no_traffic(case_on):
+    small = estimate.work(case_on("v5e:2x4"))
+    large = estimate.work(case_on("v5e:2x4", "--training.batch_size", "8192"))
+    assert small["experts", "elementwise"] == small["attention", "elementwise"] == 0
+    assert small["rest", "elementwise"] > 0  # every layer's input waits in main memory
+    for layer in ("experts", "attention"):
+        assert large[layer, "elementwise"] > 0
+    assert large["experts", "experts"] == 128 * small["experts", "experts"]
+
+
+@pytest.mark.usefixtures("topology")
+def test_layers_that_are_run_again_together_lie_in_memory_together(case_on):
+    case = case_on("v5e:2x4", "--training.batch_size", "1024")
+    (group,) = case.model.trunk.groups
+    pair = replace(group, repeat=group.repeat // 2, blocks=group.blocks * 2)
+    trunk = replace(case.model.trunk, groups=(pair,))
+    model = replace(case.model, layers=trunk.groups)
+    alone, paired = estimate.memory(case), estimate.memory(replace(case, model=model))
+    assert paired["temporaries"] > 1.5 * alone["temporaries"]
+    assert paired["activations"] == alone["activations"] / 2  # of two layers the first one's input
+
+
+@pytest.mark.usefixtures("topology")
+def test_gradients_of_one_microbatch_are_not_summed_first(case_on):
+    one, four = (case_on("v5e:2x4", "--training.accumulation", n) for n in ("1", "4"))
+    trained = one.held.trained
+    assert estimate.memory(one)["gradients"] == 0.5 * trained
+    assert estimate.memory(four)["gradients"] == 1.5 * trained
+
+
+@pytest.mark.usefixtures("topology")
+def test_sums_over_a_folded_axis_go_in_pieces(case_on):
+    at = topology.parse("v5p:2x2x2")
+    flat = case_on("v5p:2x2x2", "--parallel.expert", "1")
+    pieces = [c for c in estimate.sent(flat, at) if c.axes == PART_OF + "fsdp"]
+    assert sorted(len(c.group) for c in pieces) == [2, 4]
+    cut = case_on("v5p:2x2x2", "--parallel.expert", "4")  # two devices are not folded
+    assert not any(c.group for c in estimate.sent(cut, at))
+
+
+# --- Beside compiled steps -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return {name: plan_search.rows_of(name) for name in plan_search.MODELS}
+
+
+def test_ranks_of_equal_values_are_shared():
+    assert plan_search.spearman([1, 2, 3], [10, 30, 20]) == pytest.approx(0.5)
+    assert plan_search.spearman([1, 1, 2], [5, 5, 9]) == pytest.approx(1.0)
+
+
+@pytest.mark.usefixtures("topology")
+def test_estimates_order_meshes_as_compiled_steps_do(rows):
+    assert sum(map(len, rows.values())) >= 20
+    for name, found in rows.items():
+        run = [row for row in found if row.fits]
+        order = plan_search.spearman(
+            [r.seconds for r in run], [r.compiled_seconds for r in run]
+        )
+        assert order >= 0.9, name
+
+
+@pytest.mark.usefixtures("topology")
+def test_estimated_memory_is_within_a_tenth_of_the_compilers(rows):
+    for found in rows.values():
+        for row in found:
+            assert row.nbytes == pytest.approx(row.compiled_nbytes, rel=0.1), row.words
