@@ -236,12 +236,20 @@ def _groups(case: Case) -> list[list[Layer]]:
     return list(found.values())
 
 
+def _tokens_at_a_time(b: Layer, case: Case) -> float:
+    """Tokens on a device that a layer computes together: of a pipeline those of its microbatch."""
+    if not b.pipelined:
+        return _local_tokens(case)
+    pieces, _ = bubble(case.rows, case.accumulation, case.sharding)
+    return _local_tokens(case) * case.sharding.size(pipeline.AXIS) / pieces
+
+
 def _kept(b: Layer, case: Case) -> float:
     """Bytes of a device that wait for a layer's backward pass beside its input.
 
     Without remat its gathered matrices do too, and what its norms and sums have in float32.
     """
-    remat, tokens = case.execution.remat, _local_tokens(case)
+    remat, tokens = case.execution.remat, _tokens_at_a_time(b, case)
     if remat == "none":
         floats = _IN_FLOAT32 * case.model.width * _FLOAT32
         return tokens * (_residual(b, case) + floats) + b.nbytes
@@ -250,16 +258,35 @@ def _kept(b: Layer, case: Case) -> float:
 
 def _activations(case: Case) -> float:
     """Bytes that wait for the backward pass: of every turn its input and what remat keeps."""
-    total, first = 0.0, _local_tokens(case) * case.model.width * _itemsize(case)
+    total = 0.0
     for group in _groups(case):
-        total += group[0].repeat * (first + sum(_kept(b, case) for b in group))
+        first = _tokens_at_a_time(group[0], case) * case.model.width * _itemsize(case)
+        turn, turns = first + sum(_kept(b, case) for b in group), group[0].repeat
+        if group[0].pipelined:
+            turns, inputs = _of_a_pipeline(group[0], case)
+            total += inputs * first
+        total += turns * turn
     return total
+
+
+def _of_a_pipeline(b: Layer, case: Case) -> tuple[float, float]:
+    """(turns that wait for the backward pass at a time, inputs of stages beside them).
+
+    With remat a stage is run again before its layers are, so that the turns of one wait, and of
+    every step what the stage was handed; the rows themselves are there once more, see the carousel.
+    """
+    stages, rounds = case.sharding.size(pipeline.AXIS), case.sharding.rounds
+    pieces, _ = bubble(case.rows, case.accumulation, case.sharding)
+    steps, layers = pipeline.steps(stages, rounds, pieces), b.repeat / (stages * rounds)
+    sets = pieces / stages + 1
+    return (layers * steps, sets) if case.execution.remat == "none" else (layers, steps + sets)
 
 
 def _temporaries(case: Case) -> float:
     """Bytes of a turn's backward pass, or of the head if that takes more."""
-    tokens, turns = _local_tokens(case), []
+    turns = []
     for group in _groups(case):
+        tokens = _tokens_at_a_time(group[0], case)
         again = 0.0
         if case.execution.remat != "none":  # what its layers keep is there again for all of them
             again = sum(_residual(b, case) for b in group)
@@ -357,8 +384,8 @@ def work(case: Case) -> dict[tuple[str, str], float]:
             found[layer, kind] += b.repeat * share * passes * flops * stretch
         for layer, nbytes in _moved(b, case).items():
             found[layer, "elementwise"] += b.repeat * case.local_tokens * nbytes * stretch
-        kept = case.accumulation * b.repeat * _kept(b, case)
-        found["rest", "elementwise"] += _OVER_KEPT[remat] * kept * stretch
+        times = case.accumulation * b.repeat * _local_tokens(case) / _tokens_at_a_time(b, case)
+        found["rest", "elementwise"] += _OVER_KEPT[remat] * times * _kept(b, case) * stretch
     logits = model.vocab / case.sharding.size("tensor") * 4
     per_layer = (b.repeat * sum(dict(b.flops).values()) for b in stacks)
     cores = (b.repeat * attention_core_flops(b.block, case.sequence) for b in stacks)
@@ -377,17 +404,18 @@ def _moved(b: Layer, case: Case) -> dict[str, float]:
     Arrays that lie in on-chip memory beside each other cost nothing.
     """
     itemsize, D = _itemsize(case), case.model.width
-    again = case.execution.remat != "none"
+    again, tokens = case.execution.remat != "none", _tokens_at_a_time(b, case)
 
     def moved(numbers: float, times: tuple[float, float]) -> float:
         forward, backward = times
-        return 0.0 if _stays(numbers, case) else numbers * (forward * (1 + again) + backward)
+        stays = _stays(numbers * tokens, case)
+        return 0.0 if stays else numbers * (forward * (1 + again) + backward)
 
     found = {"attention": moved(b.heads.queries + b.heads.keys, _OVER_QUERIES)}
     if getattr(b.block.attention, "output_gate", False):
         found["attention"] += moved(b.heads.outputs, _OVER_GATED)
     passes = 3 + again
-    found["rest"] = passes * D * (_OVER_INPUT if _stays(D, case) else _OVER_WIDTH)
+    found["rest"] = passes * D * (_OVER_INPUT if _stays(D * tokens, case) else _OVER_WIDTH)
     if b.experts is not None:
         rows, sends = _buffer_rows(b, case), _sends_rows(b.experts, case)
         found["experts"] = moved(rows * b.expert_hidden, _OVER_HIDDEN)
@@ -398,12 +426,12 @@ def _moved(b: Layer, case: Case) -> dict[str, float]:
 
 
 def _stays(numbers: float, case: Case) -> bool:
-    """Whether an array of so many numbers of a token stays on chip between two passes over it."""
-    chip = from_device_kind(case.sharding.mesh.devices.flat[0].device_kind)
-    if chip is None or case.sharding.mesh.devices.flat[0].platform != "tpu":
+    """Whether an array of so many numbers stays on chip between two passes over it."""
+    device = case.sharding.mesh.devices.flat[0]
+    chip = from_device_kind(device.device_kind)
+    if chip is None or device.platform != "tpu":
         return False
-    nbytes = numbers * _itemsize(case) * _local_tokens(case)
-    return _AT_A_TIME * nbytes <= _OF_VMEM * chip.vmem_bytes
+    return _AT_A_TIME * numbers * _itemsize(case) <= _OF_VMEM * chip.vmem_bytes
 
 
 def _computed_core(block: Block, length: int) -> float:
@@ -478,7 +506,8 @@ def sent(case: Case, topology: Topology) -> list[Traffic]:
             send(others, turns * w.nbytes / sharding.size(*w.gathered), 2)
         x = b.repeat * local_BT * stretch
         send(("context",), x * b.keys * sharding.size("context"), forwards + 1)
-        send(("tensor",), x * D * itemsize, 2 * (3 + forwards))  # the last sum is not made again
+        sums = 3 + forwards - (remat == "dots")  # the last is not made again, dots keeps the other
+        send(("tensor",), x * D * itemsize, 2 * sums)
         if b.experts is not None:
             nbytes = x * D * itemsize
             kind, nbytes = _exchanged(b.experts, nbytes, case, forwards)
