@@ -37,7 +37,7 @@ COMPILED = Path(__file__).parent / "published" / "plan_search.json"
 NEAR = 0.85
 #: Of a plan, what is kept.
 KEPT = (
-    "mesh", "remat", "accumulation", "memory", "memory_compiler", "memory_limit", "overflow",
+    "mesh", "remat", "accumulation", "memory", "memory_compiler", "memory_limit",
     "flops", "layers", "network_s", "bound_s", "versions",
 )  # fmt: skip
 
@@ -181,6 +181,7 @@ def planned(model: Model, words: str) -> tuple[Any, float]:
     the device's memory or above it is compiled to the end, for the compiler's word.
     """
     from step_jax.planning import compiled, plan, topology
+    from step_jax.planning.memory import out_of_memory
     from step_jax.trainers import pretrain
 
     config, at = config_of(model, words), topology.parse(model.topology)
@@ -192,7 +193,7 @@ def planned(model: Model, words: str) -> tuple[Any, float]:
     if not texts[0]:
         raise SystemExit(f"{words}: the compiler left no program to read:\n{error[-2000:]}")
     seconds = time.monotonic() - start
-    overflow = "" if memory_error(error) is None else error
+    overflow = "" if out_of_memory(error) is None else error[error.index("RESOURCE_EXHAUSTED") :]
     found = compiled.Compiled(*texts, 0.0, None, seconds, overflow, program)
     return plan.take_stock(config, at, found), seconds
 
@@ -219,13 +220,6 @@ def _reserved(folder: Path) -> float:
     texts = (path.read_text(encoding="utf-8") for path in found)
     totals = (sum(a.nbytes for a in parse_assignment(text, "")[0]) for text in texts)
     return max(totals, default=math.inf)
-
-
-def memory_error(text: str) -> Any:
-    """What a compiler's error says of memory; None if it is no such error."""
-    from step_jax.planning.memory import out_of_memory
-
-    return out_of_memory(text)
 
 
 def compile_one(name: str, words: str, folder: str) -> None:
@@ -348,10 +342,10 @@ def _table(name: str, rows: list[Row]) -> list[str]:
 
 
 def _figures(rows: list[Row]) -> str:
-    # the program of a step that does not fit is none that the compiler would run
+    # one that does not fit was made smaller, by computing more again, until the compiler gave up
     run = [row for row in rows if row.fits]
     order = spearman([r.seconds for r in run], [r.compiled_seconds for r in run])
-    memory = np.abs(errors((r.nbytes, r.compiled_nbytes) for r in rows))
+    memory = np.abs(errors((r.nbytes, r.compiled_nbytes) for r in run))
     seconds = np.abs(errors((r.seconds, r.compiled_seconds) for r in run))
     right = sum(row.fits == row.may_fit for row in rows)
     return (
