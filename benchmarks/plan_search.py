@@ -141,10 +141,10 @@ def config_of(model: Model, words: str = "") -> Any:
 
 
 def cases(names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(model, words) of all that is to be compiled: its meshes, and what its search would take."""
-    for name in names:
-        yield from ((name, words) for words in MODELS[name].meshes)
-        yield from ((name, words) for words in best_of_search(MODELS[name]))
+    """(model, words) of all that is to be compiled: what the searches would take comes first."""
+    names = list(names)
+    yield from ((name, words) for name in names for words in best_of_search(MODELS[name]))
+    yield from ((name, words) for name in names for words in MODELS[name].meshes)
 
 
 def best_of_search(model: Model) -> list[str]:
