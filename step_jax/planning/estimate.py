@@ -33,6 +33,7 @@ from step_jax.planning.collectives import BETWEEN_SLICES, PART_OF, Traffic
 from step_jax.planning.compiled import extent
 from step_jax.planning.layers import PRODUCTS
 from step_jax.planning.topology import Topology, crosses_slices
+from step_jax.planning.topology import along as devices_along
 from step_jax.training.learner import Learner, Learning
 from step_jax.training.program import Program
 from step_jax.training.state import state_shardings
@@ -261,7 +262,7 @@ def _activations(case: Case) -> float:
     total = 0.0
     for group in _groups(case):
         first = _tokens_at_a_time(group[0], case) * case.model.width * _itemsize(case)
-        turn, turns = first + sum(_kept(b, case) for b in group), group[0].repeat
+        turn, turns = first + sum(_kept(b, case) for b in group), float(group[0].repeat)
         if group[0].pipelined:
             turns, inputs = _of_a_pipeline(group[0], case)
             total += inputs * first
@@ -468,6 +469,10 @@ def sent(case: Case, topology: Topology) -> list[Traffic]:
         n = sharding.size(*axes)
         bytes_by["all-gather", axes, ()] += round_trips * nbytes * (n - 1) / n
 
+    @functools.cache
+    def adds_up(axes: Axes) -> bool:
+        return len(axes) > 0 and fold(devices_along(sharding.mesh, axes), sharding.mesh.size) > 1
+
     def scatter(axis: str, nbytes: float):
         for group in pieces_of_fsdp if axis == "fsdp" else ():
             n = len(group)
@@ -499,9 +504,8 @@ def sent(case: Case, topology: Topology) -> list[Traffic]:
             if not w.of_experts:
                 fsdp(w, turns, forwards, along)
                 continue
-            # all axes at once, see models.moe; what folds elsewhere is a sum here, of all of it
-            summed = w.gathered == ("fsdp",) and len(pieces_of_fsdp) > 0
-            send(w.gathered, turns * w.nbytes, forwards + (2 if summed else 1))
+            # all axes at once, see models.moe; what would have to be folded is a sum, of all of it
+            send(w.gathered, turns * w.nbytes, forwards + 1 + adds_up(w.gathered))
             others = tuple(a for a in along if a not in ("expert", *w.gathered))
             send(others, turns * w.nbytes / sharding.size(*w.gathered), 2)
         x = b.repeat * local_BT * stretch
@@ -535,12 +539,12 @@ def _pieces_of_fsdp(sharding: Sharding) -> tuple[tuple[int, ...], ...]:
     mesh = sharding.mesh
     at = mesh.axis_names.index("fsdp")
     places = np.moveaxis(np.arange(mesh.size).reshape(mesh.devices.shape), at, -1)
-    line = places.reshape(-1, places.shape[-1])[0]
+    line = places.reshape(-1, mesh.devices.shape[at])[0]
     inner = fold([mesh.devices.flat[n] for n in line], mesh.size)
     if inner == 1:
         return ()
-    grid = line.reshape(-1, inner)
-    return tuple(tuple(map(int, part)) for part in (grid[:, 0], grid[0]) if len(part) > 1)
+    parts = line[::inner].tolist(), line[:inner].tolist()
+    return tuple(tuple(part) for part in parts if len(part) > 1)
 
 
 def _crossing(
