@@ -113,8 +113,9 @@ def test_estimated_memory_is_within_a_tenth_of_the_compilers_and_its_verdict_is_
                 assert row.nbytes == pytest.approx(row.compiled_nbytes, rel=0.1), row.words
 
 
+@pytest.mark.parametrize("name", ["dense", "experts"])
 @pytest.mark.usefixtures("topology")
-def test_best_of_the_search_is_near_the_best_compiled(rows):
-    compiled = {row.words: row.compiled_seconds for row in rows["dense"] if row.fits}
-    taken = plan_search.best_of_search(plan_search.MODELS["dense"])
+def test_best_of_the_search_is_near_the_best_compiled(rows, name):
+    compiled = {row.words: row.compiled_seconds for row in rows[name] if row.fits}
+    taken = plan_search.best_of_search(plan_search.MODELS[name])
     assert min(compiled[words] for words in taken) <= 1.03 * min(compiled.values())
