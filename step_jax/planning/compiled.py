@@ -157,8 +157,14 @@ def dumped(
                 raise
             overflow = str(error)
         seconds = time.process_time() - start
-        hlo_text, assignment, live = (_read(folder, name, f) for f in _FILES)
-    return Dumped(hlo_text, assignment, live, code_bytes, memory_bytes, seconds, overflow)
+        texts = read_dump(folder, name)
+    return Dumped(*texts, code_bytes, memory_bytes, seconds, overflow)
+
+
+def read_dump(folder: Path, name: str) -> tuple[str, str, str]:
+    """The first three texts of ``Dumped`` for the function of that name; "" is not there."""
+    program, assignment, live_range = (_read(folder, name, ending) for ending in _FILES)
+    return program, assignment, live_range
 
 
 _FILES = ("after_optimizations.txt", "-buffer-assignment.txt", "-live-range.txt")

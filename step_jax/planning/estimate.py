@@ -14,10 +14,12 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from step_jax.core import spec as spec_lib
-from step_jax.core.hardware import has_ragged_all_to_all
-from step_jax.core.sharding import GATHERED_AXES, Sharding, axes_of_entry
+from step_jax.core.fsdp import fold
+from step_jax.core.hardware import from_device_kind, has_ragged_all_to_all
+from step_jax.core.sharding import Sharding
 from step_jax.data.schema import Schema
 from step_jax.models import pipeline
 from step_jax.models.context import Execution
@@ -25,15 +27,16 @@ from step_jax.models.flops import attention_core_flops, forward_flops_per_token,
 from step_jax.models.layers.block import Block
 from step_jax.models.layers.moe import MoE
 from step_jax.models.text.decoder import Decoder
-from step_jax.planning.collectives import BETWEEN_SLICES, Traffic
+from step_jax.planning import blocks
+from step_jax.planning.blocks import Axes, Layer, Weight
+from step_jax.planning.collectives import BETWEEN_SLICES, PART_OF, Traffic
 from step_jax.planning.compiled import extent
 from step_jax.planning.layers import PRODUCTS
 from step_jax.planning.topology import Topology, crosses_slices
+from step_jax.planning.topology import along as devices_along
 from step_jax.training.learner import Learner, Learning
 from step_jax.training.program import Program
 from step_jax.training.state import state_shardings
-
-Axes = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -141,97 +144,6 @@ def _held(held: Learner, layout: Learner, how: Learning) -> list[float]:
     ]
 
 
-@dataclass(frozen=True)
-class _Weight:
-    """A matrix of a layer on one device: its bytes when gathered, and along which mesh axes."""
-
-    nbytes: float
-    gathered: Axes
-    of_experts: bool
-
-
-@dataclass(frozen=True)
-class _Block:
-    """A layer on one device in the compute dtype.
-
-    Attributes:
-      repeat: how many there are.
-      pipelined: whether they are stages of a pipeline.
-      outputs, attention_outputs: bytes that its products, and attention's, give per token.
-      keys: bytes of keys and values per token.
-      experts: its mixture, if it has one.
-      flops: (layer, kind) -> operations of a token's products with weights, forward, over all
-        devices.
-    """
-
-    block: Block
-    repeat: int
-    pipelined: bool
-    weights: tuple[_Weight, ...]
-    outputs: float
-    attention_outputs: float
-    keys: float
-    experts: MoE | None
-    flops: tuple[tuple[tuple[str, str], float], ...]
-
-    @property
-    def expert_flops(self) -> float:
-        """Of a token's routed experts alone."""
-        return dict(self.flops).get(("experts", "experts"), 0.0)
-
-    @property
-    def nbytes(self) -> float:
-        return sum(w.nbytes for w in self.weights)
-
-
-def _weight(s: spec_lib.ParamSpec, sharding: Sharding, itemsize: int) -> _Weight:
-    spec = sharding.spec(s.axes, s.shape)
-    cut = [
-        axes_of_entry(entry)
-        for name, entry in zip(s.axes, spec, strict=True)
-        if name in GATHERED_AXES
-    ]
-    whole = [None if a in GATHERED_AXES else a for a in s.axes]
-    local = sharding.named(whole, s.shape).shard_shape(s.shape)
-    return _Weight(math.prod(local) * itemsize, sum(cut, ()), "experts" in s.axes)
-
-
-@functools.lru_cache(maxsize=512)
-def _blocks(model, dtype: str, sharding: Sharding) -> tuple[_Block, ...]:
-    itemsize = jnp.dtype(dtype).itemsize
-    found = []
-    for stack in model.trunk.walk():
-        block = stack.block
-        specs = model.trunk.block_specs(block)
-        leaves = jax.tree.leaves(specs, is_leaf=spec_lib.is_spec)
-        matrices = [s for s in leaves if s.role == "matrix"]
-        outputs = _outputs(leaves) * itemsize
-        of_attention = _outputs(jax.tree.leaves(specs.attention, is_leaf=spec_lib.is_spec))
-        keys = sum(math.prod(entry) for entry in block.attention.cache_entries())
-        found.append(
-            _Block(
-                block,
-                stack.repeat,
-                pipeline.is_pipelined(stack.repeat, sharding),
-                tuple(_weight(s, sharding, itemsize) for s in matrices),
-                outputs / sharding.size("tensor"),
-                of_attention * itemsize / sharding.size("tensor"),
-                keys * itemsize,
-                block.mlp if isinstance(block.mlp, MoE) else None,
-                tuple(_products(specs, block).items()),
-            )
-        )
-    return tuple(found)
-
-
-@functools.lru_cache(maxsize=512)
-def _ends(model, dtype: str, sharding: Sharding) -> tuple[_Weight, ...]:
-    """Embedding and head."""
-    specs = jax.tree.leaves(model.specs(), is_leaf=spec_lib.is_spec)
-    itemsize = jnp.dtype(dtype).itemsize
-    return tuple(_weight(s, sharding, itemsize) for s in specs if s.role in ("embedding", "head"))
-
-
 _forward_flops = functools.lru_cache(maxsize=64)(forward_flops_per_token)
 
 
@@ -240,74 +152,156 @@ def train_flops(model: Decoder, length: int) -> float:
     return 3.0 * _forward_flops(model, length)
 
 
-def _outputs(specs: list[spec_lib.ParamSpec]) -> float:
-    """Numbers that a token's products with matrices give."""
-    return sum(s.active * s.matrix_shape[2] for s in specs if s.role == "matrix")
+#: Bytes of float32, in which a mixture that gathers all tokens sums them, and how many of such
+#: arrays lie in memory at a time: by the compiled steps of ``tests/planning/golden``.
+_FLOAT32, _OF_GATHERED = 4, 4.5
+#: Arrays of a token's width in float32 that a layer keeps without remat, by a compiled step of a
+#: dense model (``benchmarks/plan_search.py``).
+_IN_FLOAT32 = 6
 
 
-def _products(specs, block: Block) -> dict[tuple[str, str], float]:
-    """(layer, kind) -> operations of a token's products with a layer's weights, forward."""
-    found: dict[tuple[str, str], float] = defaultdict(float)
-    parts = {"attention": specs.attention}
-    parts["experts" if isinstance(block.mlp, MoE) else "mlp"] = specs.mlp
-    for layer, part in parts.items():
-        for s in jax.tree.leaves(part, is_leaf=spec_lib.is_spec):
-            if s.role in ("matrix", "router"):
-                kind = "experts" if "experts" in s.axes and s.role == "matrix" else "dense"
-                found[layer, kind] += 2.0 * s.active * s.size
-    return found
+def _buffer_rows(b: Layer, case: Case) -> float:
+    """Rows of a mixture's buffer for a token."""
+    assert b.experts is not None
+    parts, shards = case.sharding.ways("sequence"), case.sharding.size("expert")
+    return b.experts.buffer_rows(case.sequence, parts, shards) / (case.sequence // parts)
 
 
-#: How much of the widest products, of the rows that are sorted for experts and sent, and of what
-#: all shards gather lies in memory at a time: by the compiled steps of ``tests/planning/golden``.
-_OF_OUTPUTS, _OF_ROWS, _OF_GATHERED = 1.4, 2.5, 5.5
-
-
-def _dispatched(b: _Block, case: Case, ragged: bool) -> float:
-    """Bytes of a token that a mixture holds for its experts, for every unit of width."""
-    m, shards = b.experts, case.sharding.size("expert")
-    if m is None:
-        return 0.0
-    if shards > 1 and not _sends_rows(m, ragged):
-        return _OF_GATHERED * shards * 4  # summed in float32
-    tokens = case.sequence // case.sharding.ways("sequence")
-    rows = m.buffer_rows(case.sequence, case.sharding.ways("sequence"), shards) / tokens
-    return _OF_ROWS * (m.router.top_k + rows) * jnp.dtype(case.execution.dtype).itemsize
-
-
-def _sends_rows(m: MoE, ragged: bool) -> bool:
-    """Whether rows travel to their experts alone, and not all tokens to all shards."""
+def _sends_rows(m: MoE, case: Case) -> bool:
+    """Whether rows travel to their experts, and to them alone: not all tokens to all shards."""
+    if case.sharding.size("expert") == 1:
+        return False
+    ragged = has_ragged_all_to_all(case.sharding.mesh.devices.flat[0])
     return (m.exchange or ("ragged" if ragged else "gather")) == "ragged"
 
 
+def _residual(b: Layer, case: Case) -> float:
+    """Bytes of a token that a layer's gradients need of its forward pass, its input apart."""
+    D = case.model.width
+    numbers = b.heads.total + 3 * b.hidden + 3 * D  # normed twice, and between the two halves
+    if b.experts is not None:
+        # a row before and after its expert, its hidden units' two factors and their product
+        numbers += _buffer_rows(b, case) * (2 * D + 3 * b.expert_hidden)
+        if _sends_rows(b.experts, case):
+            numbers += b.experts.router.top_k * D  # what came back
+    return numbers * _itemsize(case)
+
+
+def _working(b: Layer, case: Case) -> float:
+    """Bytes of a token that the gradients of a layer take beside what they need."""
+    D = case.model.width
+    numbers = max(b.heads.queries, b.hidden) + D
+    nbytes = 0.0
+    if b.experts is not None:
+        numbers += _buffer_rows(b, case) * D
+        shards = case.sharding.size("expert")
+        if shards > 1 and not _sends_rows(b.experts, case):
+            nbytes = _OF_GATHERED * shards * _FLOAT32 * D
+    return nbytes + numbers * _itemsize(case)
+
+
+def _itemsize(case: Case) -> int:
+    return jnp.dtype(case.execution.dtype).itemsize
+
+
 def memory(case: Case) -> dict[str, float]:
-    """Bytes of a device by class (see ``planning.memory.CLASSES``), as expected."""
-    ragged = has_ragged_all_to_all(case.sharding.mesh.devices.flat[0])
-    execution, sharding, held = case.execution, case.sharding, case.held
-    itemsize = jnp.dtype(execution.dtype).itemsize
+    """Bytes of a device by class (see ``planning.memory.CLASSES``), as expected.
+
+    At the fullest moment: in the backward pass, while the last group's layers are taken.
+    """
+    held, itemsize = case.held, _itemsize(case)
     cast = itemsize / 4 if itemsize < 4 else 0.0  # copies in the compute dtype
-    local_BT = case.local_tokens / case.accumulation
-    blocks = _blocks(case.model, execution.dtype, sharding)
-    D, V = case.model.width, case.model.vocab
-    kept = {"full": 0.0, "dots": 1.0, "none": 2.5}[execution.remat]
-    activations = sum(b.repeat * local_BT * (D * itemsize + kept * b.outputs) for b in blocks)
-    widest = max(b.outputs for b in blocks)
-    tensor = sharding.size("tensor")
-    temporaries = max(b.nbytes for b in blocks)
-    temporaries += local_BT / execution.loss_chunks * V * 4 / tensor  # logits
-    temporaries += _OF_OUTPUTS * local_BT * widest
-    temporaries += max(_dispatched(b, case, ragged) for b in blocks) * local_BT * D
-    head = D * V / tensor
-    temporaries += head * (4 + itemsize)  # the head's gradient is summed whole, see cross_entropy
+    # one microbatch's gradients are updated from as they come, those of several are summed first
+    summed = 1.0 if case.accumulation > 1 or not cast else 0.0
     return {
         "parameters": held.parameters * (1 + cast) + held.average,
         "optimizer": held.optimizer,
-        "gradients": held.trained * (1 + cast),
-        "activations": activations,
-        "temporaries": temporaries,
+        "gradients": held.trained * (summed + cast),
+        "activations": _activations(case),
+        "temporaries": _temporaries(case),
         "gaps": 0.0,
         "program": 0.0,
     }
+
+
+def _local_tokens(case: Case) -> float:
+    """Of a microbatch, on one device."""
+    return case.local_tokens / case.accumulation
+
+
+def _groups(case: Case) -> list[list[Layer]]:
+    """The layers that are run, and run again, together."""
+    found: dict[int, list[Layer]] = defaultdict(list)
+    for b in blocks.layers(case.model, case.execution.dtype, case.sharding):
+        found[b.group].append(b)
+    return list(found.values())
+
+
+def _tokens_at_a_time(b: Layer, case: Case) -> float:
+    """Tokens on a device that a layer computes together: of a pipeline those of its microbatch."""
+    if not b.pipelined:
+        return _local_tokens(case)
+    pieces, _ = bubble(case.rows, case.accumulation, case.sharding)
+    return _local_tokens(case) * case.sharding.size(pipeline.AXIS) / pieces
+
+
+def _kept(b: Layer, case: Case) -> float:
+    """Bytes of a device that wait for a layer's backward pass beside its input.
+
+    Without remat its gathered matrices do too, and what its norms and sums have in float32.
+    """
+    remat, tokens = case.execution.remat, _tokens_at_a_time(b, case)
+    if remat == "none":
+        floats = _IN_FLOAT32 * case.model.width * _FLOAT32
+        return tokens * (_residual(b, case) + floats) + b.nbytes
+    return tokens * b.kept_dots * _itemsize(case) if remat == "dots" else 0.0
+
+
+def _activations(case: Case) -> float:
+    """Bytes that wait for the backward pass: of every turn its input and what remat keeps."""
+    total = 0.0
+    for group in _groups(case):
+        first = _tokens_at_a_time(group[0], case) * case.model.width * _itemsize(case)
+        turn, turns = first + sum(_kept(b, case) for b in group), float(group[0].repeat)
+        if group[0].pipelined:
+            turns, inputs = _of_a_pipeline(group[0], case)
+            total += inputs * first
+        total += turns * turn
+    return total
+
+
+def _of_a_pipeline(b: Layer, case: Case) -> tuple[float, float]:
+    """(turns that wait for the backward pass at a time, inputs of stages beside them).
+
+    With remat a stage is run again before its layers are, so that the turns of one wait, and of
+    every step what the stage was handed; the rows themselves are there once more, see the carousel.
+    """
+    stages, rounds = case.sharding.size(pipeline.AXIS), case.sharding.rounds
+    pieces, _ = bubble(case.rows, case.accumulation, case.sharding)
+    steps, layers = pipeline.steps(stages, rounds, pieces), b.repeat / (stages * rounds)
+    sets = pieces / stages + 1
+    return (layers * steps, sets) if case.execution.remat == "none" else (layers, steps + sets)
+
+
+def _temporaries(case: Case) -> float:
+    """Bytes of a turn's backward pass, or of the head if that takes more."""
+    turns = []
+    for group in _groups(case):
+        tokens = _tokens_at_a_time(group[0], case)
+        again = 0.0
+        if case.execution.remat != "none":  # what its layers keep is there again for all of them
+            again = sum(_residual(b, case) for b in group)
+        working = max(_working(b, case) for b in group)
+        gradient = max(w.nbytes for b in group for w in b.weights)  # before it is scattered
+        turns.append(tokens * (again + working) + sum(b.nbytes for b in group) + gradient)
+    return max(turns) + _head(case)
+
+
+def _head(case: Case) -> float:
+    """Bytes of a piece's logits, or of the head's gradient, which lies in their place and waits."""
+    model, tensor = case.model, case.sharding.size("tensor")
+    piece = _local_tokens(case) / case.execution.loss_chunks
+    return max(piece, model.width) * model.vocab * _FLOAT32 / tensor
 
 
 # --- Time ---------------------------------------------------------------------------------------
@@ -337,7 +331,7 @@ def expert_excess(case: Case) -> float:
     parts, shards = case.sharding.ways("sequence"), case.sharding.size("expert")
     passes = 3 if case.execution.remat == "none" else 4  # no policy keeps the experts' products
     total = 0.0
-    for b in _blocks(case.model, case.execution.dtype, case.sharding):
+    for b in blocks.layers(case.model, case.execution.dtype, case.sharding):
         if b.experts is None:
             continue
         rows = b.experts.buffer_rows(case.sequence, parts, shards)
@@ -346,12 +340,22 @@ def expert_excess(case: Case) -> float:
     return total * case.tokens / case.sharding.mesh.size
 
 
-#: Times that a pass over a layer moves a token's vector, and what attention's products give; and
-#: that a step moves a token's logits: by Llama-3.1-8B's step as compiled for v6e.
-_OVER_WIDTH, _OVER_OUTPUTS, _OVER_LOGITS = 5.5, 3.0, 2.0
-#: Times that a pass over a mixture moves a token's vector for each of its experts: sorted, sorted
-#: back and summed, read and written each time, partly in float32.
-_OVER_ASSIGNMENT = 8.0
+#: Times that a pass over a layer moves a token's vector, and of them the layer's input, which lies
+#: with those of all layers; and that a step moves a token's logits: by Llama-3.1-8B's step as
+#: compiled for v6e.
+_OVER_WIDTH, _OVER_INPUT, _OVER_LOGITS = 5.5, 2.0, 2.0
+#: (forward, backward) moves of a number: of queries and keys, which are turned in float32 and laid
+#: out for the kernel; of what a gate multiplies; of a row in a mixture's buffer and of an
+#: assignment's row that are sorted, sent and sent back; of a row that stays; of a row's hidden
+#: units, which no product takes in: by compiled steps of ``benchmarks/plan_search.py``.
+_OVER_QUERIES, _OVER_GATED = (5.0, 7.0), (3.0, 5.0)
+_OVER_SENT, _OVER_ASSIGNED = (5.0, 12.0), (3.0, 9.0)
+_OVER_ROWS, _OVER_HIDDEN = (0.0, 6.0), (3.0, 5.0)
+#: Remat policy -> times that what it keeps is moved: written by the product that makes it and read,
+#: or copied to its place as well.
+_OVER_KEPT = {"none": 2.7, "dots": 2.0, "full": 0.0}
+#: Arrays that an element-wise pass has at a time, and the share of on-chip memory that is theirs.
+_AT_A_TIME, _OF_VMEM = 3, 0.75
 #: Of a gated MLP's three products the last is not computed again: no gradient needs it.
 _REPEATED = {"mlp": 2 / 3}
 #: Keys and queries that attention's kernels compute at a time, whether or not all are seen.
@@ -366,12 +370,11 @@ def work(case: Case) -> dict[tuple[str, str], float]:
     Forward, backward, recomputed, and on padding.
     """
     model, execution, remat = case.model, case.execution, case.execution.remat
-    itemsize = jnp.dtype(execution.dtype).itemsize
     stretch = 1 / (1 - bubble(case.rows, case.accumulation, case.sharding)[1])
     share = case.tokens / case.sharding.mesh.size  # products divide over every axis
     found: dict[tuple[str, str], float] = defaultdict(float)
-    blocks = _blocks(model, execution.dtype, case.sharding)
-    for b in blocks:
+    stacks = blocks.layers(model, execution.dtype, case.sharding)
+    for b in stacks:
         forward = dict(b.flops)
         forward["attention", "attention"] = _computed_core(b.block, case.sequence)
         for (layer, kind), flops in forward.items():
@@ -380,16 +383,13 @@ def work(case: Case) -> dict[tuple[str, str], float]:
             again += b.pipelined and remat != "none"  # a stage is run again before its layers are
             passes = 1 + _BACKWARD[kind] + again
             found[layer, kind] += b.repeat * share * passes * flops * stretch
-        runs = (1 if remat == "none" else 2) + 2
-        times = b.repeat * case.local_tokens * runs * stretch
-        found["attention", "elementwise"] += times * _OVER_OUTPUTS * b.attention_outputs
-        found["rest", "elementwise"] += times * _OVER_WIDTH * model.width * itemsize
-        if b.experts is not None:
-            assigned = b.experts.router.top_k * model.width * itemsize
-            found["experts", "elementwise"] += times * _OVER_ASSIGNMENT * assigned
+        for layer, nbytes in _moved(b, case).items():
+            found[layer, "elementwise"] += b.repeat * case.local_tokens * nbytes * stretch
+        times = case.accumulation * b.repeat * _local_tokens(case) / _tokens_at_a_time(b, case)
+        found["rest", "elementwise"] += _OVER_KEPT[remat] * times * _kept(b, case) * stretch
     logits = model.vocab / case.sharding.size("tensor") * 4
-    per_layer = (b.repeat * sum(dict(b.flops).values()) for b in blocks)
-    cores = (b.repeat * attention_core_flops(b.block, case.sequence) for b in blocks)
+    per_layer = (b.repeat * sum(dict(b.flops).values()) for b in stacks)
+    cores = (b.repeat * attention_core_flops(b.block, case.sequence) for b in stacks)
     heads = _forward_flops(model, case.sequence) - sum(per_layer) - sum(cores)
     found["head", "dense"] += 3 * heads * share  # computed with its gradients, once
     found["head", "elementwise"] += _OVER_LOGITS * case.local_tokens * logits
@@ -397,6 +397,42 @@ def work(case: Case) -> dict[tuple[str, str], float]:
     state = held.parameters + held.average + held.optimizer + held.trained
     found["optimizer", "optimizer"] = 2 * state
     return dict(found)
+
+
+def _moved(b: Layer, case: Case) -> dict[str, float]:
+    """Layer -> bytes that element-wise passes of a step move of a token.
+
+    Arrays that lie in on-chip memory beside each other cost nothing.
+    """
+    itemsize, D = _itemsize(case), case.model.width
+    again, tokens = case.execution.remat != "none", _tokens_at_a_time(b, case)
+
+    def moved(numbers: float, times: tuple[float, float]) -> float:
+        forward, backward = times
+        stays = _stays(numbers * tokens, case)
+        return 0.0 if stays else numbers * (forward * (1 + again) + backward)
+
+    found = {"attention": moved(b.heads.queries + b.heads.keys, _OVER_QUERIES)}
+    if getattr(b.block.attention, "output_gate", False):
+        found["attention"] += moved(b.heads.outputs, _OVER_GATED)
+    passes = 3 + again
+    found["rest"] = passes * D * (_OVER_INPUT if _stays(D * tokens, case) else _OVER_WIDTH)
+    if b.experts is not None:
+        rows, sends = _buffer_rows(b, case), _sends_rows(b.experts, case)
+        found["experts"] = moved(rows * b.expert_hidden, _OVER_HIDDEN)
+        found["experts"] += moved(rows * D, _OVER_SENT if sends else _OVER_ROWS)
+        if sends:
+            found["experts"] += moved(b.experts.router.top_k * D, _OVER_ASSIGNED)
+    return {layer: numbers * itemsize for layer, numbers in found.items()}
+
+
+def _stays(numbers: float, case: Case) -> bool:
+    """Whether an array of so many numbers stays on chip between two passes over it."""
+    device = case.sharding.mesh.devices.flat[0]
+    chip = from_device_kind(device.device_kind)
+    if chip is None or device.platform != "tpu":
+        return False
+    return _AT_A_TIME * numbers * _itemsize(case) <= _OF_VMEM * chip.vmem_bytes
 
 
 def _computed_core(block: Block, length: int) -> float:
@@ -419,8 +455,8 @@ def sent(case: Case, topology: Topology) -> list[Traffic]:
     Gathers stand for the scatters of their gradients too, and for sums, which are both.
     """
     sharding = case.sharding
-    ragged = has_ragged_all_to_all(topology.devices[0])
-    bytes_by: dict[tuple[str, Axes], float] = defaultdict(float)
+    bytes_by: dict[tuple[str, Axes, tuple[int, ...]], float] = defaultdict(float)
+    pieces_of_fsdp = _pieces_of_fsdp(sharding)
     itemsize = jnp.dtype(case.execution.dtype).itemsize
     local_BT = case.local_tokens
     pieces, idle = bubble(case.rows, case.accumulation, sharding)
@@ -431,18 +467,31 @@ def sent(case: Case, topology: Topology) -> list[Traffic]:
         """Of what n devices hold together: (n-1)/n once to gather or scatter, twice to sum."""
         axes = tuple(a for a in axes if sharding.size(a) > 1)
         n = sharding.size(*axes)
-        bytes_by["all-gather", axes] += round_trips * nbytes * (n - 1) / n
+        bytes_by["all-gather", axes, ()] += round_trips * nbytes * (n - 1) / n
 
-    def fsdp(w: _Weight, times: float, gathers: int, along: Axes):
+    @functools.cache
+    def adds_up(axes: Axes) -> bool:
+        return len(axes) > 0 and fold(devices_along(sharding.mesh, axes), sharding.mesh.size) > 1
+
+    def scatter(axis: str, nbytes: float):
+        for group in pieces_of_fsdp if axis == "fsdp" else ():
+            n = len(group)
+            bytes_by["reduce-scatter", (axis,), group] += nbytes * (n - 1) / n
+            nbytes /= n
+        if axis != "fsdp" or not pieces_of_fsdp:
+            send((axis,), nbytes, 1)
+
+    def fsdp(w: Weight, times: float, gathers: int, along: Axes):
         """Gathered axis by axis, the gradient scattered so and summed over the rest (core.fsdp)."""
         cut = [a for a in w.gathered if sharding.size(a) > 1]
         nbytes = times * w.nbytes
         for axis in cut:
-            send((axis,), nbytes, gathers + 1)
+            send((axis,), nbytes, gathers)
+            scatter(axis, nbytes)
             nbytes /= sharding.size(axis)
         send(tuple(a for a in along if a not in cut), nbytes, 2)
 
-    for b in _blocks(case.model, case.execution.dtype, sharding):
+    for b in blocks.layers(case.model, case.execution.dtype, sharding):
         turns, along, stretch = float(A * b.repeat), tokens, 1.0
         forwards = 1 if remat == "none" else 2
         if b.pipelined:
@@ -455,28 +504,47 @@ def sent(case: Case, topology: Topology) -> list[Traffic]:
             if not w.of_experts:
                 fsdp(w, turns, forwards, along)
                 continue
-            send(w.gathered, turns * w.nbytes, forwards + 1)  # all axes at once, see models.moe
+            # all axes at once, see models.moe; what would have to be folded is a sum, of all of it
+            send(w.gathered, turns * w.nbytes, forwards + 1 + adds_up(w.gathered))
             others = tuple(a for a in along if a not in ("expert", *w.gathered))
             send(others, turns * w.nbytes / sharding.size(*w.gathered), 2)
         x = b.repeat * local_BT * stretch
         send(("context",), x * b.keys * sharding.size("context"), forwards + 1)
-        send(("tensor",), x * D * itemsize, 2 * (3 + forwards))  # the last sum is not made again
+        sums = 3 + forwards - (remat == "dots")  # the last is not made again, dots keeps the other
+        send(("tensor",), x * D * itemsize, 2 * sums)
         if b.experts is not None:
             nbytes = x * D * itemsize
-            kind, nbytes = _exchanged(b.experts, nbytes, sharding, forwards, ragged)
-            bytes_by[kind, ("expert",)] += nbytes
-    for w in _ends(case.model, case.execution.dtype, sharding):
+            kind, nbytes = _exchanged(b.experts, nbytes, case, forwards)
+            bytes_by[kind, ("expert",), ()] += nbytes
+    for w in blocks.ends(case.model, case.execution.dtype, sharding):
         fsdp(w, A, 1, tokens)
     if pieces:  # hidden states to the neighbour and rows to their stage, there and back
         per_step = local_BT / A * sharding.size(pipeline.AXIS) / pieces * D * itemsize
         steps = pipeline.steps(sharding.size(pipeline.AXIS), sharding.rounds, pieces)
-        bytes_by["collective-permute", (pipeline.AXIS,)] += A * steps * per_step * 4
+        bytes_by["collective-permute", (pipeline.AXIS,), ()] += A * steps * per_step * 4
     return [
         traffic
-        for (kind, axes), nbytes in bytes_by.items()
+        for (kind, axes, group), nbytes in bytes_by.items()
         if axes and nbytes
-        for traffic in _crossing(kind, axes, nbytes, sharding, topology)
+        for traffic in (
+            [Traffic(kind, PART_OF + axes[0], 1.0, nbytes, group)]
+            if group
+            else _crossing(kind, axes, nbytes, sharding, topology)
+        )
     ]
+
+
+def _pieces_of_fsdp(sharding: Sharding) -> tuple[tuple[int, ...], ...]:
+    """Where the devices of the outer and the inner part of a folded FSDP axis stand: core.fsdp."""
+    mesh = sharding.mesh
+    at = mesh.axis_names.index("fsdp")
+    places = np.moveaxis(np.arange(mesh.size).reshape(mesh.devices.shape), at, -1)
+    line = places.reshape(-1, mesh.devices.shape[at])[0]
+    inner = fold([mesh.devices.flat[n] for n in line], mesh.size)
+    if inner == 1:
+        return ()
+    parts = line[::inner].tolist(), line[:inner].tolist()
+    return tuple(tuple(part) for part in parts if len(part) > 1)
 
 
 def _crossing(
@@ -492,17 +560,13 @@ def _crossing(
     return [inside, Traffic(kind, names + BETWEEN_SLICES, 1.0, nbytes / members)]
 
 
-def _exchanged(
-    m: MoE, nbytes: float, sharding: Sharding, forwards: int, ragged: bool
-) -> tuple[str, float]:
+def _exchanged(m: MoE, nbytes: float, case: Case, forwards: int) -> tuple[str, float]:
     """(kind, bytes) that a mixture's tokens of ``nbytes`` send to their experts and back.
 
     At an even load.
     """
-    shards = sharding.size("expert")
-    if shards == 1:
-        return "all-gather", 0.0
-    if not _sends_rows(m, ragged):
+    shards = case.sharding.size("expert")
+    if not _sends_rows(m, case):
         return "all-gather", (forwards + 3) * nbytes * (shards - 1)
     away = (shards - 1) / shards
     return "ragged-all-to-all", (forwards + 1) * nbytes * 2 * m.router.top_k * away

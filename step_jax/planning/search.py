@@ -166,7 +166,7 @@ def _flags(variant: Any, recipe: Any) -> str:
     return " ".join(f"--{name} {new}" for name, new, old in pairs if new != old)
 
 
-class _Estimator:
+class Estimator:
     """Estimates variants of one recipe; what depends on less than all of it is made once for each.
 
     Of a program only the batch can depend on the mesh: on how many devices share its rows. So it is
@@ -176,13 +176,11 @@ class _Estimator:
     def __init__(self, loop: Loop, config: Any, topology: Topology):
         self.loop, self.recipe, self.topology = loop, config, topology
         self._layout = functools.cache(self._layout_of)
-        self._programs: dict[tuple[int, int | None], Program | None] = {}
-
-    def recipes_program(self) -> Program:
-        """The recipe's own, for one device."""
-        program = self.program(self.recipe)
-        self._programs[1, _accumulation(self.recipe)] = program
-        return program
+        #: the recipe's own, for one device
+        self.own = self.program(config)
+        self._programs: dict[tuple[int, int | None], Program | None] = {
+            (1, _accumulation(config)): self.own
+        }
 
     def program(self, config: Any, ways: int = 1) -> Program:
         """The program of a configuration for ``ways`` devices that share the rows."""
@@ -218,10 +216,9 @@ class _Estimator:
 
     def _layout_of(self, parallel: MeshConfig) -> tuple[Sharding, estimate.Held] | None:
         """A mesh, and what the state takes of a device; None if a size does not divide."""
-        program = next(p for p in self._programs.values() if p is not None)
         try:
             sharding = Sharding.build(parallel, self.topology.devices)
-            return sharding, estimate.held_bytes(program, sharding)
+            return sharding, estimate.held_bytes(self.own, sharding)
         except ConfigError:
             return None
 
@@ -285,11 +282,10 @@ def search(
       ConfigError: no estimates for what the loop trains, or no variant at all can be laid out on
         the topology.
     """
-    estimated = _Estimator(loop, config, topology)
-    program = estimated.recipes_program()
-    case = estimate.case_of(program, execution_of(config))
+    estimated = Estimator(loop, config, topology)
+    case = estimate.case_of(estimated.own, execution_of(config))
     if case is None:
-        kinds = ", ".join(f"{n} ({m.kind})" for n, m in program.models.items())
+        kinds = ", ".join(f"{n} ({m.kind})" for n, m in estimated.own.models.items())
         raise ConfigError(
             f"only a single decoder of texts can be estimated before it is compiled; this loop "
             f"trains {kinds}: give a mesh, and a topology that can be compiled for, without "
@@ -299,14 +295,19 @@ def search(
     found = [p for p in map(estimated, tried) if p is not None]
     if not found:
         raise ConfigError(f"no mesh of {topology.name} divides this model and its batch")
-    limit = math.inf if topology.chip is None else MARGIN * topology.chip.hbm_bytes
-    found.sort(key=lambda p: (p.nbytes > limit, p.step_s if p.nbytes <= limit else p.nbytes))
+    most = limit(topology)
+    found.sort(key=lambda p: (p.nbytes > most, p.step_s if p.nbytes <= most else p.nbytes))
     best = found[:SHOWN]
     if compiled and not topology.on_paper:
         plans = [(_compiled(loop, p, topology, request), p) for p in best[:COMPILED]]
         plans.sort(key=lambda pair: (not pair[0].fits, _seconds(pair[0])))
         best[:COMPILED] = [replace(p, plan=plan) for plan, p in plans]
     return best + _as_it_stands(estimated, best)
+
+
+def limit(topology: Topology) -> float:
+    """Bytes of a device that an estimate may fill."""
+    return math.inf if topology.chip is None else MARGIN * topology.chip.hbm_bytes
 
 
 def _compiled(loop: Loop, p: Proposal, topology: Topology, request: Request) -> Plan:
@@ -319,7 +320,7 @@ def _seconds(plan: Plan) -> float:
     return plan.bound_s if plan.forecast is None else plan.forecast["step"]
 
 
-def _as_it_stands(estimated: _Estimator, best: list[Proposal]) -> list[Proposal]:
+def _as_it_stands(estimated: Estimator, best: list[Proposal]) -> list[Proposal]:
     recipe = estimated.recipe
     try:
         parallel = recipe.parallel.resolve(estimated.topology.count)

@@ -41,9 +41,9 @@ def recipe_of(path):
     return pytest.param(path, id=path.stem, marks=() if small else pytest.mark.aot)
 
 
-#: Muon gathers whole matrices, which no estimate knows. With pieces of a sequence the attention
-#: kernel cannot tell before it runs what it skips, and declares all.
-UNKNOWN = {"memory": "step35_flash", "bytes": "step35_flash", "flops": "step2_1t_32k"}
+#: No estimate knows which sums the compiler does not scatter. With pieces of a sequence the
+#: attention kernel cannot tell before it runs what it skips, and declares all.
+UNKNOWN = {"bytes": "step35_flash", "flops": "step2_1t_32k"}
 FOR_PODS = [p for p in TABLES if load(p)["recipe"].startswith("configs/")]
 
 
@@ -61,7 +61,7 @@ def test_estimates_before_compiling_are_near_what_was_compiled(path, topology):
         / sum(table["collectives"].values()),
     }
     for name, ratio in estimated.items():
-        if not path.stem.startswith(UNKNOWN[name]):
+        if name not in UNKNOWN or not path.stem.startswith(UNKNOWN[name]):
             assert ratio == pytest.approx(1, abs=0.04 if name == "flops" else 0.1), name
 
 

@@ -100,8 +100,8 @@ def test_recipe_that_fits_nowhere_is_an_error(recipe, capsys):
 def test_every_divisor_of_a_devices_rows_is_a_number_of_microbatches(recipe):
     config = load(recipe, "--training.batch_size", "48", "--execution.remat", "none")
     at = topology.parse("cpu:8")
-    estimated = search._Estimator(pretrain, config, at)
-    case = estimate.case_of(estimated.recipes_program(), config.execution)
+    estimated = search.Estimator(pretrain, config, at)
+    case = estimate.case_of(estimated.own, config.execution)
     counts = {
         v.training.accumulation
         for v in search.variants(config, case, at, estimated.rows)
@@ -122,8 +122,7 @@ def test_estimates_rank_meshes_as_compiled_programs_do(recipe):
         config = load(recipe, *flags)
         plan, _ = both(config, at)
         by_program[mesh] = plan.forecast["step"]
-        estimated = search._Estimator(pretrain, config, at)
-        estimated.recipes_program()
+        estimated = search.Estimator(pretrain, config, at)
         by_estimate[mesh] = estimated(resolved(config, 8)).step_s
     assert sorted(meshes, key=by_program.__getitem__) == sorted(meshes, key=by_estimate.__getitem__)
     assert by_estimate == pytest.approx(by_program, rel=0.25)
