@@ -1,12 +1,11 @@
-"""Fifty thousand tokens of thought for real, at a small width: written, judged, learned from.
+"""Fifty thousand tokens of thought at a small width: written, judged, learned from.
 
     python benchmarks/rl_long.py [--tokens 50000] [--samples 2] [--batches 2]
 
-A small decoder (MFA-Key-Reuse) reads one endless text of sums, so that it has no reason to end, and
-is then trained by PPO with answers of that many tokens: policy, critic, reference. Printed are
+A small decoder (MFA-Key-Reuse) reads one endless text of sums, so that it seldom ends one, and is then
+trained by PPO with answers of at most that many tokens: policy, critic, reference. Printed are
 seconds, peak memory and how far the engine's and the trainer's log-probabilities are apart; what it
-printed is in benchmarks/rl_long.md. It shows that the loop goes that far, not that anything is
-learned.
+printed is in benchmarks/rl_long.md. It shows how far the loop goes, not that anything is learned.
 """
 
 from __future__ import annotations
