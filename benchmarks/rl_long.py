@@ -2,8 +2,8 @@
 
     python benchmarks/rl_long.py [--tokens 50000] [--samples 2] [--batches 2]
 
-A small decoder (MFA-Key-Reuse) reads one endless text of sums, so that it seldom ends one, and is then
-trained by PPO with answers of at most that many tokens: policy, critic, reference. Printed are
+A small decoder (MFA-Key-Reuse) reads one endless text of sums, so that it seldom ends one, and is
+then trained by PPO with answers of at most that many tokens: policy, critic, reference. Printed are
 seconds, peak memory and how far the engine's and the trainer's log-probabilities are apart; what it
 printed is in benchmarks/rl_long.md. It shows how far the loop goes, not that anything is learned.
 """
