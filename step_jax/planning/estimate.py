@@ -513,8 +513,7 @@ def sent(case: Case, topology: Topology) -> list[Traffic]:
         sums = 3 + forwards - (remat == "dots")  # the last is not made again, dots keeps the other
         send(("tensor",), x * D * itemsize, 2 * sums)
         if b.experts is not None:
-            nbytes = x * D * itemsize
-            kind, nbytes = _exchanged(b.experts, nbytes, case, forwards)
+            kind, nbytes = _exchanged(b.experts, x * D * itemsize, case, forwards)
             bytes_by[kind, ("expert",), ()] += nbytes
     for w in blocks.ends(case.model, case.execution.dtype, sharding):
         fsdp(w, A, 1, tokens)
@@ -522,16 +521,13 @@ def sent(case: Case, topology: Topology) -> list[Traffic]:
         per_step = local_BT / A * sharding.size(pipeline.AXIS) / pieces * D * itemsize
         steps = pipeline.steps(sharding.size(pipeline.AXIS), sharding.rounds, pieces)
         bytes_by["collective-permute", (pipeline.AXIS,), ()] += A * steps * per_step * 4
-    return [
-        traffic
-        for (kind, axes, group), nbytes in bytes_by.items()
-        if axes and nbytes
-        for traffic in (
-            [Traffic(kind, PART_OF + axes[0], 1.0, nbytes, group)]
-            if group
-            else _crossing(kind, axes, nbytes, sharding, topology)
-        )
-    ]
+    found: list[Traffic] = []
+    for (kind, axes, group), nbytes in bytes_by.items():
+        if group and nbytes:
+            found.append(Traffic(kind, PART_OF + axes[0], 1.0, nbytes, group))
+        elif axes and nbytes:
+            found += _crossing(kind, axes, nbytes, sharding, topology)
+    return found
 
 
 def _pieces_of_fsdp(sharding: Sharding) -> tuple[tuple[int, ...], ...]:

@@ -57,10 +57,8 @@ class StallNotice:
         answers_s: float = 6.0,
         look_s: float = 1.0,
     ):
-        self._watchdog, self._processes = (
-            watchdog,
-            processes or Processes(f"stalls/{next(_instances)}"),
-        )
+        self._watchdog = watchdog
+        self._processes = processes or Processes(f"stalls/{next(_instances)}")
         self._floor, self._answers, self._look = floor_s, answers_s, look_s
         self._main = threading.get_ident()
         self._ended = threading.Event()
