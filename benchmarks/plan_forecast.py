@@ -74,6 +74,7 @@ def config_of(run: Mapping[str, Any], *flags: str) -> Any:
 def counted(run: Mapping[str, Any]) -> dict[str, Any]:
     """Seconds of a run's work at the peak, by shapes alone, as much again as the run repeats."""
     from step_jax.planning import estimate, forecast, roofline, topology
+    from step_jax.planning.case import case_of
     from step_jax.planning.compiled import program_for, resolved
     from step_jax.trainers import pretrain
 
@@ -82,7 +83,7 @@ def counted(run: Mapping[str, Any]) -> dict[str, Any]:
     for remat in ("none", "full"):
         config = resolved(config_of(run, "--execution.remat", remat), at.count)
         program = program_for(pretrain, config, at)
-        cases.append(estimate.case_of(program, config.execution))
+        cases.append(case_of(program, config.execution))
     once, again = (forecast.ideal(estimate.work(case), at, "bfloat16") for case in cases)
     seconds = {}
     for (layer, kind), most in again.items():

@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.gpu import attention_backward as backward
 from pallas_kernels.gpu.attention_forward import forward
@@ -120,6 +121,7 @@ def _attention_fwd(q_BTNH, k_BSH, v_BSH, first_BT, last_BS, scale, mask, interpr
     o_BTNH, lse_BNT = forward(
         q_BTNH, k_BSH, v_BSH, first_BT, scale=scale, mask=mask, interpret=interpret
     )
+    o_BTNH, lse_BNT = checkpoint_name((o_BTNH, lse_BNT), "attention")
     return o_BTNH, (q_BTNH, k_BSH, v_BSH, first_BT, last_BS, o_BTNH, lse_BNT)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.tpu import block_sizes
 from pallas_kernels.tpu.attention_backward import backward_of_chunk
@@ -229,6 +230,7 @@ def _forward(static: _Static, q_BKGTH, k_BKSH, v_BKSV, arrays):
         )
     o_BKGTV = jnp.concatenate([o for o, _ in results], axis=3)[..., :T, :]
     lse_BKG1T = jnp.concatenate([lse for _, lse in results], axis=4)[..., :T]
+    o_BKGTV, lse_BKG1T = checkpoint_name((o_BKGTV, lse_BKG1T), "attention")
     saved = (q_BKGTH, k_BKSH, v_BKSV, arrays, o_BKGTV, lse_BKG1T)
     return (o_BKGTV, lse_BKG1T[..., 0, :] * math.log(2)), saved
 

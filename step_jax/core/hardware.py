@@ -50,6 +50,7 @@ class Chip:
       interconnect: bytes per second out of the device, all links together, one direction
         (ICI or NVLink).
       links: ICI links (one direction each) or NVLink ports that make up ``interconnect``.
+      host_bandwidth: bytes per second to the host's memory, and as many from it; 0 if not known.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Chip:
     vmem_bytes: int
     interconnect: float
     links: int
+    host_bandwidth: float = 0.0
 
     def peak(self, precision: Precision) -> float:
         """Peak operations per second. Raises ValueError if the hardware lacks the precision."""
@@ -89,6 +91,7 @@ def _tpu(
     vmem_mib: int,
     ici_gb_per_s: float,
     links: int,
+    host_gb_per_s: float = 0,
 ) -> Chip:
     """A TPU from TFLOP/s, GB, TB/s, MiB and one-direction GB/s."""
     return Chip(
@@ -102,6 +105,7 @@ def _tpu(
         vmem_bytes=vmem_mib * 2**20,
         interconnect=ici_gb_per_s * 1e9,
         links=links,
+        host_bandwidth=host_gb_per_s * 1e9,
     )
 
 
@@ -117,6 +121,7 @@ def _gpu(
     shared_kib: int,
     nvlink_gb_per_s: float,
     links: int,
+    host_gb_per_s: float,
 ) -> Chip:
     """An NVIDIA GPU from TFLOP/s, GB, TB/s, KiB and one-direction GB/s."""
     return Chip(
@@ -130,33 +135,39 @@ def _gpu(
         vmem_bytes=shared_kib * 2**10,
         interconnect=nvlink_gb_per_s * 1e9,
         links=links,
+        host_bandwidth=host_gb_per_s * 1e9,
     )
 
 
-_HOPPER: dict[str, Any] = dict(bf16=989.4, fp8=1978.9, int8=1978.9, fp32=66.9, shared_kib=227)
+_HOPPER: dict[str, Any] = dict(
+    bf16=989.4, fp8=1978.9, int8=1978.9, fp32=66.9, shared_kib=227, nvlink_gb_per_s=450, links=18,
+    host_gb_per_s=64,
+)  # fmt: skip
 
 # TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, whose ICI figures for both directions
 # are halved here; HBM size and VMEM from JAX's tpu_info. Where fp8 equals bf16 the hardware takes
 # fp8 operands at the bf16 rate.
+# Links to the host: nominal, PCIe of generation 3 (v4 to v5p), 4 (A100) and 5 with 16 lanes, of v6e
+# with 8; half an NVLink-C2C of a GB200, which has two GPUs; tpu7x's is not published.
 # NVIDIA: data sheets of the SXM/HGX boards, dense figures; shared memory from the CUDA guide.
 # A test holds TPU peaks, HBM and VMEM to JAX's own table; of the interconnects only v5p's was read
 # again at the source, and the GPU rows were not: check them before relying on them.
 _TABLE = (
     _tpu(  # 3-D torus; one device is a chip of two cores
         "v4", bf16=275, fp8=0, int8=275, hbm_gb=34.4, hbm_tb_per_s=1.228, vmem_mib=16,
-        ici_gb_per_s=300, links=6,
+        ici_gb_per_s=300, links=6, host_gb_per_s=16,
     ),
     _tpu(  # 2-D torus
         "v5e", bf16=197, fp8=197, int8=394, hbm_gb=17.2, hbm_tb_per_s=0.82, vmem_mib=128,
-        ici_gb_per_s=200, links=4,
+        ici_gb_per_s=200, links=4, host_gb_per_s=16,
     ),
     _tpu(  # 3-D torus; one device is a chip of two cores; tpu_info has 2.46 TB/s
         "v5p", bf16=459, fp8=459, int8=918, hbm_gb=103, hbm_tb_per_s=2.765, vmem_mib=64,
-        ici_gb_per_s=600, links=6,
+        ici_gb_per_s=600, links=6, host_gb_per_s=16,
     ),
     _tpu(  # 2-D torus
         "v6e", bf16=918, fp8=918, int8=1836, hbm_gb=34.4, hbm_tb_per_s=1.64, vmem_mib=128,
-        ici_gb_per_s=400, links=4,
+        ici_gb_per_s=400, links=4, host_gb_per_s=32,
     ),
     _tpu(  # 3-D torus; half a chip of 2307 bf16 TFLOP/s, 206 GB, 7.4 TB/s and 600 GB/s of ICI
         "tpu7x", bf16=1153.5, fp8=2307, int8=0, hbm_gb=103, hbm_tb_per_s=3.7, vmem_mib=64,
@@ -164,17 +175,17 @@ _TABLE = (
     ),
     _gpu(  # SXM4, 80 GB
         "A100", bf16=312, fp8=0, int8=624, fp32=19.5, hbm_gb=80, hbm_tb_per_s=2.039, shared_kib=163,
-        nvlink_gb_per_s=300, links=12,
+        nvlink_gb_per_s=300, links=12, host_gb_per_s=32,
     ),
-    _gpu("H100", **_HOPPER, hbm_gb=80, hbm_tb_per_s=3.35, nvlink_gb_per_s=450, links=18),
-    _gpu("H200", **_HOPPER, hbm_gb=141, hbm_tb_per_s=4.8, nvlink_gb_per_s=450, links=18),
+    _gpu("H100", **_HOPPER, hbm_gb=80, hbm_tb_per_s=3.35),
+    _gpu("H200", **_HOPPER, hbm_gb=141, hbm_tb_per_s=4.8),
     _gpu(  # HGX
         "B200", bf16=2250, fp8=4500, int8=4500, fp32=75, hbm_gb=180, hbm_tb_per_s=8.0,
-        shared_kib=227, nvlink_gb_per_s=900, links=18,
+        shared_kib=227, nvlink_gb_per_s=900, links=18, host_gb_per_s=64,
     ),
     _gpu(  # one of the 72 of an NVL72 rack
         "GB200", bf16=2500, fp8=5000, int8=5000, fp32=80, hbm_gb=186, hbm_tb_per_s=8.0,
-        shared_kib=227, nvlink_gb_per_s=900, links=18,
+        shared_kib=227, nvlink_gb_per_s=900, links=18, host_gb_per_s=225,
     ),
 )  # fmt: skip
 CHIPS: dict[str, Chip] = {chip.name: chip for chip in _TABLE}

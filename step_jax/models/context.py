@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from step_jax.core import checks
+from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import Sharding
 from step_jax.models.tokens import Tokens
 from step_jax.ops import attention as attention_ops
@@ -23,7 +24,8 @@ from step_jax.ops.attention import Mask
 from step_jax.ops.decode_attention import slot_positions_BS
 
 RematPolicy = Literal["none", "dots", "full"]
-
+#: What layers give a name (``checkpoint_name``), so that ``Execution`` may say what becomes of it.
+Named = Literal["layer", "qkv", "attention", "mlp"]
 
 ComputeDtype = Literal["bfloat16", "float32"]
 
@@ -37,6 +39,10 @@ class Execution:
     scan: compile one layer of each kind and loop over it, instead of unrolling all layers.
     remat: what the backward pass recomputes. ``none`` nothing, ``dots`` everything but products
       with weights, ``full`` each whole layer from its input.
+    keep, offload: what ``full`` does not recompute, kept on the device or in the memory of its
+      host. ``layer``: what goes into a block; ``qkv``: queries, keys and values as they meet;
+      ``attention``: its output, before the output weight, and the log-sum-exp of each query;
+      ``mlp``: the products with the first weights, of routed experts too.
     grouped_matmul: implementation of the experts' products (``step_jax.ops.grouped_matmul``).
     loss: implementation of the vocabulary projection and its loss (``step_jax.ops.cross_entropy``).
     loss_chunks: into how many pieces the vocabulary projection cuts a sequence.
@@ -46,6 +52,8 @@ class Execution:
     attention: attention_ops.Implementation = "auto"
     scan: bool = True
     remat: RematPolicy = "none"
+    keep: tuple[Named, ...] = ()
+    offload: tuple[Named, ...] = ()
     grouped_matmul: grouped_matmul_ops.Implementation = "auto"
     loss: cross_entropy_ops.Implementation = "auto"
     loss_chunks: int = 8
@@ -53,6 +61,30 @@ class Execution:
 
     def validate(self):
         checks.at_least(self, loss_chunks=1)
+        named = (*self.keep, *self.offload)
+        if named and self.remat != "full":
+            raise ConfigError(
+                f"keep and offload are exceptions from remat: full; remat is {self.remat}"
+            )
+        if len(set(named)) < len(named):
+            raise ConfigError(f"keep and offload name something twice: {', '.join(named)}")
+
+    @property
+    def policy(self) -> Callable[..., Any] | None:
+        """The ``policy`` of ``jax.checkpoint`` for a layer; None where nothing is recomputed."""
+        policies = jax.checkpoint_policies
+        if self.remat == "none":
+            return None
+        if self.remat == "dots":
+            return policies.dots_with_no_batch_dims_saveable
+        if not self.offload:
+            return policies.save_only_these_names(*self.keep)
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=list(self.keep),
+            names_which_can_be_offloaded=list(self.offload),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
 
 
 @struct.dataclass

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from step_jax.core import spec as specs_lib
 from step_jax.core.errors import ConfigError
@@ -28,11 +29,6 @@ from step_jax.models.layers.block import Block
 from step_jax.models.layers.initialisation import Initialisation
 from step_jax.models.layers.moe import ExpertStats
 from step_jax.models.layers.norm import Norm
-
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 @dataclass(frozen=True)
@@ -199,6 +195,7 @@ class Trunk:
             for block, block_specs, p, cache, choice in zip(
                 group.blocks, specs, params, caches, chosen, strict=True
             ):
+                x_BTD = checkpoint_name(x_BTD, "layer")
                 p = gather(block_specs, p, ctx)
                 x_BTD, *rest = block.apply(p, self.norm, x_BTD, ctx, cache, choice, condition)
                 out.append(rest)
@@ -268,10 +265,8 @@ def _run(turn: Callable, x_BTD, inputs: Any, repeat: int, ctx: Context, rows: An
         return turn(x_BTD, inputs, ctx, rows)
 
     scan = ctx.execution.scan and repeat > 1
-    if ctx.execution.remat != "none":
-        layer = jax.checkpoint(
-            layer, policy=REMAT_POLICIES[ctx.execution.remat], prevent_cse=not scan
-        )
+    if (policy := ctx.execution.policy) is not None:
+        layer = jax.checkpoint(layer, policy=policy, prevent_cse=not scan)
     if scan:
         return jax.lax.scan(layer, x_BTD, inputs)
     outputs = []

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from step_jax.core.sharding import vary_alike
 from step_jax.ops import registry
@@ -161,7 +162,7 @@ def reference(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi):
     """All scores at once, in float32: the definition the others are compared with."""
     q_BKGTH, k_BKSH, v_BKSV = (x.astype(jnp.float32) for x in (q_BKGTH, k_BKSH, v_BKSV))
     o_BKGTV, _, sum_BKGT1 = _block(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi)
-    return _normalise(o_BKGTV, sum_BKGT1)
+    return checkpoint_name(_normalise(o_BKGTV, sum_BKGT1), "attention")
 
 
 #: Query rows whose scores exist at a time: memory grows with the keys, not with their square.
@@ -252,7 +253,8 @@ def _xla_forward(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi):
         _, (o_BKGTV, lse_BKGT1) = _parts(part, None, rows, q)
         out.append(o_BKGTV)
         lse.append(lse_BKGT1)
-    o_BKGTV, lse_BKGT1 = jnp.concatenate(out, axis=3), jnp.concatenate(lse, axis=3)
+    results = jnp.concatenate(out, axis=3), jnp.concatenate(lse, axis=3)
+    o_BKGTV, lse_BKGT1 = checkpoint_name(results, "attention")
     return o_BKGTV, (q_BKGTH, k_BKSH, v_BKSV, mask, o_BKGTV, lse_BKGT1)
 
 
@@ -324,7 +326,8 @@ def ring(q_BTNH, k_BSKH, v_BSKV, mask, scale, alibi, axis: str):
     start = (o_BKGTV, zero_BKGT1 + NEGATIVE, zero_BKGT1)
     carry = (start, k_BKSH, v_BKSV, mask.of_keys())
     ((o_BKGTV, _, sum_BKGT1), *_), _ = jax.lax.scan(step, carry, length=n)
-    return _heads_last(_normalise(o_BKGTV, sum_BKGT1)).astype(q_BTNH.dtype)
+    o_BTNV = _heads_last(_normalise(o_BKGTV, sum_BKGT1)).astype(q_BTNH.dtype)
+    return checkpoint_name(o_BTNV, "attention")
 
 
 def pallas_tpu(q_BKGTH, k_BKSH, v_BKSV, mask, scale, alibi, device, interpret: bool = False):

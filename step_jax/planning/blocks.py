@@ -60,6 +60,7 @@ class Layer:
       hidden: numbers of a token's hidden units in a dense MLP or shared experts, and in an expert.
       kept_dots: numbers of a token that products with weights give and a gradient needs: not those
         of experts, which no policy keeps, nor the last of an MLP.
+      last_share: what of the operations of its attention's products its output weight has.
       keys: bytes of keys and values per token.
       experts: its mixture, if it has one.
       flops: (layer, kind) -> operations of a token's products with weights, forward, over all
@@ -75,6 +76,7 @@ class Layer:
     hidden: float
     expert_hidden: float
     kept_dots: float
+    last_share: float
     keys: float
     experts: MoE | None
     flops: tuple[tuple[tuple[str, str], float], ...]
@@ -128,6 +130,7 @@ def layers(model: Decoder, dtype: str, sharding: Sharding) -> tuple[Layer, ...]:
                 _hidden(_leaves(specs.mlp)) / tensor,
                 0.0 if mixture is None else _expert_hidden(mixture) / tensor,
                 _kept_dots(specs, tensor),
+                _last_share(specs),
                 sum(prod(entry) for entry in block.attention.cache_entries()) * itemsize,
                 mixture,
                 tuple(_products(specs, block).items()),
@@ -174,6 +177,12 @@ def _kept_dots(specs, tensor: int) -> float:
         elif s in _leaves(specs.attention):
             total += width
     return total
+
+
+def _last_share(specs) -> float:
+    matrices = [s for s in _leaves(specs.attention) if s.role == "matrix"]
+    last = sum(s.size for s in matrices if s.axes[-1] == "embed")
+    return last / sum(s.size for s in matrices)
 
 
 def _products(specs, block: Block) -> dict[tuple[str, str], float]:

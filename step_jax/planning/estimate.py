@@ -8,141 +8,29 @@ Shape suffixes as in the models: B rows, T tokens, D width.
 from __future__ import annotations
 
 import functools
-import math
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from step_jax.core import spec as spec_lib
 from step_jax.core.fsdp import fold
 from step_jax.core.hardware import from_device_kind, has_ragged_all_to_all
 from step_jax.core.sharding import Sharding
-from step_jax.data.schema import Schema
 from step_jax.models import pipeline
-from step_jax.models.context import Execution
+from step_jax.models.context import Execution, Named
 from step_jax.models.flops import attention_core_flops, forward_flops_per_token, mean_keys
 from step_jax.models.layers.block import Block
+from step_jax.models.layers.mlp import SwiGLU
 from step_jax.models.layers.moe import MoE
 from step_jax.models.text.decoder import Decoder
 from step_jax.planning import blocks
 from step_jax.planning.blocks import Axes, Layer, Weight
+from step_jax.planning.case import Case
 from step_jax.planning.collectives import BETWEEN_SLICES, PART_OF, Traffic
-from step_jax.planning.compiled import extent
 from step_jax.planning.layers import PRODUCTS
 from step_jax.planning.topology import Topology, crosses_slices
 from step_jax.planning.topology import along as devices_along
-from step_jax.training.learner import Learner, Learning
-from step_jax.training.program import Program
-from step_jax.training.state import state_shardings
-
-
-@dataclass(frozen=True)
-class Held:
-    """Bytes of a state on one device: parameters, those of them that learn, and what is beside."""
-
-    parameters: float
-    trained: float
-    optimizer: float
-    average: float
-
-    @property
-    def touched(self) -> float:
-        """Bytes that a step cannot but read and write: all of it once, of what is frozen half."""
-        return self.parameters + self.trained + 2 * (self.optimizer + self.average)
-
-
-@dataclass(frozen=True)
-class Case:
-    """What estimates are made of: one decoder's step on a mesh.
-
-    Attributes:
-      rows, sequence: of a batch of texts.
-      accumulation: microbatches of it.
-    """
-
-    model: Decoder
-    execution: Execution
-    rows: int
-    sequence: int
-    accumulation: int
-    sharding: Sharding
-    held: Held
-
-    @property
-    def tokens(self) -> int:
-        """Of a step, over all devices."""
-        return self.rows * self.sequence
-
-    @property
-    def local_tokens(self) -> float:
-        """Of a step, on one device."""
-        return self.tokens / self.sharding.ways("batch") / self.sharding.ways("sequence")
-
-
-def case_of(
-    program: Program,
-    execution: Execution | None,
-    sharding: Sharding | None = None,
-    held: Held | None = None,
-) -> Case | None:
-    """The case of a program; None unless it is one decoder that learns from texts.
-
-    Args:
-      execution: how it is computed, None if that is not known.
-      sharding: another mesh than the program's.
-      held: ``held_bytes`` of it, if they are known.
-
-    Raises:
-      ConfigError: a size that the mesh does not divide.
-    """
-    rows, sequence = extent(program.schema)
-    models = list(program.models.values())
-    if len(models) != 1 or not isinstance(models[0], Decoder):
-        return None
-    if execution is None or rows is None or sequence is None:
-        return None
-    rows *= _texts(program.schema)
-    sharding = program.sharding if sharding is None else sharding
-    held = held_bytes(program, sharding) if held is None else held
-    return Case(models[0], execution, rows, sequence, program.accumulation, sharding, held)
-
-
-def _texts(schema: Schema) -> int:
-    """Texts side by side in a row of the batch: the two answers of a pair."""
-    field = schema.get("tokens")
-    if field is None:
-        return 1
-    named = zip(field.axes, field.shape, strict=True)
-    return math.prod(size for axis, size in named if axis is None)
-
-
-def held_bytes(program: Program, sharding: Sharding) -> Held:
-    """What a program's state takes of a device of a mesh."""
-    state, learnings = program.state_like, program.learnings
-    shardings = state_shardings(state, learnings, sharding)
-    total = [0.0] * 4
-    for name, how in learnings.items():
-        of_learner = _held(state.learners[name], shardings.learners[name], how)
-        total = [a + b for a, b in zip(total, of_learner, strict=True)]
-    return Held(*total)
-
-
-def _held(held: Learner, layout: Learner, how: Learning) -> list[float]:
-    def local(tree, layout) -> float:
-        pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(layout), strict=True)
-        return float(sum(math.prod(s.shard_shape(a.shape)) * a.dtype.itemsize for a, s in pairs))
-
-    trained = (spec_lib.trained(how.specs, tree) for tree in (held.params, layout.params))
-    return [
-        local(held.params, layout.params),
-        local(*trained),
-        local(held.opt_state, layout.opt_state),
-        local(held.average, layout.average),
-    ]
-
 
 _forward_flops = functools.lru_cache(maxsize=64)(forward_flops_per_token)
 
@@ -254,18 +142,44 @@ def _kept(b: Layer, case: Case) -> float:
     if remat == "none":
         floats = _IN_FLOAT32 * case.model.width * _FLOAT32
         return tokens * (_residual(b, case) + floats) + b.nbytes
-    return tokens * b.kept_dots * _itemsize(case) if remat == "dots" else 0.0
+    numbers = b.kept_dots if remat == "dots" else _named(b, case, case.execution.keep)
+    return tokens * numbers * _itemsize(case)
+
+
+def _named(b: Layer, case: Case, names: Sequence[Named]) -> float:
+    """Numbers of a token that an execution may name, but for the layer's input."""
+    rows = 0.0 if b.experts is None else _buffer_rows(b, case)
+    factors = 2 if isinstance(b.block.mlp, SwiGLU | MoE) else 1
+    numbers = {
+        "layer": 0.0,
+        "qkv": b.heads.total - b.heads.outputs,
+        "attention": b.heads.outputs,
+        "mlp": factors * (b.hidden + rows * b.expert_hidden),
+    }
+    return sum(numbers[name] for name in names)
+
+
+def host_bytes(case: Case) -> float:
+    """Bytes that a device sends to its host in a step, and gets back."""
+    names, D = case.execution.offload, case.model.width
+    stacks = blocks.layers(case.model, case.execution.dtype, case.sharding)
+    inputs = D if "layer" in names else 0.0
+    numbers = sum(b.repeat * (inputs + _named(b, case, names)) for b in stacks)
+    return case.local_tokens * numbers * _itemsize(case) + case.held.offloaded
 
 
 def _activations(case: Case) -> float:
     """Bytes that wait for the backward pass: of every turn its input and what remat keeps."""
-    total = 0.0
+    total, execution = 0.0, case.execution
     for group in _groups(case):
         first = _tokens_at_a_time(group[0], case) * case.model.width * _itemsize(case)
-        turn, turns = first + sum(_kept(b, case) for b in group), float(group[0].repeat)
+        inputs = float(
+            len(group) if "layer" in execution.keep else "layer" not in execution.offload
+        )
+        turn, turns = inputs * first + sum(_kept(b, case) for b in group), float(group[0].repeat)
         if group[0].pipelined:
-            turns, inputs = _of_a_pipeline(group[0], case)
-            total += inputs * first
+            turns, handed = _of_a_pipeline(group[0], case)
+            total += handed * first
         total += turns * turn
     return total
 
@@ -379,7 +293,7 @@ def work(case: Case) -> dict[tuple[str, str], float]:
         forward["attention", "attention"] = _computed_core(b.block, case.sequence)
         for (layer, kind), flops in forward.items():
             again = float(remat == "full" or (remat == "dots" and kind != "dense"))
-            again *= _REPEATED.get(layer, 1.0)
+            again *= _REPEATED.get(layer, 1.0) * _unnamed(layer, kind, b, execution)
             again += b.pipelined and remat != "none"  # a stage is run again before its layers are
             passes = 1 + _BACKWARD[kind] + again
             found[layer, kind] += b.repeat * share * passes * flops * stretch
@@ -394,9 +308,19 @@ def work(case: Case) -> dict[tuple[str, str], float]:
     found["head", "dense"] += 3 * heads * share  # computed with its gradients, once
     found["head", "elementwise"] += _OVER_LOGITS * case.local_tokens * logits
     held = case.held
-    state = held.parameters + held.average + held.optimizer + held.trained
+    state = held.parameters + held.average + held.optimizer + held.offloaded + held.trained
     found["optimizer", "optimizer"] = 2 * state
     return dict(found)
+
+
+def _unnamed(layer: str, kind: str, b: Layer, execution: Execution) -> float:
+    """The share of a layer's products whose results an execution does not keep by their names."""
+    names = (*execution.keep, *execution.offload)
+    if layer == "attention" and kind == "attention":
+        return float("attention" not in names)
+    if layer == "attention":
+        return b.last_share if "qkv" in names else 1.0
+    return float("mlp" not in names)
 
 
 def _moved(b: Layer, case: Case) -> dict[str, float]:

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from step_jax.planning.hlo import Array, Instruction, Module, arrays
+from step_jax.planning.hlo import HOST, Array, Instruction, Module, arrays
 
 CLASSES = (
     "parameters",
@@ -79,12 +79,14 @@ class Memory:
       classes: bytes of each of ``CLASSES`` at the fullest moment.
       compiler: the total that the compiler reserves.
       arguments: what of it the program is given: state and batch.
+      host: that the program takes of the host's memory, of which every device has its own.
       buffers: what is in use then, the largest first.
     """
 
     classes: dict[str, float]
     compiler: float
     arguments: float
+    host: float
     buffers: tuple[Buffer, ...]
 
     @property
@@ -124,6 +126,12 @@ def parse_assignment(assignment: str, live_range: str) -> tuple[list[Allocation]
                 Value(found[1], found[7], int(found[5]), int(found[6]), start, stop)
             )
     return allocations, order
+
+
+def host_bytes(assignment: str) -> int:
+    """Bytes of the allocations that lie in the host's memory; ``assignment`` as above."""
+    lines = filter(None, map(_ALLOCATION.match, assignment.splitlines()))
+    return sum(int(line[2]) for line in lines if re.search(rf"color {HOST}\b", line[3]))
 
 
 def _live_ranges(text: str) -> tuple[dict[tuple[str, str], tuple[int, int]], list[str]]:
@@ -182,7 +190,7 @@ def analyse(
         compiler = sum(a.nbytes for a in allocations) + program_bytes
     buffers.sort(key=lambda b: -b.nbytes)
     given = sum(a.nbytes for a in allocations if a.parameter is not None)
-    return Memory(classes, compiler, given, tuple(buffers))
+    return Memory(classes, compiler, given, host_bytes(assignment), tuple(buffers))
 
 
 def _argument_class(source: str) -> str:

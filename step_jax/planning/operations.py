@@ -15,7 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from step_jax.planning import layers
-from step_jax.planning.hlo import COLLECTIVES, Computation, Instruction, Module, continued
+from step_jax.planning.hlo import (
+    COLLECTIVES,
+    HOST,
+    Computation,
+    Instruction,
+    Module,
+    continued,
+)
 
 #: Instructions that move nothing: names for what exists, and loops, whose bodies count themselves.
 _FREE = {
@@ -37,6 +44,7 @@ class Operations:
       flops: of matrix products and convolutions, and what kernels declare of themselves.
       traffic: bytes between main memory and the chip, if every instruction reads its operands and
         writes its results once.
+      to_host, from_host: bytes between main memory and the host's.
       silent_kernels: kernels without a declared cost; their operations are missing here.
       work: (layer, kind of work) -> operations of the products, bytes of what is ``layers.BYTES``;
         bytes that move while products or collectives run are in none.
@@ -44,6 +52,8 @@ class Operations:
 
     flops: float
     traffic: float
+    to_host: float
+    from_host: float
     silent_kernels: tuple[str, ...]
     work: dict[tuple[str, str], float]
 
@@ -55,7 +65,7 @@ def count(module: Module, executions: dict[str, float], caches: bool = False) ->
       caches: kernels are given caches of all layers, of which they read one: their traffic is what
         they declare, not what their operands have.
     """
-    flops = traffic = 0.0
+    flops = traffic = to_host = from_host = 0.0
     work: dict[tuple[str, str], float] = defaultdict(float)
     silent: set[str] = set()
     fused = {
@@ -81,9 +91,14 @@ def count(module: Module, executions: dict[str, float], caches: bool = False) ->
             if declared is None:
                 declared = moved(module, computation, i, repeated)
             traffic += times * declared
+            out, back = crossing(computation, i)
+            to_host += times * out
+            from_host += times * back
+            if out or back:  # beside what is computed
+                continue
             if declared and not _is_covered(module, i):
                 work[layers.of_bytes(module, i)] += times * declared
-    return Operations(flops, traffic, tuple(sorted(silent)), dict(work))
+    return Operations(flops, traffic, to_host, from_host, tuple(sorted(silent)), dict(work))
 
 
 def _flops(computation: Computation, i: Instruction) -> float | None:
@@ -211,6 +226,8 @@ def moved(
         under_way = {name for where, name in repeated if where == fused.name}
         reads = (min(_main(o), _read(module, fused, n, under_way)) for n, o in enumerate(operands))
         return sum(reads) + _written(module, fused, i, under_way)
+    if any(crossing(computation, i)):
+        return sum(crossing(computation, i))
     if i.opcode in _UPDATES:
         return 2.0 * _main(operands[_UPDATES[i.opcode]])
     if i.opcode in _SLICES:
@@ -218,6 +235,22 @@ def moved(
     if i.opcode == "copy-start":  # its result repeats its operand
         return _main(operands[0]) + (i.outputs[0].nbytes if i.outputs[0].space == 0 else 0)
     return sum(map(_main, operands)) + _main(i)
+
+
+def crossing(computation: Computation, i: Instruction) -> tuple[float, float]:
+    """Bytes that an instruction moves (to the host's memory, from it): copies, slices, updates."""
+    name = i.opcode.removesuffix("-start")
+    if name not in ("copy", "dynamic-slice", "dynamic-update-slice"):
+        return 0.0, 0.0
+    operands = [computation.instructions[operand] for operand in i.operands]
+    whole = operands[0].outputs[0].space
+    if name == "dynamic-update-slice":
+        there, update = whole == HOST, operands[1].outputs[0]
+        return (update.nbytes if there and update.space != HOST else 0.0), 0.0
+    made = i.outputs[0]
+    if (whole == HOST) == (made.space == HOST):
+        return 0.0, 0.0
+    return (0.0, made.nbytes) if whole == HOST else (made.nbytes, 0.0)
 
 
 def _read(module: Module, fused: Computation, number: int, under_way: Set[str]) -> float:

@@ -24,6 +24,7 @@ from step_jax.planning import (
     operations,
     roofline,
 )
+from step_jax.planning.case import case_of, held_bytes
 from step_jax.planning.compiled import (
     Compiled,
     Loop,
@@ -63,14 +64,16 @@ class Plan:
         reference model).
       overflow: the compiler's words if it found no way to fit the step, else "".
       memory_arguments: the part of it that the step is given: state and batch.
+      memory_host: bytes of the host's memory that the step takes for a device.
       memory_estimate: class -> bytes as expected before compiling, of a decoder.
       buffers: the largest of them: bytes, shape, source, class.
       flops, flops_model: operations of the compiled program; those that the models need.
       kernels_without_cost: kernels whose operations the compiler's text does not tell.
       traffic: bytes to and from main memory, if every instruction went through it: an estimate.
+      to_host, from_host: bytes between main memory and the host's.
       layers: layer, kind of work, amount (operations or bytes), see ``layers``.
       collectives: kind, axes, devices of a group, calls, bytes sent.
-      compute_s, memory_s, network_s: see ``roofline.Bound``.
+      compute_s, memory_s, network_s, host_s: see ``roofline.Bound``.
       bound_s, bound_by: the same; no step is faster.
       mfu_bound: the models' operations at ``bound_s`` over the peak.
       forecast: step, low, high, layers, exposed, known: see ``forecast.Forecast``; None on a CPU.
@@ -102,6 +105,8 @@ class Plan:
     sequence: int | None
     accumulation: int
     remat: str | None
+    keep: list[str]
+    offload: list[str]
     parameters: int
     active: int
     trained: int
@@ -109,6 +114,7 @@ class Plan:
     memory_total: float
     memory_compiler: float
     memory_arguments: float
+    memory_host: float
     memory_limit: float | None
     memory_beside: int
     overflow: str
@@ -118,11 +124,14 @@ class Plan:
     flops_model: float | None
     kernels_without_cost: list[str]
     traffic: float
+    to_host: float
+    from_host: float
     layers: list[dict[str, Any]]
     collectives: list[dict[str, Any]]
     compute_s: float
     memory_s: float
     network_s: dict[str, float]
+    host_s: float
     bound_s: float
     bound_by: str
     mfu_bound: float | None
@@ -224,8 +233,9 @@ def take_stock(
         compiled.code_bytes,
         compiled.memory_bytes,
     )
-    state_bytes = estimate.held_bytes(program, program.sharding).touched
-    bound = roofline.bound(ops.flops, state_bytes, sent, topology, mesh, dtype)
+    state_bytes = held_bytes(program, program.sharding).touched
+    host_bytes = max(ops.to_host, ops.from_host)
+    bound = roofline.bound(ops.flops, state_bytes, sent, topology, mesh, dtype, host_bytes)
     expected = forecast.forecast(ops.work, bound.network, topology, dtype, bound.step)
     execution = execution_of(config)
     return Plan(
@@ -235,10 +245,13 @@ def take_stock(
         chips=topology.chips,
         mesh={a: n for a, n in mesh.shape.items() if n > 1},
         remat=execution.remat if execution else None,
+        keep=list(execution.keep) if execution else [],
+        offload=list(execution.offload) if execution else [],
         memory=used.classes,
         memory_total=used.total,
         memory_compiler=used.compiler,
         memory_arguments=used.arguments,
+        memory_host=used.host,
         memory_limit=_limit(compiled, topology),
         memory_beside=bytes_on_device(program.beside),
         overflow=compiled.overflow.splitlines()[0] if compiled.overflow else "",
@@ -246,11 +259,14 @@ def take_stock(
         flops=ops.flops,
         kernels_without_cost=list(ops.silent_kernels),
         traffic=ops.traffic,
+        to_host=ops.to_host,
+        from_host=ops.from_host,
         layers=[dict(layer=k[0], kind=k[1], amount=v) for k, v in sorted(ops.work.items())],
         collectives=[_said(c) for c in sent],
         compute_s=bound.compute,
         memory_s=bound.memory,
         network_s=bound.network,
+        host_s=bound.host,
         bound_s=bound.step,
         bound_by=bound.by,
         compile_cpu_s=compiled.compile_seconds,
@@ -286,7 +302,7 @@ def _expected(config: Any, program: Program, flops: float) -> dict[str, Any]:
     """The fields that are known without compiling; some of them only for decoders."""
     rows, sequence = extent(program.schema)
     pieces, bubble = estimate.bubble(rows, program.accumulation, program.sharding)
-    case = estimate.case_of(program, execution_of(config))
+    case = case_of(program, execution_of(config))
     excess = None if case is None else estimate.expert_excess(case)
     return dict(
         rows=rows,
@@ -387,6 +403,7 @@ def _notes(
 _HELP: dict[str, tuple[tuple[str, str], ...]] = {
     "activations": (
         ("execution.remat", ": full keeps only each layer's input"),
+        ("execution.offload", ": [layer] keeps each layer's input in the host's memory"),
         ("training.accumulation", ": twice as many microbatches halve the activations"),
         ("parallel.context", " cuts the sequence"),
     ),
@@ -419,6 +436,8 @@ def advice(classes: dict[str, float], config: Any, sequence: int | None) -> list
     def applies(setting: str) -> bool:
         keys = setting.split(".")
         value = functools.reduce(lambda group, key: getattr(group, key, None), keys, config)
+        if setting == "execution.offload" and value is not None:
+            return config.execution.remat == "full" and not value
         return value not in (None, "full", "bfloat16") and (
             sequence is not None or setting not in _OF_SEQUENCES
         )

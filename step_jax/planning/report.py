@@ -8,6 +8,7 @@ from typing import Any
 from step_jax.core.errors import StepError
 from step_jax.core.sharding import Sharding
 from step_jax.planning import estimate, hlo
+from step_jax.planning.case import case_of
 from step_jax.planning.compiled import Loop, execution_of
 from step_jax.planning.memory import CLASSES, Buffer, largest, out_of_memory
 from step_jax.planning.phases import Stock
@@ -96,7 +97,7 @@ def _expected_advice(loop: Loop, config: Any) -> list[str]:
         program = loop.program(config, Sharding.build(config.parallel))
     except StepError:  # a run may know what no plan does: the tokenizer's vocabulary
         return []
-    case = estimate.case_of(program, execution_of(config))
+    case = case_of(program, execution_of(config))
     return [] if case is None else advice(estimate.memory(case), config, case.sequence)
 
 
@@ -108,6 +109,11 @@ def _what(plan: Plan) -> dict[str, str]:
     if plan.rows is not None and plan.sequence is not None:
         rows = f" ({plan.rows:,} rows of {plan.sequence:,})"
     remat = "" if plan.remat is None else f", remat {plan.remat}"
+    remat += "".join(
+        f", {word} {' '.join(names)}"
+        for word, names in (("keep", plan.keep), ("offload", plan.offload))
+        if names
+    )
     return {
         "parameters": f"{si(plan.parameters)}{active}{trained}",
         "chips": f"{plan.chips:,} ({plan.devices:,} devices): {mesh}",
@@ -133,6 +139,8 @@ def _memory(plan: Plan) -> dict[str, str]:
     )
     if plan.memory_beside:
         rows["beside the step"] = f"{gigabytes(plan.memory_beside):>9}   a reference, all the while"
+    if plan.memory_host:
+        rows["of the host"] = f"{gigabytes(plan.memory_host):>9}   for every device"
     if plan.memory_limit is not None:
         word = "fits" if plan.fits else "DOES NOT FIT"
         rows["device has"] = f"{gigabytes(plan.memory_limit):>9}   {word}"
@@ -148,6 +156,8 @@ def _work(plan: Plan) -> dict[str, str]:
         )
     traffic = f"{si(plan.traffic)}B, were everything written and read: an estimate"
     rows = {"operations": compiled, "memory traffic": traffic}
+    if plan.to_host or plan.from_host:
+        rows["to and from the host"] = f"{si(plan.to_host)}B and {si(plan.from_host)}B"
     smallest = 1e-3 * max((c["nbytes"] for c in plan.collectives), default=0.0)
     for c in plan.collectives:
         if c["nbytes"] >= smallest:
@@ -161,6 +171,8 @@ def _bound(plan: Plan) -> dict[str, str]:
     for axes, seconds in plan.network_s.items():
         if seconds >= 1e-3 * plan.bound_s:
             rows[f"network: {axes}"] = duration(seconds)
+    if plan.to_host or plan.from_host:
+        rows["the host's link"] = duration(plan.host_s) if plan.host_s else "not known"
     if plan.bubble:
         rows["pipeline bubble"] = (
             f"{plan.bubble:.1%} of a device's steps ({plan.pipeline_microbatches} microbatches): "
@@ -280,6 +292,7 @@ def _draw_time(plan: Plan, axes: Any) -> None:
     network = {k: v for k, v in plan.network_s.items() if v >= 1e-2 * plan.bound_s}
     times = {"compute": plan.compute_s, "state in memory": plan.memory_s}
     times |= {f"network: {k}": v for k, v in network.items()}
+    times |= {"the host's link": plan.host_s} if plan.host_s else {}
     names = list(times)[::-1]
     colours = [_COLOURS[4] if times[n] == plan.bound_s else _COLOURS[1] for n in names]
     axes.barh(range(len(names)), [times[n] for n in names], color=colours, height=0.6)

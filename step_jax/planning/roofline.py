@@ -23,21 +23,25 @@ class Bound:
       compute: operations at the peak of the compute precision.
       memory: the state that has to be read and written, at the memory's bandwidth.
       network: mesh axes -> their collectives at the bandwidth of the links they use.
+      host: what goes to the host's memory or comes from it, whichever is more: both directions have
+        a link of their own. 0 where its bandwidth is not known.
     """
 
     compute: float
     memory: float
     network: dict[str, float]
+    host: float = 0.0
 
     @property
     def step(self) -> float:
         """If everything overlaps perfectly: a bound, no forecast."""
-        return max(self.compute, self.memory, *self.network.values(), 0.0)
+        return max(self.compute, self.memory, self.host, *self.network.values())
 
     @property
     def by(self) -> str:
         """What sets ``step``."""
         times = {"compute": self.compute, "memory bandwidth": self.memory}
+        times |= {"the host's link": self.host}
         times |= {f"network ({axes})": t for axes, t in self.network.items()}
         return max(times, key=lambda name: times[name])
 
@@ -80,6 +84,7 @@ def bound(
     topology: Topology,
     mesh,
     dtype: str,
+    host_bytes: float = 0.0,
 ) -> Bound:
     """The bound of a program's counts (of one device) on a topology.
 
@@ -87,6 +92,9 @@ def bound(
       state_bytes: that the program cannot but read and write in main memory.
       mesh: see ``network``.
       dtype: of the products.
+      host_bytes: in the direction, to the host or from it, in which more go.
     """
+    link = topology.chip.host_bandwidth if topology.chip else 0.0
+    host = host_bytes / link if link else 0.0
     memory = state_bytes / topology.chip.hbm_bandwidth if topology.chip else 0.0
-    return Bound(flops / peak(topology, dtype), memory, network(collectives, topology, mesh))
+    return Bound(flops / peak(topology, dtype), memory, network(collectives, topology, mesh), host)

@@ -9,13 +9,15 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from step_jax.core.errors import ConfigError
 from step_jax.core.sharding import AXES, MeshConfig, Sharding
 from step_jax.data.batches import abstract_batch
+from step_jax.models.context import Execution, RematPolicy
 from step_jax.models.text.decoder import Decoder
 from step_jax.planning import estimate, forecast, roofline
+from step_jax.planning.case import Case, Held, case_of, held_bytes
 from step_jax.planning.compiled import Loop, check_rows, execution_of, extent
 from step_jax.planning.layers import PRODUCTS
 from step_jax.planning.plan import NO_REQUEST, SECONDS_PER_DAY, Plan, Request, make_plan, versions
@@ -31,7 +33,7 @@ _TENSOR = (1, 2, 4, 8)
 _CONTEXT = (1, 2, 4, 8, 16)
 _STAGES = (1, 2, 4, 8, 16)
 _MICROBATCHES = 64  # of a batch, at most
-_REMAT: tuple[Literal["none", "dots", "full"], ...] = ("none", "dots", "full")
+_REMAT: tuple[RematPolicy, ...] = ("none", "dots", "full")
 #: Shorter pieces of a sequence are not worth the gathering of keys and values.
 _SHORTEST_PIECE = 2048
 
@@ -69,7 +71,7 @@ class Proposal:
 
 
 def variants(
-    config: Any, case: estimate.Case, topology: Topology, rows: Rows | None = None
+    config: Any, case: Case, topology: Topology, rows: Rows | None = None
 ) -> Iterator[Any]:
     """Every variant that is considered, whether or not its sizes divide.
 
@@ -82,10 +84,14 @@ def variants(
     own = _accumulation(config)
     for parallel in _meshes(config.parallel, case, topology):
         for remat, accumulation in itertools.product(_REMAT, _counts(own, parallel, rows)):
-            variant = replace(
-                config, parallel=parallel, execution=replace(config.execution, remat=remat)
-            )
+            variant = replace(config, parallel=parallel, execution=_with_remat(config, remat))
             yield variant if accumulation is None else _with_accumulation(variant, accumulation)
+
+
+def _with_remat(config: Any, remat: RematPolicy) -> Execution:
+    """The execution with another policy, and without names where nothing would read them."""
+    named = config.execution if remat == "full" else Execution()
+    return replace(config.execution, remat=remat, keep=named.keep, offload=named.offload)
 
 
 Rows = Callable[[MeshConfig], int | None]
@@ -111,7 +117,7 @@ def _with_accumulation(config: Any, count: int) -> Any:
     return replace(config, training=replace(config.training, accumulation=count))
 
 
-def _meshes(recipe: MeshConfig, case: estimate.Case, topology: Topology) -> Iterator[MeshConfig]:
+def _meshes(recipe: MeshConfig, case: Case, topology: Topology) -> Iterator[MeshConfig]:
     """Meshes of all devices, with the axes that the model can use."""
     T = case.sequence
     contexts = {n for n in _CONTEXT if T % n == 0 and T // n >= _SHORTEST_PIECE}
@@ -161,9 +167,13 @@ def _flags(variant: Any, recipe: Any) -> str:
         (f"parallel.{name}", getattr(variant.parallel, name), getattr(recipe.parallel, name))
         for name in names
     ]
-    pairs.append(("execution.remat", variant.execution.remat, recipe.execution.remat))
+    pairs += [
+        (f"execution.{name}", getattr(variant.execution, name), getattr(recipe.execution, name))
+        for name in ("remat", "keep", "offload")
+    ]
     pairs.append(("training.accumulation", _accumulation(variant), _accumulation(recipe)))
-    return " ".join(f"--{name} {new}" for name, new, old in pairs if new != old)
+    changed = ((name, "[]" if new == () else new) for name, new, old in pairs if new != old)
+    return " ".join(f"--{name} {new}" for name, new in changed)
 
 
 class Estimator:
@@ -214,11 +224,11 @@ class Estimator:
         total = None if program is None else extent(program.schema)[0]
         return None if not total or total % ways else total // ways
 
-    def _layout_of(self, parallel: MeshConfig) -> tuple[Sharding, estimate.Held] | None:
+    def _layout_of(self, parallel: MeshConfig) -> tuple[Sharding, Held] | None:
         """A mesh, and what the state takes of a device; None if a size does not divide."""
         try:
             sharding = Sharding.build(parallel, self.topology.devices)
-            return sharding, estimate.held_bytes(self.own, sharding)
+            return sharding, held_bytes(self.own, sharding)
         except ConfigError:
             return None
 
@@ -234,7 +244,7 @@ class Estimator:
         try:
             check_rows(program.schema, sharding, program.accumulation)
             abstract_batch(sharding, program.schema)
-            case = estimate.case_of(program, variant.execution, sharding, held)
+            case = case_of(program, variant.execution, sharding, held)
             assert case is not None, "search() refuses what has no estimates"
             flags = _flags(variant, self.recipe)
             return _proposal(variant, flags, case, self.topology, program.total_steps)
@@ -242,14 +252,13 @@ class Estimator:
             return None
 
 
-def _proposal(
-    variant: Any, flags: str, case: estimate.Case, topology: Topology, steps: int
-) -> Proposal:
+def _proposal(variant: Any, flags: str, case: Case, topology: Topology, steps: int) -> Proposal:
     dtype, mesh = case.execution.dtype, case.sharding.mesh
     work = estimate.work(case)
     flops = sum(amount for (_, kind), amount in work.items() if kind in PRODUCTS)
     sent = estimate.sent(case, topology)
-    bound = roofline.bound(flops, case.held.touched, sent, topology, mesh, dtype)
+    host_bytes = estimate.host_bytes(case)
+    bound = roofline.bound(flops, case.held.touched, sent, topology, mesh, dtype, host_bytes)
     expected = forecast.forecast(work, bound.network, topology, dtype, bound.step)
     step_s = bound.step if expected is None else expected.step
     needed = case.tokens * estimate.train_flops(case.model, case.sequence)
@@ -283,7 +292,7 @@ def search(
         the topology.
     """
     estimated = Estimator(loop, config, topology)
-    case = estimate.case_of(estimated.own, execution_of(config))
+    case = case_of(estimated.own, execution_of(config))
     if case is None:
         kinds = ", ".join(f"{n} ({m.kind})" for n, m in estimated.own.models.items())
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,7 @@ from step_jax.core.sharding import Sharding
 from step_jax.data.batches import abstract_batch
 from step_jax.data.schema import Schema
 from step_jax.training.learner import Learning
-from step_jax.training.state import TrainState, abstract_state, init_state
+from step_jax.training.state import TrainState, abstract_state, init_state, on_device
 from step_jax.training.step import LossFn, make_train_step
 
 
@@ -108,6 +109,11 @@ class Program:
             shardings=None if sharding.mesh.size == 1 else layout,
             report=report,
         )
+
+        @functools.wraps(step)
+        def on_devices(state: TrainState, batch: Any) -> Any:
+            return step(on_device(state, layout), batch)
+
         return cls(
             models=models,
             learnings=learnings,
@@ -119,7 +125,9 @@ class Program:
             notes=notes,
             state_like=state_like,
             batch_like=abstract_batch(sharding, schema),
-            step=jax.jit(step, donate_argnums=0, out_shardings=(layout, sharding.replicated())),
+            step=jax.jit(
+                on_devices, donate_argnums=0, out_shardings=(layout, sharding.replicated())
+            ),
             beside=beside,
         )
 

@@ -13,6 +13,9 @@ from step_jax.core import spec as spec_lib
 from step_jax.core.sharding import Sharding
 from step_jax.training.learner import Learner, Learning
 
+#: The kind of memory of a host that its devices read.
+HOST = "pinned_host"
+
 
 @struct.dataclass
 class TrainState:
@@ -69,7 +72,8 @@ def state_shardings(
     """A NamedSharding for every leaf of ``state`` (arrays or abstract).
 
     An array of the optimizer that belongs to a parameter (its path ends with the parameter's, and
-    the shapes agree) is laid out like it; scalars are replicated.
+    the shapes agree) is laid out like it, with ``offload`` in the host's memory; scalars are
+    replicated.
 
     Raises:
       ValueError: an optimizer array that is neither.
@@ -81,7 +85,7 @@ def state_shardings(
         trained = spec_lib.trained(how.specs, params)
         return Learner(
             params=params,
-            opt_state=_like_params(held.opt_state, how.specs, sharding),
+            opt_state=_like_params(held.opt_state, how, sharding),
             average=None if held.average is None else trained,
         )
 
@@ -93,8 +97,17 @@ def state_shardings(
     )
 
 
-def _like_params(opt_state, specs, sharding: Sharding):
-    by_path = dict(jax.tree.leaves_with_path(specs, is_leaf=spec_lib.is_spec))
+def on_device(state: TrainState, layout: TrainState) -> TrainState:
+    """A state, under ``jit``, with all of it in the devices' memory; ``layout`` is its own."""
+
+    def leaf(a, s):
+        return jax.device_put(a, s.with_memory_kind("device")) if s.memory_kind == HOST else a
+
+    return jax.tree.map(leaf, state, layout)
+
+
+def _like_params(opt_state, how: Learning, sharding: Sharding):
+    by_path = dict(jax.tree.leaves_with_path(how.specs, is_leaf=spec_lib.is_spec))
 
     def leaf(path, x):
         if x.ndim == 0:
@@ -102,7 +115,8 @@ def _like_params(opt_state, specs, sharding: Sharding):
         for start in range(len(path)):
             spec = by_path.get(path[start:])
             if spec is not None and spec.shape == x.shape:
-                return sharding.named(spec.axes, spec.shape)
+                layout = sharding.named(spec.axes, spec.shape)
+                return layout.with_memory_kind(HOST) if how.optimizer.offload else layout
         raise ValueError(
             f"the optimizer's array {spec_lib.path_name(path)} of shape {x.shape} belongs to no "
             "parameter, so its sharding is unknown"

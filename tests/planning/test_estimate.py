@@ -9,6 +9,7 @@ import pytest
 from benchmarks import plan_search
 from step_jax.core.command_line import load_config
 from step_jax.planning import estimate, topology
+from step_jax.planning.case import Case, case_of
 from step_jax.planning.collectives import PART_OF
 from step_jax.planning.compiled import program_for, resolved
 from step_jax.trainers import pretrain
@@ -19,12 +20,12 @@ from tests.planning.test_search import RECIPE
 def case_on(tmp_path):
     """(topology, flags) -> the case of the small mixture."""
 
-    def make(name: str, *flags: str) -> estimate.Case:
+    def make(name: str, *flags: str) -> Case:
         path = tmp_path / "mixture.yaml"
         path.write_text(RECIPE)
         at = topology.parse(name)
         config = resolved(load_config(pretrain.Config, [str(path), *flags]).config, at.count)
-        case = estimate.case_of(program_for(pretrain, config, at), config.execution)
+        case = case_of(program_for(pretrain, config, at), config.execution)
         assert case is not None
         return case
 

@@ -9,6 +9,7 @@ import pytest
 from step_jax.core.command_line import load_config
 from step_jax.planning import estimate
 from step_jax.planning import topology as topologies
+from step_jax.planning.case import case_of
 from step_jax.planning.compiled import program_for, resolved
 from step_jax.trainers import pretrain
 from tests.planning import golden
@@ -53,7 +54,7 @@ def test_estimates_before_compiling_are_near_what_was_compiled(path, topology):
     config = load_config(pretrain.Config, [str(golden.ROOT / table["recipe"]), *table["flags"]])
     at = topologies.parse(table["topology"])
     config = resolved(config.config, at.count)
-    case = estimate.case_of(program_for(pretrain, config, at), config.execution)
+    case = case_of(program_for(pretrain, config, at), config.execution)
     estimated = {
         "memory": sum(estimate.memory(case).values()) / table["memory_compiler"],
         "flops": estimate.operations(case) / table["flops"],

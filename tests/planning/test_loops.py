@@ -19,6 +19,7 @@ from step_jax.core.config import load_file
 from step_jax.core.errors import ConfigError, ExitCode
 from step_jax.core.sharding import MeshConfig
 from step_jax.planning import estimate, report, search, topology
+from step_jax.planning.case import case_of
 from step_jax.planning.compiled import program_for, resolved
 from step_jax.runs import device_memory
 from step_jax.tokenizers.huggingface import character_tokenizer
@@ -187,7 +188,7 @@ def test_batch_of_step_law_fits_every_mesh_that_is_tried(name):
     at = topology.parse(name)
     for proposal in search.search(pretrain, config, at, compiled=False):
         again = program_for(pretrain, resolved(proposal.config, 8), at)
-        case = estimate.case_of(again, proposal.config.execution)
+        case = case_of(again, proposal.config.execution)
         assert sum(estimate.memory(case).values()) == proposal.nbytes
 
 
@@ -223,7 +224,7 @@ def test_run_from_an_artifact_is_planned_without_its_arrays(run, tmp_path, monke
     config = resolved(load_file(pretrain.Config, recipe), 2)
     fresh = program_for(pretrain, config, topology.parse("cpu:2"))
     assert plan["flops_model"] == fresh.work.flops / 2
-    expected = estimate.memory(estimate.case_of(fresh, config.execution))
+    expected = estimate.memory(case_of(fresh, config.execution))
     assert plan["memory_estimate"] == expected
 
 
@@ -235,7 +236,7 @@ def test_adapters_alone_have_gradients_and_moments_in_the_estimate(run):
         for flags in ([], ["--init_from.lora.rank", "2"])
     )
     whole, few = (
-        estimate.memory(estimate.case_of(program_for(pretrain, c, at), c.execution))
+        estimate.memory(case_of(program_for(pretrain, c, at), c.execution))
         for c in (config, adapted)
     )
     assert few["parameters"] > whole["parameters"]

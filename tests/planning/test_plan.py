@@ -20,6 +20,7 @@ from step_jax.models.layers.moe import Experts, MoE
 from step_jax.models.layers.routing import Router
 from step_jax.planning import collectives, estimate, memory, report, roofline, topology
 from step_jax.planning import plan as plan_lib
+from step_jax.planning.case import case_of
 from step_jax.planning.compiled import program_for, resolved
 from step_jax.planning.plan import advice, make_plan
 from step_jax.planning.roofline import Bound
@@ -343,7 +344,7 @@ def test_expert_bubble_is_what_full_buffers_cost(config):
     def excess(config):
         config = resolved(config, 8)
         program = program_for(pretrain, config, topology.parse("cpu:8"))
-        return estimate.expert_excess(estimate.case_of(program, config.execution))
+        return estimate.expert_excess(case_of(program, config.execution))
 
     once = 2 * (2 * 3 * 128 * 256) * 4 * 16 * 128 / 8  # top_k experts, 4 layers, tokens of a device
     assert excess(mixture) == pytest.approx(4 * once)  # twice the load, remat full
@@ -367,3 +368,22 @@ def test_without_libtpu_the_plan_says_the_command_that_brings_it(recipe, monkeyp
     for page in ("README.md", "docs/planning.md"):
         text = (ROOT / page).read_text(encoding="utf-8")
         assert text.index("pip install 'jax[tpu]'") < text.index("step-jax plan configs/")
+
+
+@pytest.mark.thorough
+def test_what_goes_to_the_host_is_counted(plan, config, request):
+    """Compiled for TPUs: four layers, 16 rows of 128 tokens on 8 chips, float32."""
+    request.getfixturevalue("topology")  # compiled as their users compile
+    execution = replace(config.execution, offload=("layer", "mlp"))
+    parallel = replace(config.parallel, fsdp=8, tensor=1)
+    config = replace(config, execution=execution, parallel=parallel)
+    v5e = topology.parse("v5e:2x4")
+    sent = make_plan(pretrain, config, v5e)
+    nbytes = 4 * (16 / 8 * 128) * (128 + 2 * 256) * 4
+    assert (sent.to_host, sent.from_host) == (nbytes, nbytes)
+    assert sent.host_s == pytest.approx(nbytes / 16e9)
+    assert nbytes <= sent.memory_host < 1.1 * nbytes
+    assert "the host's link" in dict(report.tables(sent))["the least time: what no step can beat"]
+    case = case_of(program_for(pretrain, resolved(config, 8), v5e), execution)
+    assert case is not None and estimate.host_bytes(case) == nbytes
+    assert not (plan.to_host or plan.from_host or plan.memory_host or plan.host_s)

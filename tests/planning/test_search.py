@@ -9,6 +9,7 @@ import pytest
 from step_jax.cli.main import main
 from step_jax.core.command_line import load_config
 from step_jax.planning import estimate, search, topology
+from step_jax.planning.case import case_of
 from step_jax.planning.compiled import compile_step, program_for, resolved
 from step_jax.planning.plan import take_stock
 from step_jax.trainers import pretrain
@@ -46,13 +47,13 @@ def both(config: pretrain.Config, at: topology.Topology):
     """(plan, bytes that its estimate says are sent by mesh axes)."""
     config = resolved(config, at.count)
     program = program_for(pretrain, config, at)
-    case = estimate.case_of(program, config.execution)
+    case = case_of(program, config.execution)
     plan = take_stock(config, at, compile_step(program, at))
     return plan, {c.axes: c.nbytes for c in estimate.sent(case, at)}
 
 
 def meshes_tried(config: pretrain.Config, at: topology.Topology):
-    case = estimate.case_of(program_for(pretrain, resolved(config, at.count), at), config.execution)
+    case = case_of(program_for(pretrain, resolved(config, at.count), at), config.execution)
     return {v.parallel for v in search.variants(config, case, at)}
 
 
@@ -101,7 +102,7 @@ def test_every_divisor_of_a_devices_rows_is_a_number_of_microbatches(recipe):
     config = load(recipe, "--training.batch_size", "48", "--execution.remat", "none")
     at = topology.parse("cpu:8")
     estimated = search.Estimator(pretrain, config, at)
-    case = estimate.case_of(estimated.own, config.execution)
+    case = case_of(estimated.own, config.execution)
     counts = {
         v.training.accumulation
         for v in search.variants(config, case, at, estimated.rows)

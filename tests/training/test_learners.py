@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +18,7 @@ from step_jax.core.spec import Normal, ParamSpec
 from step_jax.data.schema import Field
 from step_jax.training.learner import Learning, LoRA, tables, view
 from step_jax.training.optimizers.build import Optimizer, make_optimizer
-from step_jax.training.optimizers.config import AdamW
+from step_jax.training.optimizers.config import AdamW, Muon
 from step_jax.training.program import Program, Work
 from step_jax.training.schedules import Constant
 from step_jax.training.state import init_state
@@ -258,3 +261,42 @@ def test_a_program_starts_from_given_parameters_and_draws_the_rest():
     np.testing.assert_array_equal(mixed["out"], fresh["out"])
     state, metrics = program.compile()(program.initial_state(jax.random.key(0)), batch())
     assert metrics["loss"] > 0 and int(state.step) == 1
+
+
+@pytest.mark.parametrize(
+    "optimizer,mesh",
+    [
+        (AdamW, {}),
+        pytest.param(Muon, {"fsdp": 4, "tensor": 2}, marks=pytest.mark.thorough),
+        pytest.param(AdamW, {"fsdp": 4, "tensor": 2}, marks=pytest.mark.slow),
+    ],
+)
+def test_moments_in_the_hosts_memory_change_no_bit(optimizer, mesh):
+    sharding = Sharding(make_mesh(MeshConfig(**mesh), jax.devices()[: 8 if mesh else 1]))
+
+    def trained(offload: bool):
+        config = optimizer(learning_rate=0.1, schedule=Constant(), offload=offload)
+        specs = {"policy": POLICY, "critic": CRITIC}
+        how = {
+            name: Learning(s, s, make_optimizer(config, s, total_steps=3, sharding=sharding))
+            for name, s in specs.items()
+        }
+        models = {name: SimpleNamespace(initialise=partial(spec_lib.init, s))
+                  for name, s in specs.items()}  # fmt: skip
+        program = Program.build(loss, models, how, SCHEMA, sharding,
+                                total_steps=3, work=Work(ROWS, "rows"), seed=0)  # fmt: skip
+        state, step = program.initial_state(jax.random.key(0)), program.compile()
+        for i in range(3):
+            state, _ = step(state, batch(i))
+        return state
+
+    there, here = trained(True), trained(False)
+    jax.tree.map(np.testing.assert_array_equal, there, here)
+    kinds = {
+        (a.ndim > 0, a.sharding.memory_kind)
+        for learner in there.learners.values()
+        for a in jax.tree.leaves(learner.opt_state)
+    }
+    assert kinds == {(True, "pinned_host"), (False, "device")}
+    others = (here, [learner.params for learner in there.learners.values()])
+    assert {a.sharding.memory_kind for a in jax.tree.leaves(others)} == {"device"}

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from step_jax.core import checks
 from step_jax.core.errors import ConfigError
@@ -53,8 +54,9 @@ class SwiGLU:
     def apply(self, p: SwiGLUParams, x_BTD, ctx: Context, chosen_BTK=None):
         """((B, T, D), None): the second is what a mixture of experts has to tell."""
         x = ctx.as_matrix(x_BTD)
-        gate = einsum("...D,DF->...F", x, p.gate_DF)
-        hidden = gated_unit(gate, einsum("...D,DF->...F", x, p.up_DF), self.clamp)
+        gate = checkpoint_name(einsum("...D,DF->...F", x, p.gate_DF), "mlp")
+        up = checkpoint_name(einsum("...D,DF->...F", x, p.up_DF), "mlp")
+        hidden = gated_unit(gate, up, self.clamp)
         tokens = ("batch", "sequence")[: hidden.ndim - 1]
         y = einsum("...F,FD->...D", ctx.constrain(hidden, *tokens, "mlp"), p.down_FD)
         return y.reshape(x_BTD.shape), None
@@ -95,7 +97,7 @@ class GELU:
     def apply(self, p: GELUParams, x_BTD, ctx: Context, chosen_BTK=None):
         """As of :class:`SwiGLU`."""
         x = ctx.as_matrix(x_BTD)
-        hidden = gelu(einsum("...D,DF->...F", x, p.up_DF))
+        hidden = gelu(checkpoint_name(einsum("...D,DF->...F", x, p.up_DF), "mlp"))
         tokens = ("batch", "sequence")[: hidden.ndim - 1]
         y = einsum("...F,FD->...D", ctx.constrain(hidden, *tokens, "mlp"), p.down_FD)
         return y.reshape(x_BTD.shape), None

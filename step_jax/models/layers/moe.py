@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from step_jax.core import checks
@@ -335,7 +336,9 @@ class MoE:
                 load=load,
             )
 
-        hidden_MF = gated_unit(product(rows_MD, p.gate_EDF), product(rows_MD, p.up_EDF), self.clamp)
+        gate_MF = checkpoint_name(product(rows_MD, p.gate_EDF), "mlp")
+        up_MF = checkpoint_name(product(rows_MD, p.up_EDF), "mlp")
+        hidden_MF = gated_unit(gate_MF, up_MF, self.clamp)
         square_M = jnp.sum(jnp.square(jax.lax.stop_gradient(hidden_MF).astype(jnp.float32)), -1)
         stop_e = jnp.cumsum(sizes_e)
         index_M = jnp.arange(rows_MD.shape[0])

@@ -30,6 +30,7 @@ class Optimizer:
       peak: the highest rate.
       specs: the table of the parameters that it trains (None in the place of frozen ones).
       clip_norm: the largest global norm of the gradient, None for no clipping.
+      offload: what it remembers lies in the host's memory between the steps.
       notes: choices made for the user (dtype by backend, extrapolated law), for the run's header.
     """
 
@@ -38,6 +39,7 @@ class Optimizer:
     peak: float
     specs: Any
     clip_norm: float | None = None
+    offload: bool = False
     notes: tuple[str, ...] = ()
 
     def norm(self, gradients) -> jax.Array:
@@ -93,7 +95,7 @@ def make_optimizer(
     if any(spec.rate != 1.0 for spec in jax.tree.leaves(specs, is_leaf=spec_lib.is_spec)):
         direction = optax.chain(direction, _own_rates(specs))
     rate = schedules.build(config.schedule, peak, total_steps)
-    return Optimizer(direction, rate, peak, specs, config.clip_norm, notes)
+    return Optimizer(direction, rate, peak, specs, config.clip_norm, config.offload, notes)
 
 
 def decay_mask(specs):

@@ -21,6 +21,7 @@ class AdamW:
     weight_decay: of matrices, embeddings and the head; never of vectors (norms, biases, gates).
     clip_norm: the gradient's global norm is clipped to this; null for no clipping.
     mu_dtype: of the first moment in memory; the second moment and the parameters are float32.
+    offload: the moments lie in the host's memory between the updates.
     """
 
     kind: ClassVar[str] = "adamw"
@@ -32,6 +33,7 @@ class AdamW:
     beta2: float = 0.95
     eps: float = 1e-8
     mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    offload: bool = False
 
     def validate(self) -> None:
         _validate_common(self)
@@ -45,6 +47,7 @@ class Muon:
     momentum: of Muon's Nesterov momentum. beta1, beta2 and eps belong to the AdamW group.
     polar_dtype: of the matrix products of the orthogonalisation. ``auto`` is float16 on GPU (bf16
         causes loss spikes) and float32 on CPU and on TPU, whose matrix units have no float16.
+    offload: the moments lie in the host's memory between the updates.
     """
 
     kind: ClassVar[str] = "muon"
@@ -57,6 +60,7 @@ class Muon:
     beta2: float = 0.95
     eps: float = 1e-8
     polar_dtype: Literal["auto", "float16", "float32"] = "auto"
+    offload: bool = False
 
     def validate(self) -> None:
         _validate_common(self)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from step_jax.models.context import Context
@@ -92,6 +93,7 @@ def attend(
     if v_BSKV is None:
         v_BSKV, k_BSKH = k_BSKH, rotate(position, k_BSKH, kv_places_BS[..., None])
     v_BSKV = v_BSKV.astype(q_BTNH.dtype)
+    q_BTNH, k_BSKH, v_BSKV = checkpoint_name((q_BTNH, k_BSKH, v_BSKV), "qkv")
     mask = ctx.mask(kv_positions_BS, window)
     if ctx.observe is not None:
         ctx.observe(ops_attention.weights(q_BTNH, k_BSKH, mask, scale=scale, alibi=bias))
@@ -122,6 +124,7 @@ def attend_across(q_BTNH, k_BSKH, v_BSKV, mask: ops_attention.Mask, ctx: Context
     q_BTNH = ctx.constrain(q_BTNH, "batch", "sequence", "heads", None)
     k_BSKH = ctx.constrain(k_BSKH, "batch", None, "kv_heads", None)
     v_BSKV = ctx.constrain(v_BSKV, "batch", None, "kv_heads", None)
+    q_BTNH, k_BSKH, v_BSKV = checkpoint_name((q_BTNH, k_BSKH, v_BSKV), "qkv")
     o_BTNV = _gathered(q_BTNH, k_BSKH, v_BSKV, mask, ctx, scale, None)
     return ctx.constrain(o_BTNV, "batch", "sequence", "heads", None)
 
