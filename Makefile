@@ -2,7 +2,8 @@
 #   make quickstart              install, train a small model, sample from it
 #   make quickstart DATA=~/text  the same on your own text
 #   make test                    linter, formatting, types and tests, in the same environment
-#   make test-thorough           the same proofs on more meshes, kernels and loops (a quarter of an hour)
+#   make test-thorough           the same proofs on more meshes, kernels and loops
+#   make test THOROUGH=1         both at once, which costs less than one after the other
 #   make test-aot                everything that is compiled for TPUs (no TPU needed; an hour)
 #   make test-hopper             every GPU kernel compiled for Hopper (no GPU needed)
 #   make test-system             what needs packages of the system: sandbox, SLURM cluster (root)
@@ -27,6 +28,7 @@ DATA ?=
 ARGS ?=
 # A file stays with one process, which makes its fixtures and compiles its programs once.
 PYTEST_ARGS ?= -n auto --dist loadfile
+THOROUGH ?=
 
 help:
 	@sed -n 's/^#   make/  make/p' Makefile
@@ -35,7 +37,9 @@ quickstart: $(VENV)/.installed
 	@$(BIN)/step-jax pretrain $(CONFIG) $(if $(DATA),--data.path '$(DATA)') $(ARGS)
 
 test: lint
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(if $(THOROUGH),$(BOTH)) $(PYTEST_ARGS)
+
+BOTH := -m 'not slow and not aot and not hopper and not system and not gpu'
 
 test-thorough: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -m 'thorough and not slow' $(PYTEST_ARGS)
@@ -50,7 +54,7 @@ test-hopper: $(HOPPER)/.installed
 test-system: $(VENV)/.installed-dev
 	@$(call installed,bwrap,bubblewrap)
 	@$(call installed,slurmctld,slurm-wlm munge)
-	@$(BIN)/python -m pytest -m system $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m system $(PYTEST_ARGS) $$(grep -rl mark.system tests --include='test_*.py')
 
 # If the command $(1) is not there, the system's packages $(2) are installed, by root alone.
 installed = if ! command -v $(1) >/dev/null; then \

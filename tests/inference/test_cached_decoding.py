@@ -99,16 +99,8 @@ def test_cached_calls_equal_one_forward_pass(kind):
     compare(small.decoder(KINDS[kind], repeat=2))
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize(
-    "axes",
-    [
-        # by default test_engine.py decodes a mixture on one device
-        pytest.param(None, marks=pytest.mark.slow),
-        {"expert": 2, "data": 2, "tensor": 2},
-    ],
-    ids=str,
-)
+@pytest.mark.slow  # test_engine.py decodes a mixture on one device
+@pytest.mark.parametrize("axes", [None, {"expert": 2, "data": 2, "tensor": 2}], ids=str)
 def test_cached_calls_of_a_mixture_equal_one_forward_pass(axes):
     """Experts on one device and sharded, routed token by token as the whole text is."""
     router = Router(2, score="sigmoid", scale=2.0, bias=True)

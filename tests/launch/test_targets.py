@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
 
 from step_jax.cli.launch import submit
 from step_jax.core.errors import EXITS, ConfigError, StepError, exit_of
@@ -60,6 +59,9 @@ def jobset() -> dict:
 
 def known_to_kubernetes(document: dict) -> dict:
     """What is left of a JobSet of the fields that its API has, in its types."""
+    # two seconds, in every process that collects tests
+    from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
+
     parsed = JobsetV1alpha2JobSet.from_dict(document)
     assert parsed is not None
     return json.loads(parsed.to_json())

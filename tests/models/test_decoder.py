@@ -146,7 +146,7 @@ def test_packed_equals_each_document_alone():
 # --- multi-token prediction --------------------------------------------------------------------
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_prediction_heads_follow_their_equations():
     """2412.19437, eq. 21-25, written out without packing: head k reads tokens i+k, gives i+k+1."""
     c = small.decoder("mfa", repeat=1, mtp=2)

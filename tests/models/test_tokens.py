@@ -198,7 +198,7 @@ def test_a_block_changes_what_is_computed():
     assert abs(loss - one_device(*SOME)[0]) > 1e-3 * abs(loss)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_picture_goes_through_the_cache_as_one_call():
     """Text, a picture as one block, text token by token; one kind has a window within the block."""
     axes = Rope(THETA, axes=(2, 2))

@@ -213,7 +213,7 @@ def run(tmp_path_factory):
     return recipe, more
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_run_from_an_artifact_is_planned_without_its_arrays(run, tmp_path, monkeypatch):
     def restored(*_, **__):
         raise AssertionError("a plan loads no arrays")

@@ -308,7 +308,7 @@ def test_signal_to_one_of_two_processes_stops_both_at_one_step(tmp_path, rank):
     assert verify(tmp_path) == {step: []}
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_other_process_count_and_common_fall_back(tmp_path):
     """Two processes save, one goes on; its step is damaged, so two go on from the older one."""

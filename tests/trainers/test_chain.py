@@ -72,6 +72,7 @@ def test_a_policy_is_trained_on_as_a_language_model(chain, places, tmp_path):  #
     assert [r["step"] for r in steps(tmp_path / "run")] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_an_export_is_an_artifact_again(tmp_path, places, capsys):  # noqa: F811
     """MHA, which Hugging Face has: the same logits, and training goes on from the folder."""
     pytest.importorskip("safetensors")
@@ -177,6 +178,7 @@ def test_another_tokenizer_than_the_artifacts_is_said(chain, places, tmp_path, c
     assert "(290 tokens), and" in said and f"{chain[0]}, step 6 was made with" in said
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_and_added_to_what_is_loaded(chain, places, tmp_path):  # noqa: F811
     start = (
         (

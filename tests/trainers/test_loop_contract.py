@@ -249,7 +249,7 @@ def test_every_loop_of_the_table_is_here():
     assert {case.loop for case in CASES} == {*LOOPS, EXAMPLE}
 
 
-@loops("pretrain", "sft", "rl", "diffusion", EXAMPLE, thorough=("vae",))
+@loops("pretrain", "rl", "diffusion", thorough=("sft", EXAMPLE))
 def test_a_resumed_run_ends_in_the_same_bits(case, straight, places, tmp_path):
     """From what an undisturbed run had saved by step 2, which is what a death after step 3 leaves.
 
@@ -317,14 +317,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     )
 
 
-@loops(
-    "pretrain",
-    "sft",
-    "rl",
-    "diffusion",
-    EXAMPLE,
-    thorough=("preference", "video-preference", "vae"),
-)
+@loops("pretrain", "rl", "diffusion", thorough=("sft", EXAMPLE))
 def test_its_artifact_holds_the_model_as_it_was(case, straight):
     run, state = straight(case)
     artifact = load_artifact(str(run), ONE)

@@ -65,7 +65,7 @@ def tuned(tmp_path_factory, places):
     return SimpleNamespace(base=folder / "base", preference=folder / "preference", recipe=path)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_the_reference_is_the_start_and_adapters_alone_move_away_from_it(tuned):
     first, _, last = steps(tuned.preference)
     for side in ("chosen", "rejected"):

@@ -94,7 +94,7 @@ def test_run_leaves_everything_behind(straight):
     assert (straight / "heldout" / "meta.json").exists()
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_resumed_run_repeats_the_undisturbed_one_bit_for_bit(straight, tmp_path, text, monkeypatch):
     from step_jax.runs import session
 
@@ -202,7 +202,7 @@ def test_bad_input_is_refused_in_words(tmp_path, text, capsys, flags, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_step_that_does_not_fit_is_refused_with_what_would_help(
     tmp_path, text, capsys, monkeypatch
 ):

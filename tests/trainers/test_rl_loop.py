@@ -64,7 +64,7 @@ def ppo(tmp_path_factory):
     return folder / "run", state
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_run_cut_between_two_updates_of_a_batch_ends_in_the_same_bits(ppo, tmp_path):
     run, state = ppo
     again = recipe(tmp_path / "cut", algorithm="{name: ppo, kl: 0.001}")
@@ -93,7 +93,7 @@ def test_every_step_says_how_far_engine_and_trainer_are_apart(ppo):
         assert all(name in r for r in records)
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_writing_on_devices_of_its_own_while_the_policy_learns_gives_the_same_bits(tmp_path):
     """The lag alone says which parameters wrote what; and a cut run goes on from what was ahead."""
     state = run_loop("rl", recipe(tmp_path / "one", rollout=", lag: 1"))
@@ -104,7 +104,7 @@ def test_writing_on_devices_of_its_own_while_the_policy_learns_gives_the_same_bi
     assert steps(tmp_path / "two" / "run") == steps(tmp_path / "one" / "run")
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_server_writes_with_each_version_of_the_exported_parameters(tmp_path, capsys):
     with CompletionsServer() as server:
         told = f"url: '{server.url}', model: policy, weights: {tmp_path / 'shared'}, dtype: float32"

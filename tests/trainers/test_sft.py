@@ -123,7 +123,7 @@ def records(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_fine_tuned_model_answers_with_the_template_that_it_was_trained_with(chain, capsys):
     text, chat = chain
     tokenizer = load_tokenizer(chat / "tokenizer")
