@@ -104,6 +104,7 @@ def backward_of_chunk(
     mean_BKG1T,
     dq_BKGTH,
     *,
+    visited,
     blocks,
     scale,
     exponent,
@@ -121,6 +122,7 @@ def backward_of_chunk(
       do_BKGTV: gradient of the output.
       lse_BKG1T, mean_BKG1T: float32 log-sum-exp to base 2, and the sum over V of output * gradient.
       dq_BKGTH: what other chunks gave; updated in place.
+      visited: see ``Pattern.visited``.
       blocks: range of the chunk's blocks of keys.
       sizes: BackwardSizes that divide the shapes.
       parts: X; heads are cut into so many parts with gradients of their own (for two cores).
@@ -130,7 +132,7 @@ def backward_of_chunk(
     """
     B, K, _, _, H = q_BKGTH.shape
     V, chunk = v_BKSV.shape[-1], len(blocks) * sizes.kv_block
-    call = Call(visits, q_BKGTH, v_BKSV, sizes, parts)
+    call = Call(visits, q_BKGTH, v_BKSV, sizes, parts, visited)
     q_spec, number_spec = call.queries(H), call.numbers()
     arrays = (q_BKGTH, k_BKSH, v_BKSV, do_BKGTV, lse_BKG1T, mean_BKG1T, dq_BKGTH)
     specs = (q_spec, call.keys(H), call.keys(V), call.queries(V), number_spec, number_spec, q_spec)

@@ -49,6 +49,7 @@ class Call:
     q, v: arrays (or shapes) (B, K, G, T, H) and (B, K, S, V) of whole blocks.
     sizes: ForwardSizes or BackwardSizes.
     parts: X.
+    visited: the share of the visits that is expected to be computed, for what the call costs.
     """
 
     visits: tuple[Any, Any]
@@ -56,6 +57,7 @@ class Call:
     v: Any
     sizes: Any
     parts: int = 1
+    visited: float = 1.0
 
     @property
     def row_visits(self) -> int:
@@ -119,7 +121,8 @@ class Call:
         """
         (B, K, G, T, H), V, s = self.q.shape, self.v.shape[-1], self.sizes
         visits_BW, steps = self.visits
-        pairs = visits_BW.size * K * G * s.q_block * s.kv_block
+        visits = round(visits_BW.size * self.visited)
+        pairs = visits * K * G * s.q_block * s.kv_block
         key_bytes = s.kv_block * (H + V) * self.v.dtype.itemsize
         return pl.pallas_call(
             kernel,
@@ -144,8 +147,7 @@ class Call:
             cost_estimate=pl.CostEstimate(
                 flops=2 * pairs * macs,
                 transcendentals=pairs,
-                bytes_accessed=B * K * G * T * row_bytes
-                + visits_BW.size * K * (G // s.heads) * key_bytes,
+                bytes_accessed=B * K * G * T * row_bytes + visits * K * (G // s.heads) * key_bytes,
             ),
             interpret=interpret,
             name=name,

@@ -100,19 +100,31 @@ def _kernel(
 
 
 def forward(
-    visits, token_arrays, q_BKGTH, k_BKSH, v_BKSV, *, exponent, pattern, sizes, vmem, interpret
+    visits,
+    token_arrays,
+    q_BKGTH,
+    k_BKSH,
+    v_BKSV,
+    *,
+    visited,
+    exponent,
+    pattern,
+    sizes,
+    vmem,
+    interpret,
 ):
     """(output_BKGTV in the queries' dtype, log-sum-exp to base 2 float32 (B, K, G, 1, T)).
 
     Args:
       visits: (int32 (B, W), steps): see ``visits.plan``; ``steps`` may be traced.
       token_arrays: (q positions_B1T, q segments_B1T, kv positions_B1S, kv segments_B1S), int32.
+      visited: see ``Pattern.visited``.
       exponent: the scores' scale times log2(e).
       sizes: ForwardSizes that divide the shapes.
     """
     B, K, G, T, H = q_BKGTH.shape
     V, dtype = v_BKSV.shape[-1], q_BKGTH.dtype
-    call = Call(visits, q_BKGTH, v_BKSV, sizes)
+    call = Call(visits, q_BKGTH, v_BKSV, sizes, visited=visited)
     rows = (sizes.heads, sizes.q_block)
     return call.run(
         functools.partial(

@@ -47,6 +47,16 @@ class Pattern:
             seen &= distance < self.window
         return seen
 
+    def visited(self, queries: int, keys: int) -> float:
+        """The share of ``candidates`` that a row of one document visits if its queries are the last
+        of its keys: the most that any device has whose queries are a part of the row."""
+        share = 1.0
+        if self.causal and not self.in_order:
+            share -= min(queries, keys) / (2 * keys)
+        if self.window is not None and not self.in_order:
+            share = min(share, self.window / keys)
+        return share
+
 
 def candidates(pattern: Pattern, queries: int, keys: int, q_block: int, kv_block: int):
     """Pairs that indices alone do not exclude: int arrays (query block_C, key block_C), in order.

@@ -290,7 +290,7 @@ def work(case: Case) -> dict[tuple[str, str], float]:
     stacks = blocks.layers(model, execution.dtype, case.sharding)
     for b in stacks:
         forward = dict(b.flops)
-        forward["attention", "attention"] = _computed_core(b.block, case.sequence)
+        forward["attention", "attention"] = _computed_core(b.block, case)
         for (layer, kind), flops in forward.items():
             again = float(remat == "full" or (remat == "dots" and kind != "dense"))
             again *= _REPEATED.get(layer, 1.0) * _unnamed(layer, kind, b, execution)
@@ -359,12 +359,21 @@ def _stays(numbers: float, case: Case) -> bool:
     return _AT_A_TIME * numbers * _itemsize(case) <= _OF_VMEM * chip.vmem_bytes
 
 
-def _computed_core(block: Block, length: int) -> float:
-    """Operations of a token's attention in whole blocks: on average half a block at every edge."""
-    window = block.attention.window
+def _computed_core(block: Block, case: Case) -> float:
+    """Operations of a token's attention in whole blocks: on average half a block at every edge.
+
+    Of a sequence that is cut the device with the last tokens has most to do, and all wait for it.
+    """
+    length, window, sharding = case.sequence, block.attention.window, case.sharding
     edges = 1 if window is None or window >= length else 2
-    keys = mean_keys(length, window)
-    computed = min(float(length), keys + edges * min(_BLOCK, length) / 2)
+    keys = last = mean_keys(length, window)
+    pieces = sharding.size("context")
+    if pieces > 1 and block.attention.kv > 1 and sharding.ring:
+        last = float(length)  # what is hidden is computed as well
+    elif pieces > 1 and not (block.attention.kv > 1 and sharding.ulysses):
+        rest = length - length // pieces
+        last = pieces * keys - rest / (length / pieces) * mean_keys(rest, window)
+    computed = min(float(length), last + edges * min(_BLOCK, length) / 2)
     return attention_core_flops(block, length) * computed / keys
 
 

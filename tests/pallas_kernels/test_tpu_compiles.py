@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from pallas_kernels.tpu import aot, block_sizes, schedule, work
 from pallas_kernels.tpu.attention import attention
 from pallas_kernels.tpu.block_sizes import BackwardSizes, ForwardSizes, Shape
 from pallas_kernels.tpu.chips import CHIPS
-from pallas_kernels.tpu.visits import Pattern, candidates
+from pallas_kernels.tpu.visits import Pattern, candidates, plan
 from pallas_kernels.tpu.work import Work
 from step_jax.core import hardware
 
@@ -131,6 +132,20 @@ def test_blocks_beyond_the_diagonal_and_the_window_are_no_candidates():
         (q, kv) for q in range(8) for kv in range(8) if 0 <= q - kv <= 2
     }
     assert len(candidates(Pattern(in_order=False), 1024, 1024, 128, 128)[0]) == 64
+
+
+@pytest.mark.parametrize("window,queries", [(None, 256), (None, 1024), (2048, 1024), (512, 4096)])
+def test_a_call_costs_what_the_last_piece_of_a_row_visits(window, queries):
+    keys, block = 4096, 64
+    pattern = Pattern(window=window)
+    pairs = candidates(pattern, queries, keys, block, block)
+    last = jnp.arange(keys - queries, keys)[None], jnp.arange(keys)[None]
+    one_document = (last[0], jnp.ones_like(last[0]), last[1], jnp.ones_like(last[1]))
+    _, visits = plan(pattern, (*pairs, block, block, np.zeros(pairs[0].size, bool)), *one_document)
+    edges = 2 if window else 1  # a block at each is computed whole, half of it for nothing
+    computed = pattern.visited(queries, keys) + edges * block / 2 / keys
+    assert int(visits) == pytest.approx(pairs[0].size * computed, rel=0.07)
+    assert Pattern(window=window, in_order=True).visited(queries, keys) == 1
 
 
 NAMES = "MATMUL, MATPUSH, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE, VSTORE:SPILL, SALU"
