@@ -46,6 +46,7 @@ def parse(argv: list[str]) -> Asked:
 def run(asked: Asked) -> None:
     from step_jax.planning import compare, page, report
     from step_jax.planning import topology as topology_lib
+    from step_jax.planning.changes import with_changes
     from step_jax.planning.plan import make_plan
     from step_jax.runs.console import make_console
     from step_jax.runs.device_memory import DoesNotFit
@@ -67,6 +68,7 @@ def run(asked: Asked) -> None:
         _search(asked, topology, console)
         return
     plan = make_plan(asked.loop, asked.config, topology, _request(asked))
+    plan = with_changes(plan, asked.loop, asked.config, topology)
     report.show(plan, console)
     name = _file_name(asked, topology)
     plan.save(args.output / f"{name}.json")

@@ -25,6 +25,7 @@ from step_jax.planning import (
     roofline,
 )
 from step_jax.planning.case import case_of, held_bytes
+from step_jax.planning.cautions import cautions
 from step_jax.planning.compiled import (
     Compiled,
     Loop,
@@ -91,6 +92,8 @@ class Plan:
       compile_cpu_s: CPU seconds of the compilation.
       flags, versions: what was asked beside the recipe, and packages that the figures depend on.
       advice: what would lower the memory of the largest classes, the strongest first.
+      changes: what other batches, lengths and ways to compute would make of it, see
+        ``planning.changes``, which is who fills it.
       notes: what to know about the figures.
     """
 
@@ -155,6 +158,7 @@ class Plan:
     flags: list[str]
     versions: dict[str, str]
     advice: list[str]
+    changes: list[dict[str, Any]]
     notes: list[str]
 
     @property
@@ -273,7 +277,13 @@ def take_stock(
         flags=list(request.flags),
         versions=versions(),
         advice=advice(used.classes, config, extent(program.schema)[1]),
-        notes=[*program.notes, *not_there(config), *_notes(ops, endless, expected, topology)],
+        changes=[],
+        notes=[
+            *program.notes,
+            *not_there(config),
+            *_notes(ops, endless, expected, topology),
+            *_cautions(config, program, sent, topology),
+        ],
         **_expected(config, program, ops.flops),
         **_run(program, topology, bound, expected, compiled, request, phases),
     )
@@ -397,6 +407,14 @@ def _notes(
             "chips reach, and its range is twice as wide"
         )
     return notes
+
+
+def _cautions(
+    config: Any, program: Program, sent: Sequence[collectives.Traffic], topology: Topology
+) -> list[str]:
+    pretraining = getattr(config, "loop", None) == "pretrain"
+    tokens = float(program.work.count * program.total_steps) if pretraining else None
+    return cautions(case_of(program, execution_of(config)), topology.chip, sent, tokens)
 
 
 #: Class of memory -> (settings, what they do), the strongest first.

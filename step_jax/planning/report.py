@@ -56,6 +56,8 @@ def tables(plan: Plan) -> list[tuple[str, dict[str, str]]]:
     if plan.phases:
         found.append(("a step, and what runs between steps at its bounds", _phases(plan)))
     found.append(("the run", _run(plan)))
+    if plan.changes:
+        found.append(("what would change it, all estimated before compiling", _changes(plan)))
     if not plan.fits:
         buffers = [Buffer(**b) for b in plan.buffers[:8]]
         found.append(("the largest buffers", _buffers(buffers)))
@@ -223,6 +225,21 @@ def _phases(plan: Plan) -> dict[str, str]:
         beside = ", while steps are taken" if p.beside else ""
         rows[p.name] = f"{share(p.seconds)}  {calls}; {memory}{beside}"
     rows["together"] = f"{duration(plan.whole_s):>9}"
+    return rows
+
+
+def _changes(plan: Plan) -> dict[str, str]:
+    """Each change: memory, time of a step, and its rate by that of the recipe as it stands."""
+    own = plan.changes[0]
+    room = plan.memory_limit and plan.memory_limit - plan.memory_beside
+    rows = {}
+    for c in plan.changes:
+        full = " (DOES NOT FIT)" if room and c["nbytes"] > room else ""
+        apart = "" if c is own else f", {c['rate'] / own['rate'] - 1:+.1%}"
+        rows[c["change"]] = (
+            f"{gigabytes(c['nbytes'])}{full}, a step of {duration(c['step_s'])}, "
+            f"{_rate(c['rate'])} tokens/s/chip{apart}"
+        )
     return rows
 
 

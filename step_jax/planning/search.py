@@ -84,11 +84,11 @@ def variants(
     own = _accumulation(config)
     for parallel in _meshes(config.parallel, case, topology):
         for remat, accumulation in itertools.product(_REMAT, _counts(own, parallel, rows)):
-            variant = replace(config, parallel=parallel, execution=_with_remat(config, remat))
-            yield variant if accumulation is None else _with_accumulation(variant, accumulation)
+            variant = replace(config, parallel=parallel, execution=with_remat(config, remat))
+            yield variant if accumulation is None else with_accumulation(variant, accumulation)
 
 
-def _with_remat(config: Any, remat: RematPolicy) -> Execution:
+def with_remat(config: Any, remat: RematPolicy) -> Execution:
     """The execution with another policy, and without names where nothing would read them."""
     named = config.execution if remat == "full" else Execution()
     return replace(config.execution, remat=remat, keep=named.keep, offload=named.offload)
@@ -110,7 +110,7 @@ def _accumulation(config: Any) -> int | None:
     return getattr(getattr(config, "training", None), "accumulation", None)
 
 
-def _with_accumulation(config: Any, count: int) -> Any:
+def with_accumulation(config: Any, count: int) -> Any:
     """A configuration with so many microbatches; itself for a loop without any."""
     if _accumulation(config) is None:
         return config
@@ -206,7 +206,7 @@ class Estimator:
         fixed = isinstance(getattr(training, "batch_size", None), int)
         key = (1, None) if fixed else (ways, count)
         if key not in self._programs:
-            whole = _with_accumulation(variant, 1) if fixed else variant
+            whole = with_accumulation(variant, 1) if fixed else variant
             try:
                 self._programs[key] = self.program(whole, key[0])
             except ConfigError:  # a size that does not divide
@@ -220,7 +220,7 @@ class Estimator:
         if layout is None:
             return None
         ways = layout[0].ways("batch")
-        program = self._known(_with_accumulation(self.recipe, 1), ways)
+        program = self._known(with_accumulation(self.recipe, 1), ways)
         total = None if program is None else extent(program.schema)[0]
         return None if not total or total % ways else total // ways
 

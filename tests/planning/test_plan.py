@@ -21,6 +21,7 @@ from step_jax.models.layers.routing import Router
 from step_jax.planning import collectives, estimate, memory, report, roofline, topology
 from step_jax.planning import plan as plan_lib
 from step_jax.planning.case import case_of
+from step_jax.planning.changes import with_changes
 from step_jax.planning.compiled import program_for, resolved
 from step_jax.planning.plan import advice, make_plan
 from step_jax.planning.roofline import Bound
@@ -368,6 +369,18 @@ def test_without_libtpu_the_plan_says_the_command_that_brings_it(recipe, monkeyp
     for page in ("README.md", "docs/planning.md"):
         text = (ROOT / page).read_text(encoding="utf-8")
         assert text.index("pip install 'jax[tpu]'") < text.index("step-jax plan configs/")
+
+
+def test_changes_are_shown_with_their_rate_and_what_does_not_fit(plan, config):
+    near = with_changes(plan, pretrain, config, topology.parse("gpu:h200x8"))
+    title = "what would change it, all estimated before compiling"
+    shown = dict(report.tables(near))[title]
+    assert list(shown)[:2] == ["as it stands", "remat none"]
+    assert shown["as it stands"].endswith(" tokens/s/chip")
+    assert re.search(r"tokens/s/chip, [+-]\d+\.\d%$", shown["twice the batch"])
+    tight = replace(near, memory_limit=1.1 * near.changes[0]["nbytes"])
+    assert "(DOES NOT FIT)" in dict(report.tables(tight))[title]["twice the batch"]
+    assert title not in dict(report.tables(plan))
 
 
 @pytest.mark.thorough
