@@ -254,11 +254,6 @@ class Row:
     may_fit: bool
     fits: bool
 
-    @property
-    def in_pieces(self) -> bool:
-        """Whether sequences are cut, of which a compiled kernel declares what it skips too."""
-        return "context" in self.words
-
 
 def rows_of(name: str) -> list[Row]:
     """The compiled meshes of a model, in the order in which the search would show them."""
@@ -320,7 +315,7 @@ def report() -> str:
     for name, rows in found.items():
         lines += _table(name, rows)
     lines += [
-        "| | meshes | order: Spearman, without pieces of a sequence | memory: median, largest "
+        "| | meshes | order: Spearman | memory: median, largest "
         "error | time: median, largest error | fits: as the compiler says "
         "| best of the search by the best compiled |",
         "|---|---|---|---|---|---|---|",
@@ -356,12 +351,11 @@ def _table(name: str, rows: list[Row]) -> list[str]:
 def _figures(rows: list[Row]) -> str:
     # one that does not fit was made smaller, by computing more again, until the compiler gave up
     run = [row for row in rows if row.fits]
-    order, whole = order_of(run), order_of(row for row in run if not row.in_pieces)
     memory = np.abs(errors((r.nbytes, r.compiled_nbytes) for r in run))
     seconds = np.abs(errors((r.seconds, r.compiled_seconds) for r in run))
     right = sum(row.fits == row.may_fit for row in rows)
     return (
-        f"{len(rows)} | {order:.3f}, {whole:.3f} | {np.median(memory):.0%}, {memory.max():.0%} "
+        f"{len(rows)} | {order_of(run):.3f} | {np.median(memory):.0%}, {memory.max():.0%} "
         f"| {np.median(seconds):.0%}, {seconds.max():.0%} | {right} of {len(rows)}"
     )
 

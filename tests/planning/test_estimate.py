@@ -87,11 +87,8 @@ def test_sums_over_a_folded_axis_go_in_pieces(case_on):
 
 # --- Beside compiled steps -----------------------------------------------------------------------
 
-#: Known misses of the bar of a tenth: mixtures that keep everything, estimated 9 to 12 % too low.
-MISSED = {
-    ("muon", "fsdp 16 none accumulation 4"): 0.11,
-    ("muon", "fsdp 8 context 2 none accumulation 4"): 0.12,
-}
+#: A known miss of the bar of a tenth: a mixture that keeps everything. All are estimated too low.
+MISSED = {("muon", "fsdp 16 none accumulation 4"): 0.11}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +104,7 @@ def test_ranks_of_equal_values_are_shared():
 @pytest.mark.usefixtures("topology")
 def test_estimates_order_meshes_as_compiled_steps_do(rows):
     for name, found in rows.items():
-        run = [row for row in found if row.fits and not row.in_pieces]
+        run = [row for row in found if row.fits]
         assert len(run) >= 2 and plan_search.order_of(run) >= 0.9, name
 
 
