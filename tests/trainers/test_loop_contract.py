@@ -156,6 +156,19 @@ CASES = [
         compared="diffusion",
     ),
     Case(
+        "video-rl",
+        TRANSFORMER,
+        "training: {{steps: 6, batch_size: 8}}\nreference: {drawn}\n"
+        "text: {{tokenizer: {drawn}/tokenizer, dropout: 0}}\n"
+        f"data: {{{{scenes: {{{{{PICTURES}}}}}, reward: [colour, shape], captions: 12, groups: 4, "
+        "clips: 4, refresh_every: 3, sampler: {{steps: 4}}, choices: {{steps: [0, 2]}}}}\n"
+        "loss: {{kl: 0.1}}\n"
+        "sample: {{count: 0}}\n"
+        "execution: {{dtype: float32}}\n",
+        VideoDiT,
+        compared="diffusion",
+    ),
+    Case(
         "vae",
         "\n  latents: 2\n  stem: 4\n  encoder_widths: [8]\n  decoder_widths: [8]\n"
         "  encoder_blocks: 1\n  decoder_blocks: 1\n  temporal: []\n  head_width: 16\n"
@@ -249,7 +262,7 @@ def test_every_loop_of_the_table_is_here():
     assert {case.loop for case in CASES} == {*LOOPS, EXAMPLE}
 
 
-@loops("pretrain", "sft", "rl", "diffusion", EXAMPLE, thorough=("vae",))
+@loops("pretrain", "sft", "rl", "diffusion", EXAMPLE, thorough=("video-rl", "vae"))
 def test_a_resumed_run_ends_in_the_same_bits(case, straight, places, tmp_path):
     """From what an undisturbed run had saved by step 2, which is what a death after step 3 leaves.
 
@@ -323,7 +336,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     "rl",
     "diffusion",
     EXAMPLE,
-    thorough=("preference", "video-preference", "vae"),
+    thorough=("preference", "video-preference", "video-rl", "vae"),
 )
 def test_its_artifact_holds_the_model_as_it_was(case, straight):
     run, state = straight(case)
