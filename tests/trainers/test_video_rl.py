@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from step_jax.cli.main import main
+from step_jax.core.config import to_plain
 from step_jax.core.errors import ConfigError, ExitCode
 from step_jax.core.sharding import MeshConfig, Sharding
 from step_jax.data.captions import Encoded, TextBank, distinct
@@ -32,6 +34,7 @@ from step_jax.models.video.text_inputs import States
 from step_jax.trainers.diffusion import groups
 from step_jax.trainers.diffusion.groups import GroupData, GroupMaker, choice_schema
 from step_jax.trainers.diffusion.grpo import FlowGRPO, Steps, flow_grpo, velocities
+from step_jax.trainers.diffusion.sources import data_of
 from tests.models import dit_oracle, small
 from tests.trainers.loops import run_loop, steps
 from tests.trainers.test_loop_contract import CASES
@@ -139,6 +142,11 @@ def test_groups_that_are_all_alike_teach_nothing_and_say_so(maker):
         "nothing to learn of them"
     ]
     assert (one.batch(drawn, 6, 4)["advantage"] == 0).all()
+
+
+def test_a_model_that_was_tuned_by_rewards_can_be_asked_what_it_learnt_from():
+    artifact = SimpleNamespace(name="run", meta={"config": {"data": to_plain(DATA)}})
+    assert data_of(artifact) == DATA
 
 
 @pytest.mark.parametrize(
