@@ -262,11 +262,11 @@ def test_every_loop_of_the_table_is_here():
     assert {case.loop for case in CASES} == {*LOOPS, EXAMPLE}
 
 
-@loops("pretrain", "sft", "rl", "diffusion", EXAMPLE, thorough=("video-rl", "vae"))
+@loops("pretrain", "sft", "rl", "diffusion", EXAMPLE, thorough=("vae",))
 def test_a_resumed_run_ends_in_the_same_bits(case, straight, places, tmp_path):
     """From what an undisturbed run had saved by step 2, which is what a death after step 3 leaves.
 
-    Runs that really die are in test_pretrain.py and test_rl_loop.py.
+    Runs that really die are in test_pretrain.py, test_rl_loop.py and test_video_rl.py.
     """
     run, state = straight(case)
     left_by_death(run, tmp_path / "run", saved=2)
@@ -336,7 +336,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     "rl",
     "diffusion",
     EXAMPLE,
-    thorough=("preference", "video-preference", "video-rl", "vae"),
+    thorough=("preference", "video-preference", "vae"),
 )
 def test_its_artifact_holds_the_model_as_it_was(case, straight):
     run, state = straight(case)

@@ -39,7 +39,6 @@ from tests.models import dit_oracle, small
 from tests.trainers.loops import run_loop, steps
 from tests.trainers.test_loop_contract import CASES
 
-CASE = {case.loop: case for case in CASES}
 ONE = Sharding.build(MeshConfig(), jax.devices()[:1])
 SCENES = Scenes(frames=1, height=16, width=16, count=1, background="plain")
 DATA = GroupData(
@@ -253,28 +252,34 @@ def test_loss_and_gradient_of_choices_are_those_of_float64():
 # --- the loop ------------------------------------------------------------------------------------
 
 
+CASE = next(case for case in CASES if case.loop == "video-rl")
+ALONE = "reference: {drawn}\n", "tokenizer: {drawn}/tokenizer, ", "loss: {{kl: 0.1}}\n"
+
+
+def alone(folder: Path, name: str) -> str:
+    """The contract's recipe of a fresh policy without a reference."""
+    rest = CASE.rest
+    for text in ALONE:
+        assert text in rest
+        rest = rest.replace(text, "")
+    return replace(CASE, rest=rest).write(folder, name=name)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """(folder, last state) of an undisturbed run of the loops' contract, from its reference."""
+    """(folder, last state) of an undisturbed run."""
     folder = tmp_path_factory.mktemp("whole")
-    run_loop("diffusion", CASE["diffusion"].write(folder, name="drawn"))
-    return folder, run_loop("video-rl", recipe(folder, "whole"))
-
-
-def recipe(folder: Path, name: str) -> str:
-    start = f"init_from: {{{{artifact: {folder / 'drawn'}}}}}\n"
-    return CASE["video-rl"].write(folder, start, name, drawn=folder / "drawn")
+    return folder, run_loop("video-rl", alone(folder, "whole"))
 
 
 @pytest.mark.thorough
-def test_a_policy_is_at_first_the_one_that_drew_and_its_reference(whole):
+def test_a_policy_is_at_first_of_a_round_the_one_that_drew_it(whole):
     """What the sampler says of a step is what the trainer says of it: all ratios are 1."""
     folder, _ = whole
-    first, second, _, third_round, *_ = steps(folder / "whole")
-    assert first["ratio"] == pytest.approx(1, abs=2e-6) and first["clip_share"] == 0
-    assert first["loss/kl"] == pytest.approx(0, abs=1e-9)
-    assert abs(second["ratio"] - 1) > 1e-5 and second["loss/kl"] > 0
-    assert third_round["ratio"] == pytest.approx(1, abs=2e-6) and third_round["loss/kl"] > 0
+    ratios = [r["ratio"] for r in steps(folder / "whole")]
+    assert ratios[0] == pytest.approx(1, abs=2e-6) and ratios[3] == pytest.approx(1, abs=2e-6)
+    assert all(abs(ratios[i] - 1) > 1e-5 for i in (1, 2, 4, 5))
+    assert steps(folder / "whole")[0]["clip_share"] == 0
     records = [json.loads(line) for line in open(folder / "whole" / "metrics.jsonl")]
     rounds = [r for r in records if r.get("name") == "groups"]
     assert [r["step"] for r in rounds] == [0, 3] and all(0 < r["telling"] <= 1 for r in rounds)
@@ -284,18 +289,38 @@ def test_a_policy_is_at_first_the_one_that_drew_and_its_reference(whole):
 def test_a_run_that_is_cut_off_within_a_round_ends_in_the_same_bits(whole):
     """The round is in the checkpoint, whose policy is no longer the one that drew it."""
     folder, state = whole
-    run_loop("video-rl", recipe(folder, "cut"), cut_after=4)
-    again = run_loop("video-rl", recipe(folder, "cut"))
+    run_loop("video-rl", alone(folder, "cut"), cut_after=4)
+    again = run_loop("video-rl", alone(folder, "cut"))
     jax.tree.map(np.testing.assert_array_equal, again, state)
     assert steps(folder / "cut") == steps(folder / "whole")
 
 
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """The folder of a run that starts from its reference."""
+    folder = tmp_path_factory.mktemp("tuned")
+    diffusion = next(case for case in CASES if case.loop == "diffusion")
+    run_loop("diffusion", diffusion.write(folder, name="drawn"))
+    run_loop("video-rl", from_reference(folder, "tuned"))
+    return folder
+
+
+def from_reference(folder: Path, name: str) -> str:
+    start = f"init_from: {{{{artifact: {folder / 'drawn'}}}}}\n"
+    return CASE.write(folder, start, name, drawn=folder / "drawn")
+
+
 @pytest.mark.slow
-def test_microbatches_and_a_mesh_change_nothing(whole):
-    folder, _ = whole
-    flags = ["--parallel.fsdp", "2", "--parallel.context", "1", "--training.accumulation", "2"]
-    run_loop("video-rl", recipe(folder, "parts"), *flags, devices=2)
-    for got, want in zip(steps(folder / "parts"), steps(folder / "whole"), strict=True):
+def test_a_policy_that_is_its_reference_does_not_diverge_from_it_and_then_does(tuned):
+    kls = [r["loss/kl"] for r in steps(tuned / "tuned")]
+    assert kls[0] == pytest.approx(0, abs=1e-9) and min(kls[1:]) > 0
+
+
+@pytest.mark.slow
+def test_microbatches_and_a_mesh_change_nothing(tuned):
+    flags = ["--parallel.fsdp", "2", "--training.accumulation", "2"]
+    run_loop("video-rl", from_reference(tuned, "parts"), *flags, devices=2)
+    for got, want in zip(steps(tuned / "parts"), steps(tuned / "tuned"), strict=True):
         assert got == pytest.approx(want, rel=1e-4, abs=1e-5)
 
 
@@ -310,6 +335,6 @@ def test_microbatches_and_a_mesh_change_nothing(whole):
     ],
 )
 def test_a_run_that_cannot_be_is_refused_in_words(tmp_path, capsys, flags, message):
-    path = CASE["video-rl"].write(tmp_path, drawn=tmp_path / "nowhere")
+    path = CASE.write(tmp_path, drawn=tmp_path / "nowhere")
     assert main(["video-rl", path, *flags]) == ExitCode.CONFIG
     assert message in capsys.readouterr().err
