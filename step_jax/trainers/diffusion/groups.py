@@ -82,7 +82,7 @@ def choice_schema(
 ) -> Schema:
     """The arrays of a batch of choices, a row for each: ``patches`` as the step begins, ``next`` as
     it ends, ``step`` its number among all of the sampler, ``logprob`` and ``advantage``."""
-    clips = clip_schema(shape, numbers, reads, text_fields(texts))
+    clips = dict(clip_schema(shape, numbers, reads, text_fields(texts)))
     del clips["samples"]  # nothing of a choice is drawn anew
     of_row = ("batch", None), (shape.rows, 1)
     return {

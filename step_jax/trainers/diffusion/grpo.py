@@ -45,12 +45,17 @@ class FlowGRPO:
 
     def validate(self):
         checks.at_least(self, kl=0)
-        self.algorithm.policy.validate()
+        self.policy.validate()
+
+    @property
+    def policy(self) -> Clip:
+        """The term with the ratio."""
+        return Clip(self.clip, self.clip)
 
     @property
     def algorithm(self) -> Algorithm:
         """As reinforcement learning of texts has it: a step is an answer of one token."""
-        return Algorithm(GroupRelative(), Clip(self.clip, self.clip), TokenMean())
+        return Algorithm(GroupRelative(), self.policy, TokenMean())
 
 
 class Steps(NamedTuple):
