@@ -2,7 +2,8 @@
 
 All of them integrate dx/dt = v(x, t) from noise at t = 0 to data at t = 1 (``models.video.flow``).
 
-Shape suffixes: N samples, T tokens, P numbers in a patch, F frames, H height, W width, C channels.
+Shape suffixes: N samples, T tokens, P numbers in a patch, S steps, F frames, H height, W width, C
+channels.
 """
 
 from __future__ import annotations
@@ -10,20 +11,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from step_jax.checkpoint.artifact import Artifact
-from step_jax.core import checks
+from step_jax.core import checks, rng
 from step_jax.core.errors import CheckpointError, ConfigError
 from step_jax.core.sharding import Sharding
 from step_jax.data.captions import Encoded
 from step_jax.models.context import Execution
 from step_jax.models.video import flow
 from step_jax.models.video.dit import Rows, VideoDiT
+from step_jax.models.video.flow_policy import Choices, log_density, step_mean
 from step_jax.models.video.patches import Sizes, clip_of, grid, patches_of, places_of
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
@@ -237,11 +239,44 @@ def draw(
     Raises:
       ConfigError: a size that the patches do not divide, or conditions that the model asks for.
     """
-    more = -count % sharding.ways("batch")  # so that every device has as many
-    grid(size, model.patch)
-    known = dict(zip(("frames", "height", "width"), size, strict=True)) | dict(scalars or {})
+    rows = _rows(count, sharding)
+    arguments = _told(model, (texts, nothing), size, count, rows, scalars, first_NHWC)
+    compiled = _compiled(model, size, sampler, rows, execution, sharding)
+    latents_NTP = np.asarray(compiled(params, jax.random.key(seed), number, *arguments))[:count]
+    return np.asarray(clip_of(latents_NTP, size, model.patch))
+
+
+def _rows(count: int, sharding: Sharding) -> int:
+    """So many rows that every device has as many."""
+    return count + -count % sharding.ways("batch")
+
+
+def known_scalars(
+    model: VideoDiT, size: Sizes, more: Mapping[str, float] | None = None
+) -> np.ndarray:
+    """The model's extra conditions of clips of one size, float32, in the order of ``scalars``.
+
+    Raises:
+      ConfigError: the model reads one that neither the size nor ``more`` says.
+    """
+    known = dict(zip(("frames", "height", "width"), size, strict=True)) | dict(more or {})
     if missing := [name for name in model.scalars if name not in known]:
         raise ConfigError(f"the model reads {', '.join(missing)} of a clip: say what they shall be")
+    return np.array([known[name] for name in model.scalars], np.float32)
+
+
+def _told(
+    model: VideoDiT,
+    texts: tuple[Texts, Texts],
+    size: Sizes,
+    count: int,
+    rows: int,
+    scalars: Mapping[str, float] | None = None,
+    first_NHWC: np.ndarray | None = None,
+) -> tuple[Any, ...]:
+    """(texts, no texts, first, scalars) of so many clips, padded to ``rows``; see :func:`draw`."""
+    grid(size, model.patch)
+    own = known_scalars(model, size, scalars)
     if model.first_frame != (first_NHWC is not None):
         raise ConfigError(
             "the model continues a picture: give one" if model.first_frame
@@ -249,23 +284,18 @@ def draw(
         )  # fmt: skip
 
     def padded(a):
-        return np.pad(a, ((0, more), *((0, 0),) * (a.ndim - 1)))
+        return np.pad(a, ((0, rows - count), *((0, 0),) * (a.ndim - 1)))
 
     first = None
     if first_NHWC is not None:
         first = np.zeros((count, *size, model.channels), np.float32)
         first[:, 0] = first_NHWC
         first = padded(np.asarray(patches_of(first, model.patch)))
-    own = np.array([known[name] for name in model.scalars], np.float32)
-    arguments = (
-        jax.tree.map(padded, dict(texts)),
-        jax.tree.map(padded, dict(nothing)),
+    return (
+        *(jax.tree.map(padded, dict(given)) for given in texts),
         first,
-        np.tile(own, (count + more, 1, 1)) if model.scalars else None,
+        np.tile(own, (rows, 1, 1)) if model.scalars else None,
     )
-    compiled = _compiled(model, size, sampler, count + more, execution, sharding)
-    latents_NTP = np.asarray(compiled(params, jax.random.key(seed), number, *arguments))[:count]
-    return np.asarray(clip_of(latents_NTP, size, model.patch))
 
 
 def draw_each(
@@ -287,25 +317,81 @@ def draw_each(
       texts: of each input; the first is no text.
       which_N: the text of each clip.
     """
-    rows = min(ROWS, len(which_N))
-    nothing = np.zeros(rows, int)
-    for low in range(0, len(which_N), rows):
-        here = which_N[low : low + rows]
-        which = np.resize(here, rows)  # all draws are one program
+    for low, count, with_text, without in _in_turn(texts, which_N):
         clips_NFHWC = draw(
             params,
             model,
-            {name: (e.values[which], e.lengths_K[which]) for name, e in texts.items()},
-            {name: (e.values[nothing], e.lengths_K[nothing]) for name, e in texts.items()},
+            with_text,
+            without,
             size,
             sampler,
             seed=seed,
             number=number + low,
             execution=execution,
             sharding=sharding,
-            count=rows,
+            count=min(ROWS, len(which_N)),
         )
-        yield from clips_NFHWC[: len(here)]
+        yield from clips_NFHWC[:count]
+
+
+def _in_turn(
+    texts: Mapping[str, Encoded], which_N: np.ndarray
+) -> Iterator[tuple[int, int, Texts, Texts]]:
+    """(first clip, how many are new, their texts, no texts) of draws that all are one program."""
+    rows = min(ROWS, len(which_N))
+
+    def of(chosen):
+        return {name: (e.values[chosen], e.lengths_K[chosen]) for name, e in texts.items()}
+
+    for low in range(0, len(which_N), rows):
+        here = which_N[low : low + rows]
+        yield low, len(here), of(np.resize(here, rows)), of(np.zeros(rows, int))
+
+
+class Paths(NamedTuple):
+    """Clips with the chosen steps by which they came about (``models.video.flow_policy``).
+
+    Attributes:
+      clips_NFHWC: latents, float32.
+      states_NSTP: where the chosen steps begin, and last where the last of them ends, float32
+        (N, S + 1, T, P).
+      logprobs_NS: of each step, as ``log_density``, float32.
+    """
+
+    clips_NFHWC: np.ndarray
+    states_NSTP: np.ndarray
+    logprobs_NS: np.ndarray
+
+
+def draw_paths(
+    params,
+    model: VideoDiT,
+    texts: Mapping[str, Encoded],
+    which_N: np.ndarray,
+    size: Sizes,
+    sampler: Sampler,
+    choices: Choices,
+    *,
+    seed: int,
+    execution: Execution,
+    sharding: Sharding,
+    number: int = 0,
+) -> Paths:
+    """As :func:`draw_each`, of steps by Euler of which some are chosen; all clips at once.
+
+    The noise of a step is of ``seed``, the clip's number, the step's and the patch's place alone.
+    """
+    parts = []
+    for low, count, with_text, without in _in_turn(texts, which_N):
+        asked = min(ROWS, len(which_N))
+        rows = _rows(asked, sharding)
+        arguments = _told(model, (with_text, without), size, asked, rows)
+        compiled = _compiled_paths(model, size, sampler, choices, rows, execution, sharding)
+        made = compiled(params, jax.random.key(seed), number + low, *arguments)
+        parts.append([np.asarray(a)[:count] for a in made])
+    latents_NTP, states_NSTP, logprobs_NS = (np.concatenate(a) for a in zip(*parts, strict=True))
+    clips_NFHWC = np.asarray(clip_of(latents_NTP, size, model.patch))
+    return Paths(clips_NFHWC, states_NSTP, logprobs_NS)
 
 
 @functools.lru_cache(maxsize=8)
@@ -319,32 +405,92 @@ def _compiled(
 ) -> Any:
     """(params, key, number, texts, no texts, first, scalars) -> latents in patches: one program
     for all draws of a kind."""
-    place_TA = places_of(size, model.patch)
 
-    def latents(params, key, number, texts, nothing, first_NTP, scalars_N1K):
-        place_NTA = jnp.broadcast_to(place_TA, (rows, *place_TA.shape))
-        sample_N1 = jnp.arange(rows, dtype=jnp.uint32)[:, None] + jnp.uint32(number)
-        sample_NT = jnp.broadcast_to(sample_N1, place_NTA.shape[:2])
-        noise_NTP = flow.noise(key, sample_NT, place_NTA, model.numbers)
-        with_text = rows_with(model, place_NTA, texts, scalars_N1K, first_NTP)
-        without = rows_with(model, place_NTA, nothing, scalars_N1K, first_NTP)
+    def latents(params, key, number, *told):
+        drawing = _Drawing(model, size, sampler, rows, execution, sharding)
+        return sampler.integrate(drawing.velocity(params, *told), drawing.noise(key, number))
+
+    return jax.jit(latents, out_shardings=sharding.replicated())
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled_paths(
+    model: VideoDiT,
+    size: Sizes,
+    sampler: Sampler,
+    choices: Choices,
+    rows: int,
+    execution: Execution,
+    sharding: Sharding,
+) -> Any:
+    """As :func:`_compiled` -> (latents in patches, states_NSTP, logprobs_NS)."""
+    times = sampler.times
+    deviation_S = choices.deviations(times)
+    first, end = choices.within(sampler.steps)
+
+    def paths(params, key, number, *told):
+        drawing = _Drawing(model, size, sampler, rows, execution, sharding)
+        velocity = drawing.velocity(params, *told)
+
+        def step(x_NTP, row):
+            i, t, end, deviation = row
+            mean_NTP = step_mean(x_NTP, velocity(x_NTP, t), t, end, deviation)
+            drawn_NTP = drawing.noise(rng.fold(key, i, "choice"), number)
+            end_NTP = mean_NTP + deviation * drawn_NTP
+            deviation_N = jnp.full(rows, jnp.where(deviation > 0, deviation, 1.0))
+            return end_NTP, (x_NTP, log_density(end_NTP, mean_NTP, deviation_N))
+
+        steps = (jnp.arange(sampler.steps), times[:-1], times[1:], deviation_S)
+        start_NTP = drawing.noise(key, number)
+        x_NTP, (states_SNTP, logprobs_SN) = jax.lax.scan(step, start_NTP, steps)
+        states_SNTP = jnp.concatenate([states_SNTP, x_NTP[None]])[first : end + 1]
+        return x_NTP, states_SNTP.swapaxes(0, 1), logprobs_SN[first:end].swapaxes(0, 1)
+
+    return jax.jit(paths, out_shardings=sharding.replicated())
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """Noise and velocity of rows of one size, within a program."""
+
+    model: VideoDiT
+    size: Sizes
+    sampler: Sampler
+    rows: int
+    execution: Execution
+    sharding: Sharding
+
+    @property
+    def place_NTA(self):
+        place_TA = places_of(self.size, self.model.patch)
+        return jnp.broadcast_to(place_TA, (self.rows, *place_TA.shape))
+
+    def noise(self, key, number):
+        """Of the samples from ``number`` on, float32 (N, T, P)."""
+        sample_N1 = jnp.arange(self.rows, dtype=jnp.uint32)[:, None] + jnp.uint32(number)
+        sample_NT = jnp.broadcast_to(sample_N1, self.place_NTA.shape[:2])
+        return flow.noise(key, sample_NT, self.place_NTA, self.model.numbers)
+
+    def velocity(self, params, texts, nothing, first_NTP, scalars_N1K) -> Velocity:
+        """As the sampler's guidance has it."""
+        model, sharding = self.model, self.sharding
+        with_text = rows_with(model, self.place_NTA, texts, scalars_N1K, first_NTP)
+        without = rows_with(model, self.place_NTA, nothing, scalars_N1K, first_NTP)
 
         def velocity(x_NTP, time):
             x_NTP = sharding.constrain(x_NTP, "batch", "sequence", None)
 
             def of(told: Rows):
-                time_N1 = jnp.full((rows, 1), time)
-                out_NTP = model.apply(params, x_NTP, time_N1, told, execution, sharding)
+                time_N1 = jnp.full((self.rows, 1), time)
+                out_NTP = model.apply(params, x_NTP, time_N1, told, self.execution, sharding)
                 return flow.velocity_of(model.prediction, out_NTP, x_NTP, time)
 
-            if sampler.guidance == 1.0:
+            if self.sampler.guidance == 1.0:
                 return of(with_text)
-            scale = sampler.scale(time)
+            scale = self.sampler.scale(time)
             return guided(lambda: of(with_text), lambda: of(without), scale)
 
-        return sampler.integrate(velocity, noise_NTP)
-
-    return jax.jit(latents, out_shardings=sharding.replicated())
+        return velocity
 
 
 def rows_with(model: VideoDiT, place_NTA, texts, scalars_N1K, first_NTP) -> Rows:

@@ -40,6 +40,10 @@ LOOPS: dict[str, tuple[str, str]] = {
         "step_jax.trainers.diffusion.preference",
         "tune a diffusion transformer on pairs of its own clips",
     ),
+    "video-rl": (
+        "step_jax.trainers.diffusion.rl",
+        "tune a diffusion transformer by rewards of its own clips",
+    ),
     "vae": ("step_jax.trainers.diffusion.vae", "train a video autoencoder on clips"),
 }
 DEFAULT = "pretrain"

@@ -106,6 +106,7 @@ RECIPES = {
     "rl": "rl/addition.yaml",
     "diffusion": "video/scenes.yaml",
     "video-preference": "video/stages/dpo_scenes.yaml",
+    "video-rl": "video/stages/grpo_scenes.yaml",
     "vae": "video/vae_stage1.yaml",
 }
 ANY_SIGN = {"parallel.fsdp", "problems.workers.failure_score", "evaluation.right"}

@@ -25,7 +25,16 @@ LEFT_OUT = {
 }
 LEFT_OUT |= {
     f"{unit}_per_s"
-    for unit in ("tokens", "clips", "pairs", "frames", "packs", "answers", "rollout_tokens")
+    for unit in (
+        "tokens",
+        "clips",
+        "pairs",
+        "choices",
+        "frames",
+        "packs",
+        "answers",
+        "rollout_tokens",
+    )  # fmt: skip
 }
 
 

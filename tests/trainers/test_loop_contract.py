@@ -156,6 +156,19 @@ CASES = [
         compared="diffusion",
     ),
     Case(
+        "video-rl",
+        TRANSFORMER,
+        "training: {{steps: 6, batch_size: 8}}\nreference: {drawn}\n"
+        "text: {{tokenizer: {drawn}/tokenizer, dropout: 0}}\n"
+        f"data: {{{{scenes: {{{{{PICTURES}}}}}, reward: [colour, shape], captions: 12, groups: 4, "
+        "clips: 4, refresh_every: 3, sampler: {{steps: 4}}, choices: {{steps: [0, 2]}}}}\n"
+        "loss: {{kl: 0.1}}\n"
+        "sample: {{count: 0}}\n"
+        "execution: {{dtype: float32}}\n",
+        VideoDiT,
+        compared="diffusion",
+    ),
+    Case(
         "vae",
         "\n  latents: 2\n  stem: 4\n  encoder_widths: [8]\n  decoder_widths: [8]\n"
         "  encoder_blocks: 1\n  decoder_blocks: 1\n  temporal: []\n  head_width: 16\n"
@@ -253,7 +266,7 @@ def test_every_loop_of_the_table_is_here():
 def test_a_resumed_run_ends_in_the_same_bits(case, straight, places, tmp_path):
     """From what an undisturbed run had saved by step 2, which is what a death after step 3 leaves.
 
-    Runs that really die are in test_pretrain.py and test_rl_loop.py.
+    Runs that really die are in test_pretrain.py, test_rl_loop.py and test_video_rl.py.
     """
     run, state = straight(case)
     left_by_death(run, tmp_path / "run", saved=2)

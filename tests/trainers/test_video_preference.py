@@ -38,7 +38,9 @@ from tests.training.test_flow_preference import MODEL
 CASE = {case.loop: case for case in CASES}
 ONE = Sharding.build(MeshConfig(), jax.devices()[:1])
 SCENES = Scenes(frames=1, height=16, width=16, count=1, background="plain")
-DATA = PairData(SCENES, "", ("shape",), captions=6, clips=3, sampler=Sampler(steps=2))
+DATA = PairData(
+    scenes=SCENES, path="", reward=("shape",), captions=6, clips=3, sampler=Sampler(steps=2)
+)
 RIGHT = {0: (0, 1, 0), 1: (1, 1, 1), 2: (0, 0, 1), 3: (0, 0, 0), 4: (1, 0, 0), 5: (1, 1, 0)}
 
 
@@ -269,7 +271,10 @@ def test_the_reference_has_no_memory_and_no_part_in_the_state(whole):
     assert set(state.learners) == {"model"} and state.learners["model"].average is None
     meta = load_artifact(str(folder / "whole"), ONE, arrays=False).meta
     drawn = load_artifact(str(folder / "drawn"), ONE)
-    pinned = {"name": f"{folder / 'drawn'}@6", "parameters": reference.digest(drawn.params)}
+    pinned = {
+        "name": f"{folder / 'drawn'}@6",
+        "parameters": reference.digest_of_params(drawn.params),
+    }
     assert meta["reference"] == pinned
 
 
@@ -304,7 +309,7 @@ def test_a_run_does_not_go_on_with_other_pairs(whole, capsys):
     folder, _ = whole
     more = ["--training.steps", "8", "--data.captions", "13"]
     assert main(["video-preference", recipe(folder, "whole"), *more]) == ExitCode.FAILURE
-    assert "was made with other data: pairs" in capsys.readouterr().err
+    assert "was made with other data: asked" in capsys.readouterr().err
 
 
 def test_guided_pairs_need_a_model_that_learns_without_text(tmp_path, capsys):

@@ -147,8 +147,9 @@ def test_an_error_of_predicted_data_is_one_of_the_velocity_they_mean():
     assert small.run(total, zero, rows) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.slow
-def test_packs_on_a_mesh_that_exchanges_heads_are_those_of_one_device(of_packs, params):
+@pytest.fixture(scope="module")
+def by_heads(params):
+    """(compiled text, ((total, numbers), gradient), rows) on a mesh that exchanges heads."""
     rows = [[0, 1, 2], [2], [1, 0], [2, 1, 0]]
     sharding = small.on_mesh(context=2, fsdp=2, tensor=2, ulysses=True)
     layout, data = sharding.params(MODEL.specs()), batch(rows, 16, 3)
@@ -158,11 +159,33 @@ def test_packs_on_a_mesh_that_exchanges_heads_are_those_of_one_device(of_packs, 
         axes = ("batch", "sequence" if of_tokens else None, *(None,) * (a.ndim - 2))
         return jax.device_put(a, sharding.named(axes, a.shape))
 
-    placed = {name: place(name, a) for name, a in data.items()}
-    (total, _), gradient = small.run(compiled(sharding), jax.device_put(params, layout), placed)
+    args = jax.device_put(params, layout), {name: place(name, a) for name, a in data.items()}
+    f = jax.jit(compiled(sharding)).lower(*args).compile(compiler_options=small.FAST_COMPILE)
+    return f.as_text(), jax.device_get(f(*args)), rows
+
+
+@pytest.mark.thorough
+def test_packs_on_a_mesh_that_exchanges_heads_are_those_of_one_device(of_packs, by_heads):
+    _, ((total, _), gradient), rows = by_heads
     alone = [of_packs([row]) for row in rows]
     assert total == pytest.approx(sum(a[0][0] for a in alone), rel=1e-5)
     error, leaf = small.worst_leaf(
         gradient, jax.tree.map(lambda *g: np.sum(g, axis=0), *[a[1] for a in alone])
     )
     assert error < 1e-5, leaf
+
+
+@pytest.mark.thorough
+def test_heads_are_exchanged_for_self_attention_and_nothing_for_attention_over_texts(by_heads):
+    """In a layer queries, keys, values and what comes out, there and back, of a device's own
+    tokens; no row of tokens is gathered, nor a mask."""
+    text, _, rows = by_heads
+    lines = [line for line in text.splitlines() if "/while/body/" in line]
+    exchanged = [line for line in lines if " all-to-all(" in line]
+    own = f"f32[{len(rows) // 2},8,1,1,1,8]", f"f32[{len(rows) // 2},1,8,1,1,8]"
+    assert all(line.split("= (")[1].startswith(own) for line in exchanged)
+    back = [line for line in exchanged if "transpose(jvp" in line]
+    assert (len(exchanged), len(back)) == (8, 4)
+    gathered = [line for line in lines if " all-gather(" in line]
+    of_weights = "gather/sharding_constraint", "dynamic_slice"
+    assert gathered and all(any(name in line for name in of_weights) for line in gathered)

@@ -1,7 +1,7 @@
 """What the loops share that train a diffusion transformer on captioned clips.
 
-Their settings, and how captions reach the model. Each loop (``diffusion``, ``video-preference``) is
-a function of its own that reads top to bottom and calls these.
+Their settings, and how captions reach the model. Each loop (``diffusion``, ``video-preference``,
+``video-rl``) is a function of its own that reads top to bottom and calls these.
 """
 
 from __future__ import annotations
@@ -9,13 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 from step_jax.checkpoint.artifact import Description
+from step_jax.core import checks
+from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
-from step_jax.core.sharding import MeshConfig, Sharding
+from step_jax.core.sharding import MeshConfig, Sharding, laid_out
+from step_jax.data.batches import microbatches
 from step_jax.data.captions import TextBank, distinct, token_rows
 from step_jax.data.clips import ClipSource, Reads
 from step_jax.data.config import TRAIN_TOKENIZER
+from step_jax.data.schema import Field, Schema
 from step_jax.inference import text_states
 from step_jax.inference.text_states import Encoder
 from step_jax.interop.artifacts import InitFrom, Start, load_artifact, present
@@ -52,6 +60,22 @@ class Text:
     def validate(self):
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"text.dropout is {self.dropout}; use a share in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long a model is tuned by clips of its own, and on how many at once.
+
+    batch_size: pairs, or chosen steps of clips, of a step over all devices.
+    accumulation: microbatches that a step is computed in; changes memory, not results.
+    """
+
+    steps: int
+    batch_size: int = 32
+    accumulation: int = 1
+
+    def validate(self):
+        checks.at_least(self, steps=1, batch_size=1, accumulation=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,3 +225,44 @@ def description(
 def processor_of(tokenizer: Tokenizer | None) -> dict[str, Tokenizer]:
     """What is kept with a run for whoever loads it."""
     return {} if tokenizer is None else {"tokenizer": tokenizer}
+
+
+def frozen_like(config: CaptionedLoop, model: VideoDiT, sharding: Sharding) -> Any:
+    """The parameters of a frozen model in the compute dtype, abstract."""
+    specs = model.specs()
+    cast = jax.eval_shape(
+        lambda p: spec_lib.cast(p, config.execution.dtype, specs), spec_lib.abstract(specs)
+    )
+    return jax.tree.map(laid_out, cast, sharding.params(specs))
+
+
+def frozen(
+    config: CaptionedLoop,
+    model: VideoDiT,
+    params: Any,
+    of: Callable[[Any, Any], jax.Array],
+    schema: Schema,
+    result: Field,
+    sharding: Sharding,
+    accumulation: int,
+) -> Callable[[Any], jax.Array]:
+    """A function of a batch to what a model that never changes makes of it, in as many microbatches
+    as the step. The model has neither gradient nor optimizer memory.
+
+    Args:
+      of: (parameters, microbatch) -> an array with a row for each of the microbatch's.
+      result: that of the whole batch.
+    """
+    dtype, specs = config.execution.dtype, model.specs()
+    kept = jax.jit(
+        lambda p: spec_lib.cast(p, dtype, specs), out_shardings=sharding.params(specs)
+    )(params)  # fmt: skip
+
+    def made(params, batch):
+        part = microbatches(schema, batch, accumulation)
+        parts = jax.lax.map(lambda i: of(params, part(i)), jnp.arange(accumulation))
+        # row r was in microbatch r % accumulation
+        return parts.swapaxes(0, 1).reshape(result.shape)
+
+    compiled = jax.jit(made, out_shardings=sharding.named(result.axes, result.shape))
+    return lambda batch: compiled(kept, batch)

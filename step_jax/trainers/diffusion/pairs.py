@@ -7,94 +7,38 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-import jax
 import numpy as np
 
-from step_jax.core import checks
-from step_jax.core.errors import ConfigError, DataError
+from step_jax.core.errors import DataError
 from step_jax.core.sharding import Sharding
 from step_jax.data.captions import TextBank
-from step_jax.data.clips import uniforms
 from step_jax.data.latents import MANIFEST, Clip, LatentFolder, write_latents
 from step_jax.data.rendered import RenderedClips
-from step_jax.data.scenes import Scene, Scenes
-from step_jax.evaluation.video_scenes import agreement, see
-from step_jax.inference import text_states
-from step_jax.inference.flow import Sampler, draw_each
-from step_jax.interop.artifacts import load_artifact
+from step_jax.inference.flow import draw_each
 from step_jax.models.context import Execution
 from step_jax.models.video.dit import VideoDiT
-from step_jax.models.video.patches import Sizes
+from step_jax.trainers.diffusion.asked import AskedData, Asking
 from step_jax.trainers.reference import digest_of_params
 
-Statement = Literal["colour", "shape", "count", "motion", "camera", "all"]
 SIDES = ("winners", "losers")
 
 
-@dataclass(frozen=True)
-class PairData:
+@dataclass(frozen=True, kw_only=True)
+class PairData(AskedData):
     """Clips that the policy draws by captions of scenes: of each caption the best and the worst.
 
-    scenes: whose captions are asked for, and whose detectors judge (``evaluation.video_scenes``).
+    Where all clips of a caption have the same reward there is no pair.
+
     path: folder in which pairs are kept, each round of them under the hash of what made them.
-    reward: which statements of its caption a clip shall bear out; their mean is its reward.
-    captions: scenes that are asked for.
-    clips: drawn of each caption. Where all have the same reward there is no pair.
-    refresh_every: steps after which the policy of that step draws all of them anew; null learns
-      from those of the start alone.
-    seed: of scenes and noise.
-    size: of the latents; null for those of the scenes, of a model of pixels.
-    vae: an artifact that decodes what is drawn.
     """
 
     kind: ClassVar[str] = "pairs"
-    scenes: Scenes
     path: str
-    reward: tuple[Statement, ...]
-    captions: int = 256
-    clips: int = 4
-    refresh_every: int | None = None
-    seed: int = 0
-    size: Sizes | None = None
-    vae: str | None = None
-    sampler: Sampler = field(default_factory=Sampler)
-
-    def validate(self):
-        checks.at_least(self, captions=1, clips=2, refresh_every=1)
-        checks.seed(self.seed)
-        if not self.reward:
-            raise ConfigError("data.reward names no statement of a caption")
-        if still := sorted(
-            {"motion", "camera"} & set(self.reward) if self.scenes.frames == 1 else ()
-        ):
-            raise ConfigError(f"data.reward has {still}, and in scenes of one frame nothing moves")
-
-    @property
-    def buckets(self) -> tuple[Sizes, ...]:
-        s = self.scenes
-        return (self.size or (s.frames, s.height, s.width),)
-
-    def open(self, sharding: Sharding, report: Callable[[str], None]) -> RenderedClips:
-        """The scenes that are asked for."""
-        return RenderedClips((self.scenes,), self.captions, self.seed)
-
-    def round(self, step: int) -> int:
-        """Which round of pairs the step with this 0-based number learns from."""
-        return 0 if self.refresh_every is None else step // self.refresh_every
-
-    def begins(self, step: int) -> bool:
-        """Whether a round begins with the step."""
-        return step == 0 or self.round(step) > self.round(step - 1)
-
-    def score(self, scene: Scene, video_FHWC: np.ndarray) -> float:
-        """The reward of a clip in [0, 1]."""
-        found = agreement(scene, see(video_FHWC))
-        return float(np.mean([found[name] for name in self.reward]))
 
 
 def best_and_worst(rewards: Sequence[float]) -> tuple[int, int] | None:
@@ -120,32 +64,14 @@ class PairMaker:
         Raises:
           ConfigError: a model that does not draw what ``data`` says.
         """
-        self._data, self._asked, self._model, self._bank = data, asked, model, bank
+        self._data, self._model, self._bank = data, model, bank
         self._execution, self._sharding, self._report = execution, sharding, report
-        if model.first_frame:
-            raise ConfigError(
-                "the model continues pictures, and pairs are drawn from captions alone: take a "
-                "model without first_frame"
-            )
-        vae = None if data.vae is None else load_artifact(data.vae, sharding)
-        channels = asked.channels if vae is None else vae.model.latents
-        if channels != model.channels:
-            raise ConfigError(f"the data have {channels} channels, the model {model.channels}")
-        self._decoded = lambda clips: clips
-        if vae is not None:
-            decode = jax.jit(vae.model.decode)
-            self._decoded = lambda clips: np.asarray(jax.device_get(decode(vae.params, clips)))
-        alone = replace(data, path="", vae=None, refresh_every=None)
-        self._made = {
-            "pairs": repr(alone),
-            "vae": None if vae is None else text_states.parameters_hash(vae),
-            "texts": bank.fingerprint,
-        }
+        self._asking = Asking(replace(data, path=""), asked, model, bank, sharding)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
         """What a run that goes on must agree with."""
-        return self._made | {"refresh_every": self._data.refresh_every}
+        return self._asking.made | {"refresh_every": self._data.refresh_every}
 
     def drawn(self, params: Any, step: int) -> str:
         """Has the policy draw the round that begins with a step, if that was not done before.
@@ -161,7 +87,8 @@ class PairMaker:
           DataError: no caption's clips differ in their reward.
         """
         number = self._data.round(step)
-        facts = (digest_of_params(params), self._model, self._made, self._execution.dtype, number)
+        made, dtype = self._asking.made, self._execution.dtype
+        facts = (digest_of_params(params), self._model, made, dtype, number)
         made_by = hashlib.sha256(repr(facts).encode()).hexdigest()
         folder = self._folder(made_by)
         if not (folder / SIDES[-1] / MANIFEST).exists():  # it is written last
@@ -188,14 +115,14 @@ class PairMaker:
         return Path(self._data.path) / made_by[:16]
 
     def _draw(self, params: Any, number: int, step: int) -> tuple[list[Clip], list[Clip]]:
-        data, captions = self._data, self._asked.captions
-        share_N = uniforms(data.seed, "language", number * len(captions) + np.arange(len(captions)))
-        texts = [of[int(u * len(of))] for of, u in zip(captions, share_N, strict=True)]
+        data = self._data
+        numbers = number * data.captions + np.arange(data.captions)
+        texts = self._asking.texts(numbers)
         clips = draw_each(
             params,
             self._model,
             self._bank.encoded,
-            np.repeat([self._bank.index[text] for text in texts], data.clips),
+            self._asking.which(texts),
             data.buckets[0],
             data.sampler,
             seed=data.seed,
@@ -206,10 +133,9 @@ class PairMaker:
         winners: list[Clip] = []
         losers: list[Clip] = []
         total = 0.0
-        for i, text in enumerate(texts):
+        for i, text in zip(numbers, texts, strict=True):
             clips_KFHWC = np.stack(list(islice(clips, data.clips)))
-            scene = data.scenes.draw(data.seed, i)
-            rewards = [data.score(scene, video) for video in self._decoded(clips_KFHWC)]
+            rewards = self._asking.rewards(int(i), clips_KFHWC)
             total += sum(rewards)
             if chosen := best_and_worst(rewards):
                 for side, k in zip((winners, losers), chosen, strict=True):

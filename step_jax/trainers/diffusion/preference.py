@@ -10,19 +10,16 @@ Shape suffixes: B pairs, M microbatches, 2 winner and loser.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from step_jax.core import checks
 from step_jax.core import spec as spec_lib
 from step_jax.core.errors import ConfigError
-from step_jax.core.sharding import Sharding, bytes_on_device, laid_out
-from step_jax.data.batches import microbatches, process_rows, to_mesh
+from step_jax.core.sharding import Sharding, bytes_on_device
+from step_jax.data.batches import process_rows, to_mesh
 from step_jax.data.captions import TextBank, text_fields
 from step_jax.data.clip_pairs import PairDataset, pair_schema
 from step_jax.data.clips import ClipDataset, Shape, check_same, clip_schema
@@ -36,8 +33,11 @@ from step_jax.runs.session import Session
 from step_jax.trainers.diffusion.captioned import (
     LEARNER,
     CaptionedLoop,
+    Training,
     check_inputs,
     description,
+    frozen,
+    frozen_like,
     guidable,
     processor_of,
     read_texts,
@@ -51,22 +51,6 @@ from step_jax.training.learner import learn
 from step_jax.training.losses.flow import REFERENCE, FlowDPO, flow_preference, pair_errors
 from step_jax.training.optimizers.config import check_optimizer
 from step_jax.training.program import Program, Work
-
-
-@dataclass(frozen=True)
-class Training:
-    """How long, and on how much at once.
-
-    batch_size: pairs of a step over all devices.
-    accumulation: microbatches that a step is computed in; changes memory, not results.
-    """
-
-    steps: int
-    batch_size: int = 32
-    accumulation: int = 1
-
-    def validate(self):
-        checks.at_least(self, steps=1, batch_size=1, accumulation=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +93,11 @@ def schema_of(config: Config, model: VideoDiT) -> Schema:
     return pair_schema(clip_schema(shape_of(config, model), model.numbers, reads_of(model), texts))
 
 
+def errors_of(config: Config) -> Field:
+    """The reference's errors of a batch."""
+    return Field(("batch", None), (config.training.batch_size, 2))
+
+
 def program(config: Config, sharding: Sharding) -> Program:
     """What the loop compiles, without data."""
     begin = starting_point(config.model, config.init_from, sharding, VideoDiT, arrays=False)
@@ -135,7 +124,7 @@ def make_program(config: Config, begin: Start, sharding: Sharding) -> Program:
         loss,
         {LEARNER: model},
         {LEARNER: learning},
-        {**schema_of(config, model), REFERENCE: Field(("batch", None), (c.batch_size, 2))},
+        {**schema_of(config, model), REFERENCE: errors_of(config)},
         sharding,
         total_steps=c.steps,
         accumulation=c.accumulation,
@@ -147,41 +136,20 @@ def make_program(config: Config, begin: Start, sharding: Sharding) -> Program:
         ),
         seed=config.run.seed,
         notes=("drawing pairs, and the reference's errors, are programs of their own",),
-        beside=reference_like(config, model, sharding),
+        beside=frozen_like(config, model, sharding),
     )
 
 
-def reference_like(config: Config, model: VideoDiT, sharding: Sharding):
-    """The reference's parameters, abstract."""
-    specs = model.specs()
-    cast = jax.eval_shape(
-        lambda p: spec_lib.cast(p, config.execution.dtype, specs), spec_lib.abstract(specs)
-    )
-    return jax.tree.map(laid_out, cast, sharding.params(specs))
-
-
-def make_reference(
-    config: Config, model: VideoDiT, params: Any, sharding: Sharding
-) -> Callable[[Any], jax.Array]:
-    """A function of a batch to the reference's errors, float32 (B, 2), in as many microbatches as
-    the step. The reference has neither gradient nor optimizer memory."""
-    count, schema = config.training.accumulation, schema_of(config, model)
-    dtype, specs = config.execution.dtype, model.specs()
-    kept = jax.jit(
-        lambda p: spec_lib.cast(p, dtype, specs), out_shardings=sharding.params(specs)
-    )(params)  # fmt: skip
+def make_reference(config: Config, model: VideoDiT, params: Any, sharding: Sharding):
+    """A function of a batch to the reference's errors, float32 (B, 2)."""
+    rest = (config.flow, config.run.seed, config.execution, sharding)
 
     def errors(params, batch):
-        of = microbatches(schema, batch, count)
-        rest = (config.flow, config.run.seed, config.execution, sharding)
-        error_MB2 = jax.lax.map(
-            lambda i: pair_errors(params, model, of(i), *rest), jnp.arange(count)
-        )
-        return error_MB2.swapaxes(0, 1).reshape(-1, 2)  # row r was in microbatch r % count
+        return pair_errors(params, model, batch, *rest)
 
-    layout = sharding.named(("batch", None), (config.training.batch_size, 2))
-    compiled = jax.jit(errors, out_shardings=layout)
-    return lambda batch: compiled(kept, batch)
+    schema, result = schema_of(config, model), errors_of(config)
+    count = config.training.accumulation
+    return frozen(config, model, params, errors, schema, result, sharding, count)
 
 
 def run(config: Config, force: bool = False) -> dict[str, float]:

@@ -31,6 +31,7 @@ from step_jax.inference.flow import ROWS, Sampler, check_guidance, draw_each
 from step_jax.interop.artifacts import load_artifact
 from step_jax.models.video.dit import VideoDiT
 from step_jax.models.video.patches import Sizes
+from step_jax.trainers.diffusion.groups import GroupData
 from step_jax.trainers.diffusion.pairs import PairData
 
 Report = Callable[[str], None]
@@ -202,16 +203,17 @@ class ReflowData:
 
 
 ClipData = DigitsData | SceneData | LatentData | ReflowData
+AnyData = ClipData | PairData | GroupData
 
 
 @dataclass(frozen=True)
 class _Held:
     """The part of a run's configuration that says what it learnt from."""
 
-    data: ClipData | PairData
+    data: AnyData
 
 
-def data_of(artifact: Artifact) -> ClipData | PairData:
+def data_of(artifact: Artifact) -> AnyData:
     """What a diffusion model learnt from."""
     text = yaml.safe_dump({"data": artifact.meta["config"]["data"]})
     return parse_config(_Held, text, f"{artifact.name}, data").data

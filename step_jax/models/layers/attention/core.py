@@ -229,6 +229,8 @@ def _by_heads(q_BTNH, k_BSKH, v_BSKV, mask, ctx: Context, scale, bias):
     q_BTNH = whole.constrain(q_BTNH, "batch", "sequence", "heads", None)
     k_BSKH = whole.constrain(here(k_BSKH), "batch", "sequence", "kv_heads", None)
     v_BSKV = whole.constrain(here(v_BSKV), "batch", "sequence", "kv_heads", None)
+    # else made of pieces of rows and exchanged, with all its queries and keys
+    mask = jax.tree.map(lambda a_BT: whole.constrain(a_BT, "batch", "sequence"), mask)
     o_BTNV = _gathered(q_BTNH, k_BSKH, v_BSKV, mask, whole, scale, bias)
     return whole.constrain(o_BTNV, "batch", "sequence", "heads", None)
 
