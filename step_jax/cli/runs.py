@@ -117,7 +117,7 @@ def summarise(directory: Path) -> dict[str, Any]:
     """
     from step_jax.runs.history import outcome
     from step_jax.runs.metrics_log import read_metrics, work_unit
-    from step_jax.runs.run_directory import is_locked
+    from step_jax.runs.folder_lock import is_locked
 
     records = read_metrics(directory)
     steps = [r for r in records if r["event"] == "step"]

@@ -1,8 +1,9 @@
-"""Leaving a run in good order: agreed stop on SIGTERM or Ctrl-C."""
+"""Leaving a run in good order: agreed stop on SIGTERM or Ctrl-C, and errors that threads find."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 import select
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import jax
 
 from step_jax.core.distributed import TIMEOUT_S, Processes
-from step_jax.core.errors import ExitCode, RestartRequested
+from step_jax.core.errors import ExitCode, RestartRequested, StepError, from_kind
 from step_jax.runs import exit_timer
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -63,10 +64,14 @@ class StopSignal:
     the step under way, and all stop after the highest of these. (Waiting for the training loops
     to report instead would deadlock: one may sit in a collective that another has not reached.)
     Until a signal arrives a call of `requested` only sets a number: no collective, no message.
+
+    Attributes:
+      failure: the error that all processes end of, see `fail`.
     """
 
     def __init__(self, on_event: Callable[[str], None] | None = None, *, joined: bool = True):
         self.tell(on_event)
+        self.failure: StepError | None = None
         self._processes: Processes | None = None
         if joined:
             self.join()
@@ -108,7 +113,12 @@ class StopSignal:
         """Whether to save and stop instead of taking step ``step``; the same in all processes.
 
         Must be called with rising steps at the same places of the loop in every process.
+
+        Raises:
+          StepError: a thread has found that the run must end.
         """
+        if self.failure is not None:
+            raise self.failure
         with self._lock:
             if not self._reported:
                 self._current = step
@@ -121,6 +131,19 @@ class StopSignal:
                 f"a stop was requested but a process did not answer within {TIMEOUT_S} s"
             )
         return self._stop_at is not None and step >= self._stop_at
+
+    def fail(self, error: StepError) -> None:
+        """Ends the run in all processes, without saving, with an error that a thread found.
+
+        Here it is raised in the main thread, and if that is not done with all within 5 s the
+        process ends with the error's code; the others end at once.
+        """
+        self.failure = error
+        self._event(str(error))
+        if self._processes is not None and not self._alone:
+            self._processes.publish("failure", json.dumps([type(error).__name__, str(error)]))
+            time.sleep(_TELL_S + _POLL_S)
+        self._leave()
 
     def __enter__(self) -> StopSignal:
         self._reader, self._writer = os.pipe()
@@ -156,6 +179,8 @@ class StopSignal:
 
     def _in_main_thread(self, number: int, _: Any) -> None:
         leaving, self._leaving = self._leaving, "raised" if self._leaving else ""
+        if leaving == "now" and self.failure is not None:
+            raise self.failure
         if leaving == "asked" or (leaving == "now" and self._signal == signal.SIGINT):
             raise KeyboardInterrupt
         if leaving == "now":
@@ -177,11 +202,16 @@ class StopSignal:
     def _leave(self) -> None:
         """Ends the process without saving: by an exception, or soon by force."""
         self._leaving, self._poked = "now", True
-        if exit_timer.available():
-            self._forced = exit_timer.CTimer("_exit", self.exit_code)
-            self._forced.set(_LEAVE_S)
+        if exit_timer.available() and not self._interactive:
+            # After a failure sooner: the others are gone, of which JAX would abort this one.
+            code, seconds = self.exit_code, _LEAVE_S
+            if self.failure is not None:
+                code, seconds = self.failure.exit_code, _LEAVE_S / 2
+            self._forced = exit_timer.CTimer("_exit", code)
+            self._forced.set(seconds)
         if self._handlers:  # it also wakes the main thread if it sleeps or reads
-            signal.pthread_kill(threading.main_thread().ident or 0, self._signal)
+            number = self._signal or signal.SIGTERM
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
 
     def _watch(self) -> None:
         while not self._closing:
@@ -236,6 +266,12 @@ class StopSignal:
         """One look at the messages of the other processes."""
         assert self._processes is not None
         messages = self._processes.published()
+        if "failure" in messages and self.failure is None:
+            # Nothing here is worth a good end: what is written is written by the one that failed.
+            error = from_kind(*json.loads(messages["failure"]))
+            sys.stderr.write(f"step-jax: {error}\n")
+            sys.stderr.flush()
+            os._exit(error.exit_code)
         if "request" in messages and not self._asked.is_set():
             self._signal = int(messages["request"])
             self._asked.set()

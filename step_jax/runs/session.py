@@ -117,7 +117,7 @@ class Session:
             self._stop.join()
             self.primary = jax.process_index() == 0
             self.directory = stack.enter_context(
-                RunDirectory(self._run.directory, primary=self.primary)
+                RunDirectory(self._run.directory, primary=self.primary, on_lost=self._stop.fail)
             )
             self._again = self.directory.metrics.exists()
             self.reporter = stack.enter_context(
@@ -149,10 +149,10 @@ class Session:
 
     def __exit__(self, kind, error, trace):
         self._watchdog.allow(distributed.TIMEOUT_S)  # for the last save
-        lost = distributed.peer_lost(error)
-        self._stack.__exit__(kind, lost or error, trace)
-        if lost is not None:
-            raise lost from error
+        cause = self._stop.failure or distributed.peer_lost(error)
+        self._stack.__exit__(kind, cause or error, trace)
+        if cause is not None and cause is not error:
+            raise cause from error
 
     # --- before the first step -----------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from step_jax.core.errors import CheckpointError, ConfigError
+from step_jax.core.errors import ConfigError, TakenOverError
 from step_jax.core.storage import Objects
 from step_jax.runs import lease as lease_lib
 from step_jax.runs.lease import LOCK, Lease
@@ -49,7 +49,7 @@ def test_an_owner_that_writes_its_lock_is_waited_for_no_longer_and_one_that_does
     first.take()
     second = Lease(place)
     second.take()  # nothing was heard of the first for as long as an owner may be silent
-    with pytest.raises(CheckpointError, match="taken for dead: .* in use by process"):
+    with pytest.raises(TakenOverError, match="taken for dead: .* in use by process"):
         first.renew()
     first.release()  # what is not its own it leaves alone
     second.renew()
