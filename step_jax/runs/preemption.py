@@ -26,6 +26,9 @@ _AGREE_S = 0.02  # the same while the processes agree on a step
 #: how long a process whose main thread is in a compiler or waits for others may stay after all
 #: have agreed to leave
 _LEAVE_S = 10.0
+#: seconds without an answer of process 0 after which it is said: JAX's heartbeat goes the same way,
+#: and ends the process soon after (`distributed.HEARTBEAT_SECONDS`)
+_SILENT_S = 6.0
 _TELL_S = 0.5  # the coordinator stays that long, for the others to read what was agreed
 _NOT_STARTED = -1
 _PREPARING, _LEAVE, _FINISHED = "preparing", "leave", "finished"
@@ -73,6 +76,7 @@ class StopSignal:
         self.tell(on_event)
         self.failure: StepError | None = None
         self._processes: Processes | None = None
+        self._silence: exit_timer.CTimer | None = None
         if joined:
             self.join()
         self._signal = 0
@@ -94,7 +98,13 @@ class StopSignal:
 
     def join(self) -> None:
         """The processes are known now, and stop together."""
-        self._processes = Processes(f"stop/{next(_instances)}")
+        self._processes = everyone = Processes(f"stop/{next(_instances)}")
+        if everyone.index > 0:
+            self._silence = exit_timer.complaint(
+                f"{exit_timer.rank_name(everyone.index, everyone.count)}: process 0 has not "
+                f"answered for {_SILENT_S:g} s: it, its machine or the network is gone. JAX ends "
+                f"this process if that lasts ({ExitCode.ABORTED})"
+            )
 
     def tell(self, on_event: Callable[[str], None] | None) -> None:
         """What happens is told there from now on (None: to the log)."""
@@ -169,6 +179,8 @@ class StopSignal:
         self._thread.join()
         os.close(self._reader)
         os.close(self._writer)
+        if self._silence is not None:
+            self._silence.delete()
         if self._forced is not None and self._alone:  # with others it may wait for them yet
             self._forced.delete()
         if self._processes is not None and not self._alone:
@@ -265,7 +277,11 @@ class StopSignal:
     def _exchange(self) -> None:
         """One look at the messages of the other processes."""
         assert self._processes is not None
+        if self._silence is not None:
+            self._silence.set(_SILENT_S)
         messages = self._processes.published()
+        if self._silence is not None:
+            self._silence.set(0)
         if "failure" in messages and self.failure is None:
             # Nothing here is worth a good end: what is written is written by the one that failed.
             error = from_kind(*json.loads(messages["failure"]))

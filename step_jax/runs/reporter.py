@@ -175,11 +175,11 @@ class Reporter:
             sink.close()
             if sink.dropped:
                 self._line(f"metrics sink {sink.name} lost {sink.dropped} records")
+        self._metrics.close()
         if self._metrics.dropped:
             self._line(
                 f"{self._metrics.dropped} records could not be written to {self.run.metrics}"
             )
-        self._metrics.close()
 
     def __enter__(self) -> Reporter:
         return self

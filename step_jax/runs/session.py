@@ -131,7 +131,7 @@ class Session:
             stack.callback(self._stop.tell, None)
             name = rank_name(jax.process_index(), jax.process_count())
             self._watchdog = stack.enter_context(HangWatchdog(name=name))
-            self._watchdog.allow(_PREPARATION_S)
+            self._watchdog.allow(_PREPARATION_S, "its preparation")
             self._stalls = stack.enter_context(StallNotice(self._watchdog))
             self._checkpointer = stack.enter_context(
                 Checkpointer(
@@ -148,7 +148,7 @@ class Session:
         return self
 
     def __exit__(self, kind, error, trace):
-        self._watchdog.allow(distributed.TIMEOUT_S)  # for the last save
+        self._watchdog.allow(distributed.TIMEOUT_S, "its last save")
         cause = self._stop.failure or distributed.peer_lost(error)
         self._stack.__exit__(kind, cause or error, trace)
         if cause is not None and cause is not error:
@@ -284,7 +284,7 @@ class Session:
           RestartRequested, KeyboardInterrupt: SIGTERM, SIGINT came; the state is saved.
         """
         if self._leave:
-            self._watchdog.allow(distributed.TIMEOUT_S)
+            self._watchdog.allow(distributed.TIMEOUT_S, "its last save")
             self._checkpointer.wait()
             if self._stop.exit_code == ExitCode.INTERRUPTED:
                 raise KeyboardInterrupt
