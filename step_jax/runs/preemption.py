@@ -274,7 +274,7 @@ class StopSignal:
         elif self._processes is not None:
             self._processes.publish("request", str(number))
 
-    def _heard(self, processes: Processes) -> dict[str, str]:
+    def _published(self, processes: Processes) -> dict[str, str]:
         if self._silence is None:
             return processes.published()
         self._silence.set(_SILENT_S)
@@ -286,7 +286,7 @@ class StopSignal:
     def _exchange(self) -> None:
         """One look at the messages of the other processes."""
         assert self._processes is not None
-        messages = self._heard(self._processes)
+        messages = self._published(self._processes)
         if "failure" in messages and self.failure is None:
             # Nothing here is worth a good end: what is written is written by the one that failed.
             error = from_kind(*json.loads(messages["failure"]))

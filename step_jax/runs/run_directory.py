@@ -88,8 +88,8 @@ class RunDirectory:
                 self._renewal = Renewal(self._lock, self._lose).__enter__()
             if self._objects:
                 self._fetch(self._objects)
-        except BaseException:
-            self._leave()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
             raise
         if self.primary and not self.identity.exists():
             name = re.sub(r"[^A-Za-z0-9_.-]+", "_", self.path.resolve().name)[:40]
@@ -121,21 +121,24 @@ class RunDirectory:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         try:
-            if self._mirror:
-                self._mirror.close()
+            self._close()
         except StepError:
             # What ended the run is not masked by what came of it.
             if error is None or isinstance(error, SystemExit | RestartRequested):
                 raise
-        finally:
-            self._leave()
 
-    def _leave(self) -> None:
-        if self._renewal:
-            self._renewal.__exit__()
-        self._lock.release()
-        if self._objects:
-            shutil.rmtree(self.path.parent, ignore_errors=True)
+    def _close(self) -> None:
+        try:
+            if self._mirror:
+                self._mirror.close()
+        finally:
+            try:
+                if self._renewal:
+                    self._renewal.__exit__()
+                self._lock.release()
+            finally:
+                if self._objects:
+                    shutil.rmtree(self.path.parent, ignore_errors=True)
 
     def write_config(self, yaml_text: str) -> Path | None:
         """Store the resolved configuration.

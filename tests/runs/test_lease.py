@@ -80,6 +80,20 @@ def test_a_living_owner_on_another_machine_refuses_others(place, monkeypatch):
         Lease(place).take()
 
 
+def test_an_owner_hears_within_a_beat_that_another_has_its_objects_and_leaves_them_alone(place):
+    heard, other = [], b'{"host": "far", "pid": 7}'
+    with pytest.raises(TakenOverError, match="in use by process 7 on far"):
+        with RunDirectory(str(place), on_lost=heard.append) as directory:
+            while place.write(LOCK, other, instead_of=place.generation(LOCK)) is None:
+                continue  # the owner was quicker
+            deadline = time.monotonic() + 60
+            while not heard and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert heard and directory.lost
+            directory.metrics.write_text("not for the other")
+    assert place.get(LOCK) == other and "metrics.jsonl" not in place.list()
+
+
 def test_a_killed_process_of_this_machine_is_followed_at_once(place, monkeypatch):
     monkeypatch.setattr(lease_lib, "PATIENCE_S", 1000.0)
     killed = Lease(place)
