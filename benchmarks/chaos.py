@@ -283,14 +283,14 @@ def _freeze(start: Start, rng: random.Random) -> None:
 
 
 def _full(start: Start, rng: random.Random) -> None:
-    """Another program takes all of the disk but a little, until the run has ended."""
+    """Another program takes all of the disk but a little, for a moment or until the run ends."""
     assert start.disk is not None
     left = rng.choice((0, 4096, 100_000))
     filler = start.disk / "filler"
     with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
         while (free := shutil.disk_usage(start.disk).free) > left:
             file.write(bytes(min(1 << 20, free - left)))
-    start.ended(LIMIT_S)
+    start.ended(rng.choice((0.5, 3.0, LIMIT_S)))
     filler.unlink()
 
 
@@ -304,6 +304,8 @@ ENDS: dict[str, Callable[[Start, random.Random], None]] = {
     "freeze": _freeze,
     "full": _full,
 }
+#: after these a run may go on, to its next fault
+GO_ON = {"freeze", "full"}
 
 
 # --- damage between two starts -------------------------------------------------------------------
@@ -416,22 +418,20 @@ class Soak:
     def run(self, case: Case, number: int) -> dict[str, Any]:
         """A run to its end, with faults on the way, as a line of the ledger."""
         rng = random.Random(f"{self.seed} {case.name} {number}")
-        reference = self.undisturbed(case)
+        reference = self.undisturbed(case)["curve"]
         run_dir, log = self.runs / f"{case.name}-{number}", self.work / f"{case.name}-{number}.log"
         shutil.rmtree(run_dir, ignore_errors=True)  # of an earlier try
         log.unlink(missing_ok=True)
         began, faults, problem = time.time(), [], None
-        while problem is None:
-            last = len(faults) >= self.per_run
-            while not last and self.damages and rng.random() < 0.6:
+        code = None
+        while code != 0 and problem is None:
+            most = max(0, self.per_run - len(faults))
+            while most and self.damages and rng.random() < 0.7:
                 faults += self._damage(run_dir, rng)
-            fault, problem = self._start(case, run_dir, log, rng, reference, last)
-            if fault["kind"] != "none":
-                faults.append(fault)
-            elif problem is None:
-                break
-            print(f"{case.name}-{number}: {fault}", flush=True)
-        different = [] if problem else differences(reference["curve"], read_curve(run_dir))
+            new, code, problem = self._start(case, run_dir, log, rng, most)
+            faults += new
+            print(f"{case.name}-{number}: {code} after {new}", flush=True)
+        different = [] if problem else differences(reference, read_curve(run_dir))
         if different:
             problem = "; ".join(different[:3])
         if problem is None:
@@ -470,50 +470,49 @@ class Soak:
         return [] if what is None else [{"kind": kind, "what": what}]
 
     def _start(
-        self, case: Case, run_dir: Path, log: Path, rng: random.Random, reference: dict, last: bool
-    ) -> tuple[dict[str, Any], str | None]:
-        """(the fault of one start, what is wrong with how it ended)."""
-        kind = "none" if last else rng.choice(self.ends)
+        self, case: Case, run_dir: Path, log: Path, rng: random.Random, most: int
+    ) -> tuple[list[dict[str, Any]], int | None, str | None]:
+        """(at most so many faults of one start, how it ended, what is wrong with that)."""
+        reference = self.undisturbed(case)
+        faults: list[dict[str, Any]] = []
+        code, began = None, time.monotonic()
         start = Start(case, run_dir, log, self.disk)
         try:
-            began, before = time.monotonic(), newest_step(run_dir)
-            steps = len(reference["curve"])
-            moment = self._moment(rng, before, steps, reference["seconds"])
-            code = None
-            while code is None and kind != "none" and not moment(began, newest_step(run_dir)):
-                code = start.ended(_POLL_S)
-            fault: dict[str, Any] = {"kind": kind, "step": newest_step(run_dir)}
-            if code is None and kind != "none":
-                ENDS[kind](start, rng)
-                # Some take nothing from it but a moment, and others reach it when it is done.
-            elif kind != "none":
-                fault["kind"] = "none"
+            goes_on = True
+            while code is None and goes_on and len(faults) < most:
+                kind = rng.choice(self.ends)
+                comes = self._moment(rng, began, newest_step(run_dir), reference)
+                while code is None and not comes(newest_step(run_dir)):
+                    code = start.ended(_POLL_S)
+                if code is None:
+                    faults.append({"kind": kind, "step": newest_step(run_dir)})
+                    ENDS[kind](start, rng)
+                    goes_on = kind in GO_ON
             hit = time.monotonic()
             if code is None:
                 code = start.ended(LIMIT_S + 20 * reference["seconds"])
-            fault |= {"code": code, "seconds": round(time.monotonic() - hit, 1)}
-            if code is None:
-                return fault, f"it did not end\n{_tail(log)}"
-            if code == 0 and fault["kind"] != "none":
-                return fault, None
-            if fault["kind"] == "none" and code in (75, 134):
-                fault["kind"] = UNPROVOKED
-            allowed = {0} if fault["kind"] == "none" else GOOD
-            wrong = None if code in allowed else f"{kind}: exit code {code}\n{_tail(log)}"
-            return fault, wrong
+            if not faults and code in (75, 134):
+                faults.append({"kind": UNPROVOKED, "step": newest_step(run_dir)})
+            if faults:
+                faults[-1] |= {"code": code, "seconds": round(time.monotonic() - hit, 1)}
+            if code in (GOOD if faults else {0}):
+                return faults, code, None
+            how = "it did not end" if code is None else f"exit code {code}"
+            return faults, code, f"{how} after {faults}\n{_tail(log)}"
         finally:
             start.destroy()
 
     @staticmethod
     def _moment(
-        rng: random.Random, before: int, steps: int, seconds: float
-    ) -> Callable[[float, int], bool]:
-        """When a fault comes: at a time of the start, or a little after a step that is left."""
+        rng: random.Random, began: float, before: int, reference: dict[str, Any]
+    ) -> Callable[[int], bool]:
+        """Whether a fault comes, by the newest step: at a time of the start, or at a step."""
+        steps = len(reference["curve"])
         if rng.random() < 0.4 or before >= steps - 2:
-            after = rng.uniform(0.0, seconds)
-            return lambda began, step: time.monotonic() - began > after
+            due = max(began, time.monotonic() - 1) + rng.uniform(0.0, reference["seconds"])
+            return lambda step: time.monotonic() > due
         wanted = rng.randrange(before + 1, min(steps, before + 1 + max(2, steps // 4)))
-        return lambda began, step: step >= wanted
+        return lambda step: step >= wanted
 
 
 def _small_disk(work: Path) -> tuple[Path, Path | None]:
