@@ -435,12 +435,13 @@ class Soak:
         if different:
             problem = "; ".join(different[:3])
         if problem is None:
-            shutil.rmtree(run_dir)
+            shutil.rmtree(run_dir, ignore_errors=True)
             log.unlink()
         else:
             print(f"PROBLEM in {case.name}-{number}: {problem}", flush=True)
-            shutil.copytree(run_dir, self.work / "problems" / run_dir.name, dirs_exist_ok=True)
-            shutil.rmtree(run_dir)
+            if run_dir.exists():
+                shutil.copytree(run_dir, self.work / "problems" / run_dir.name, dirs_exist_ok=True)
+            shutil.rmtree(run_dir, ignore_errors=True)
         return {
             "case": case.name, "number": number, "processes": case.processes, "faults": faults,
             "seconds": round(time.time() - began, 1), "problem": problem,

@@ -70,11 +70,14 @@ class StopSignal:
 
     Attributes:
       failure: the error that all processes end of, see `fail`.
+      raised: what was raised in the main thread. What comes out of the block may be another error,
+        which an import or a library made of it.
     """
 
     def __init__(self, on_event: Callable[[str], None] | None = None, *, joined: bool = True):
         self.tell(on_event)
         self.failure: StepError | None = None
+        self.raised: BaseException | None = None
         self._processes: Processes | None = None
         self._silence: exit_timer.CTimer | None = None
         if joined:
@@ -191,12 +194,17 @@ class StopSignal:
 
     def _in_main_thread(self, number: int, _: Any) -> None:
         leaving, self._leaving = self._leaving, "raised" if self._leaving else ""
+        if leaving in ("", "raised"):
+            return
         if leaving == "now" and self.failure is not None:
-            raise self.failure
-        if leaving == "asked" or (leaving == "now" and self._signal == signal.SIGINT):
-            raise KeyboardInterrupt
-        if leaving == "now":
-            raise RestartRequested("stopped before its first step: start the same command to go on")
+            self.raised = self.failure
+        elif leaving == "asked" or self._signal == signal.SIGINT:
+            self.raised = KeyboardInterrupt()
+        else:
+            self.raised = RestartRequested(
+                "stopped before its first step: start the same command to go on"
+            )
+        raise self.raised
 
     @property
     def _prepares(self) -> bool:

@@ -107,6 +107,14 @@ class Session:
         self.watch: Callable[[int, Mapping[str, float]], Iterable[str]] = lambda step, metrics: ()
 
     def __enter__(self) -> Session:
+        try:
+            self._open()
+        except BaseException as error:
+            self._raise_cause(error)
+            raise
+        return self
+
+    def _open(self):
         parallel = self._config.parallel
         with ExitStack() as stack:
             # First of all: joining waits for others, and so may whatever comes after.
@@ -145,12 +153,19 @@ class Session:
             stack.callback(self._profiler.close)
             stack.enter_context(self._profiler.asked_by_signal())
             self._stack = stack.pop_all()
-        return self
 
     def __exit__(self, kind, error, trace):
         self._watchdog.allow(distributed.TIMEOUT_S, "its last save")
-        cause = self._stop.failure or distributed.peer_lost(error)
-        self._stack.__exit__(kind, cause or error, trace)
+        self._stack.__exit__(kind, self._cause(error) or error, trace)
+        self._raise_cause(error)
+
+    def _cause(self, error: BaseException | None) -> BaseException | None:
+        """What it is that came out of the block as ``error``."""
+        stop = self._stop
+        return stop.failure or (error and stop.raised) or distributed.peer_lost(error)
+
+    def _raise_cause(self, error: BaseException | None):
+        cause = self._cause(error)
         if cause is not None and cause is not error:
             raise cause from error
 

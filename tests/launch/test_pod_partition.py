@@ -104,7 +104,7 @@ def test_a_partition_ends_both_sides_within_a_minute_and_a_restart_ends_in_the_s
         for pod, code in zip(both, codes, strict=True):
             assert exit_of(code).again == "counted", said(pod)
             assert any(text in said(pod) for text in NOTICED), said(pod)
-        assert "process 1 of 2 on box-slice-0-1: process 0 has not answered" in said(both[1])
+        assert "process 1 of 2 on box-slice-0-1.box: process 0 has not answered" in said(both[1])
         both[1].heal()
         start(both)
         assert [pod.ended(600) for pod in both] == [ExitCode.OK] * 2, [said(pod) for pod in both]
