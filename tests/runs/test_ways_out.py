@@ -33,8 +33,13 @@ def started(code: str, tmp_path: Path) -> subprocess.Popen:
 def test_sigterm_while_data_are_prepared_ends_the_run_at_once_with_the_code_for_a_restart(tmp_path):
     run = started(
         "from step_jax.core.errors import RestartRequested\n"
+        "def importing():\n"  # what a library makes of an exception in its midst
+        "    try:\n"
+        "        prepare()\n"
+        "    except Exception:\n"
+        "        raise ImportError('initializing the extension')\n"
         "try:\n"
-        "    loop(sys.argv[1], prepare=prepare)\n"
+        "    loop(sys.argv[1], prepare=importing)\n"
         "except RestartRequested as error:\n"
         "    print(error)\n"
         "    sys.exit(error.exit_code)\n",
