@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from step_jax.core.errors import ConfigError, ExitCode, RestartRequested, StepError
+from step_jax.core.errors import ConfigError, ExitCode, StepError
 from step_jax.trainers import LOOPS, is_file
 
 #: besides the loops: name -> (module, help line). A module has ``parse(argv)``, which reads every
@@ -117,8 +117,9 @@ def main(argv: list[str] | None = None) -> int:
 def _signals_of_a_loop(name: str) -> Iterator[None]:
     """A loop that is stopped before its run is open, while it is imported, wants to be restarted.
 
-    The first process of a container does not even end of a SIGTERM that it does not catch. SIGUSR1,
-    which asks for a profile, does not end what has no step to trace yet.
+    The first process of a container does not even end of a SIGTERM that it does not catch. It ends
+    at once: an exception amid an import may come out as another one, or as a package that is not
+    there. SIGUSR1, which asks for a profile, does not end what has no step to trace yet.
     """
     main_thread = threading.current_thread() is threading.main_thread()
     if not main_thread or not (name in LOOPS or is_file(name)):
@@ -126,7 +127,8 @@ def _signals_of_a_loop(name: str) -> Iterator[None]:
         return
 
     def stop(*_: object) -> None:
-        raise RestartRequested("stopped before it began: start the same command to go on")
+        os.write(2, b"step-jax: stopped before it began: start the same command to go on\n")
+        os._exit(ExitCode.RESTART)
 
     before = signal.signal(signal.SIGTERM, stop)
     asked_before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)

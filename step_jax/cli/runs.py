@@ -115,9 +115,9 @@ def summarise(directory: Path) -> dict[str, Any]:
     ``status`` and ``reason``: see :func:`step_jax.runs.history.outcome`. ``trained`` counts what
     ``unit`` names; ``pace`` is that of a second, the median over the second half of the steps.
     """
+    from step_jax.runs.folder_lock import is_locked
     from step_jax.runs.history import outcome
     from step_jax.runs.metrics_log import read_metrics, work_unit
-    from step_jax.runs.run_directory import is_locked
 
     records = read_metrics(directory)
     steps = [r for r in records if r["event"] == "step"]

@@ -95,6 +95,10 @@ class StorageError(StepError, RuntimeError):
     """An object store does not answer, or refuses for the time being."""
 
 
+class TakenOverError(StepError, RuntimeError):
+    """Another job has the run directory by now; started again, this one would be refused."""
+
+
 class RestartRequested(StepError):
     """The run saved its state and wants to be started again (preemption)."""
 

@@ -3,22 +3,25 @@
 The owner writes the object ``lock`` again every ten seconds, each time on condition that nobody
 else has. One that stays as it is for a minute belongs to a process that is gone, and whoever finds
 it takes it over. No clocks are compared. An owner that was only slow finds its lock taken when it
-writes it next, at the latest before it commits a checkpoint.
+writes it next, at the latest before it commits a checkpoint, and its run ends.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import socket
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from step_jax.core.errors import CheckpointError, ConfigError
+from step_jax.core.errors import ConfigError, StepError, TakenOverError
 from step_jax.core.storage import ABSENT, Objects
 
 LOCK = "lock"
@@ -27,21 +30,58 @@ BEAT_S = 10.0
 PATIENCE_S = 60.0
 
 
+class Lock(Protocol):
+    """What a run holds while it may write."""
+
+    def take(self) -> None:
+        """Raises ConfigError if another process has it."""
+
+    def renew(self) -> None:
+        """Raises TakenOverError if another process has it by now."""
+
+    def release(self) -> None:
+        """Gives it back; one that was lost is left alone."""
+
+
+class Renewal:
+    """A thread that renews a lock, while the context is open, until that shows it to be lost."""
+
+    def __init__(self, lock: Lock, on_lost: Callable[[StepError], None]):
+        """``on_lost`` is called in the thread, once."""
+        self._lock, self._on_lost = lock, on_lost
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="lease", daemon=True)
+
+    def __enter__(self) -> Renewal:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(PATIENCE_S)
+
+    def _work(self) -> None:
+        while not self._closing.wait(BEAT_S):
+            try:
+                self._lock.renew()
+            except TakenOverError as error:
+                if not self._closing.is_set():
+                    self._on_lost(error)
+                return
+            except (StepError, OSError) as error:
+                # No end of the run yet: that is for the next checkpoint to say, if it lasts.
+                logging.getLogger("step_jax.runs").warning("%s", error)
+
+
 class Lease:
     """The lock of the objects under a URL."""
 
     def __init__(self, objects: Objects):
         self._objects = objects
         self._generation: bytes | None = None
-        self._owner = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "command": " ".join(sys.argv),
-            "machine": _machine(),
-            "born": _born(os.getpid()),
-            "token": uuid.uuid4().hex,
-        }
+        self._renewing = threading.Lock()  # a thread does, and whoever commits a checkpoint
+        self._owner = this_process()
 
     def take(self) -> None:
         """Waits up to ``PATIENCE_S`` if the last owner may be gone.
@@ -52,8 +92,8 @@ class Lease:
         found = self._objects.generation(LOCK)
         if found != ABSENT:
             owner = owner_in(self._objects.get(LOCK) or b"")
-            lives = _lives(owner)
-            if lives or (lives is None and self._beats(found)):
+            alive = lives(owner)
+            if alive or (alive is None and self._beats(found)):
                 raise ConfigError(self._refusal(owner))
         if self._write(found):
             return
@@ -72,19 +112,22 @@ class Lease:
         return False
 
     def renew(self) -> None:
-        """Raises CheckpointError if another process has taken the lock over."""
-        if self._generation is None or not self._write(self._generation):
+        """Raises TakenOverError if another process has taken the lock over."""
+        with self._renewing:
+            if self._generation is not None and self._write(self._generation):
+                return
             self._generation = None
             owner = owner_in(self._objects.get(LOCK) or b"")
-            raise CheckpointError(
+            raise TakenOverError(
                 f"this process was taken for dead: {self._refusal(owner)}. Nothing more is written"
             )
 
     def release(self) -> None:
         """Gives the lock back; one that was lost is left alone."""
         if self._generation is not None:
-            self.renew()
-            self._objects.delete([LOCK])
+            with contextlib.suppress(TakenOverError):
+                self.renew()
+                self._objects.delete([LOCK])
             self._generation = None
 
     def _write(self, instead_of: bytes) -> bool:
@@ -99,12 +142,30 @@ class Lease:
         return made is not None
 
     def _refusal(self, owner: Mapping[str, Any]) -> str:
-        who = f"process {owner.get('pid', '?')} on {owner.get('host', 'another machine')}"
-        since = f" since {owner['started']}" if "started" in owner else ""
-        return (
-            f"the run directory {self._objects} is in use by {who}{since}; stop that run or choose "
-            "another directory"
-        )
+        return refusal(self._objects, owner)
+
+
+def this_process() -> dict[str, Any]:
+    """What a lock says of this process as its owner."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": " ".join(sys.argv),
+        "machine": _machine(),
+        "born": _born(os.getpid()),
+        "token": uuid.uuid4().hex,
+    }
+
+
+def refusal(place: Path | Objects, owner: Mapping[str, Any]) -> str:
+    """Who has a run directory, in words for another who wants it."""
+    who = f"process {owner.get('pid', '?')} on {owner.get('host', 'another machine')}"
+    since = f" since {owner['started']}" if "started" in owner else ""
+    return (
+        f"the run directory {place} is in use by {who}{since}; stop that run or choose another "
+        "directory"
+    )
 
 
 def owner_in(content: bytes) -> dict[str, Any]:
@@ -121,7 +182,7 @@ def beats(owner: Mapping[str, Any]) -> bool:
     return abs(time.time() - owner.get("beat", 0)) < PATIENCE_S
 
 
-def _lives(owner: Mapping[str, Any]) -> bool | None:
+def lives(owner: Mapping[str, Any]) -> bool | None:
     """Whether the owner's process runs, None where it is of another machine."""
     if owner.get("machine") != _machine() or not isinstance(owner.get("pid"), int):
         return None

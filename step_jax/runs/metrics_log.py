@@ -18,6 +18,7 @@ end        ``status`` (see :mod:`step_jax.runs.history`) and ``reason``: how the
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -30,6 +31,8 @@ from step_jax.core.files import write_whole
 from step_jax.core.storage import Objects, is_url, staged
 
 _SYNC_SECONDS = 30.0
+#: records that wait for space on a full disk: some megabytes, of more steps than a run survives
+_MOST_WAITING = 10_000
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -45,11 +48,14 @@ class Resumed(NamedTuple):
 
 
 class MetricsLog:
-    """Appends records. A full disk costs records (``dropped`` counts them), not the run."""
+    """Appends records. What a full disk does not take waits for the next record; what it has not
+    taken when the log is closed costs records (``dropped`` counts them), not the run."""
 
     def __init__(self, path: Path, *, clock=time.time):
         self.path = path
         self.dropped = 0
+        self._waiting: list[bytes] = []
+        self._torn = False  # the last line was cut off by a kill
         self._clock = clock
         self._file: Any = None
         self._last_sync = 0.0
@@ -79,30 +85,41 @@ class MetricsLog:
         """Write one record; it survives a killed process at once, a lost machine after 30 s."""
         record = {"event": event, "step": step, "time": round(self._clock(), 3)}
         record |= {key: _plain(value) for key, value in values.items()}
-        data = (json.dumps(record) + "\n").encode()
+        self._waiting.append((json.dumps(record) + "\n").encode())
+        self._write()
+
+    def _write(self) -> None:
+        data = b"".join(self._waiting)
         try:
             if self._file is None:
                 self._file = open(self.path, "ab", buffering=0)
-                if self._file.tell() and not _ends_with_newline(self.path):
-                    data = b"\n" + data
+                self._torn = self._file.tell() > 0 and not _ends_with_newline(self.path)
             size = self._file.tell()
+            data = b"\n" * self._torn + data
             written = self._file.write(data)
             if written != len(data):
                 os.ftruncate(self._file.fileno(), size)
                 raise OSError("short write")
+            self._waiting.clear()
+            self._torn = False
             now = time.monotonic()
             if now - self._last_sync > _SYNC_SECONDS:
                 os.fsync(self._file.fileno())
                 self._last_sync = now
         except OSError:
-            self.dropped += 1
+            self.dropped += len(self._waiting[:-_MOST_WAITING])
+            del self._waiting[:-_MOST_WAITING]
 
     def close(self) -> None:
+        if self._waiting:
+            self._write()
+            self.dropped += len(self._waiting)
+            self._waiting.clear()
         if self._file is not None:
             try:
                 os.fsync(self._file.fileno())
-            except OSError:
-                self.dropped += 1
+            except OSError as error:
+                self.dropped += error.errno != errno.EINVAL  # of what is no file
             self._file.close()
             self._file = None
 

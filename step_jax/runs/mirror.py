@@ -16,7 +16,7 @@ from pathlib import Path
 
 from step_jax.core.errors import StepError
 from step_jax.core.storage import Objects
-from step_jax.runs.lease import BEAT_S, LOCK, Lease
+from step_jax.runs.lease import LOCK, Lock
 
 #: what no run reads back, and checkpoints, which are not in the folder
 _NOT_FETCHED = ("checkpoints", "tensorboard", "plots", "samples", "profile")
@@ -28,28 +28,17 @@ _CLOSE_S = 60.0
 
 
 class Mirror:
-    """Copies a folder to an object store while the context is open, and holds its lock."""
+    """Copies a folder to an object store while it is open and its lock is held."""
 
-    def __init__(self, objects: Objects, folder: Path):
-        self._objects, self._folder = objects, folder
-        self._lease = Lease(objects)
+    def __init__(self, objects: Objects, folder: Path, lock: Lock):
+        self._objects, self._folder, self._lock = objects, folder, lock
         self._known: dict[str, tuple[int, int]] = {}  # name -> size and time of what was copied
         self._copying = threading.Lock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
 
     def open(self) -> None:
-        """Takes the lock and fetches what is there.
-
-        Raises:
-          ConfigError: the store cannot be written, or another process has the lock.
-        """
-        self._lease.take()
-        try:
-            fetch(self._objects, self._folder)
-        except BaseException:
-            self._lease.release()
-            raise
+        """Goes on from what the folder holds, which was fetched."""
         self._known = self._files()
         self._thread.start()
 
@@ -57,11 +46,11 @@ class Mirror:
         """Copies what has changed.
 
         Raises:
-          CheckpointError: another process has taken the lock over.
+          TakenOverError: another process has taken the lock over.
           StepError: the store does not take it.
         """
         with self._copying:
-            self._lease.renew()
+            self._lock.renew()
             now = self._files()
             changed = [name for name, state in now.items() if self._known.get(name) != state]
             last = [name for name in changed if name.endswith(f"/{_COMMITS}")]
@@ -71,27 +60,21 @@ class Mirror:
             self._known = now
 
     def close(self) -> None:
-        """Copies the rest and gives the lock back. Raises as `sync`."""
+        """Copies the rest. Raises as `sync`."""
         self._closing.set()
         self._thread.join(_CLOSE_S)
         self.sync()
-        self._lease.release()
 
     def _work(self) -> None:
-        due = time.monotonic() + _EVERY_S
-        while not self._closing.wait(BEAT_S):
+        pause = _EVERY_S
+        while not self._closing.wait(pause):
             started = time.monotonic()
             try:
-                if started < due:
-                    with self._copying:
-                        self._lease.renew()
-                    continue
                 self.sync()
             except (StepError, OSError) as error:
                 # No end of the run yet: that is for the next checkpoint to say, if it lasts.
                 logging.getLogger("step_jax.runs").warning("%s", error)
-            took = time.monotonic() - started
-            due = time.monotonic() + max(_EVERY_S, _SHARE * took)
+            pause = max(_EVERY_S, _SHARE * (time.monotonic() - started))
 
     def _files(self) -> dict[str, tuple[int, int]]:
         found = {}

@@ -1,8 +1,9 @@
-"""Leaving a run in good order: agreed stop on SIGTERM or Ctrl-C."""
+"""Leaving a run in good order: agreed stop on SIGTERM or Ctrl-C, and errors that threads find."""
 
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 import select
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import jax
 
 from step_jax.core.distributed import TIMEOUT_S, Processes
-from step_jax.core.errors import ExitCode, RestartRequested
+from step_jax.core.errors import ExitCode, RestartRequested, StepError, from_kind
 from step_jax.runs import exit_timer
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -25,6 +26,9 @@ _AGREE_S = 0.02  # the same while the processes agree on a step
 #: how long a process whose main thread is in a compiler or waits for others may stay after all
 #: have agreed to leave
 _LEAVE_S = 10.0
+#: seconds without an answer of process 0 after which it is said: JAX's heartbeat goes the same way,
+#: and ends the process soon after (`distributed.HEARTBEAT_SECONDS`)
+_SILENT_S = 6.0
 _TELL_S = 0.5  # the coordinator stays that long, for the others to read what was agreed
 _NOT_STARTED = -1
 _PREPARING, _LEAVE, _FINISHED = "preparing", "leave", "finished"
@@ -63,11 +67,19 @@ class StopSignal:
     the step under way, and all stop after the highest of these. (Waiting for the training loops
     to report instead would deadlock: one may sit in a collective that another has not reached.)
     Until a signal arrives a call of `requested` only sets a number: no collective, no message.
+
+    Attributes:
+      failure: the error that all processes end of, see `fail`.
+      raised: what was raised in the main thread. What comes out of the block may be another error,
+        which an import or a library made of it.
     """
 
     def __init__(self, on_event: Callable[[str], None] | None = None, *, joined: bool = True):
         self.tell(on_event)
+        self.failure: StepError | None = None
+        self.raised: BaseException | None = None
         self._processes: Processes | None = None
+        self._silence: exit_timer.CTimer | None = None
         if joined:
             self.join()
         self._signal = 0
@@ -89,7 +101,13 @@ class StopSignal:
 
     def join(self) -> None:
         """The processes are known now, and stop together."""
-        self._processes = Processes(f"stop/{next(_instances)}")
+        self._processes = everyone = Processes(f"stop/{next(_instances)}")
+        if everyone.index > 0:
+            self._silence = exit_timer.complaint(
+                f"{exit_timer.rank_name(everyone.index, everyone.count)}: process 0 has not "
+                f"answered for {_SILENT_S:g} s: it, its machine or the network is gone. JAX ends "
+                f"this process if that lasts ({ExitCode.ABORTED})"
+            )
 
     def tell(self, on_event: Callable[[str], None] | None) -> None:
         """What happens is told there from now on (None: to the log)."""
@@ -108,7 +126,12 @@ class StopSignal:
         """Whether to save and stop instead of taking step ``step``; the same in all processes.
 
         Must be called with rising steps at the same places of the loop in every process.
+
+        Raises:
+          StepError: a thread has found that the run must end.
         """
+        if self.failure is not None:
+            raise self.failure
         with self._lock:
             if not self._reported:
                 self._current = step
@@ -121,6 +144,19 @@ class StopSignal:
                 f"a stop was requested but a process did not answer within {TIMEOUT_S} s"
             )
         return self._stop_at is not None and step >= self._stop_at
+
+    def fail(self, error: StepError) -> None:
+        """Ends the run in all processes, without saving, with an error that a thread found.
+
+        Here it is raised in the main thread, and if that is not done with all within 5 s the
+        process ends with the error's code; the others end at once.
+        """
+        self.failure = error
+        self._event(str(error))
+        if self._processes is not None and not self._alone:
+            self._processes.publish("failure", json.dumps([type(error).__name__, str(error)]))
+            time.sleep(_TELL_S + _POLL_S)
+        self._leave()
 
     def __enter__(self) -> StopSignal:
         self._reader, self._writer = os.pipe()
@@ -146,6 +182,8 @@ class StopSignal:
         self._thread.join()
         os.close(self._reader)
         os.close(self._writer)
+        if self._silence is not None:
+            self._silence.delete()
         if self._forced is not None and self._alone:  # with others it may wait for them yet
             self._forced.delete()
         if self._processes is not None and not self._alone:
@@ -156,10 +194,17 @@ class StopSignal:
 
     def _in_main_thread(self, number: int, _: Any) -> None:
         leaving, self._leaving = self._leaving, "raised" if self._leaving else ""
-        if leaving == "asked" or (leaving == "now" and self._signal == signal.SIGINT):
-            raise KeyboardInterrupt
-        if leaving == "now":
-            raise RestartRequested("stopped before its first step: start the same command to go on")
+        if leaving in ("", "raised"):
+            return
+        if leaving == "now" and self.failure is not None:
+            self.raised = self.failure
+        elif leaving == "asked" or self._signal == signal.SIGINT:
+            self.raised = KeyboardInterrupt()
+        else:
+            self.raised = RestartRequested(
+                "stopped before its first step: start the same command to go on"
+            )
+        raise self.raised
 
     @property
     def _prepares(self) -> bool:
@@ -177,11 +222,16 @@ class StopSignal:
     def _leave(self) -> None:
         """Ends the process without saving: by an exception, or soon by force."""
         self._leaving, self._poked = "now", True
-        if exit_timer.available():
-            self._forced = exit_timer.CTimer("_exit", self.exit_code)
-            self._forced.set(_LEAVE_S)
+        if exit_timer.available() and not self._interactive:
+            # After a failure sooner: the others are gone, of which JAX would abort this one.
+            code, seconds = self.exit_code, _LEAVE_S
+            if self.failure is not None:
+                code, seconds = self.failure.exit_code, _LEAVE_S / 2
+            self._forced = exit_timer.CTimer("_exit", code)
+            self._forced.set(seconds)
         if self._handlers:  # it also wakes the main thread if it sleeps or reads
-            signal.pthread_kill(threading.main_thread().ident or 0, self._signal)
+            number = self._signal or signal.SIGTERM
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
 
     def _watch(self) -> None:
         while not self._closing:
@@ -232,10 +282,25 @@ class StopSignal:
         elif self._processes is not None:
             self._processes.publish("request", str(number))
 
+    def _published(self, processes: Processes) -> dict[str, str]:
+        if self._silence is None:
+            return processes.published()
+        self._silence.set(_SILENT_S)
+        try:
+            return processes.published()
+        finally:
+            self._silence.set(0)
+
     def _exchange(self) -> None:
         """One look at the messages of the other processes."""
         assert self._processes is not None
-        messages = self._processes.published()
+        messages = self._published(self._processes)
+        if "failure" in messages and self.failure is None:
+            # Nothing here is worth a good end: what is written is written by the one that failed.
+            error = from_kind(*json.loads(messages["failure"]))
+            sys.stderr.write(f"step-jax: {error}\n")
+            sys.stderr.flush()
+            os._exit(error.exit_code)
         if "request" in messages and not self._asked.is_set():
             self._signal = int(messages["request"])
             self._asked.set()

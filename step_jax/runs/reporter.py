@@ -114,7 +114,7 @@ class Reporter:
         self._began = True
         self._table(title, values)
         record = _recorded(values) | ({"units": dict(units)} if units else {})
-        self._metrics.append("header", self.last_step, record)
+        self._record("header", self.last_step, record)
 
     def resumed(self, step: int) -> None:
         """Go on behind ``step``: records after it are dropped, since those steps run again."""
@@ -133,7 +133,7 @@ class Reporter:
         if not self.primary:
             return
         numbers = _numbers(metrics)
-        self._metrics.append("step", step, numbers)
+        self._record("step", step, numbers)
         self._to_sinks("", step, numbers)
         shown = cells(numbers)
         if (left := self._seconds_left(step)) is not None:
@@ -147,7 +147,7 @@ class Reporter:
         if not self.primary:
             return
         numbers = _numbers(metrics)
-        self._metrics.append("eval", step, {"name": name, **numbers})
+        self._record("eval", step, {"name": name, **numbers})
         self._to_sinks(name, step, {f"{name}/{key}": value for key, value in numbers.items()})
         shown = "  ".join(f"{k} {v}" for k, v in cells(numbers).items())
         self._line(f"{name} at step {step}: {shown}")
@@ -157,14 +157,14 @@ class Reporter:
         if not self.primary:
             return
         self._line(text)
-        self._metrics.append("note", self.last_step, {"text": text})
+        self._record("note", self.last_step, {"text": text})
 
     def summary(self, values: Mapping[str, Any], title: str = "summary") -> None:
         """Show and store the outcome. ``status`` in it is what ``step-jax runs`` shows."""
         if not self.primary:
             return
         self._table(title, values)
-        self._metrics.append("summary", self.last_step, _recorded(values))
+        self._record("summary", self.last_step, _recorded(values))
 
     def close(self) -> None:
         """Finish the sinks (for a limited time) and the files."""
@@ -175,11 +175,11 @@ class Reporter:
             sink.close()
             if sink.dropped:
                 self._line(f"metrics sink {sink.name} lost {sink.dropped} records")
+        self._metrics.close()
         if self._metrics.dropped:
             self._line(
                 f"{self._metrics.dropped} records could not be written to {self.run.metrics}"
             )
-        self._metrics.close()
 
     def __enter__(self) -> Reporter:
         return self
@@ -188,8 +188,12 @@ class Reporter:
         """Records how the run is left, if it began: a start that was refused changes nothing."""
         if self.primary and self._began:
             status, reason = ending(error)
-            self._metrics.append("end", self.last_step, {"status": status, "reason": reason})
+            self._record("end", self.last_step, {"status": status, "reason": reason})
         self.close()
+
+    def _record(self, event: str, step: int, values: Mapping[str, Any]) -> None:
+        if not self.run.lost:  # the log is another process's
+            self._metrics.append(event, step, values)
 
     def _to_sinks(self, kind: str, step: int, numbers: Mapping[str, float]) -> None:
         """``kind``: see :class:`step_jax.runs.metrics_log.Resumed`. What a sink was given before
@@ -234,6 +238,8 @@ class Reporter:
         self._write_log(text)
 
     def _write_log(self, text: str) -> None:
+        if self.run.lost:
+            return
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         try:
             with self._log_lock, open(self.run.log, "a", encoding="utf-8") as file:

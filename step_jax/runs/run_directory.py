@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import itertools
-import json
-import os
 import re
 import shutil
-import socket
-import sys
 import tempfile
-import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
-from step_jax.core.errors import ConfigError, RestartRequested, StepError
+from step_jax.core.errors import RestartRequested, StepError, TakenOverError
 from step_jax.core.files import write_whole
 from step_jax.core.storage import Objects, is_url
-from step_jax.runs.lease import beats, owner_in
+from step_jax.runs.folder_lock import FolderLock
+from step_jax.runs.lease import Lease, Lock, Renewal
 from step_jax.runs.mirror import Mirror, fetch
-
-_held: set[Path] = set()  # record locks do not exclude the process that holds them
 
 
 class RunDirectory:
@@ -32,12 +25,11 @@ class RunDirectory:
     process that is copied there as it grows (:mod:`step_jax.runs.mirror`), and all but ``name``,
     ``parent`` and ``checkpoints`` is in that folder.
 
-    On a file system the lock is a POSIX record lock on ``lock``: the kernel drops it when the owner
-    dies, however it dies, and child processes do not inherit it. So the directory of a killed run
-    can be taken over at once, and one in use cannot be. In an object store it is a
-    :class:`~step_jax.runs.lease.Lease`.
+    The lock is a :class:`~step_jax.runs.folder_lock.FolderLock`, in an object store a
+    :class:`~step_jax.runs.lease.Lease`. A thread looks every ten seconds whether it is still held.
 
     Attributes:
+      lost: another process has the directory by now, and nothing more may be written there.
       name: the directory as people and commands name it.
       parent: where directories of other runs may lie, named so too.
       path: the directory.
@@ -50,13 +42,22 @@ class RunDirectory:
       checkpoints, tensorboard, plots, samples, profile: subdirectories, made by who writes.
     """
 
-    def __init__(self, path: Path | str, *, primary: bool = True):
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        primary: bool = True,
+        on_lost: Callable[[StepError], None] = lambda error: None,
+    ):
         """
         Args:
           path: the directory, or its URL; it is made if it does not exist.
           primary: whether this process owns the directory (process 0 of a run). The others read
             paths from the object and neither lock nor write.
+          on_lost: called, by a thread, with the error that says who has the directory now.
         """
+        self.lost = False
+        self._on_lost = on_lost
         self._objects = Objects.at(str(path)) if is_url(path) else None
         self._mirror: Mirror | None = None
         if self._objects:
@@ -76,106 +77,68 @@ class RunDirectory:
         self.plots = self.path / "plots"
         self.samples = self.path / "samples"
         self.profile = self.path / "profile"
-        self._lock_file = self.path / "lock"
-        self._descriptor: int | None = None
+        self._lock: Lock = Lease(self._objects) if self._objects else FolderLock(self.path)
+        self._renewal: Renewal | None = None
 
     def __enter__(self) -> RunDirectory:
         """Take the lock. Raises ConfigError naming the owner if another run has it."""
-        if self._objects:
-            self._fetch(self._objects)
-        elif self.primary:
-            self._lock()
+        try:
+            if self.primary:
+                self._lock.take()
+                self._renewal = Renewal(self._lock, self._lose).__enter__()
+            if self._objects:
+                self._fetch(self._objects)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
         if self.primary and not self.identity.exists():
             name = re.sub(r"[^A-Za-z0-9_.-]+", "_", self.path.resolve().name)[:40]
             write_whole(self.identity, f"{name}-{uuid.uuid4().hex[:8]}")
         return self
 
+    def _lose(self, error: StepError) -> None:
+        self.lost = True
+        self._on_lost(error)
+
     def _fetch(self, objects: Objects) -> None:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if self.primary:
-                self._mirror = Mirror(objects, self.path)
-                self._mirror.open()
-            else:
-                fetch(objects, self.path)
-        except BaseException:
-            shutil.rmtree(self.path.parent, ignore_errors=True)
-            raise
+        self.path.mkdir(parents=True, exist_ok=True)
+        fetch(objects, self.path)
+        if self.primary:
+            self._mirror = Mirror(objects, self.path, self._lock)
+            self._mirror.open()
 
     def keep(self) -> None:
-        """Called before a checkpoint is committed: what was written up to then outlives this
-        machine. Raises StepError if it does not."""
-        if self._mirror:
-            self._mirror.sync()
-
-    def _lock(self) -> None:
-        identity = self._lock_file.resolve()
-        if identity in _held:  # ask before opening: closing any descriptor drops the lock
-            raise ConfigError(self._refusal(descriptor=None))
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise
-            reason = os.strerror(error.errno or 0)
-            raise ConfigError(f"cannot write to the run directory {self.path}: {reason}") from None
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                message = self._refusal(descriptor)
-            else:
-                reason = os.strerror(error.errno or 0)
-                message = (
-                    f"the file system of {self.path} has no file locks ({reason}); "
-                    "keep the run directory on another one"
-                )
-            os.close(descriptor)
-            raise ConfigError(message) from None
-        owner = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "command": " ".join(sys.argv),
-        }
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(owner).encode(), 0)
-        self._descriptor = descriptor
-        _held.add(identity)
-
-    def _refusal(self, descriptor: int | None) -> str:
-        try:
-            owner = json.loads(os.pread(descriptor, 65536, 0)) if descriptor is not None else {}
-        except ValueError:  # the owner is just writing it
-            owner = {}
-        pid, host = owner.get("pid", os.getpid()), owner.get("host", socket.gethostname())
-        since = f" since {owner['started']}" if "started" in owner else ""
-        return (
-            f"the run directory {self.path} is in use by process {pid} on {host}{since}; "
-            "stop that run or choose another directory"
-        )
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if self._objects:
-            self._leave(error)
-        if self._descriptor is None:
-            return
-        os.ftruncate(self._descriptor, 0)
-        os.close(self._descriptor)  # drops the lock
-        self._descriptor = None
-        _held.discard(self._lock_file.resolve())
-
-    def _leave(self, error: BaseException | None) -> None:
+        """Called before a checkpoint is committed: this process may still write, and what it wrote
+        up to then outlives this machine. Raises StepError if one of them is not so."""
         try:
             if self._mirror:
-                self._mirror.close()
+                self._mirror.sync()
+            elif self.primary:
+                self._lock.renew()
+        except TakenOverError:
+            self.lost = True
+            raise
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        try:
+            self._close()
         except StepError:
             # What ended the run is not masked by what came of it.
             if error is None or isinstance(error, SystemExit | RestartRequested):
                 raise
+
+    def _close(self) -> None:
+        try:
+            if self._mirror:
+                self._mirror.close()
         finally:
-            shutil.rmtree(self.path.parent, ignore_errors=True)
+            try:
+                if self._renewal:
+                    self._renewal.__exit__()
+                self._lock.release()
+            finally:
+                if self._objects:
+                    shutil.rmtree(self.path.parent, ignore_errors=True)
 
     def write_config(self, yaml_text: str) -> Path | None:
         """Store the resolved configuration.
@@ -194,26 +157,3 @@ class RunDirectory:
             write_whole(kept, before)
         write_whole(self.config, yaml_text)  # a kill in between leaves a configuration
         return kept
-
-
-def is_locked(path: Path | str) -> bool:
-    """Whether a run has the directory at the moment."""
-    if (Path(path) / "lock").resolve() in _held:
-        return True
-    try:
-        owner = owner_in((Path(path) / "lock").read_bytes())
-    except OSError:
-        return False
-    if "beat" in owner:  # a copy of that of an object store
-        return beats(owner)
-    try:
-        descriptor = os.open(Path(path) / "lock", os.O_RDWR)
-    except OSError:
-        return False
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)

@@ -107,6 +107,14 @@ class Session:
         self.watch: Callable[[int, Mapping[str, float]], Iterable[str]] = lambda step, metrics: ()
 
     def __enter__(self) -> Session:
+        try:
+            self._open()
+        except BaseException as error:
+            self._raise_cause(error)
+            raise
+        return self
+
+    def _open(self):
         parallel = self._config.parallel
         with ExitStack() as stack:
             # First of all: joining waits for others, and so may whatever comes after.
@@ -117,7 +125,7 @@ class Session:
             self._stop.join()
             self.primary = jax.process_index() == 0
             self.directory = stack.enter_context(
-                RunDirectory(self._run.directory, primary=self.primary)
+                RunDirectory(self._run.directory, primary=self.primary, on_lost=self._stop.fail)
             )
             self._again = self.directory.metrics.exists()
             self.reporter = stack.enter_context(
@@ -131,7 +139,7 @@ class Session:
             stack.callback(self._stop.tell, None)
             name = rank_name(jax.process_index(), jax.process_count())
             self._watchdog = stack.enter_context(HangWatchdog(name=name))
-            self._watchdog.allow(_PREPARATION_S)
+            self._watchdog.allow(_PREPARATION_S, "its preparation")
             self._stalls = stack.enter_context(StallNotice(self._watchdog))
             self._checkpointer = stack.enter_context(
                 Checkpointer(
@@ -145,14 +153,21 @@ class Session:
             stack.callback(self._profiler.close)
             stack.enter_context(self._profiler.asked_by_signal())
             self._stack = stack.pop_all()
-        return self
 
     def __exit__(self, kind, error, trace):
-        self._watchdog.allow(distributed.TIMEOUT_S)  # for the last save
-        lost = distributed.peer_lost(error)
-        self._stack.__exit__(kind, lost or error, trace)
-        if lost is not None:
-            raise lost from error
+        self._watchdog.allow(distributed.TIMEOUT_S, "its last save")
+        self._stack.__exit__(kind, self._cause(error) or error, trace)
+        self._raise_cause(error)
+
+    def _cause(self, error: BaseException | None) -> BaseException | None:
+        """What it is that came out of the block as ``error``."""
+        stop = self._stop
+        return stop.failure or (error and stop.raised) or distributed.peer_lost(error)
+
+    def _raise_cause(self, error: BaseException | None):
+        cause = self._cause(error)
+        if cause is not None and cause is not error:
+            raise cause from error
 
     # --- before the first step -----------------------------------------------------------------
 
@@ -284,7 +299,7 @@ class Session:
           RestartRequested, KeyboardInterrupt: SIGTERM, SIGINT came; the state is saved.
         """
         if self._leave:
-            self._watchdog.allow(distributed.TIMEOUT_S)
+            self._watchdog.allow(distributed.TIMEOUT_S, "its last save")
             self._checkpointer.wait()
             if self._stop.exit_code == ExitCode.INTERRUPTED:
                 raise KeyboardInterrupt

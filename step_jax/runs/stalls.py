@@ -2,7 +2,8 @@
 
 A step of several processes hangs in all of them at once, and all that is seen of most is that they
 wait for the others. So each publishes where its main thread stands: who does not answer, or stands
-anywhere but in the wait for the devices, holds the others up and is named.
+anywhere but in the wait for the devices, holds the others up and is named. One that is in an
+evaluation or a save takes no step and misses none: it says so when others ask.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class StallNotice:
       floor_s: without a step after which it is said; three steps where that is longer.
       answers_s: what the others have to say where they stand. Both together are what a hang takes
         to be noticed: a minute.
-      look_s: between two looks at the watchdog.
+      look_s: between two looks at the watchdog. Where no step is expected, two of them pass between
+        looks at what others ask.
     """
 
     def __init__(
@@ -77,13 +79,32 @@ class StallNotice:
 
     def _run(self) -> None:
         said_at = -1
-        while not self._ended.wait(self._look):
+        for looks in itertools.count():
+            if self._ended.wait(self._look):
+                return
             quiet = self._watchdog.quiet_s
-            if quiet is None or quiet < max(self._floor, 3 * self._watchdog.median_s):
+            if said_at == self.begun:
                 continue
-            if said_at != self.begun:
+            if quiet is None:
+                if looks % 2 and self._answered():
+                    said_at = self.begun
+            elif quiet > max(self._floor, 3 * self._watchdog.median_s):
                 said_at = self.begun
                 os.write(2, f"step-jax: {self._report(quiet)}\n".encode())
+
+    def _answered(self) -> bool:
+        """Whether others asked where this process is that takes no step; they were told."""
+        if self._processes.count == 1:
+            return False
+        try:
+            if not self._near(self._processes.published()):
+                return False
+            place = standing(sys._current_frames().get(self._main))
+            where = "waiting for the devices" if place == WAITS else f"at {place}"
+            self._publish(f"{self._watchdog.aside} ({where})")
+        except Exception:  # noqa: BLE001 - the process that keeps the board may be gone
+            return False
+        return True
 
     def _report(self, quiet: float) -> str:
         place = standing(sys._current_frames().get(self._main))
@@ -98,17 +119,25 @@ class StallNotice:
     def _gathered(self, place: str) -> dict[int, str]:
         """Where each process that answers stands."""
         # The first that notices asks; all are near the same step. Each answers once for a step.
-        self._processes.publish(f"{self.begun}/{self._processes.index}", place)
+        self._publish(place)
         deadline = time.monotonic() + self._answers
         while True:
-            found: dict[int, str] = {}
-            for key, said in self._processes.published().items():
-                step, _, index = key.partition("/")
-                if abs(int(step) - self.begun) <= 1:  # dispatch runs a step ahead
-                    found[int(index)] = said
+            found = self._near(self._processes.published())
             late = time.monotonic() > deadline
             if len(found) == self._processes.count or late or self._ended.wait(self._look):
                 return found
+
+    def _publish(self, place: str) -> None:
+        self._processes.publish(f"{self.begun}/{self._processes.index}", place)
+
+    def _near(self, published: Mapping[str, str]) -> dict[int, str]:
+        """What processes said at this step, or beside it: dispatch runs a step ahead."""
+        found: dict[int, str] = {}
+        for key, said in published.items():
+            step, _, index = key.partition("/")
+            if abs(int(step) - self.begun) <= 1:
+                found[int(index)] = said
+        return found
 
 
 def standing(frame: FrameType | None) -> str:

@@ -42,7 +42,7 @@ class HangWatchdog:
         self._intervals: collections.deque[float] = collections.deque(maxlen=64)
         self._last: float | None = None
         self._armed_at, self._armed_for = 0.0, 0.0
-        self._aside = True  # what is done has an allowance of its own
+        self._aside = "its preparation"
         self._exits = True
         self._exit: exit_timer.CTimer | None = None
         self._complaint: exit_timer.CTimer | None = None
@@ -77,17 +77,20 @@ class HangWatchdog:
         return statistics.median(self._intervals) if len(self._intervals) > 1 else 0.0
 
     @property
+    def aside(self) -> str:
+        """What is done that has an allowance of its own; nothing where steps are."""
+        return self._aside or ("its first steps" if len(self._intervals) < 2 else "")
+
+    @property
     def quiet_s(self) -> float | None:
         """Seconds since the last beat; None where what is done has an allowance of its own: before
         the third beat (compilation), in an evaluation, in a save."""
-        if self._aside or self._last is None or len(self._intervals) < 2:
-            return None
-        return time.monotonic() - self._last
+        return None if self.aside or self._last is None else time.monotonic() - self._last
 
     def beat(self) -> None:
         """Progress was made: a finished step, a finished evaluation."""
         now = time.monotonic()
-        self._aside = False
+        self._aside = ""
         if self._last is not None:
             self._intervals.append(now - self._last)
         self._last = now
@@ -99,9 +102,9 @@ class HangWatchdog:
         """Steps begin: the first has the allowance for it, whatever was allowed before."""
         self._arm(time.monotonic(), self.limit_s)
 
-    def allow(self, seconds: float) -> None:
-        """The next beat may take so long: an evaluation, or the last save, is no step."""
-        self._aside = True
+    def allow(self, seconds: float, what: str = "an evaluation or a save") -> None:
+        """The next beat may take so long: ``what`` is done, which is no step."""
+        self._aside = what
         self._arm(time.monotonic(), max(seconds, self.limit_s))
         self._armed_for = 0.0  # whatever comes next has the usual limit again
 

@@ -2,12 +2,10 @@
 
 import errno
 import importlib.util
-import os
 import resource
 import signal
 import subprocess
 import sys
-import time
 import types
 
 import pytest
@@ -101,16 +99,30 @@ def test_every_export_resolves():
         step_jax.Trainer  # noqa: B018
 
 
-def test_sigterm_while_a_loop_is_being_read_asks_for_a_restart(monkeypatch, capsys):
-    """And a wish for a profile, which there is nothing of yet, ends nothing."""
-    before = signal.getsignal(signal.SIGTERM)
-
-    def read_and_be_stopped(name, words):
-        os.kill(os.getpid(), signal.SIGUSR1)
+def test_sigterm_while_a_loop_is_being_read_asks_for_a_restart(tmp_path):
+    """Whatever an import makes of exceptions; and a wish for a profile, which there is nothing of
+    yet, ends nothing."""
+    code = """
+import os, signal, sys
+from step_jax.cli import loop, main
+def read_and_be_stopped(name, words):
+    os.kill(os.getpid(), signal.SIGUSR1)
+    try:
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(10)
+        [i for i in range(10**6)]
+    except Exception:
+        raise ImportError("initializing the extension")
+loop.parse = read_and_be_stopped
+sys.exit(main.main(["pretrain", "x.yaml"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == ExitCode.RESTART, done.stderr
+    assert "stopped before it began" in done.stderr
 
-    monkeypatch.setattr(loop, "parse", read_and_be_stopped)
-    assert cli.main(["pretrain", "x.yaml"]) == ExitCode.RESTART
-    assert "stopped before it began" in capsys.readouterr().err
+
+def test_the_signal_handlers_of_a_command_are_put_back(monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(loop, "parse", lambda name, words: None)
+    monkeypatch.setattr(loop, "run", lambda asked: None)
+    assert cli.main(["pretrain", "x.yaml"]) == 0
     assert signal.getsignal(signal.SIGTERM) is before

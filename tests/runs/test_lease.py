@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from step_jax.core.errors import CheckpointError, ConfigError
+from step_jax.core.errors import ConfigError, TakenOverError
 from step_jax.core.storage import Objects
 from step_jax.runs import lease as lease_lib
 from step_jax.runs.lease import LOCK, Lease
@@ -49,7 +49,7 @@ def test_an_owner_that_writes_its_lock_is_waited_for_no_longer_and_one_that_does
     first.take()
     second = Lease(place)
     second.take()  # nothing was heard of the first for as long as an owner may be silent
-    with pytest.raises(CheckpointError, match="taken for dead: .* in use by process"):
+    with pytest.raises(TakenOverError, match="taken for dead: .* in use by process"):
         first.renew()
     first.release()  # what is not its own it leaves alone
     second.renew()
@@ -78,6 +78,20 @@ def test_a_living_owner_on_another_machine_refuses_others(place, monkeypatch):
     monkeypatch.setattr(lease_lib.time, "sleep", sleep)
     with pytest.raises(ConfigError, match="process 7 on far since"):
         Lease(place).take()
+
+
+def test_an_owner_hears_within_a_beat_that_another_has_its_objects_and_leaves_them_alone(place):
+    heard, other = [], b'{"host": "far", "pid": 7}'
+    with pytest.raises(TakenOverError, match="in use by process 7 on far"):
+        with RunDirectory(str(place), on_lost=heard.append) as directory:
+            while place.write(LOCK, other, instead_of=place.generation(LOCK)) is None:
+                continue  # the owner was quicker
+            deadline = time.monotonic() + 60
+            while not heard and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert heard and directory.lost
+            directory.metrics.write_text("not for the other")
+    assert place.get(LOCK) == other and "metrics.jsonl" not in place.list()
 
 
 def test_a_killed_process_of_this_machine_is_followed_at_once(place, monkeypatch):

@@ -164,13 +164,28 @@ def test_full_disk_costs_records_and_not_the_run(run):
     log = MetricsLog(full.metrics)
     log.append("step", 1, {"loss": 1.0})
     log.append("step", 2, {"loss": 1.0})
-    assert log.dropped == 2
     out = io.StringIO()
     reporter = Reporter(run, QUIET, stream=out)
     reporter._metrics = log
     reporter.step(3, {"loss": 1.0})
     reporter.close()
     assert "3 records could not be written" in out.getvalue()
+
+
+def test_records_that_a_full_disk_did_not_take_are_written_once_there_is_space(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "step", "st')  # torn by a kill
+    log = MetricsLog(path)
+    log._file = open("/dev/full", "wb", buffering=0)
+    log._torn = True
+    for step in (1, 2):
+        log.append("step", step, {"loss": 1.0})
+    log._file.close()
+    log._file = None
+    log.append("step", 3, {"loss": 1.0})
+    log.close()
+    assert log.dropped == 0
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
 
 
 def test_tensorboard(run):

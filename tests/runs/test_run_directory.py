@@ -9,7 +9,8 @@ import pytest
 
 from step_jax.core.errors import ConfigError, ExitCode
 from step_jax.core.files import write_whole
-from step_jax.runs.run_directory import RunDirectory, is_locked
+from step_jax.runs.folder_lock import is_locked
+from step_jax.runs.run_directory import RunDirectory
 
 OWNER = """
 import os, sys, time
@@ -70,7 +71,7 @@ def test_the_owner_itself_cannot_enter_twice(tmp_path, start_owner):
         with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
             RunDirectory(tmp_path).__enter__()
         # The refusal did not drop the lock: another process is still refused.
-        code = "import sys; from step_jax.runs.run_directory import is_locked\n"
+        code = "import sys; from step_jax.runs.folder_lock import is_locked\n"
         code += "sys.exit(not is_locked(sys.argv[1]))"
         subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     assert not is_locked(tmp_path)

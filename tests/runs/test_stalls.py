@@ -53,6 +53,21 @@ def test_who_does_not_wait_for_the_devices_and_who_is_silent_is_named(capfd, mon
     )
 
 
+def test_a_process_in_an_evaluation_tells_others_that_ask_where_it_is_and_says_nothing_else(capfd):
+    dog, board = HangWatchdog(floor_s=60, first_s=60), Board({"3/1": WAITS, "7/1": WAITS}, 2)
+    with dog, StallNotice(dog, board, floor_s=0.1, answers_s=0.4, look_s=0.05) as notice:
+        notice.begun = 5  # nobody asks at this step
+        dog.allow(60)
+        time.sleep(0.3)
+        assert "5/0" not in board.said
+        notice.begun = 6
+        deadline = time.monotonic() + 20
+        while "6/0" not in board.said and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert board.said["6/0"] == "an evaluation or a save (at code of others)"
+    assert capfd.readouterr().err == ""
+
+
 def test_an_evaluation_a_compilation_and_a_save_are_no_stalls(capfd):
     dog = HangWatchdog(floor_s=60, first_s=60)
     with dog, StallNotice(dog, Board({}, 1), floor_s=0.1, look_s=0.02):
@@ -70,6 +85,8 @@ def test_an_evaluation_a_compilation_and_a_save_are_no_stalls(capfd):
 def test_verdicts():
     assert verdict({0: WAITS, 1: WAITS}, 2).startswith("all processes wait for the devices")
     assert verdict({0: "a.py:1 in f", 1: "a.py:1 in f"}, 2) == "processes 0-1: at a.py:1 in f"
+    aside = "an evaluation or a save (waiting for the devices)"
+    assert verdict({0: aside, 1: WAITS}, 2).startswith(f"held up by process 0: at {aside}; ")
 
 
 def test_a_thread_stands_in_this_package_or_in_its_loops_call_of_a_step():

@@ -33,8 +33,13 @@ def started(code: str, tmp_path: Path) -> subprocess.Popen:
 def test_sigterm_while_data_are_prepared_ends_the_run_at_once_with_the_code_for_a_restart(tmp_path):
     run = started(
         "from step_jax.core.errors import RestartRequested\n"
+        "def importing():\n"  # what a library makes of an exception in its midst
+        "    try:\n"
+        "        prepare()\n"
+        "    except Exception:\n"
+        "        raise ImportError('initializing the extension')\n"
         "try:\n"
-        "    loop(sys.argv[1], prepare=prepare)\n"
+        "    loop(sys.argv[1], prepare=importing)\n"
         "except RestartRequested as error:\n"
         "    print(error)\n"
         "    sys.exit(error.exit_code)\n",
@@ -45,10 +50,10 @@ def test_sigterm_while_data_are_prepared_ends_the_run_at_once_with_the_code_for_
             break
     begin = time.monotonic()
     run.send_signal(signal.SIGTERM)
-    output, _ = run.communicate(timeout=30)
+    output, _ = run.communicate(timeout=50)
     assert run.returncode == ExitCode.RESTART, output
     assert "stopped before its first step" in output and "prepared" not in output
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 30  # ten, on a machine with nothing else to do
 
 
 @pytest.mark.thorough
