@@ -136,7 +136,7 @@ def table(names, seeds: list[int], updates: int, tokens: float) -> str:
 
 def draw(group: str, names, seeds: list[int], updates: int) -> Path:
     """Mean over seeds against tokens sampled, with the range of the seeds."""
-    fig, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    fig, axes = plt.subplots(figsize=(10, 4.8), layout="constrained")
     for number, name in enumerate(names):
         x_SN, y_SN = (
             np.stack(a) for a in zip(*(curve(folder(name, s, updates)) for s in seeds), strict=True)
@@ -147,7 +147,7 @@ def draw(group: str, names, seeds: list[int], updates: int) -> Path:
     axes.set(xlabel="tokens sampled", ylabel="held-out pass@1", ylim=(0, 1))
     axes.set_title(f"{group}: mean and range of {len(seeds)} seeds", fontsize=10)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="lower right")
+    fig.legend(fontsize=8, loc="outside right center")
     path = RUNS / f"updates_{updates}" / f"{group}.png"
     fig.savefig(path, dpi=110)
     plt.close(fig)
