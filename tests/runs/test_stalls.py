@@ -137,7 +137,7 @@ parallel: {{fsdp: 2}}
 """
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_the_rank_whose_data_stand_still_is_named_by_both_and_the_run_goes_on(tmp_path):
     root = Path(__file__).parents[2]
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(root=root))

@@ -188,13 +188,12 @@ CASES = [
 COMPARED = {"pretrain": "base", "diffusion": "drawn"}
 
 
-def loops(*quick: str, thorough: tuple[str, ...] = ()):
+def loops(*quick: str):
     """Every loop, of which only these are tried in every run of the tests: what is proven is a part
     that loops share, and the others could break it only by not using it."""
-    marks = {loop: () for loop in quick} | {loop: pytest.mark.thorough for loop in thorough}
     return pytest.mark.parametrize(
         "case",
-        [pytest.param(case, marks=marks.get(case.loop, pytest.mark.slow)) for case in CASES],
+        [pytest.param(c, marks=() if c.loop in quick else pytest.mark.slow) for c in CASES],
         ids=[Path(case.loop).stem for case in CASES],
     )
 
@@ -262,7 +261,7 @@ def test_every_loop_of_the_table_is_here():
     assert {case.loop for case in CASES} == {*LOOPS, EXAMPLE}
 
 
-@loops("pretrain", "rl", "diffusion", thorough=("sft", EXAMPLE))
+@loops("pretrain", "rl", "diffusion")
 def test_a_resumed_run_ends_in_the_same_bits(case, straight, places, tmp_path):
     """From what an undisturbed run had saved by step 2, which is what a death after step 3 leaves.
 
@@ -330,7 +329,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     )
 
 
-@loops("pretrain", "rl", "diffusion", thorough=("sft", EXAMPLE))
+@loops("pretrain", "rl", "diffusion")
 def test_its_artifact_holds_the_model_as_it_was(case, straight):
     run, state = straight(case)
     artifact = load_artifact(str(run), ONE)

@@ -83,7 +83,7 @@ def test_the_reference_is_the_start_and_adapters_alone_move_away_from_it(tuned):
     assert {"loss", "reward_accuracy", "reward_margin"} <= set(scores["final", 3])
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_a_run_that_goes_on_reads_what_it_kept_and_needs_no_reference_any_more(tuned, capsys):
     base, steps = tuned.base.rename(tuned.base.with_name("away")), ["--training.steps", "4"]
     kept = tuned.preference / "reference" / "logprobs.npz"

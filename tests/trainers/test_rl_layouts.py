@@ -39,7 +39,7 @@ def phases(path: str, *flags: str, devices: int = 2):
 # --- The run --------------------------------------------------------------------------------------
 
 
-@pytest.mark.thorough
+@pytest.mark.slow
 def test_writing_on_the_same_devices_laid_out_otherwise_writes_the_same_answers(tmp_path):
     """With a lag too, where it must take turns all the same."""
     flags = ["--parallel.fsdp", "-1", "--evaluation.problems", "4", "--evaluation.samples", "2"]
