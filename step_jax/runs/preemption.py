@@ -27,8 +27,8 @@ _AGREE_S = 0.02  # the same while the processes agree on a step
 #: have agreed to leave
 _LEAVE_S = 10.0
 #: seconds without an answer of process 0 after which it is said: JAX's heartbeat goes the same way,
-#: and ends the process soon after (`distributed.HEARTBEAT_SECONDS`)
-_SILENT_S = 6.0
+#: and ends the process two to eight seconds later (`distributed.HEARTBEAT_SECONDS`)
+_SILENT_S = 3.0
 _TELL_S = 0.5  # the coordinator stays that long, for the others to read what was agreed
 _NOT_STARTED = -1
 _PREPARING, _LEAVE, _FINISHED = "preparing", "leave", "finished"
