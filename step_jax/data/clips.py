@@ -25,6 +25,8 @@ from step_jax.data.packing import derive_key, permutation
 from step_jax.data.schema import Field, Schema
 from step_jax.models.video.patches import Sizes, patches_of, places_of
 
+_MEASURED = 64  # clips, to know how far numbers deviate
+
 
 class ClipSource(Protocol):
     """Clips in latents (or in pixels) with what is known of them.
@@ -89,11 +91,13 @@ class Reads(NamedTuple):
     """What of a clip a model reads: its patches' sides, and the names of its extra conditions.
 
     first_frame: it is given the first frame beside the noise.
+    deviation: what it reads is latents divided by this.
     """
 
     patch: Sizes
     scalars: tuple[str, ...] = ()
     first_frame: bool = False
+    deviation: float = 1.0
 
 
 def clip_schema(
@@ -269,6 +273,14 @@ class ClipDataset:
         """Raises CheckpointError if a run of other data is to be gone on with."""
         check_same(self.fingerprint, saved, step)
 
+    @property
+    def deviation(self) -> float:
+        """From their mean, of the numbers of some clips as the model reads them."""
+        count = len(self._captions)
+        some = np.unique(np.linspace(0, count - 1, min(count, _MEASURED)).astype(int))
+        numbers = np.concatenate([self.source.latents(int(i)).ravel() for i in some])
+        return float(np.std(numbers)) / self.reads.deviation
+
     def text_of(self, drawn: Drawn) -> np.ndarray:
         """Which text of the bank each sample is shown: 0, no text, where its caption is dropped."""
         choice = uniforms(self._seed, "caption", drawn.number)
@@ -336,7 +348,7 @@ class ClipDataset:
         return out
 
     def _place(self, out: dict[str, np.ndarray], clip: int, where: tuple) -> None:
-        latents_FHWC, patch = self.source.latents(clip), self.reads.patch
+        latents_FHWC, patch = self.source.latents(clip) / self.reads.deviation, self.reads.patch
         size = latents_FHWC.shape[:3]
         out["patches"][where] = patches_of(latents_FHWC[None], patch)[0]
         out["places"][where] = places_of((size[0], size[1], size[2]), patch)

@@ -47,17 +47,19 @@ class RenderedClips:
         sizes = [(s.frames, s.height, s.width) for s in self.families]
         return np.array(sizes)[np.arange(self.clips) % len(sizes)]
 
-    def _scene(self, i: int) -> tuple[Scenes, Scene]:
-        family = self.families[i % len(self.families)]
-        return family, family.draw(self.seed, i)
+    def _family(self, i: int) -> Scenes:
+        return self.families[i % len(self.families)]
+
+    @functools.cached_property
+    def _scenes(self) -> list[Scene]:
+        return [self._family(i).draw(self.seed, i) for i in range(self.clips)]
 
     @functools.cached_property
     def captions(self) -> list[tuple[str, ...]]:
-        return [captions_of(self._scene(i)[1]) for i in range(self.clips)]
+        return [captions_of(scene) for scene in self._scenes]
 
     def latents(self, i: int) -> np.ndarray:
-        family, scene = self._scene(i)
-        return family.render(scene)
+        return self._family(i).render(self._scenes[i])
 
     @functools.cached_property
     def asked_for(self) -> dict[str, Scene]:

@@ -243,7 +243,7 @@ def draw(
     arguments = _told(model, (texts, nothing), size, count, rows, scalars, first_NHWC)
     compiled = _compiled(model, size, sampler, rows, execution, sharding)
     latents_NTP = np.asarray(compiled(params, jax.random.key(seed), number, *arguments))[:count]
-    return np.asarray(clip_of(latents_NTP, size, model.patch))
+    return model.deviation * np.asarray(clip_of(latents_NTP, size, model.patch))
 
 
 def _rows(count: int, sharding: Sharding) -> int:
@@ -289,7 +289,7 @@ def _told(
     first = None
     if first_NHWC is not None:
         first = np.zeros((count, *size, model.channels), np.float32)
-        first[:, 0] = first_NHWC
+        first[:, 0] = first_NHWC / model.deviation
         first = padded(np.asarray(patches_of(first, model.patch)))
     return (
         *(jax.tree.map(padded, dict(given)) for given in texts),
@@ -390,7 +390,7 @@ def draw_paths(
         made = compiled(params, jax.random.key(seed), number + low, *arguments)
         parts.append([np.asarray(a)[:count] for a in made])
     latents_NTP, states_NSTP, logprobs_NS = (np.concatenate(a) for a in zip(*parts, strict=True))
-    clips_NFHWC = np.asarray(clip_of(latents_NTP, size, model.patch))
+    clips_NFHWC = model.deviation * np.asarray(clip_of(latents_NTP, size, model.patch))
     return Paths(clips_NFHWC, states_NSTP, logprobs_NS)
 
 

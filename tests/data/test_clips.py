@@ -118,6 +118,17 @@ def test_a_batch_holds_a_clip_with_all_that_belongs_to_it():
     assert batch["text/clip"][0, 0, 0] in names and batch["lengths/clip"][0, 0] == 2
 
 
+def test_what_the_model_reads_is_divided_by_its_deviation():
+    sizes, reads = {(2, 2, 4): 1, (2, 2, 2): 2, (1, 2, 2): 4}, READS._replace(deviation=4.0)
+    data, divided = dataset(sizes), dataset(sizes, reads=reads)
+    assert divided.deviation == pytest.approx(data.deviation / 4) and data.deviation > 1
+    for step in range(3):
+        whole, part = data.batch(step), divided.batch(step)
+        for name in whole:
+            factor = 4.0 if name in ("patches", "first") else 1
+            np.testing.assert_array_equal(whole[name], factor * part[name])
+
+
 def test_parts_of_a_batch_are_parts_of_the_whole():
     for data in (dataset({(2, 2, 4): 2, (2, 2, 2): 4, (1, 2, 2): 8}), dataset(4, Packs(12, 3))):
         for step in range(4):

@@ -5,6 +5,8 @@ Shape suffixes: N samples, F frames, H height, W width, C channels.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,7 +127,7 @@ RNG = np.random.default_rng(0)
 TEXT_NSE, FIRST_NHWC = RNG.standard_normal((3, 3, 4)), RNG.standard_normal((3, 1, 4, 2))
 
 
-def drawn(chosen, sharding=None, **changes):
+def drawn(chosen, sharding=None, model=MODEL, **changes):
     texts = {"llm": (TEXT_NSE[chosen].astype(np.float32), np.full(len(chosen), 3, np.int32))}
     nothing = {"llm": (np.zeros_like(texts["llm"][0]), np.ones(len(chosen), np.int32))}
     given = {
@@ -133,7 +135,7 @@ def drawn(chosen, sharding=None, **changes):
         "sharding": sharding or Sharding.build(MeshConfig(), jax.devices()[:1]),
         "scalars": {"fps": 8.0}, "first_NHWC": FIRST_NHWC[chosen].astype(np.float32),
     } | changes  # fmt: skip
-    return draw(small.params(MODEL), MODEL, texts, nothing, SIZE, SAMPLER, **given)
+    return draw(small.params(MODEL), model, texts, nothing, SIZE, SAMPLER, **given)
 
 
 @pytest.mark.slow
@@ -144,6 +146,12 @@ def test_a_sample_does_not_depend_on_what_is_drawn_with_it_nor_on_the_devices():
     np.testing.assert_allclose(on_eight, three, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(drawn([0]), three[:1], rtol=1e-4, atol=1e-5)
     assert np.abs(drawn([0, 1, 2], seed=6) - three).max() > 1e-2
+
+
+def test_a_model_of_numbers_divided_by_their_deviation_draws_them_times_it():
+    given = {"first_NHWC": FIRST_NHWC[[0, 1]].astype(np.float32)}
+    half = drawn([0, 1], model=replace(MODEL, deviation=0.5), first_NHWC=0.5 * given["first_NHWC"])
+    np.testing.assert_allclose(half, 0.5 * drawn([0, 1], **given), rtol=1e-6)
 
 
 def test_what_the_model_asks_for_must_be_given():

@@ -201,6 +201,7 @@ def test_the_largest_clip_is_75_888_tokens(step_video):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ("deviation: 0", "deviation is 0"),
         ("patch: [1, 0, 1]", "each side must be at least 1"),
         ("scalars: [fps, fps]", "scalars has a name twice: fps, fps"),
         ("attention: {kind: mha, heads: 1, head_dim: 8, window: 4}", "has no window"),

@@ -98,6 +98,9 @@ class VideoDiT:
 
     attention: of the tokens; its ``position`` rotates by (time, row, column).
     channels: of a latent.
+    deviation: of the latents' numbers, which the model works with divided by it. Where it is far
+      from 1, noise hides less or more than the times of the flow mean, and the loss is that of the
+      finest details alone.
     patch: of latents, along time, height and width.
     text: what is read of a text, in the order of its states.
     scalars: extra conditions, each a number of a sample: frames, height and width of its latents,
@@ -116,6 +119,7 @@ class VideoDiT:
     attention: MHA
     mlp: GELU | SwiGLU
     channels: int
+    deviation: float = 1.0
     patch: Sizes = (1, 1, 1)
     text: tuple[TextInput, ...] = ()
     scalars: tuple[Scalar, ...] = ()
@@ -126,6 +130,7 @@ class VideoDiT:
 
     def validate(self):
         checks.at_least(self, width=1, depth=1, channels=1)
+        checks.above(self, deviation=0)
         if min(self.patch) < 1:
             raise ConfigError(f"the patch is {self.patch}; each side must be at least 1")
         for what, names in (("text", [t.name for t in self.text]), ("scalars", self.scalars)):

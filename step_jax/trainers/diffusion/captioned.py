@@ -118,7 +118,7 @@ def check_inputs(model: VideoDiT, config: CaptionedLoop) -> None:
 
 def reads_of(model: VideoDiT) -> Reads:
     """What the model reads of a clip."""
-    return Reads(model.patch, model.scalars, model.first_frame)
+    return Reads(model.patch, model.scalars, model.first_frame, model.deviation)
 
 
 def text_shapes(model: VideoDiT) -> dict[str, tuple[int, ...]]:

@@ -180,6 +180,11 @@ def run(config: Config, force: bool = False) -> dict[str, float]:
             seed=config.run.seed,
             dropout=config.text.dropout,
         )
+        if not 0.5 <= (found := dataset.deviation) <= 2:
+            report(
+                f"the data's numbers deviate by {found:.2g} of model.deviation: noise hides what "
+                f"the flow's times say near 1, so with {found * begin.model.deviation:.2g}"
+            )
         # every bucket's step is compiled before the first one: none is compiled later
         programs = {shape: make_program(config, begin, shape, sharding) for shape in shapes}
         compiled = {
