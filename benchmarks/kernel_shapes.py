@@ -5,7 +5,8 @@
 Every shape is compiled with its gradients for every chip, as a model's step would ask for it: what
 ``auto`` takes must compile, and what it passes over must say so in a line. Nothing is run. A shape
 takes 2 to 10 seconds a chip; ``--out`` is a line for each, and the same command goes on where it
-ended. Ends with a table, and exit code 1 if a shape raised.
+ended. Ends with a table, and exit code 1 if a shape raised, but for those whose matrices and their
+gradients alone are more than the chip's HBM.
 
 Shape suffixes: B rows, T queries, S keys, N query heads, K key heads, H, V widths; M rows, E
 groups, D, F widths.
@@ -162,22 +163,34 @@ def main() -> int:
     return report(results)
 
 
+def outcome_of(result: dict) -> str:
+    """What came of a shape on a chip."""
+    if "CompileTimeHbmOom" in result.get("raised", ""):
+        return "too large"
+    if "raised" in result:
+        return "raised"
+    return "kernel" if result["took"] == "pallas_tpu" else "passed over"
+
+
 def report(results: list[dict]) -> int:
     """Prints the table; 1 if anything raised or fell back without a word."""
     counts: dict = collections.defaultdict(collections.Counter)
     silent = []
     for r in results:
-        kernel = r.get("took") == "pallas_tpu"
-        outcome = "raised" if "raised" in r else "kernel" if kernel else "passed over"
+        outcome = outcome_of(r)
         counts[r["operation"], r["chip"]][outcome] += 1
         if outcome == "passed over" and not r["said"]:
             silent.append(r)
-    print("| operation | chip | shapes | kernel compiled | passed over | raised |")
-    print("|---|---|---|---|---|---|")
+    print("| operation | chip | shapes | kernel compiled | passed over | too large | raised |")
+    print("|---" * 7 + "|")
     for (operation, chip), n in counts.items():
-        row = (operation, chip, n.total(), n["kernel"], n["passed over"], n["raised"])
-        print("| " + " | ".join(map(str, row)) + " |")
-    raised = [r for r in results if "raised" in r]
+        outcomes = ("kernel", "passed over", "too large", "raised")
+        print(
+            "| "
+            + " | ".join(map(str, (operation, chip, n.total(), *(n[o] for o in outcomes))))
+            + " |"
+        )
+    raised = [r for r in results if outcome_of(r) == "raised"]
     for r in raised:
         print("raised:", r["chip"], r["shape"], r["raised"][:300])
     for line in sorted({line for r in results for line in r["said"]}):

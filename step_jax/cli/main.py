@@ -38,6 +38,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sweep": ("step_jax.cli.sweep", "train with several values of a key: loss against value"),
 }
 
+_END_S = 5.0
+
 
 def _help() -> str:
     entries = LOOPS | COMMANDS
@@ -94,6 +96,33 @@ def main(argv: list[str] | None = None) -> int:
 
         print(f"step-jax {__version__}")
         return ExitCode.OK
+    try:
+        code = _carried_out(argv)
+    except BaseException:
+        _end_soon(ExitCode.FAILURE)
+        raise
+    # what the processes of a run agreed on, they end together
+    if code not in (ExitCode.OK, ExitCode.RESTART, ExitCode.INTERRUPTED):
+        _end_soon(code)
+    return code
+
+
+def _end_soon(code: int) -> None:
+    """Ends this process with the code in five seconds, if it is one of several.
+
+    The others may not know that it is to end, and at its end JAX waits for them, for minutes.
+    """
+    distributed = getattr(sys.modules.get("jax"), "distributed", None)
+    if distributed is None or not distributed.is_initialized():
+        return
+    from step_jax.runs import exit_timer
+
+    if exit_timer.available():
+        exit_timer.CTimer("_exit", code).set(_END_S)
+
+
+def _carried_out(argv: list[str]) -> int:
+    """The exit code of a command, which it is told of in words."""
     try:
         with _signals_of_a_loop(argv[0]):
             run, asked = read(argv)

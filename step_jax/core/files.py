@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from pathlib import Path
+from typing import Any
+
+import xxhash
 
 from step_jax.core.storage import local
 
@@ -24,6 +28,30 @@ def write_whole(path: Path | str, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def seal(path: Path, content: object) -> None:
+    """Writes JSON with its own checksum, as :func:`write_whole`."""
+    write_whole(path, json.dumps({"checksum": _checksum(content), "content": content}))
+
+
+def sealed(path: Path) -> Any:
+    """What `seal` wrote.
+
+    Raises:
+      ValueError: anything else is there.
+      OSError: nothing is there, or it cannot be read.
+    """
+    whole = json.loads(path.read_bytes())
+    if not isinstance(whole, dict) or whole.keys() != {"checksum", "content"}:
+        raise ValueError(f"{path} has no checksum")
+    if whole["checksum"] != _checksum(whole["content"]):
+        raise ValueError(f"{path} is not what was written")
+    return whole["content"]
+
+
+def _checksum(content: object) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def cache_folder(name: str = "") -> Path:

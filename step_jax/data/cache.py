@@ -26,8 +26,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from step_jax.core.digest import digest
 from step_jax.core.errors import DataError, DiskFullError
-from step_jax.core.files import write_whole
+from step_jax.core.files import seal, sealed, write_whole
 from step_jax.data.config import TRAIN_TOKENIZER, ConversationConfig, DataConfig, Source
 from step_jax.data.conversations import Conversations
 from step_jax.data.corpus import (
@@ -61,6 +62,7 @@ from step_jax.tokenizers.base import Tokenizer
 from step_jax.tokenizers.files import chat_tokenizer, load_tokenizer
 from step_jax.tokenizers.sentencepiece import train_sentencepiece
 
+_WHOLE = ".whole.json"  # beside a tokenizer that was trained here: the digest of its file
 _TRAINING_SAMPLE_BYTES = 24 * 2**20  # more text changes a BPE vocabulary little
 #: of a source's files, to a part: some ten seconds of one core; and the most parts of a source,
 #: which are larger where they would be more
@@ -191,11 +193,11 @@ def _choice(listing: _Listing, config: DataConfig, report: Report) -> Choice:
     path = config.cache_path / f"split-{_key(listing.key, options)}.json"
     with _lock(path, report):
         try:
-            held, cut = json.loads(path.read_bytes())
+            held, cut = sealed(path)
             return Choice(frozenset(held), frozenset(cut))
         except (OSError, ValueError, TypeError):
             choice = _choose(listing, config)
-            write_whole(path, json.dumps(choice.to_json()))
+            seal(path, choice.to_json())
             return choice
 
 
@@ -216,12 +218,24 @@ def _tokenizer(
     path = config.cache_path / f"tokenizer-{_key(keys, weights, fields, options)}"
     with _lock(path, report):
         kept, model = config.kept(path.name), path / "tokenizer.model"
-        if not model.exists() and not (kept and obtain(kept, path)):
-            report(f"training a tokenizer of {config.vocab_size} pieces")
-            _train(listings, config.vocab_size, config, choice).save(path)
-            if kept:
-                publish(path, kept)
+        if not _is_whole(model):
+            if model.exists():
+                report(f"{model} is not what was written: the tokenizer is made again")
+            if not (kept and obtain(kept, path)):
+                report(f"training a tokenizer of {config.vocab_size} pieces")
+                _train(listings, config.vocab_size, config, choice).save(path)
+                if kept:
+                    publish(path, kept)
+            seal(path / _WHOLE, digest(model.read_bytes()))
     return load_tokenizer(path)
+
+
+def _is_whole(model: Path) -> bool:
+    """Whether a tokenizer is, in every byte, what was trained here."""
+    try:
+        return sealed(model.parent / _WHOLE) == digest(model.read_bytes())
+    except (OSError, ValueError):
+        return False
 
 
 def _usable(tokenizer: Tokenizer, config: DataConfig) -> Tokenizer:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import xxhash
 
-from step_jax.core.files import sync_directory, write_whole
+from step_jax.core.files import seal, sealed, sync_directory, write_whole
 from step_jax.data.files import Stamp, stamp_of
 from step_jax.data.parts import (
     FILES,
@@ -33,8 +33,6 @@ from step_jax.data.parts import (
     PartMeta,
     checksum_of,
     read_part,
-    seal,
-    sealed,
 )
 
 VERSION = 4

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import xxhash
 
 from step_jax.core.errors import DataError
-from step_jax.core.files import cache_folder, write_whole
+from step_jax.core.files import cache_folder, seal, sealed
 from step_jax.core.storage import Objects, is_url
 from step_jax.core.text import printable
 from step_jax.data.config import PYTHON_STDLIB, Source
@@ -315,13 +315,13 @@ def content_digests(
     rows = [
         [file.name, file.stamp, current[file.name]] for file in files if file.stamp.settled(now)
     ]
-    write_whole(memo, json.dumps(rows))
+    seal(memo, rows)
     return list(current.values())
 
 
 def _remembered(memo: Path) -> dict[str, tuple[Stamp, str]]:
     try:
-        return {n: (Stamp(*stamp), digest) for n, stamp, digest in json.loads(memo.read_bytes())}
+        return {n: (Stamp(*stamp), digest) for n, stamp, digest in sealed(memo)}
     except (OSError, ValueError, TypeError):
         return {}
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from step_jax.core.errors import DataError
-from step_jax.core.files import write_whole
+from step_jax.core.files import seal, sealed
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -85,7 +84,7 @@ def write_latents(folder: Path | str, clips: Iterable[Clip], made_by: str) -> No
             file.finish()
     files = {file.path.name: _digest(file.path) for file in rows.values()}
     manifest = {"format": FORMAT, "made_by": made_by, "files": files, "clips": entries}
-    write_whole(folder / MANIFEST, json.dumps(manifest, ensure_ascii=False))
+    seal(folder / MANIFEST, manifest)
 
 
 class _Rows:
@@ -143,10 +142,10 @@ class LatentFolder:
         """
         path = Path(path)
         try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            manifest = sealed(path / MANIFEST)
             files = manifest["files"]
             damaged = [n for n, digest in files.items() if _digest(path / n) != digest]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is no folder of latents: {error}") from None
         if manifest["format"] != FORMAT or damaged:
             raise DataError(f"{path}: damaged files {damaged}, or another format: make it again")

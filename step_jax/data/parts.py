@@ -31,7 +31,7 @@ import numpy as np
 import xxhash
 
 from step_jax.core.errors import DataError
-from step_jax.core.files import write_synced
+from step_jax.core.files import seal, sealed
 from step_jax.core.text import printable
 from step_jax.data.config import DataConfig, Source
 from step_jax.data.files import Skip, SourceFile, list_skips, stamp_of
@@ -124,21 +124,6 @@ def first_skips(folders: Iterable[Path], *, bad: bool = False, most: int = 5) ->
         if len(found) >= most:
             break
     return list_skips(found, most)
-
-
-def seal(path: Path, content: object) -> None:
-    """Writes JSON with its own checksum, flushed to the device."""
-    digest = xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
-    write_synced(path, json.dumps({"checksum": digest, "content": content}).encode())
-
-
-def sealed(path: Path) -> dict:
-    """What `seal` wrote. Raises ValueError or KeyError for anything else, OSError."""
-    whole = json.loads(path.read_bytes())
-    content = whole["content"]
-    if whole["checksum"] != xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode()):
-        raise ValueError(f"{path} is not what was written")
-    return content
 
 
 @dataclass(frozen=True)

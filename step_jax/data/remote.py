@@ -19,7 +19,7 @@ from pathlib import Path
 import xxhash
 
 from step_jax.core.errors import DataError
-from step_jax.core.files import write_whole
+from step_jax.core.files import seal, sealed
 from step_jax.core.storage import ABSENT, Objects, together
 
 _WHOLE = "whole.json"
@@ -48,7 +48,7 @@ def copy_source(objects: Objects, folder: Path) -> None:
     with _alone(folder):
         memo = folder / remembered
         try:
-            known = json.loads(memo.read_bytes())
+            known = sealed(memo)
         except (OSError, ValueError):
             known = {}
         found = [generation.hex() for generation in together(objects.generation, names)]
@@ -58,9 +58,9 @@ def copy_source(objects: Objects, folder: Path) -> None:
         for name in gone:
             (folder / name).unlink(missing_ok=True)
         if changed or gone:
-            write_whole(memo, json.dumps({n: g for n, g in now.items() if n not in set(changed)}))
+            seal(memo, {n: g for n, g in now.items() if n not in set(changed)})
             objects.download(folder, changed)
-            write_whole(memo, json.dumps(now))
+            seal(memo, now)
 
 
 @contextmanager

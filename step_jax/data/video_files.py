@@ -25,7 +25,7 @@ import xxhash
 
 from step_jax.core import checks
 from step_jax.core.errors import ConfigError, DataError
-from step_jax.core.files import write_whole
+from step_jax.core.files import seal, sealed, write_whole
 from step_jax.core.storage import local
 from step_jax.core.text import is_utf8, printable
 from step_jax.data.config import DataConfig
@@ -140,8 +140,12 @@ def prepare_clips(config: ClipFiles, report: Report = lambda message: None) -> V
     home = DataConfig(cache_dir=config.cache_dir).cache_path
     local(config.cache_dir or home, "cache_dir of clips")
     folder = home / f"clips-{key}"
-    if not (folder / _META).exists():
-        _write(folder, config, records, skips, report)
+    if (folder / _META).exists():
+        try:
+            return open_clips(folder)
+        except DataError as error:
+            report(f"{error}: the clips are decoded again")
+    _write(folder, config, records, skips, report)
     return open_clips(folder)
 
 
@@ -334,7 +338,7 @@ def _write(folder: Path, config: ClipFiles, records, skips: list[Skip], report: 
     lines = [json.dumps(skip._asdict(), ensure_ascii=False) for skip in skips]
     write_whole(beside / _SKIPPED, "".join(f"{line}\n" for line in lines))
     meta = {"version": _VERSION, "clips": clips, "digests": digests, "skipped": len(skips)}
-    write_whole(beside / _META, json.dumps(meta, ensure_ascii=False))
+    seal(beside / _META, meta)
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
 
@@ -349,10 +353,13 @@ def open_clips(folder: Path) -> VideoClips:
     Raises:
       DataError: a file of it is missing or damaged.
     """
-    meta = json.loads((folder / _META).read_text(encoding="utf-8"))
+    try:
+        meta = sealed(folder / _META)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} is damaged ({error})") from None
     for name, digest in meta["digests"].items():
         if not (folder / name).is_file() or _digest(folder / name) != digest:
-            raise DataError(f"{folder / name} is damaged: delete {folder}, and it is made again")
+            raise DataError(f"{folder / name} is damaged")
     clips = meta["clips"]
     sizes = [tuple(clip["size"]) for clip in clips]
     buckets = tuple(sorted(set(sizes), reverse=True))

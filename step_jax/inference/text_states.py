@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ import numpy as np
 
 from step_jax.checkpoint.artifact import Artifact
 from step_jax.core.errors import CheckpointError, ConfigError, DataError
-from step_jax.core.files import write_whole
+from step_jax.core.files import seal, sealed, write_whole
 from step_jax.core.sharding import Sharding
 from step_jax.data.captions import Encoded, hash_of, token_rows
 from step_jax.models.context import Context
@@ -189,21 +189,23 @@ def cached(
     """As :func:`encode`, read from ``folder`` if it has these texts, else written there.
 
     Raises:
-      DataError: the folder's states are of another encoder, or damaged.
+      DataError: the folder's states are of another encoder.
     """
     made_by, manifest = encoder_hash(artifact), folder / "manifest.json"
     wanted = {"encoder": made_by, "tokens": tokens, "texts": hash_of(texts)}
-    if manifest.exists():
-        saved = json.loads(manifest.read_text(encoding="utf-8"))
+    if saved := _manifest(manifest, report):
         if saved["encoder"] != made_by:
             raise DataError(
                 f"the text states in {folder} are of another encoder ({saved['encoder'][:12]}) "
                 f"than {artifact.name} ({made_by[:12]}): name another folder, or delete this one"
             )
         if wanted.items() <= saved.items():
-            values, lengths_K = _read(folder, saved["files"])
-            return Encoded(values, lengths_K, made_by)
-        report(f"the text states in {folder} are of other texts: they are made again")
+            if arrays := _read(folder, saved["files"]):
+                values, lengths_K = arrays
+                return Encoded(values, lengths_K, made_by)
+            report(f"the text states in {folder} are damaged: they are made again")
+        else:
+            report(f"the text states in {folder} are of other texts: they are made again")
     encoded = encode(artifact, texts, tokens, sharding, report)
     if jax.process_index() == 0:
         files = {}
@@ -212,15 +214,27 @@ def cached(
             np.save(buffer, array)
             write_whole(folder / name, buffer.getvalue())
             files[name] = hashlib.sha256(buffer.getvalue()).hexdigest()
-        write_whole(manifest, json.dumps(wanted | {"files": files}))
+        seal(manifest, wanted | {"files": files})
     return encoded
 
 
-def _read(folder: Path, files: dict[str, str]) -> list[np.ndarray]:
+def _manifest(path: Path, report: Callable[[str], None]) -> dict[str, Any] | None:
+    """What is known of the states of a folder; None if there are none, or nobody knows of what."""
+    try:
+        return sealed(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        report(f"{error}: the text states are made again")
+        return None
+
+
+def _read(folder: Path, files: dict[str, str]) -> list[np.ndarray] | None:
+    """Values and lengths; None if they are not what was written."""
     arrays = []
     for name in ("states.npy", "lengths.npy"):
         path = folder / name
         if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != files[name]:
-            raise DataError(f"{path} is missing or damaged: delete {folder}, it is made again")
+            return None
         arrays.append(np.load(path, mmap_mode="r"))
     return arrays

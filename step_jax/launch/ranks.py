@@ -21,6 +21,9 @@ _POLL_S = 0.05
 #: seconds that the other ranks have to end by themselves once one has failed (they often fail of
 #: the same, each with its message), and then to act on SIGTERM
 _OWN_END_S, _TERM_S = 3.0, 2.0
+#: seconds that the other ranks have to stop by themselves once one has. All that have joined stop
+#: together; who waits for one that stopped before it joined would do so for minutes.
+_STOP_S = 10.0
 #: seconds that a rank may go on after another has ended well, or after it was asked to stop: longer
 #: than the last save and the pictures take
 LINGER_S = 1200.0
@@ -125,6 +128,7 @@ def run(command: list[str], count: int, signals: Signals, env: Mapping[str, str]
 def _wait(ranks: list[subprocess.Popen], signals: Signals) -> tuple[int | None, str]:
     """(the first rank that failed or is late, why if its exit code does not say)."""
     first_end: tuple[float, int] | None = None
+    told = False
     while any(rank.poll() is None for rank in ranks):
         ended = _ended(ranks)
         culprit = _first_failed(ended)
@@ -138,6 +142,11 @@ def _wait(ranks: list[subprocess.Popen], signals: Signals) -> tuple[int | None, 
         now = time.monotonic()
         if ended and first_end is None:
             first_end = (now, next(iter(ended)))
+        told |= signals.received is not None
+        if first_end and ExitCode.RESTART in ended.values() and not told:
+            if told := now - first_end[0] > _STOP_S:
+                say(f"rank {first_end[1]} was stopped: stopping {len(ranks) - len(ended)} more")
+                send(ranks, signal.SIGTERM)
         alive = next((i for i in range(len(ranks)) if i not in ended), 0)
         if first_end and now - first_end[0] > LINGER_S:
             _end(ranks)

@@ -8,7 +8,6 @@ Verdicts are kept on disk, so that the next start costs nothing.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from step_jax import ops
 from step_jax.core.digest import digest
 from step_jax.core.distributed import Processes
 from step_jax.core.errors import KernelError
-from step_jax.core.files import cache_folder, write_whole
+from step_jax.core.files import cache_folder, seal, sealed
 from step_jax.core.sharding import Sharding
 from step_jax.models.context import Execution
 from step_jax.models.text.decoder import Decoder
@@ -185,13 +184,13 @@ def identity(case: Case, device: jax.Device) -> str:
 
 def _read(file: Path) -> Verdict | None:
     try:
-        return Verdict(**json.loads(file.read_text(encoding="utf-8")))
+        return Verdict(**sealed(file))
     except (OSError, ValueError, TypeError):
         return None
 
 
 def _keep(file: Path, verdict: Verdict) -> None:
     try:
-        write_whole(file, json.dumps(asdict(verdict)))
+        seal(file, asdict(verdict))
     except OSError:
         pass  # a full or read-only disk: the next start checks again

@@ -94,7 +94,8 @@ class MetricsLog:
             if self._file is None:
                 self._file = open(self.path, "ab", buffering=0)
                 self._torn = self._file.tell() > 0 and not _ends_with_newline(self.path)
-            size = self._file.tell()
+            # not where the file stands: that stays behind the end of what was cut off before
+            size = os.fstat(self._file.fileno()).st_size
             data = b"\n" * self._torn + data
             written = self._file.write(data)
             if written != len(data):

@@ -184,7 +184,8 @@ class StopSignal:
         os.close(self._writer)
         if self._silence is not None:
             self._silence.delete()
-        if self._forced is not None and self._alone:  # with others it may wait for them yet
+        # with others it may wait for them yet: JAX does so at its end, for minutes
+        if self._forced is not None and self._alone and not jax.distributed.is_initialized():
             self._forced.delete()
         if self._processes is not None and not self._alone:
             # The others must not wait for a process that has left its loop.

@@ -2,10 +2,12 @@
 
 import errno
 import importlib.util
+import os
 import resource
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -19,6 +21,7 @@ from step_jax.core.errors import (
     ExitCode,
     RestartRequested,
 )
+from step_jax.launch import ranks
 
 
 def test_help_is_cheap():
@@ -126,3 +129,32 @@ def test_the_signal_handlers_of_a_command_are_put_back(monkeypatch):
     monkeypatch.setattr(loop, "run", lambda asked: None)
     assert cli.main(["pretrain", "x.yaml"]) == 0
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+ALONE = """
+import os, sys, time
+from step_jax.cli import main
+from step_jax.core import distributed
+from step_jax.core.errors import ConfigError
+
+def run(asked):
+    distributed.join()
+    if os.environ["JAX_PROCESS_ID"] == "0":
+        time.sleep(60)
+    raise {"ValueError": ValueError, "ConfigError": ConfigError}[sys.argv[1]]("it alone")
+
+main._END_S = 0.5
+main.read = lambda argv: (run, None)
+sys.exit(main.main(["a command"]))
+"""
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("error", "code"), [("ValueError", 1), ("ConfigError", 78)])
+def test_a_process_that_fails_alone_waits_for_nobody(error, code, capfd):
+    """And so the launcher ends the others within seconds, not after JAX's five minutes."""
+    began = time.monotonic()
+    outcome = ranks.run([sys.executable, "-c", ALONE, error], 2, ranks.Signals(), os.environ)
+    assert (outcome.code, outcome.culprit) == (code, 1)
+    assert time.monotonic() - began < 30
+    assert "it alone" in capfd.readouterr().err

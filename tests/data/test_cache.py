@@ -110,6 +110,24 @@ def test_trained_tokenizer_is_kept(config):
     assert other.vocab_size == 320
 
 
+def test_whatever_is_kept_beside_the_tokens_is_made_again_if_it_is_damaged(config, tmp_path):
+    """A flipped bit as well, which leaves a tokenizer or a list that can be read."""
+    trained = replace(config, tokenizer="train", vocab_size=330)
+    tokenizer, (cache,) = prepare(trained)
+    kept = [*(tmp_path / "cache").glob("*.json"), *(tmp_path / "cache").glob("tokenizer-*/*")]
+    kept += (tmp_path / "cache").glob("tokenizer-*/.*.json")
+    assert {p.name.partition("-")[0] for p in kept} >= {"files", "split", "tokenizer.model"}
+    for path in kept:
+        whole = path.read_bytes()
+        bits = [(len(whole) * i // 8, 1 << i % 8) for i in range(8)]
+        flipped = [whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :] for at, bit in bits]
+        for damaged in (*flipped, whole[: len(whole) // 2], bytes(len(whole)), b"", None):
+            path.unlink() if damaged is None else path.write_bytes(damaged)
+            again, (other,) = prepare(trained)
+            assert again.hash == tokenizer.hash and other.directory == cache.directory
+            assert path.name.startswith("files") or path.read_bytes() == whole
+
+
 def test_skipped_files_are_named_at_every_start(config, corpus):
     (corpus / "image.png").write_bytes(b"\x89PNG\0")
     (corpus / "empty.txt").touch()

@@ -236,6 +236,14 @@ def test_a_folder_of_latents_gives_back_what_was_written(tmp_path):
         LatentFolder.open(tmp_path / "nowhere")
 
 
+def test_a_caption_that_is_not_what_was_written_is_refused(tmp_path):
+    write_latents(tmp_path, [Clip(Made().latents(0), ("a red box",), {})], made_by="vae")
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace("a red box", "a bed box"))
+    with pytest.raises(DataError, match="is no folder of latents: .* is not what was written"):
+        LatentFolder.open(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("second", "scalars", "message"),
     [((1, 2, 2, 4), {}, "clip 1 has other channels"), ((1, 2, 2, 3), {"fps": 1.0}, "or scalars")],

@@ -133,9 +133,22 @@ def test_a_set_is_decoded_once_and_checked_when_it_is_opened(folder):
     picture(folder / "b.png", BLUE)
     other = prepare_clips(config(folder))
     assert other.fingerprint["pixels"] != clips.fingerprint["pixels"]
-    (clips.directory / "1x16x24.bin").write_bytes(b"\0" * (16 * 24 * 3))
-    with pytest.raises(DataError, match="1x16x24.bin is damaged: delete"):
-        open_clips(clips.directory)
+
+
+def test_a_damaged_set_is_decoded_again(folder):
+    picture(folder / "b.png")
+    clips = prepare_clips(config(folder))
+    for name in ("1x16x24.bin", "meta.json"):
+        file = clips.directory / name
+        whole = file.read_bytes()
+        for damaged in (whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], whole[:9], b""):
+            file.write_bytes(damaged)
+            with pytest.raises(DataError, match="is damaged"):
+                open_clips(clips.directory)
+            said: list[str] = []
+            again = prepare_clips(config(folder), said.append)
+            assert again.fingerprint == clips.fingerprint and file.read_bytes() == whole
+            assert "decoded again" in said[0]
 
 
 BAD = {

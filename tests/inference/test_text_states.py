@@ -84,10 +84,22 @@ def test_states_are_read_from_disk_once_they_are_made(tmp_path, of_decoder, monk
     np.testing.assert_array_equal(again.lengths_K, first.lengths_K)
     with pytest.raises(DataError, match="are of another encoder .* name another folder"):
         cached(tmp_path / "llm", artifact(DECODER, seed=1), TEXTS, 6, ONE)
-    file = tmp_path / "llm" / "states.npy"
-    file.write_bytes(file.read_bytes()[:-1] + b"?")
-    with pytest.raises(DataError, match="missing or damaged"):
-        cached(tmp_path / "llm", artifact(DECODER), TEXTS, 6, ONE)
+
+
+@pytest.mark.parametrize("name", ["states.npy", "lengths.npy", "manifest.json"])
+def test_damaged_states_are_made_again(tmp_path, of_decoder, monkeypatch, name):
+    monkeypatch.setattr("step_jax.inference.text_states.encode", lambda *_: of_decoder)
+    said: list[str] = []
+    cached(tmp_path, artifact(DECODER), TEXTS, 6, ONE, said.append)
+    file = tmp_path / name
+    whole = file.read_bytes()
+    for damaged in (whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:], whole[:9], b"", None):
+        file.unlink() if damaged is None else file.write_bytes(damaged)
+        said.clear()
+        again = cached(tmp_path, artifact(DECODER), TEXTS, 6, ONE, said.append)
+        np.testing.assert_array_equal(again.values, of_decoder.values)
+        assert file.read_bytes() == whole
+        assert any("made again" in text for text in said) or name == "manifest.json"
 
 
 def test_other_texts_are_encoded_anew(tmp_path, of_decoder, monkeypatch):

@@ -113,6 +113,24 @@ def test_a_rank_that_goes_on_long_after_the_others_is_named_and_ended(tmp_path, 
     assert "rank 1 goes on 0.2 s after rank 0 ended" in record["reason"]
 
 
+def test_who_waits_for_a_rank_that_was_stopped_alone_is_stopped_too(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(ranks, "_STOP_S", 0.2)
+    began = time.monotonic()
+    code = ranks.run(
+        command(
+            "signal.signal(signal.SIGTERM, lambda *_: sys.exit(42))\n"
+            "time.sleep(60 if rank else 1)\n"
+            "sys.exit(42)",
+            tmp_path,
+        ),
+        3,
+        ranks.Signals(),
+        os.environ,
+    ).code
+    assert code == ExitCode.RESTART and time.monotonic() - began < 10
+    assert "rank 0 was stopped: stopping 2 more" in capfd.readouterr().err
+
+
 def test_a_command_that_is_not_there_is_an_error_in_words():
     with pytest.raises(ConfigError, match="cannot start 'no-such-program': No such file"):
         supervise(["no-such-program"], 1, Restarts())

@@ -231,4 +231,4 @@ def test_every_field_of_a_verdict_is_kept(here, judge):
     trusted()
     (first, *_) = sorted(kernel_check.cache_folder("kernels").iterdir())
     fields = {field.name for field in dataclasses.fields(Verdict)}
-    assert set(json.loads(first.read_text())) == fields
+    assert set(json.loads(first.read_text())["content"]) == fields

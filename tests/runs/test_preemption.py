@@ -159,14 +159,15 @@ from step_jax.core import distributed
 from step_jax.core.errors import RestartRequested
 from step_jax.runs import preemption
 how, count, index, port = sys.argv[1], *map(int, sys.argv[2:5])
-preemption._LEAVE_S = 0.5 if how == "blocked" else 20
+preemption._LEAVE_S = {"blocked": 0.5, "unknown": 2}.get(how, 20)
 try:
     with preemption.StopSignal(lambda e: print(e, flush=True), joined=False) as stop:
         if count > 1:
             os.environ |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
                            "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
             distributed.join()
-            stop.join()
+            if how != "unknown":
+                stop.join()
         print("running", flush=True)
         if how == "blocked":
             libc, forever = ctypes.CDLL(None), ctypes.create_string_buffer(64)
@@ -216,6 +217,18 @@ def test_before_the_first_step_a_signal_to_one_of_two_ends_both(rank):
     runs[rank].send_signal(signal.SIGTERM)
     results = finish(runs, timeout=30)
     assert [code for code, _ in results] == [42, 42], results
+
+
+@pytest.mark.multiprocess
+def test_a_process_that_is_stopped_as_it_joins_waits_for_nobody_when_it_ends():
+    """At its end JAX waits for the others, up to five minutes."""
+    runs = start_leaving("unknown", 2)
+    runs[0].send_signal(signal.SIGTERM)
+    try:
+        ((code, text),) = finish(runs[:1], timeout=15)
+        assert code == 42 and "stopped before its first step" in text
+    finally:
+        runs[1].kill()
 
 
 def test_a_signal_that_comes_after_anothers_request_is_no_second_one():

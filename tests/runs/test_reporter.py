@@ -188,6 +188,32 @@ def test_records_that_a_full_disk_did_not_take_are_written_once_there_is_space(t
     assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
 
 
+def test_what_a_full_disk_took_of_a_record_is_cut_off_again_each_time(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append("step", 1, {"loss": 1.0})
+    file = log._file
+
+    class AlmostFull:
+        """Takes a part of what is written, three times."""
+
+        def __init__(self):
+            self.left = 3
+
+        def write(self, data):
+            self.left -= 1
+            return file.write(data[: 40 + 20 * self.left] if self.left >= 0 else data)
+
+        def __getattr__(self, name):
+            return getattr(file, name)
+
+    log._file = AlmostFull()
+    for step in (2, 3, 4, 5):
+        log.append("step", step, {"loss": 1.0})
+    log.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
+
+
 def test_tensorboard(run):
     with Reporter(run, LoggingConfig(), stream=io.StringIO()) as reporter:
         assert not run.tensorboard.exists()  # nothing before the first record
