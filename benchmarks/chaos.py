@@ -49,7 +49,7 @@ LIMIT_S = 180.0
 #: a start that ended as if a process was lost, or hung, without a fault: a machine that lets a
 #: process wait for ten seconds looks so to the others
 UNPROVOKED = "unprovoked"
-_POLL_S = 0.3
+_POLL_S = 0.05
 _DISK_MB = 96
 
 
