@@ -109,7 +109,12 @@ RECIPES = {
     "video-rl": "video/stages/grpo_scenes.yaml",
     "vae": "video/vae_stage1.yaml",
 }
-ANY_SIGN = {"parallel.fsdp", "problems.workers.failure_score", "evaluation.right"}
+ANY_SIGN = {
+    "parallel.fsdp",
+    "problems.workers.failure_score",
+    "evaluation.right",
+    "flow.density.mean",  # of a logit
+}
 
 
 def below_zero(
