@@ -184,12 +184,8 @@ def report(results: list[dict]) -> int:
     print("| operation | chip | shapes | kernel compiled | passed over | too large | raised |")
     print("|---" * 7 + "|")
     for (operation, chip), n in counts.items():
-        outcomes = ("kernel", "passed over", "too large", "raised")
-        print(
-            "| "
-            + " | ".join(map(str, (operation, chip, n.total(), *(n[o] for o in outcomes))))
-            + " |"
-        )
+        outcomes = (n[o] for o in ("kernel", "passed over", "too large", "raised"))
+        print("| " + " | ".join(map(str, (operation, chip, n.total(), *outcomes))) + " |")
     raised = [r for r in results if outcome_of(r) == "raised"]
     for r in raised:
         print("raised:", r["chip"], r["shape"], r["raised"][:300])

@@ -42,7 +42,10 @@ def sealed(path: Path) -> Any:
       ValueError: anything else is there.
       OSError: nothing is there, or it cannot be read.
     """
-    whole = json.loads(path.read_bytes())
+    try:
+        whole = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not what was written: {error}") from None
     if not isinstance(whole, dict) or whole.keys() != {"checksum", "content"}:
         raise ValueError(f"{path} has no checksum")
     if whole["checksum"] != _checksum(whole["content"]):

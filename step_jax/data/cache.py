@@ -220,7 +220,7 @@ def _tokenizer(
         kept, model = config.kept(path.name), path / "tokenizer.model"
         if not _is_whole(model):
             if model.exists():
-                report(f"{model} is not what was written: the tokenizer is made again")
+                report(f"{model} is not known to be what was written: the tokenizer is made again")
             if not (kept and obtain(kept, path)):
                 report(f"training a tokenizer of {config.vocab_size} pieces")
                 _train(listings, config.vocab_size, config, choice).save(path)

@@ -145,7 +145,8 @@ def _wait(ranks: list[subprocess.Popen], signals: Signals) -> tuple[int | None, 
         told |= signals.received is not None
         if first_end and ExitCode.RESTART in ended.values() and not told:
             if told := now - first_end[0] > _STOP_S:
-                say(f"rank {first_end[1]} was stopped: stopping {len(ranks) - len(ended)} more")
+                stopped = next(i for i, code in ended.items() if code == ExitCode.RESTART)
+                say(f"rank {stopped} was stopped: stopping {len(ranks) - len(ended)} more")
                 send(ranks, signal.SIGTERM)
         alive = next((i for i in range(len(ranks)) if i not in ended), 0)
         if first_end and now - first_end[0] > LINGER_S:

@@ -98,9 +98,9 @@ class VideoDiT:
 
     attention: of the tokens; its ``position`` rotates by (time, row, column).
     channels: of a latent.
-    deviation: of the latents' numbers, which the model works with divided by it. Where it is far
-      from 1, noise hides less or more than the times of the flow mean, and the loss is that of the
-      finest details alone.
+    deviation: of the latents' numbers, which the model works with divided by it. Data that
+      deviate by far from 1 are hidden by noise at other times than the flow's settings are made
+      for.
     patch: of latents, along time, height and width.
     text: what is read of a text, in the order of its states.
     scalars: extra conditions, each a number of a sample: frames, height and width of its latents,
