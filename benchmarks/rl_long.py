@@ -1,9 +1,10 @@
 """Fifty thousand tokens of thought at a small width: written, judged, learned from.
 
-    python benchmarks/rl_long.py [--tokens 50000] [--samples 2] [--batches 2]
+    python benchmarks/rl_long.py [--tokens 50000] [--samples 2] [--batches 1]
 
-A small decoder (MFA-Key-Reuse) reads one endless text of sums, so that it seldom ends one, and is
-then trained by PPO with answers of at most that many tokens: policy, critic, reference. Printed are
+A small decoder (MFA-Key-Reuse) reads one endless text of sums, so that it seldom ends one, less
+still at the temperature of 0.5, and is then trained by PPO with answers of at most that many
+tokens: policy, critic, reference. Printed are
 seconds, peak memory and how far the engine's and the trainer's log-probabilities are apart; what it
 printed is in benchmarks/rl_long.md. It shows how far the loop goes, not that anything is learned.
 """
@@ -22,7 +23,7 @@ from step_jax.cli.main import main as step_jax
 
 RUNS = Path("runs/rl_long")
 MODEL = """{width: 64, layers: [{repeat: 2, blocks: [{
-  attention: {kind: mfa, heads: 8, head_dim: 32, value: gated_key},
+  attention: {kind: mfa, heads: 4, head_dim: 16, value: gated_key},
   mlp: {kind: swiglu, hidden: 176}}]}]}"""
 SHOWN = ("answer_tokens", "truncated_share", "rollout_gap", "kl", "entropy", "value_error",
          "slots_busy", "rollout_s", "rollout_tokens_per_s", "step_s")  # fmt: skip
@@ -51,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, default=50_000)
     parser.add_argument("--samples", type=int, default=2)
-    parser.add_argument("--batches", type=int, default=2)
+    parser.add_argument("--batches", type=int, default=1)
     args = parser.parse_args()
     base, run = start(), RUNS / f"ppo_{args.tokens}"
     begun = time.process_time()
@@ -60,6 +61,7 @@ def main() -> None:
             "--training.steps", args.batches, "--training.prompts", 1,
             "--training.samples", args.samples, "--rollout.slots", args.samples,
             "--rollout.max-new-tokens", args.tokens, "--rollout.max-prompt-tokens", 16,
+            "--rollout.temperature", 0.5, "--evaluation.temperature", 0.5,
             "--execution.remat", "full", "--execution.loss-chunks", 64,
             "--evaluation.every-steps", 0, "--evaluation.problems", 1,
             "--evaluation.samples", 1, "--optimizer.schedule.warmup-steps", 0)  # fmt: skip

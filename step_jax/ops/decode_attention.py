@@ -1,7 +1,8 @@
 """Attention of new tokens over a cache that holds them, with exchangeable implementations.
 
 Shape suffixes: B rows (sequences), T new tokens of a row, N query heads, K key/value heads, H head
-width, S slots of a row, L pages of a pool, M pages of a row, F rotated pairs of coordinates.
+width, V width of values, S slots of a row, C slots of a block, G query heads of a key head,
+L pages of a pool, M pages of a row, F rotated pairs of coordinates.
 
 Position p of a row lives in slot ``p % S``: a cache no shorter than the text is an array, a shorter
 one a ring of the newest S positions. Nothing but the lengths needs to be stored.
@@ -22,7 +23,8 @@ from pallas_kernels.tpu import decode as tpu_decode
 from pallas_kernels.tpu.chips import CHIPS
 from step_jax.ops import attention as ops_attention
 from step_jax.ops import registry
-from step_jax.ops.rope import rotate
+from step_jax.ops.einsum import product
+from step_jax.ops.rope import cos_and_sin, rotate, turned
 
 
 def slot_positions_BS(lengths_B, slots: int):
@@ -60,6 +62,89 @@ def reference(call: DecodeCall):
         implementation="reference",
     )
     return o_BTNH.astype(q_BTNH.dtype)
+
+
+#: Numbers of a row's keys that :func:`blocks` takes at a time, in a core's cache, and the fewest
+#: and the most slots.
+_NUMBERS, _FEWEST, _MOST = 2**15, 128, 1024
+
+
+def _block(call: DecodeCall) -> int:
+    """Slots that :func:`blocks` takes at a time, whatever the rows are and how long the cache."""
+    return max(_FEWEST, min(_MOST, _NUMBERS // (call.kv_heads * call.k_cache.shape[-1])))
+
+
+def blocks(call: DecodeCall):
+    """Blocks of slots in turn, as far as the longest row has come: no row pays for empty slots.
+
+    Position p lies in slot p: a cache without a window is no shorter than its texts.
+
+    A block that a row does not reach leaves its sums as they are to the last bit, so that a row's
+    result depends neither on its company nor on the length of the cache.
+    """
+    q_BTNH, layer, C = call.q_BTNH, call.layer, _block(call)
+    B, T, N, H = q_BTNH.shape
+    K, S, dtype = call.kv_heads, call.slots, q_BTNH.dtype
+    # a slice of the query heads, but all of several key heads
+    sliced = K > 1 and call.heads_per_key not in (None, N // K)
+    G = 1 if sliced else N // K
+    q_BTKGH = q_BTNH.reshape(B, T, N // G, G, H)
+
+    def part(cache, start):
+        """(B, C, K, H) of the cache; the last block begins earlier than others would."""
+        if layer is None:
+            x = jax.lax.dynamic_slice_in_dim(cache, start, C, axis=1)
+        else:
+            size = (1, B, C, *cache.shape[3:])
+            x = jax.lax.dynamic_slice(cache, (layer, 0, start, 0, 0), size)[0]
+        x = x.astype(dtype)
+        return x[:, :, call.key_head_N()] if sliced else x
+
+    if call.frequency_F is not None:  # made here, the same for all layers and tokens of a loop
+        turns_1S1F = cos_and_sin(jnp.arange(S)[None], call.frequency_F)
+
+    def block(n, carry):
+        most_BKGT, sum_BKGT, o_BKGTV = carry
+        start = jnp.minimum(n * C, S - C)
+        slot_C = start + jnp.arange(C, dtype=jnp.int32)
+        k_BCKH = part(call.k_cache, start)
+        v_BCKV = k_BCKH if call.v_cache is None else part(call.v_cache, start)
+        if call.frequency_F is not None:
+            turns = (jax.lax.dynamic_slice_in_dim(a, start, C, axis=1) for a in turns_1S1F)
+            k_BCKH = turned(k_BCKH, *turns)
+        fresh_C = slot_C >= n * C
+        held_BTC = (slot_C <= call.positions_BT[..., None]) & fresh_C
+        held_BTC &= slot_C < call.lengths_B[:, None, None]
+        s_BKGTC = product("BTKGH,BCKH->BKGTC", q_BTKGH, k_BCKH, jnp.float32) * call.scale
+        s_BKGTC = jnp.where(held_BTC[:, None, None], s_BKGTC, -jnp.inf)
+        next_BKGT = jnp.maximum(most_BKGT, s_BKGTC.max(-1))
+        p_BKGTC = jnp.exp(s_BKGTC - next_BKGT[..., None])
+        kept_BKGT = jnp.exp(most_BKGT - next_BKGT)
+        sum_BKGT = sum_BKGT * kept_BKGT + p_BKGTC.sum(-1)
+        new_BKGTV = product("BKGTC,BCKV->BKGTV", p_BKGTC.astype(dtype), v_BCKV, jnp.float32)
+        return next_BKGT, sum_BKGT, o_BKGTV * kept_BKGT[..., None] + new_BKGTV
+
+    shape = (B, N // G, G, T)
+    width = (call.k_cache if call.v_cache is None else call.v_cache).shape[-1]
+    # a finite minimum: rows that see nothing come out zero
+    least = jnp.full(shape, jnp.finfo(jnp.float32).min)
+    start = least, jnp.zeros(shape), jnp.zeros((*shape, width))
+    blocks = jnp.minimum(jnp.max(call.lengths_B), S) + C - 1
+    _, sum_BKGT, o_BKGTV = jax.lax.fori_loop(0, blocks // C, block, start)
+    o_BKGTV /= jnp.maximum(sum_BKGT, jnp.finfo(jnp.float32).tiny)[..., None]
+    return jnp.moveaxis(o_BKGTV, 3, 1).reshape(B, T, N, width).astype(dtype)
+
+
+def _no_blocks(problem: Problem) -> str | None:
+    """What of a problem :func:`blocks` lacks, or None."""
+    call = problem.call
+    if problem.alibi:
+        return "it adds no ALiBi bias"
+    if call.paged or call.window is not None or call.slots < _block(call):
+        return f"it takes arrays of at least {_block(call)} slots without a window"
+    if call.k_scale is not None or call.v_scale is not None:
+        return "it scales no cached numbers"
+    return None
 
 
 def pallas_tpu(call: DecodeCall, device, interpret: bool = False):
@@ -100,6 +185,13 @@ _unsupported_gpu = functools.partial(_unsupported, lambda problem: gpu_decode.ch
 #: compute: (call[, device: kernels only]) -> o_BTNH
 IMPLEMENTATIONS = {
     "reference": registry.Entry(reference),
+    "blocks": registry.Entry(
+        blocks,
+        lambda problem, device: _no_blocks(problem),
+        worthwhile=lambda problem: (
+            not _no_blocks(problem) and problem.call.slots > _block(problem.call)
+        ),
+    ),
     "pallas_gpu": registry.kernel(pallas_gpu, registry.needs_hopper, _unsupported_gpu),
     "pallas_tpu": registry.kernel(pallas_tpu, registry.needs_tpu, _unsupported_tpu),
     # by JAX's interpreter, for tests on machines without a TPU
@@ -111,16 +203,16 @@ OPERATION = registry.Operation(
     "decode attention",
     IMPLEMENTATIONS,
     fallback="reference",
-    automatic={"tpu": ("pallas_tpu",), "gpu": ("pallas_gpu",)},
+    automatic={"tpu": ("pallas_tpu",), "gpu": ("pallas_gpu", "blocks"), "cpu": ("blocks",)},
 )
 resolve = OPERATION.resolve
 
 
-def kernel(attention: str, problem: Problem, device: jax.Device) -> str | None:
-    """The kernel that ``Execution.attention`` means for one decoding step.
+def in_place(attention: str, problem: Problem, device: jax.Device) -> str | None:
+    """What reads a cache where it lies, by ``Execution.attention``, in one decoding step.
 
     None if it is an implementation of attention that takes keys as read from the cache, or if
-    ``auto`` finds no kernel.
+    ``auto`` finds nothing better.
 
     Raises:
       ConfigError: a kernel is named that does not exist or cannot do this; says why.
@@ -129,7 +221,7 @@ def kernel(attention: str, problem: Problem, device: jax.Device) -> str | None:
     if entry is not None and not entry.kernel:
         return None
     name = resolve(attention, problem, device)
-    return name if IMPLEMENTATIONS[name].kernel else None
+    return None if name == OPERATION.fallback else name
 
 
 def decode_attention(

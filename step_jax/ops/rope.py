@@ -20,9 +20,19 @@ def rotate(x_BTNH, positions_BT, frequency_F, weight: float = 1.0):
     What is rotated is multiplied by ``weight``. Angles and products are float32; the result has the
     dtype of ``x_BTNH``.
     """
-    pairs = frequency_F.shape[0]
+    cos_BT1F, sin_BT1F = cos_and_sin(positions_BT, frequency_F)
+    return turned(x_BTNH, weight * cos_BT1F, weight * sin_BT1F)
+
+
+def cos_and_sin(positions_BT, frequency_F):
+    """Of the angles ``position * frequency``, float32: two (B, T, 1, F)."""
     angle_BT1F = positions_BT[:, :, None, None].astype(jnp.float32) * frequency_F
-    cos_BT1F, sin_BT1F = weight * jnp.cos(angle_BT1F), weight * jnp.sin(angle_BT1F)
+    return jnp.cos(angle_BT1F), jnp.sin(angle_BT1F)
+
+
+def turned(x_BTNH, cos_BT1F, sin_BT1F):
+    """:func:`rotate` by what :func:`cos_and_sin` gives."""
+    pairs = cos_BT1F.shape[-1]
     rotated = _turned(x_BTNH[..., : 2 * pairs], cos_BT1F, sin_BT1F)
     if 2 * pairs == x_BTNH.shape[-1]:
         return rotated

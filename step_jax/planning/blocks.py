@@ -82,6 +82,11 @@ class Layer:
     flops: tuple[tuple[tuple[str, str], float], ...]
 
     @property
+    def gated(self) -> bool:
+        """Whether its attention's outputs are multiplied by a gate."""
+        return getattr(self.block.attention, "output_gate", False)
+
+    @property
     def expert_flops(self) -> float:
         """Of a token's routed experts alone."""
         return dict(self.flops).get(("experts", "experts"), 0.0)

@@ -43,9 +43,10 @@ def train_flops(model: Decoder, length: int) -> float:
 #: Bytes of float32, in which a mixture that gathers all tokens sums them, and how many of such
 #: arrays lie in memory at a time: by the compiled steps of ``tests/planning/golden``.
 _FLOAT32, _OF_GATHERED = 4, 4.5
-#: Arrays of a token's width in float32 that a layer keeps without remat, by a compiled step of a
-#: dense model (``benchmarks/plan_search.py``).
-_IN_FLOAT32 = 6
+#: Arrays of a token's width in float32 that a layer keeps without remat, its input and the sums
+#: between its halves among them, and one more of a mixture, for its router: by compiled steps
+#: (``benchmarks/plan_search.py``).
+_IN_FLOAT32, _OF_ROUTER = 6, 1
 
 
 def _buffer_rows(b: Layer, case: Case) -> float:
@@ -68,10 +69,9 @@ def _residual(b: Layer, case: Case) -> float:
     D = case.model.width
     numbers = b.heads.total + 3 * b.hidden + 3 * D  # normed twice, and between the two halves
     if b.experts is not None:
-        # a row before and after its expert, its hidden units' two factors and their product
-        numbers += _buffer_rows(b, case) * (2 * D + 3 * b.expert_hidden)
-        if _sends_rows(b.experts, case):
-            numbers += b.experts.router.top_k * D  # what came back
+        # a row before its expert, its hidden units' two factors and their product, what came back
+        numbers += _buffer_rows(b, case) * (D + 3 * b.expert_hidden)
+        numbers += b.experts.router.top_k * D
     return numbers * _itemsize(case)
 
 
@@ -81,9 +81,9 @@ def _working(b: Layer, case: Case) -> float:
     numbers = max(b.heads.queries, b.hidden) + D
     nbytes = 0.0
     if b.experts is not None:
-        numbers += _buffer_rows(b, case) * D
-        shards = case.sharding.size("expert")
-        if shards > 1 and not _sends_rows(b.experts, case):
+        sends, shards = _sends_rows(b.experts, case), case.sharding.size("expert")
+        numbers += _buffer_rows(b, case) * D * (1 + sends)  # a row's gradient, and what is sent
+        if shards > 1 and not sends:
             nbytes = _OF_GATHERED * shards * _FLOAT32 * D
     return nbytes + numbers * _itemsize(case)
 
@@ -136,12 +136,14 @@ def _tokens_at_a_time(b: Layer, case: Case) -> float:
 def _kept(b: Layer, case: Case) -> float:
     """Bytes of a device that wait for a layer's backward pass beside its input.
 
-    Without remat its gathered matrices do too, and what its norms and sums have in float32.
+    Without remat its gathered matrices do too, what its norms and sums have in float32 (its input
+    is not kept twice), and attention's outputs as its kernel lays them out beside the tokens'.
     """
-    remat, tokens = case.execution.remat, _tokens_at_a_time(b, case)
+    remat, tokens, D = case.execution.remat, _tokens_at_a_time(b, case), case.model.width
     if remat == "none":
-        floats = _IN_FLOAT32 * case.model.width * _FLOAT32
-        return tokens * (_residual(b, case) + floats) + b.nbytes
+        floats = (_IN_FLOAT32 + _OF_ROUTER * (b.experts is not None)) * D * _FLOAT32
+        outputs = b.heads.outputs * (1 + b.gated) - D  # of three arrays of its width one is float32
+        return tokens * (_residual(b, case) + outputs * _itemsize(case) + floats) + b.nbytes
     numbers = b.kept_dots if remat == "dots" else _named(b, case, case.execution.keep)
     return tokens * numbers * _itemsize(case)
 
@@ -173,9 +175,9 @@ def _activations(case: Case) -> float:
     total, execution = 0.0, case.execution
     for group in _groups(case):
         first = _tokens_at_a_time(group[0], case) * case.model.width * _itemsize(case)
-        inputs = float(
-            len(group) if "layer" in execution.keep else "layer" not in execution.offload
-        )
+        inputs = 0.0 if execution.remat == "none" else float("layer" not in execution.offload)
+        if "layer" in execution.keep:
+            inputs = float(len(group))
         turn, turns = inputs * first + sum(_kept(b, case) for b in group), float(group[0].repeat)
         if group[0].pipelined:
             turns, handed = _of_a_pipeline(group[0], case)
@@ -337,7 +339,7 @@ def _moved(b: Layer, case: Case) -> dict[str, float]:
         return 0.0 if stays else numbers * (forward * (1 + again) + backward)
 
     found = {"attention": moved(b.heads.queries + b.heads.keys, _OVER_QUERIES)}
-    if getattr(b.block.attention, "output_gate", False):
+    if b.gated:
         found["attention"] += moved(b.heads.outputs, _OVER_GATED)
     passes = 3 + again
     found["rest"] = passes * D * (_OVER_INPUT if _stays(D * tokens, case) else _OVER_WIDTH)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import ml_dtypes
 import numpy as np
@@ -52,13 +54,56 @@ def test_reference_scales_and_slices():
     np.testing.assert_allclose(got, expected[:, :, 1:], atol=5e-6)
 
 
+@pytest.mark.parametrize("heads, kv_heads", [(6, 1), (4, 2)])
+@pytest.mark.parametrize("reuse", [False, True])
+def test_blocks_are_the_reference(heads, kv_heads, reuse):
+    """Lengths around the ends of blocks; of the last two a part is there a second time."""
+    case = Case(
+        (2500, 1024, 1025, 0, 3), 2500, heads=heads, kv_heads=kv_heads, width=16, reuse=reuse
+    )
+    q, k, v, positions, lengths = case.arrays()
+    more = {"frequency_F": frequencies_F(1e4, 8)} if reuse else {}
+    call = ops.DecodeCall(q, k, v, positions, lengths, scale=0.2, **more)
+    expected = ops.decode_attention(call, implementation="reference")
+    found = jax.jit(lambda call: ops.decode_attention(call, implementation="blocks"))(call)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    assert not np.asarray(found)[3].any()
+    # one layer of a stack, and a device's slice of the heads
+    stack = [None if a is None else np.stack([np.full_like(a, 9.0), a]) for a in (k, v)]
+    some = dataclasses.replace(
+        call, q_BTNH=q[:, :, 1:], k_cache=stack[0], v_cache=stack[1], layer=np.int32(1),
+        first_head=np.int32(1), heads_per_key=heads // kv_heads,
+    )  # fmt: skip
+    part = ops.decode_attention(some, implementation="blocks")
+    np.testing.assert_allclose(part, expected[:, :, 1:], atol=2e-6)
+
+
+def test_a_row_by_blocks_knows_neither_its_company_nor_the_length_of_its_cache():
+    def alone(lengths, slots, row):
+        case = Case(lengths, slots, heads=4, width=16)
+        q, k, v, positions, lengths_B = case.arrays()
+        rng = np.random.default_rng(1)  # the same row everywhere
+        q[row], k[row, :1500], v[row, :1500] = (
+            rng.normal(size=a.shape).astype(np.float32) for a in (q[0], k[0, :1500], v[0, :1500])
+        )
+        call = ops.DecodeCall(q, k, v, positions, lengths_B, scale=0.2)
+        return np.asarray(ops.decode_attention(call, implementation="blocks"))[row]
+
+    first = alone((1500, 20), 2100, 0)
+    np.testing.assert_array_equal(first, alone((1500, 4000), 4000, 0))
+    np.testing.assert_array_equal(first, alone((7, 1500), 2048, 1))
+
+
 def test_auto_is_the_kernel_where_it_can_be():
     def choose(implementation, device, width=128, alibi=False, slots=64):
         case = Case((3,), slots, width=width, dtype=ml_dtypes.bfloat16)
         problem = ops.Problem(ops.DecodeCall(*case.arrays(), scale=1.0), alibi)
-        return ops.kernel(implementation, problem, device)
+        return ops.in_place(implementation, problem, device)
 
     assert choose("auto", CPU) is None
+    assert choose("auto", CPU, slots=5000) == choose("auto", AMPERE, slots=5000) == "blocks"
+    assert choose("auto", CPU, slots=5000, alibi=True) is None
+    assert choose("xla", CPU, slots=5000) is None
     assert choose("auto", TPU) == "pallas_tpu"
     assert choose("auto", TPU, width=64) is None
     assert choose("auto", TPU, alibi=True) is None
@@ -78,11 +123,11 @@ def test_auto_is_the_kernel_where_it_can_be():
 def test_bad_calls_say_what_there_is():
     arrays = Case((3,), 8, width=16).arrays()
     call = ops.DecodeCall(*arrays, scale=1.0)
-    names = "auto, reference, pallas_gpu, pallas_tpu, pallas_tpu_interpret"
+    names = "auto, reference, blocks, pallas_gpu, pallas_tpu, pallas_tpu_interpret"
     with pytest.raises(ConfigError, match=f"no decode attention 'cudnn'; there are: {names}"):
         ops.decode_attention(call, implementation="cudnn")
     with pytest.raises(ConfigError, match="no decode attention 'cudnn'"):
-        ops.kernel("cudnn", ops.Problem(call), CPU)
+        ops.in_place("cudnn", ops.Problem(call), CPU)
     with pytest.raises(ValueError, match="window must be at least 1, got 0"):
         ops.decode_attention(ops.DecodeCall(*arrays, scale=1.0, window=0))
 

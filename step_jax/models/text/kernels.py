@@ -128,8 +128,8 @@ def _decode(kind: Kind, execution: Execution, tokens: int, sharding: Sharding):
     )
     problem = decode_attention.Problem(call, alibi(kind.position) is not None)
     device = sharding.mesh.devices.flat[0]
-    name = decode_attention.kernel(execution.attention, problem, device)
-    if name is not None:
+    name = decode_attention.in_place(execution.attention, problem, device)
+    if name is not None and decode_attention.IMPLEMENTATIONS[name].kernel:
         yield selfcheck.Decode(
             name, heads, kv_heads, width, slots, kind.window, reuse, execution.dtype
         )

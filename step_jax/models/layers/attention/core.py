@@ -130,7 +130,7 @@ def attend_across(q_BTNH, k_BSKH, v_BSKV, mask: ops_attention.Mask, ctx: Context
 
 
 def _decoded(q_BTNH, k_LBSKH, v_LBSKH, ctx: Context, scale, window, position: Position | None):
-    """One token over a cache by a kernel; None without a kernel."""
+    """One token over a cache where it lies; None if it is better read first."""
     sharding, device = ctx.sharding, ctx.device
     frequency_F = None
     if v_LBSKH is None and isinstance(position, Rope):
@@ -141,7 +141,7 @@ def _decoded(q_BTNH, k_LBSKH, v_LBSKH, ctx: Context, scale, window, position: Po
     )
     pieces = 1 if sharding is None else sharding.ways("batch")
     problem = ops_decode.Problem(call, alibi(position) is not None, pieces)
-    name = ops_decode.kernel(ctx.execution.attention, problem, device)
+    name = ops_decode.in_place(ctx.execution.attention, problem, device)
     if name is None:
         return None
     decode = functools.partial(ops_decode.decode_attention, implementation=name, device=device)
