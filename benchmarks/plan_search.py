@@ -85,6 +85,7 @@ MODELS = {
             "fsdp 4 expert 4 dots accumulation 4",
             "fsdp 2 expert 4 tensor 2 full accumulation 4",
             "fsdp 2 expert 4 context 2 full accumulation 4",
+            "fsdp 2 expert 8 none accumulation 16",
             "pipeline 2 fsdp 2 expert 4 full accumulation 4",
             "expert 16 full accumulation 4",
         ),

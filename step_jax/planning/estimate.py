@@ -69,9 +69,10 @@ def _residual(b: Layer, case: Case) -> float:
     D = case.model.width
     numbers = b.heads.total + 3 * b.hidden + 3 * D  # normed twice, and between the two halves
     if b.experts is not None:
-        # a row before its expert, its hidden units' two factors and their product, what came back
-        numbers += _buffer_rows(b, case) * (D + 3 * b.expert_hidden)
-        numbers += b.experts.router.top_k * D
+        # a row before and after its expert, its hidden units' two factors and their product
+        numbers += _buffer_rows(b, case) * (2 * D + 3 * b.expert_hidden)
+        if _sends_rows(b.experts, case):
+            numbers += b.experts.router.top_k * D  # what came back
     return numbers * _itemsize(case)
 
 
@@ -81,9 +82,9 @@ def _working(b: Layer, case: Case) -> float:
     numbers = max(b.heads.queries, b.hidden) + D
     nbytes = 0.0
     if b.experts is not None:
-        sends, shards = _sends_rows(b.experts, case), case.sharding.size("expert")
-        numbers += _buffer_rows(b, case) * D * (1 + sends)  # a row's gradient, and what is sent
-        if shards > 1 and not sends:
+        numbers += _buffer_rows(b, case) * D
+        shards = case.sharding.size("expert")
+        if shards > 1 and not _sends_rows(b.experts, case):
             nbytes = _OF_GATHERED * shards * _FLOAT32 * D
     return nbytes + numbers * _itemsize(case)
 
@@ -137,13 +138,16 @@ def _kept(b: Layer, case: Case) -> float:
     """Bytes of a device that wait for a layer's backward pass beside its input.
 
     Without remat its gathered matrices do too, what its norms and sums have in float32 (its input
-    is not kept twice), and attention's outputs as its kernel lays them out beside the tokens'.
+    is not kept twice), and attention's outputs as its kernel lays them out beside the tokens'. What
+    comes out of experts is not needed once it is sent back.
     """
     remat, tokens, D = case.execution.remat, _tokens_at_a_time(b, case), case.model.width
     if remat == "none":
         floats = (_IN_FLOAT32 + _OF_ROUTER * (b.experts is not None)) * D * _FLOAT32
-        outputs = b.heads.outputs * (1 + b.gated) - D  # of three arrays of its width one is float32
-        return tokens * (_residual(b, case) + outputs * _itemsize(case) + floats) + b.nbytes
+        numbers = b.heads.outputs * (1 + b.gated) - D  # of three arrays of its width one is float32
+        if b.experts is not None and _sends_rows(b.experts, case):
+            numbers -= _buffer_rows(b, case) * D
+        return tokens * (_residual(b, case) + numbers * _itemsize(case) + floats) + b.nbytes
     numbers = b.kept_dots if remat == "dots" else _named(b, case, case.execution.keep)
     return tokens * numbers * _itemsize(case)
 
