@@ -8,7 +8,7 @@ time of whole rows, and from it the share of the chip's peak (``work``). A produ
 units longer than the bundles that start it: a visit takes the larger of both. Memory is not in it.
 
 ``python -m pallas_kernels.tpu.schedule [chip ...]`` prints the table of benchmarks/tpu_kernels.md;
-two minutes a chip on two cores.
+four minutes a chip on two cores.
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ from pallas_kernels.tpu.aot import COMPILE, ENVIRONMENT, TOPOLOGIES, temporaries
 #: (family of kernels, shape) of the table
 CASES = (
     ("attention", {"heads": 64, "tokens": 4096, "width": 256}),
+    ("attention", {"heads": 27, "tokens": 4096, "width": 256}),  # an odd group on two cores
     ("grouped_matmul", {"rows": 131072, "width": 4096, "result": 1536, "groups": 128}),
+    # widths with few divisors, or of one block
+    ("grouped_matmul", {"rows": 65536, "width": 2048, "result": 768, "groups": 64}),
+    ("grouped_matmul", {"rows": 65536, "width": 2048, "result": 1408, "groups": 64}),
+    ("grouped_matmul", {"rows": 65536, "width": 2048, "result": 1664, "groups": 64}),
+    ("grouped_matmul", {"rows": 65536, "width": 2880, "result": 2880, "groups": 32}),
+    ("grouped_matmul", {"rows": 32768, "width": 4096, "result": 14336, "groups": 8}),
     ("grouped_matmul", {"rows": 49152, "width": 7168, "result": 5120, "groups": 48}),
     ("cross_entropy", {"tokens": 16384, "width": 7168, "vocabulary": 128_000}),
     ("cross_entropy", {"tokens": 16384, "width": 7168, "vocabulary": 128_815}),

@@ -99,7 +99,7 @@ def run(asked: tuple[str, GenerateConfig]) -> None:
     from step_jax.interop.artifacts import load_artifact
     from step_jax.models.text.decoder import Decoder
 
-    sharding = Sharding.build(config.parallel)
+    sharding = Sharding.build(config.parallel).for_inference()
     artifact = load_artifact(name, sharding, config.part)
     artifact.require(Decoder, "step-jax generate")
     print(f"{name}, step {artifact.step}", file=sys.stderr)

@@ -246,6 +246,17 @@ class Sharding:
         rules = tuple((n, tuple(a for a in axes if a != "pipeline")) for n, axes in self.rules)
         return replace(self, rules=rules, one_stage=True)
 
+    def for_inference(self) -> Sharding:
+        """The same but that the axes of experts and of the context cut no other parameters.
+
+        In a training step a gathered matrix serves a batch; while text is written it would be
+        gathered for every token. Where memory is short the ``fsdp`` axis still cuts all. A
+        vocabulary that the ``tensor`` axis does not divide is whole.
+        """
+        cut = {"embed": ("fsdp",), "rank": ("fsdp",)}
+        rules = tuple((name, axes and cut.get(name, axes)) for name, axes in self.rules)
+        return replace(self, rules=(*rules, ("vocab", ())))
+
     def of_whole_sequences(self) -> Sharding:
         """The same but that sequences are whole on every device: for the short texts beside long
         rows, whose lengths no context axis divides."""

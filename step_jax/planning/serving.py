@@ -99,7 +99,7 @@ def make_serving(
       ConfigError: a recipe without a decoder, a mesh that does not fit, no room for a slot.
     """
     config = resolved(config, topology.count)
-    sharding = Sharding.build(config.parallel, topology.devices)
+    sharding = Sharding.build(config.parallel, topology.devices).for_inference()
     models = loop.program(config, sharding).models.values()
     decoder = next((model for model in models if isinstance(model, Decoder)), None)
     execution = execution_of(config)

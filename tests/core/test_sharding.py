@@ -120,3 +120,17 @@ def test_whole_heads_are_cut_by_what_cuts_the_sequence_elsewhere():
         whole.spec(("kv_heads",), (6,))
     with pytest.raises(ConfigError, match="ring and ulysses"):
         MeshConfig(ring=True, ulysses=True).validate()
+
+
+def test_what_writes_text_gathers_nothing_over_the_experts_axis():
+    train = Sharding.build(MeshConfig(fsdp=1, expert=2, context=2, tensor=2))
+    write = train.for_inference()
+    assert train.spec(("embed", "heads"), (8, 4)) == P(("expert", "context"), "tensor")
+    assert write.spec(("embed", "heads"), (8, 4)) == P(None, "tensor")
+    assert write.spec(("rank", "heads", None), (8, 4, 2)) == P(None, "tensor", None)
+    assert write.spec(("experts", "embed", "mlp"), (4, 8, 2)) == P("expert", None, "tensor")
+    assert write.spec(("embed", "vocab"), (8, 9)) == P(None, None)  # no half of nine words
+    with pytest.raises(ConfigError, match="'vocab' has size 9"):
+        train.spec(("embed", "vocab"), (8, 9))
+    shared = Sharding.build(MeshConfig(fsdp=4, expert=2)).for_inference()
+    assert shared.spec(("embed", "heads"), (8, 4)) == P("fsdp", None)

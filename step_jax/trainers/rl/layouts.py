@@ -41,7 +41,8 @@ def layout(config: Config, sharding: Sharding) -> Sharding:
     """The mesh that answers are written on, of ``sharding``'s devices or those it leaves out."""
     if config.rollout.parallel is None:
         return sharding
-    return Sharding.build(config.rollout.parallel, sharding.spare or [*sharding.mesh.devices.flat])
+    devices = sharding.spare or [*sharding.mesh.devices.flat]
+    return Sharding.build(config.rollout.parallel, devices).for_inference()
 
 
 def writer(config: Config, policy: Decoder, tokenizer: Tokenizer, sharding: Sharding) -> Writer:
