@@ -3,7 +3,7 @@
     python benchmarks/decode_cache.py [--rounds 15] [--width 1024] [--lengths 4096 32768]
 
 MHA has heads of width C / 2 and the others width C = WIDTH / 8, as in arXiv 2412.19255. Prints the
-median time of a token and the bytes of the cache that it reads, counted from the cache's arrays.
+median CPU time of a token and the bytes of the cache that it reads, counted from its arrays.
 
 Exits 1 if MFA takes more than half of MHA's time at the last length.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -24,7 +25,7 @@ from step_jax.models.layers.block import Block
 from step_jax.models.layers.mlp import SwiGLU
 from step_jax.models.text.decoder import Decoder
 from step_jax.models.trunk import Group
-from step_jax.trainers.ablation_times import decoding_turn, filled_cache, in_turns
+from step_jax.trainers.ablation_times import TOKENS, decoding_turn, filled_cache, in_turns
 
 LONGEST_SHARE = 0.5  # of MHA's time
 
@@ -58,18 +59,18 @@ def main() -> None:
     args = parser.parse_args()
     decoders, dtype = models(args.width, args.layers), jnp.dtype(args.cache)
     execution = Execution(dtype="float32")
-    print(f"| kind | heads | cached | {args.cache} bytes read | by MHA | ms a token | by MHA |")
+    print(f"| kind | heads | cached | {args.cache} bytes read | by MHA | CPU-ms a token | by MHA |")
     print("| :-- | --: | --: | --: | --: | --: | --: |")
     for length in args.lengths:
         turns = {n: decoding_turn(m, execution, length, dtype) for n, m in decoders.items()}
-        seconds = in_turns(turns, args.rounds)
+        seconds = in_turns(turns, args.rounds, time.process_time)
         size = {n: filled_cache(m, length - 1, dtype).nbytes() for n, m in decoders.items()}
         for name, model in decoders.items():
             (stack,) = model.trunk.walk()
-            share = seconds[name] / seconds["mha"]
+            share, spent = seconds[name] / seconds["mha"], 1e3 * seconds[name] / TOKENS
             print(
                 f"| {name} | {stack.block.attention.heads} | {length:,} | {size[name]:,} | "
-                f"{size[name] / size['mha']:.4f} | {1e3 * seconds[name]:.2f} | {share:.2f} |"
+                f"{size[name] / size['mha']:.4f} | {spent:.2f} | {share:.2f} |"
             )
     sys.exit(seconds["mfa"] / seconds["mha"] > LONGEST_SHARE)
 

@@ -64,6 +64,22 @@ GROUPS: dict[str, dict[str, Flags]] = {
             ("dr_grpo", "truncated weights", TRUNCATE),
         )
     },
+    # rates of a fifth: what a lag costs depends on how far a batch moves the policy
+    "slow staleness": {
+        f"{name}{', ' + how if how else ''}, rate 1e-4, lag {lag}": {
+            "algorithm.name": name,
+            "optimizer.learning_rate": 1e-4,
+            "rollout.lag": lag,
+            **({} if corrections is None else {"algorithm.corrections": corrections}),
+        }
+        for lag in (0, 2, 8)
+        for name, how, corrections in (
+            ("mis_po", "", None),
+            ("dr_grpo", "", None),
+            ("dr_grpo", "truncated weights", TRUNCATE),
+        )
+        if lag or not how  # without a lag there is nothing to correct
+    },
 }
 
 
