@@ -90,14 +90,18 @@ def blocks(call: DecodeCall):
     G = 1 if sliced else N // K
     q_BTKGH = q_BTNH.reshape(B, T, N // G, G, H)
 
+    # one key head is an axis that the cache has for this call alone: a loop over another shape
+    # than was written makes XLA copy the cache
+    caches = [cache[..., 0, :] if K == 1 else cache for cache in call.caches]
+
     def part(cache, start):
         """(B, C, K, H) of the cache; the last block begins earlier than others would."""
         if layer is None:
             x = jax.lax.dynamic_slice_in_dim(cache, start, C, axis=1)
         else:
-            size = (1, B, C, *cache.shape[3:])
-            x = jax.lax.dynamic_slice(cache, (layer, 0, start, 0, 0), size)[0]
-        x = x.astype(dtype)
+            first = (layer, 0, start, *(0,) * (cache.ndim - 3))
+            x = jax.lax.dynamic_slice(cache, first, (1, B, C, *cache.shape[3:]))[0]
+        x = x.astype(dtype).reshape(B, C, K, -1)
         return x[:, :, call.key_head_N()] if sliced else x
 
     if call.frequency_F is not None:  # made here, the same for all layers and tokens of a loop
@@ -107,8 +111,8 @@ def blocks(call: DecodeCall):
         most_BKGT, sum_BKGT, o_BKGTV = carry
         start = jnp.minimum(n * C, S - C)
         slot_C = start + jnp.arange(C, dtype=jnp.int32)
-        k_BCKH = part(call.k_cache, start)
-        v_BCKV = k_BCKH if call.v_cache is None else part(call.v_cache, start)
+        k_BCKH = part(caches[0], start)
+        v_BCKV = part(caches[1], start) if len(caches) == 2 else k_BCKH
         if call.frequency_F is not None:
             turns = (jax.lax.dynamic_slice_in_dim(a, start, C, axis=1) for a in turns_1S1F)
             k_BCKH = turned(k_BCKH, *turns)
@@ -125,7 +129,7 @@ def blocks(call: DecodeCall):
         return next_BKGT, sum_BKGT, o_BKGTV * kept_BKGT[..., None] + new_BKGTV
 
     shape = (B, N // G, G, T)
-    width = (call.k_cache if call.v_cache is None else call.v_cache).shape[-1]
+    width = call.caches[-1].shape[-1]
     # a finite minimum: rows that see nothing come out zero
     least = jnp.full(shape, jnp.finfo(jnp.float32).min)
     start = least, jnp.zeros(shape), jnp.zeros((*shape, width))
