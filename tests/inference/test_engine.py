@@ -25,6 +25,7 @@ from step_jax.models.layers.routing import Router
 from step_jax.models.text.decoder import Block, Decoder, Group
 from step_jax.models.tokens import Tokens
 from step_jax.models.trunk import routing_of
+from step_jax.ops import decode_attention
 from tests.models import small
 
 LENGTH = 32
@@ -162,6 +163,27 @@ def test_a_text_is_the_same_in_any_order_number_of_slots_chunk_and_company():
     assert_same(write(group(), slots=3), whole)
     assert_same(write(group()[5:6]), {(5, 1, 1): whole[5, 1, 1]})
     assert write(group(), seed=8)[5, 0, 2].tokens != whole[5, 0, 2].tokens
+
+
+@pytest.mark.parametrize("axes", [None, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_a_text_is_the_same_where_its_cache_is_read_by_blocks(monkeypatch, axes):
+    """The layer without a window; blocks are of eight slots, texts of up to 30 tokens."""
+    monkeypatch.setattr(decode_attention, "_FEWEST", 8)
+    monkeypatch.setattr(decode_attention, "_MOST", 8)
+    read, blocks = [], decode_attention.IMPLEMENTATIONS["blocks"]
+
+    def watched(call):
+        read.append(call.slots)
+        return blocks.compute(call)
+
+    entry = dataclasses.replace(blocks, compute=watched)
+    monkeypatch.setitem(decode_attention.IMPLEMENTATIONS, "blocks", entry)
+    c, p = model()
+    sharding = None if axes is None else small.on_mesh(**axes)
+    e = engine_of(sharding=sharding, slots=8, max_length=44)
+    p = p if sharding is None else jax.device_put(p, sharding.params(c.specs()))
+    assert_same({c.request.name: c for c in e.run(p, group())}, undisturbed())
+    assert read and set(read) == {44}
 
 
 def test_log_probabilities_are_the_trainers():
