@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.tpu import block_sizes
+from pallas_kernels.tpu import block_sizes, chips
 from pallas_kernels.tpu.attention_backward import backward_of_chunk
 from pallas_kernels.tpu.attention_forward import forward
 from pallas_kernels.tpu.chips import CHIPS, TABLES
@@ -75,12 +75,15 @@ def attention(
     """
     q, k = (q_positions_BT, q_segments_BT), (kv_positions_BS, kv_segments_BS)
     _check_shapes(q_BKGTH, k_BKSH, v_BKSV, q, k, pattern)
-    _, _, G, T, H = q_BKGTH.shape
+    B, K, G, T, H = q_BKGTH.shape
     S, V = v_BKSV.shape[2:]
     dtypes = {x.dtype.name for x in (q_BKGTH, k_BKSH, v_BKSV)}
     if len(dtypes) > 1:
         raise ValueError(f"queries, keys and values must have one dtype, not {sorted(dtypes)}")
-    shape = block_sizes.Shape(G, T, S, H, V, q_BKGTH.dtype.itemsize)
+    computed = G
+    if sizes is None and not chips.unsupported(chip):
+        computed = block_sizes.computed_heads(chip, B * K, G)
+    shape = block_sizes.Shape(computed, T, S, H, V, q_BKGTH.dtype.itemsize)
     reason = block_sizes.unsupported(chip, shape, q_BKGTH.dtype.name)
     if reason is None and not scale > 0:
         reason = f"the scale {scale} is not positive"
@@ -100,7 +103,8 @@ def attention(
     empty_BS = (kv_segments_BS <= 0) | (kv_positions_BS < 0)
     kv_segments_BS = jnp.where(empty_BS, NO_KEY, kv_segments_BS)
     arrays = (q_positions_BT, q_segments_BT, kv_positions_BS, kv_segments_BS)
-    return _attention(static, q_BKGTH, k_BKSH, v_BKSV, arrays)
+    o_BKGTV, lse_BKGT = _attention(static, _pad(q_BKGTH, computed, 2), k_BKSH, v_BKSV, arrays)
+    return o_BKGTV[:, :, :G], lse_BKGT[:, :, :G]
 
 
 def _check_shapes(q_BKGTH, k_BKSH, v_BKSV, of_queries, of_keys, pattern: Pattern) -> None:

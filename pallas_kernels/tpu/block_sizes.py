@@ -164,6 +164,21 @@ def fit(chip: str, shape: Shape) -> Sizes:
     return sizes
 
 
+def computed_heads(chip: str, rows: int, groups: int) -> int:
+    """Query heads of a key head that are computed, so that all cores have as much to do.
+
+    One more than there are, of zeros, costs less than a core that waits.
+
+    Args:
+      rows: of the batch, times key heads: what cores take apart first.
+      groups: query heads of one key head.
+    """
+    cores = CHIPS[chip].cores
+    more = -(-groups // cores) * cores
+    busiest = -(-rows // cores) * groups
+    return more if groups > 1 and rows * more // cores < busiest else groups
+
+
 def parts(chip: str, groups: int) -> int:
     """Into how many parts the backward pass cuts query heads, so that each core has one."""
     cores = CHIPS[chip].cores

@@ -3,6 +3,7 @@
 from jax.experimental import pallas as pl
 
 LANES = 128
+UNIT = 256  # width of the newer chips' matrix units
 _COLUMN = 64  # numbers of a width that a block costs besides its own: what meets it is read again
 
 
@@ -28,12 +29,13 @@ def block(width: int, most: int, ways: int = 1) -> int:
 
 
 def chunks(width: int, most: int, body) -> None:
-    """``body(slice)`` for chunks of one length, at most ``most``, and for what is left of a width.
+    """``body(slice)`` for chunks of one length, about ``most``, and for what is left of a width.
 
-    What is compiled is one chunk and the rest.
+    What is compiled is one chunk and the rest. Chunks fill whole matrix units: the last one of each
+    would else be computed half empty, as often as there are chunks.
     """
     pieces = pl.cdiv(width, max(most, LANES))
-    chunk = width if pieces == 1 else lanes(pl.cdiv(width, pieces))
+    chunk = width if pieces == 1 else pl.cdiv(pl.cdiv(width, pieces), UNIT) * UNIT
     whole = width // chunk
     if whole == 1:
         body(pl.ds(0, chunk))

@@ -47,9 +47,10 @@ class Work:
 
 def attention(chip: str, heads: int, tokens: int, width: int) -> dict[str, Work]:
     """Of one causal row of one document and one key head; see ``aot.compile_attention``."""
-    shape = block_sizes.Shape(heads, tokens, tokens, width, width, 2)
+    computed = block_sizes.computed_heads(chip, 1, heads)
+    shape = block_sizes.Shape(computed, tokens, tokens, width, width, 2)
     side, work = CHIPS[chip].side, {}
-    parts = (1, block_sizes.parts(chip, heads))
+    parts = (1, block_sizes.parts(chip, computed))
     for name, s, products, part in zip(
         ("attention_forward", "attention_backward"),
         block_sizes.fit(chip, shape),
@@ -61,7 +62,7 @@ def attention(chip: str, heads: int, tokens: int, width: int) -> dict[str, Work]
         pattern = Pattern(in_order=True)
         q_C, kv_C = candidates(pattern, whole.queries, whole.keys, s.q_block, s.kv_block)
         masked = int(((kv_C + 1) * s.kv_block > q_C * s.q_block + 1).sum())
-        groups = heads // s.heads
+        groups = computed // s.heads
         in_units = math.ceil(width / side) * side
         work[name] = Work(
             useful=products * width * heads * tokens * (tokens + 1) / 2,

@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from pallas_kernels.tpu import attention as kernels
+from pallas_kernels.tpu import block_sizes
 from pallas_kernels.tpu.attention import attention
 from pallas_kernels.tpu.block_sizes import BackwardSizes, ForwardSizes
 from pallas_kernels.tpu.visits import Pattern
@@ -58,7 +59,9 @@ def run(f, *args):
     return jax.device_get(jax.jit(f).lower(*args).compile(compiler_options=fast)(*args))
 
 
-def computed(q, k, v, do, positions, segments, pattern, scale, sizes=SMALL, interpret=True):
+def computed(
+    q, k, v, do, positions, segments, pattern, scale, sizes=SMALL, interpret=True, chip=CHIP
+):
     """The same from the kernels."""
 
     def f(q, k, v, do):
@@ -71,7 +74,7 @@ def computed(q, k, v, do, positions, segments, pattern, scale, sizes=SMALL, inte
                 *segments,
                 pattern=pattern,
                 scale=scale,
-                chip=CHIP,
+                chip=chip,
                 sizes=sizes,
                 interpret=interpret,
             )
@@ -156,6 +159,29 @@ def test_one_document(causal, window):
     sizes = (ForwardSizes(1, 128, 384, 256), SMALL[1])
     inputs = arrays(1, 1, 1, 2, T, T, 128, 128)
     check(inputs, (in_a_row(1, T),) * 2, NONE, pattern, sizes=sizes)
+
+
+def test_an_odd_number_of_heads_is_made_even_for_two_cores():
+    found = [block_sizes.computed_heads("v5p", *of) for of in ((1, 3), (2, 3), (3, 5), (3, 3))]
+    assert found == [4, 3, 6, 3]  # two rows are one a core; three heads of three rows gain nothing
+    assert block_sizes.computed_heads("v5p", 1, 1) == 1  # a second would be all that is gained
+    assert block_sizes.computed_heads("v6e", 1, 3) == 3
+    seen = {}
+
+    def watched(f):
+        def call(*args, **kwargs):
+            seen[f.__name__] = args[2].shape[2], kwargs.get("parts")
+            return f(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("forward", "backward_of_chunk"):
+            patch.setattr(kernels, name, watched(getattr(kernels, name)))
+        positions, none = in_a_row(1, 200), (None, None)
+        inputs = arrays(3, 1, 1, 3, 200, 200, 64, 64)
+        check(inputs, (positions, positions), none, Pattern(in_order=True), sizes=None, chip="v5p")
+    assert seen == {"forward": (4, None), "backward_of_chunk": (4, 2)}
 
 
 def test_visits_that_do_not_fit_the_scalar_memory_are_made_in_several_calls(monkeypatch):
