@@ -35,7 +35,7 @@ def chunks(width: int, most: int, body) -> None:
     would else be computed half empty, as often as there are chunks.
     """
     pieces = pl.cdiv(width, max(most, LANES))
-    chunk = width if pieces == 1 else pl.cdiv(pl.cdiv(width, pieces), UNIT) * UNIT
+    chunk = width if pieces == 1 else min(width, pl.cdiv(pl.cdiv(width, pieces), UNIT) * UNIT)
     whole = width // chunk
     if whole == 1:
         body(pl.ds(0, chunk))
