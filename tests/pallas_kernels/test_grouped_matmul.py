@@ -79,6 +79,15 @@ def test_widths_of_many_lanes_are_not_cut_into_blocks_of_one():
     assert [cuts.block(n, 2048, ways=2) for n in (768, 1408, 1536, 2880)] == [384, 768, 768, 1536]
 
 
+@pytest.mark.parametrize("width, most, sizes", [(1280, 1024, [768, 512]), (768, 512, [512, 256]),
+                                                (768, 1024, [768]), (200, 128, [200])])  # fmt: skip
+def test_chunks_fill_whole_matrix_units(width, most, sizes):
+    """Two of 640 would be computed as two of 768 where the units are 256 wide."""
+    seen = []
+    cuts.chunks(width, most, lambda piece: seen.append(piece.size))
+    assert seen == sizes
+
+
 def test_rows_of_no_group_may_hold_anything():
     x, w, sizes, cotangent = inputs([3, 0, 130], 600, D=128, F=128)
     expected = definition(x, w, sizes, cotangent)
