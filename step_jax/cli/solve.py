@@ -6,6 +6,7 @@ rounds (``inference.test_time``), each with its interval. The replies are kept, 
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -122,7 +123,7 @@ def run(asked: tuple[str, SolveConfig]) -> None:
     print(f"{name}, step {artifact.step}", file=sys.stderr)
     for budget in config.thoughts:
         budget.thought(artifact.tokenizer)  # refuses marks that it cannot tell
-    sampler = _sampler(artifact, config, problems, sharding)
+    sampler = _sampler(artifact, config, sharding)
     ways = Ways(sampler, config.seed, config.thinking)
     with config.pool() as pool:
         samples, lines = _sampled(ways, config, problems, pool)
@@ -134,9 +135,7 @@ def run(asked: tuple[str, SolveConfig]) -> None:
     _write(config, f"{name}, step {artifact.step}", samples, lines, curves)
 
 
-def _sampler(
-    artifact: Artifact, config: SolveConfig, problems: Sequence[Problem], sharding: Sharding
-) -> EngineSampler:
+def _sampler(artifact: Artifact, config: SolveConfig, sharding: Sharding) -> EngineSampler:
     from step_jax.inference.engine import Engine
     from step_jax.inference.sampling import SamplingConfig
     from step_jax.inference.test_time import EngineSampler
@@ -151,18 +150,20 @@ def _sampler(
         return encode_request(tokenizer, [{"role": "user", "content": prompt}], "a problem")
 
     ways = sharding.ways("batch")
-    longest = max(len(encode(problem.question)) for problem in problems)
-    room = longest + config.max_new_tokens + max(config.budgets, default=0)
-    engine = Engine(
-        artifact.model,
-        SamplingConfig(temperature=config.temperature, top_p=config.top_p),
-        slots=-(-config.slots // ways) * ways,
-        max_length=max(room, artifact.context_of_text) if config.rounds else room,
-        seed=config.seed,
-        stop_ids=tokenizer.stop_ids,
-        execution=artifact.execution,
-        sharding=None if sharding.mesh.size == 1 else sharding,
-    )
+
+    @functools.cache
+    def engine(length: int) -> Engine:
+        return Engine(
+            artifact.model,
+            SamplingConfig(temperature=config.temperature, top_p=config.top_p),
+            slots=-(-config.slots // ways) * ways,
+            max_length=length,
+            seed=config.seed,
+            stop_ids=tokenizer.stop_ids,
+            execution=artifact.execution,
+            sharding=None if sharding.mesh.size == 1 else sharding,
+        )
+
     return EngineSampler(engine, artifact.params, tokenizer, encode, config.max_new_tokens)
 
 

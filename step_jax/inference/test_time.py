@@ -14,7 +14,7 @@ from step_jax.core import checks
 from step_jax.core.errors import ConfigError, DataError
 from step_jax.environments.pacore import Round
 from step_jax.environments.replies import Thinking, conclusion
-from step_jax.inference.engine import Engine
+from step_jax.inference.engine import Engine, bucket
 from step_jax.inference.requests import Request, StopReason, Thought
 from step_jax.tokenizers.base import Tokenizer
 
@@ -91,11 +91,13 @@ class Sampler(Protocol):
 class EngineSampler:
     """A `Sampler` of an engine and parameters for it.
 
+    engine_for: (tokens) -> an engine for texts of so many; it is asked for powers of two, since
+      nobody knows before how long the conclusions are that a round is told of.
     encode: the ids of a prompt.
     max_new_tokens: of a reply, after its thought if there is a budget.
     """
 
-    engine: Engine
+    engine_for: Callable[[int], Engine]
     params: Any
     tokenizer: Tokenizer
     encode: Callable[[str], Sequence[int]]
@@ -110,8 +112,14 @@ class EngineSampler:
             for p, prompt in enumerate(prompts)
             for i in range(n)
         ]
+        longest = max((len(request.prompt) for request in requests), default=0)
+        room = (
+            longest
+            + self.max_new_tokens
+            + (0 if thought is None else thought.most + len(thought.ending))
+        )
         replies: list[list[Reply | None]] = [[None] * n for _ in prompts]
-        for done in self.engine.run(self.params, requests):
+        for done in self.engine_for(bucket(room)).run(self.params, requests):
             _, p, i = done.request.name
             text = self.tokenizer.decode_continuation(done.request.prompt, done.tokens)
             replies[p][i] = Reply(text, len(done.tokens), done.reason)

@@ -133,7 +133,13 @@ class FakeEngine:
 
 def test_replies_of_an_engine_stand_where_they_were_asked_for(tokenizer):
     said = {0: tokenizer.encode("the fox").tolist(), 1: tokenizer.encode("a dog").tolist()}
-    sample = EngineSampler(FakeEngine(), said, tokenizer, lambda prompt: [3], 5)
+    rooms = []
+
+    def engine_for(length):
+        rooms.append(length)
+        return FakeEngine()
+
+    sample = EngineSampler(engine_for, said, tokenizer, lambda prompt: [3] * len(prompt), 5)
     first, second = sample(["p", "q"], 2, seed=7)
     assert [reply.text.startswith("the fox") for reply in first] == [True, True]
     assert [reply.text.startswith("a dog") for reply in second] == [True, True]
@@ -142,3 +148,5 @@ def test_replies_of_an_engine_stand_where_they_were_asked_for(tokenizer):
     assert {reply.finish for reply in first + second} == {"stop"}
     budget = ThinkingBudget(most=4, thinking=Thinking("", "#"))
     assert sample(["p"], 1, seed=7, budget=budget)[0][0].finish == "length"
+    sample(["p", "a long prompt"], 1, seed=7)
+    assert rooms == [16, 16, 32]  # 1 + 5, with the thought 1 + 5 + 4 and its close, 13 + 5
