@@ -161,7 +161,8 @@ def draw(group: str, names, seeds: list[int], updates: int) -> Path:
         axes.plot(x_SN.mean(0), y_SN.mean(0), line, marker="o", ms=3, label=name)
         axes.fill_between(x_SN.mean(0), y_SN.min(0), y_SN.max(0), alpha=0.12)
     axes.set(xlabel="tokens sampled", ylabel="held-out pass@1", ylim=(0, 1))
-    axes.set_title(f"{group}: mean and range of {len(seeds)} seeds", fontsize=10)
+    of = f"mean and range of {len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}"
+    axes.set_title(f"{group}: {of}", fontsize=10)
     axes.grid(alpha=0.3)
     fig.legend(fontsize=8, loc="outside right center")
     path = RUNS / f"updates_{updates}" / f"{group}.png"
