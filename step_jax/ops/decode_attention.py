@@ -207,7 +207,8 @@ OPERATION = registry.Operation(
     "decode attention",
     IMPLEMENTATIONS,
     fallback="reference",
-    automatic={"tpu": ("pallas_tpu",), "gpu": ("pallas_gpu", "blocks"), "cpu": ("blocks",)},
+    # an accelerator would start several programs for every block, and reads all slots sooner
+    automatic={"tpu": ("pallas_tpu",), "gpu": ("pallas_gpu",), "cpu": ("blocks",)},
 )
 resolve = OPERATION.resolve
 
