@@ -108,7 +108,9 @@ def test_a_chip_that_the_kernels_do_not_know_falls_back(operation, kind, caplog)
 def test_auto_names_implementations_that_exist_and_falls_to_one_for_every_device(operation):
     named = {name for names in operation.automatic.values() for name in names}
     assert named <= set(operation.implementations)
-    assert all(operation.implementations[name].kernel for name in named)
+    for platform, names in operation.automatic.items():
+        # a CPU has no kernels, but may have a better way than the fallback
+        assert platform == "cpu" or all(operation.implementations[n].kernel for n in names)
     fallback = operation.implementations[operation.fallback]
     assert not fallback.kernel
     assert all(fallback.unsupported(None, device) is None for device in (CPU, TPU, HOPPER))
