@@ -191,6 +191,8 @@ CASES: dict[str, Case] = {
     "mfa_rank_128": Case(replace(MFA26, heads=16, query_rank=128)),
     "mfa_rank_128_norm": Case(replace(MFA26, heads=16, query_rank=128, query_norm=NORM)),
     "mqa_output_rate": Case(MQA15, change=rated(output_NHD=WIDTH / (15 * C))),
+    "mqa_output_rate_squared": Case(MQA15, change=rated(output_NHD=(WIDTH / (15 * C)) ** 2)),
+    "mqa_output_rate_cubed": Case(MQA15, change=rated(output_NHD=(WIDTH / (15 * C)) ** 3)),
     "mfa_half_rotated": Case(replace(MFA26, position=Rope(fraction=0.5))),
     "mfa_fixed": Case(init=Fixed(0.02)),
     "mfa_alike": Case(change=start(query_up_RNC=AlikeHeads(C**-0.5))),
