@@ -77,7 +77,8 @@ def _block(call: DecodeCall) -> int:
 def blocks(call: DecodeCall):
     """Blocks of slots in turn, as far as the longest row has come: no row pays for empty slots.
 
-    Position p lies in slot p: a cache without a window is no shorter than its texts.
+    Unrotated keys are turned by their slots, as the models do: a cache of them without a window is
+    no ring.
 
     A block that a row does not reach leaves its sums as they are to the last bit, so that a row's
     result depends neither on its company nor on the length of the cache.
@@ -107,6 +108,8 @@ def blocks(call: DecodeCall):
     if call.frequency_F is not None:  # made here, the same for all layers and tokens of a loop
         turns_1S1F = cos_and_sin(jnp.arange(S)[None], call.frequency_F)
 
+    last_B1 = call.lengths_B[:, None] - 1
+
     def block(n, carry):
         most_BKGT, sum_BKGT, o_BKGTV = carry
         start = jnp.minimum(n * C, S - C)
@@ -116,9 +119,9 @@ def blocks(call: DecodeCall):
         if call.frequency_F is not None:
             turns = (jax.lax.dynamic_slice_in_dim(a, start, C, axis=1) for a in turns_1S1F)
             k_BCKH = turned(k_BCKH, *turns)
-        fresh_C = slot_C >= n * C
-        held_BTC = (slot_C <= call.positions_BT[..., None]) & fresh_C
-        held_BTC &= slot_C < call.lengths_B[:, None, None]
+        position_BC = last_B1 - (last_B1 - slot_C) % S
+        held_BC = (position_BC >= 0) & (slot_C >= n * C)
+        held_BTC = held_BC[:, None] & (position_BC[:, None] <= call.positions_BT[..., None])
         s_BKGTC = product("BTKGH,BCKH->BKGTC", q_BTKGH, k_BCKH, jnp.float32) * call.scale
         s_BKGTC = jnp.where(held_BTC[:, None, None], s_BKGTC, -jnp.inf)
         next_BKGT = jnp.maximum(most_BKGT, s_BKGTC.max(-1))
@@ -133,8 +136,8 @@ def blocks(call: DecodeCall):
     # a finite minimum: rows that see nothing come out zero
     least = jnp.full(shape, jnp.finfo(jnp.float32).min)
     start = least, jnp.zeros(shape), jnp.zeros((*shape, width))
-    blocks = jnp.minimum(jnp.max(call.lengths_B), S) + C - 1
-    _, sum_BKGT, o_BKGTV = jax.lax.fori_loop(0, blocks // C, block, start)
+    count = -(-jnp.minimum(jnp.max(call.lengths_B), S) // C)
+    _, sum_BKGT, o_BKGTV = jax.lax.fori_loop(0, count, block, start)
     o_BKGTV /= jnp.maximum(sum_BKGT, jnp.finfo(jnp.float32).tiny)[..., None]
     return jnp.moveaxis(o_BKGTV, 3, 1).reshape(B, T, N, width).astype(dtype)
 

@@ -78,6 +78,16 @@ def test_blocks_are_the_reference(heads, kv_heads, reuse):
     np.testing.assert_allclose(part, expected[:, :, 1:], atol=2e-6)
 
 
+def test_blocks_of_a_ring_are_the_reference():
+    """Texts longer than the cache, of which the newest positions are left."""
+    arrays = Case((2600, 7000, 12), 2500, width=16).arrays()
+    call = ops.DecodeCall(*arrays, scale=0.2)
+    found, expected = (
+        ops.decode_attention(call, implementation=name) for name in ("blocks", "reference")
+    )
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
 def test_a_row_by_blocks_knows_neither_its_company_nor_the_length_of_its_cache():
     def alone(lengths, slots, row):
         case = Case(lengths, slots, heads=4, width=16)
